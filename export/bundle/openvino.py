@@ -7,9 +7,7 @@ output of the graph would be copied at every token.
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -26,15 +24,6 @@ PAST, PRESENT = "past_key_values", "present"
 OPTIONS = {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1, "ENABLE_HYPER_THREADING": False}
 
 
-def library() -> ModuleType:
-    """OpenVINO without its telemetry, which tells Google Analytics that it ran and keeps an id in the home folder."""
-    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # a stub is used
-    import openvino
-
-    module: ModuleType = openvino
-    return module
-
-
 class OpenVinoDecoder:
     """A model in OpenVINO behind the ``Decoder`` protocol.
 
@@ -45,9 +34,11 @@ class OpenVinoDecoder:
     """
 
     def __init__(self, path: Path, threads: int, max_length: int, graph: str = DECODE_GRAPH) -> None:
+        import openvino
+
         check_threads(threads)
         self.path, self.max_length, self.length = path, max_length, 0
-        core = library().Core()
+        core = openvino.Core()
         if (path / IR).is_file():
             model = core.read_model(path / IR)
         else:
@@ -63,8 +54,10 @@ class OpenVinoDecoder:
 
     def rewind(self, length: int) -> None:
         """Forget all but the first ``length`` positions."""
+        import openvino
+
         for state in self._request.query_state():
-            state.state = library().Tensor(np.ascontiguousarray(state.state.data[:, :, :length]))
+            state.state = openvino.Tensor(np.ascontiguousarray(state.state.data[:, :, :length]))
         self.length = length
 
     def prefill(self, ids: Ids) -> Logits:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from importlib.metadata import version
 from typing import Literal, Protocol
 
@@ -162,7 +163,9 @@ def architecture_of(config: object) -> Architecture:
     """The table row for a transformers config (or its dict). Raises UserError: the architecture is not supported."""
     name = field_of(config, "model_type")
     if not isinstance(name, str) or name not in ARCHITECTURES:
-        raise UserError(f"model type {name!r} is not supported; supported: {', '.join(FAMILIES)}")
+        near = get_close_matches(str(name), FAMILIES, n=1)
+        nearest = f" (the nearest that is: {near[0]})" if near else ""
+        raise UserError(f"model type {name!r} is not supported{nearest}; supported: {', '.join(FAMILIES)}")
     architecture = ARCHITECTURES[name]
     activation = field_of(config, architecture.activation_key, architecture.activation)
     if activation != architecture.activation:

@@ -108,12 +108,16 @@ def units_of(model: PreTrainedModel) -> list[Unit]:
     return [*units, Unit(vocabulary, None, words, hidden, 1 if head is table else 2)]
 
 
+def weights_of(model: PreTrainedModel, unit: Unit) -> list[torch.nn.Parameter]:
+    """The unit's parameters, a tied table once."""
+    parameters = [model.get_parameter(f"{name}.weight") for name in unit.modules]
+    return list({id(parameter): parameter for parameter in parameters}.values())
+
+
 @torch.inference_mode()
 def relative_losses(model: PreTrainedModel, unit: Unit) -> np.ndarray:
     """Squared error of each of the unit's forms, as a share of that of the form that is measured; [forms]."""
-    weight = torch.cat(
-        [model.get_parameter(f"{name}.weight") for name in unit.modules[: None if unit.layer is not None else 1]]
-    )
+    weight = torch.cat(weights_of(model, unit))
     some = weight[:: -(-len(weight) // SAMPLE)].float()
 
     def error(form: MatrixForm) -> float:
@@ -158,11 +162,7 @@ def divergences(
 @contextmanager
 def rounded(model: PreTrainedModel, unit: Unit) -> Iterator[None]:
     """The model with one unit's weights rounded for the time of the block."""
-    weights: dict[int, torch.Tensor] = {}
-    for name in unit.modules:
-        parameter = model.get_parameter(f"{name}.weight")
-        weights[id(parameter)] = parameter  # a tied table once
-    saved = [(weight, weight.data) for weight in weights.values()]
+    saved = [(weight, weight.data) for weight in weights_of(model, unit)]
     try:
         for weight, values in saved:
             weight.data = quantize(values, *MEASURED).dequantize().to(values.dtype)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -19,3 +22,12 @@ def test_libraries_are_told_before_they_are_loaded():
         done = subprocess.run([sys.executable, "-c", script], env=env, cwd=ROOT, capture_output=True, check=True)
         found = re.search(rb"'ORT_DISABLE_TELEMETRY': '(\d)'", done.stdout)
         assert (found and found[1].decode()) == told
+
+
+def test_openvino_goes_without_its_reporter(tmp_path):
+    if importlib.util.find_spec("openvino") is None:
+        pytest.skip("openvino is an extra of its own")
+    script = "import devices, openvino; openvino.Core()"
+    env = {k: v for k, v in os.environ.items() if k != "SAAP_TELEMETRY"} | {"HOME": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", script], env=env, cwd=ROOT, capture_output=True, check=True)
+    assert not list(tmp_path.iterdir())

@@ -79,6 +79,8 @@ REFUSED = {
     "experts": ("granitemoehybrid", {"num_local_experts": 8}, "a mixture of 8 experts, which is not supported"),
     "state space layers": ("granitemoehybrid", {"layer_types": ["mamba", "attention", "attention"]},
                            "layers of type 'linear_attention' are not supported; supported: full_attention"),
+    "a family like another": ("llama", {"model_type": "qwen3_5"},
+                              r"model type 'qwen3_5' is not supported \(the nearest that is: qwen3\); supported"),
     "an unknown family": ("llama", {"model_type": "gpt2"}, "model type 'gpt2' is not supported; supported: llama, m"),
     "another activation": ("gemma3_text", {"hidden_activation": "relu"}, "activation 'relu' is not supported"),
     "another kind of layer": ("qwen3", {"layer_types": ["full_attention", "chunked_attention", "full_attention"]},
