@@ -72,6 +72,13 @@ def check_context(manifest: BundleManifest, length: int, where: str) -> None:
         raise DecoderError(f"{length} tokens of context do not fit {where}: give 1 to {manifest.context_length}")
 
 
+def with_room(total: int, most: int) -> int:
+    """The positions that will be in use. Raises DecoderError: there are not so many."""
+    if total > most:
+        raise DecoderError(f"the cache holds {most} positions and {total} are needed: ask for less")
+    return total
+
+
 class BundleDecoder:
     """A bundle, ``length`` positions of whose cache of ``max_length`` are in use."""
 
@@ -89,10 +96,7 @@ class BundleDecoder:
 
     def _with_room_for(self, count: int) -> int:
         """Positions in use once ``count`` more are."""
-        total = self.length + count
-        if total > self.max_length:
-            raise DecoderError(f"the cache holds {self.max_length} positions and {total} are needed: ask for less")
-        return total
+        return with_room(self.length + count, self.max_length)
 
     def _zero_cache(self, positions: int, put: Callable[[NDArray[np.generic]], OrtValue]) -> Cache:
         shapes = [(1, layer.kv_heads, positions, self.manifest.head_dim) for layer in self.manifest.kv_layers]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from export.bundle.decoder import Ids, Logits, check_threads
+from export.bundle.decoder import Ids, Logits, check_threads, with_room
 from export.bundle.graph_check import check_graph
 from export.bundle.manifest import DECODE_GRAPH, SCORING_GRAPH
 
@@ -30,7 +30,7 @@ class OpenVinoDecoder:
     Args:
         path: a bundle of the cpu target with a float cache, or a directory with ``openvino_model.xml``.
         graph: of the bundle; the scoring graph answers for every token.
-        max_length: positions that are asked for; OpenVINO's cache grows by itself.
+        max_length: positions that may be used; OpenVINO's cache grows by itself, the rotary tables do not.
     """
 
     def __init__(self, path: Path, threads: int, max_length: int, graph: str = DECODE_GRAPH) -> None:
@@ -74,7 +74,7 @@ class OpenVinoDecoder:
         return self._append(ids)
 
     def _append(self, ids: Ids) -> Logits:
-        before, self.length = self.length, self.length + len(ids)
+        before, self.length = self.length, with_room(self.length + len(ids), self.max_length)
         feed = {
             "input_ids": ids[None].astype(np.int64),
             "attention_mask": np.ones((1, self.length), np.int64),

@@ -12,6 +12,7 @@ from export.bundle.decoder import OrtDecoder
 from export.bundle.engine_logits import logits_of
 from export.bundle.engines import Placed
 from export.bundle.manifest import BundleError, verify_files
+from export.bundle.session import DecoderError
 from export.generate.scoring import BundleScorer
 from saap.prune.plan import PrunePlan
 
@@ -81,6 +82,8 @@ def test_the_cache_goes_back_and_starts_again(uneven):
     assert np.abs(decoder.prefill(prompt[10:]) - expected).max() <= 1e-3
     decoder.reset()
     assert np.abs(decoder.prefill(prompt) - expected).max() <= 1e-3
+    with pytest.raises(DecoderError, match="the cache holds 64 positions and 65 are needed"):
+        decoder.prefill(np.arange(65 - len(prompt)))
 
 
 def test_its_facts_are_told(uneven):
