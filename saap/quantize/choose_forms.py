@@ -108,9 +108,9 @@ def units_of(model: PreTrainedModel) -> list[Unit]:
     return [*units, Unit(vocabulary, None, words, hidden, 1 if head is table else 2)]
 
 
-def weights_of(model: PreTrainedModel, unit: Unit) -> list[torch.nn.Parameter]:
+def weights_of(model: PreTrainedModel, unit: Unit) -> list[torch.Tensor]:
     """The unit's parameters, a tied table once."""
-    parameters = [model.get_parameter(f"{name}.weight") for name in unit.modules]
+    parameters: list[torch.Tensor] = [model.get_parameter(f"{name}.weight") for name in unit.modules]
     return list({id(parameter): parameter for parameter in parameters}.values())
 
 
