@@ -294,7 +294,7 @@ def memory_needs(kind: str, model: ModelFacts, positions: int, path: Path) -> di
 def _weight_files(path: Path) -> int:
     if path.is_file():
         return path.stat().st_size
-    kinds = ("*.safetensors", "*.onnx", "*.onnx.data", "*.onnx_data", "*.bin")
+    kinds = ("*.safetensors", "*.onnx", "*.onnx.data", "*.onnx_data", "openvino_model.bin")
     return sum(file.stat().st_size for kind in kinds for file in path.glob(kind))
 
 

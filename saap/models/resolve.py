@@ -1,8 +1,8 @@
 """From the name of a model to a directory that holds it.
 
 A name is a directory, a GGUF file, a hub id (``org/name``) or the name of a packaged model. GGUF files, packaged models
-and the text part of a model that sees or hears, too, are converted once into the cache: the directory that
-``SAAP_CACHE`` names, else the platform's.
+and the text part of a multimodal model are converted once into the cache: the directory that ``SAAP_CACHE`` names, else
+the platform's.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def _checked(path: Path) -> Path:
 
 
 def _text_of(source: Path, cache: Path, report: Progress) -> Path:
-    """The directory itself, or of a model that sees or hears, too, one of its text part."""
+    """The directory itself; for a multimodal model, a directory with its text part."""
     from saap.models.text_part import text_config_of, write_text_part
     from saap.models.weight_files import weights_hash
 

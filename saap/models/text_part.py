@@ -1,4 +1,4 @@
-"""The text part of a checkpoint that sees or hears, too: a model directory of its own.
+"""The text part of a multimodal checkpoint: a model directory of its own.
 
 transformers nests the decoder's config in ``text_config``. Its tensors are ``model.language_model.*`` with the head
 outside, or, in older files, ``language_model.model.*`` and ``language_model.lm_head.*``.

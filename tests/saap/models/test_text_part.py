@@ -1,4 +1,4 @@
-"""Of a model that sees, too, the text part: the same logits, and everything else left out."""
+"""The text part of a multimodal model: the same logits, and everything else left out."""
 
 import json
 
