@@ -54,6 +54,7 @@ from saap.tune.loop.steps import DivergedError, Group, History, Run, train
 from saap.tune.losses import KeptMatrix, head_loss, learning_loss
 from saap.tune.needs import tune_needs
 from saap.tune.options import TuneOptions
+from saap.tune.short_attention import use_short_attention
 from saap.tune.teacher import TeacherTargets, check_same_vocabulary, teacher_targets
 
 
@@ -161,6 +162,7 @@ def _tune(
     targets = targets_of(teacher_dir, rows, options, progress)
     adapted, groups, quant = _quantised(model, rows.ids, options, progress)
     trained = sum(p.numel() for group in groups for p in group["params"])
+    use_short_attention(adapted.get_base_model())
     head = None if way.recomputed else KeptMatrix()
     if not way.recomputed:
         adapters.keep_matrices(adapted)
