@@ -20,14 +20,16 @@ def python_with(modules: Sequence[str], what: str, install: str) -> str:
         UserError: neither has them; ``what`` needs them, ``install`` is what to give to pip.
     """
     chosen = os.environ.get(PEER_PYTHON)
-    if chosen and not missing_in(chosen, modules):
+    lacking = missing_in(chosen, modules) if chosen else []
+    if chosen and not lacking:
         return chosen
     missing = absent(modules)
     if not missing:
         return sys.executable
-    elsewhere = f" in {chosen} or here" if chosen else ""
+    there = lacking[0] if chosen else missing[0]
+    elsewhere = f" in {chosen}, nor {missing[0]} here" if chosen else ""
     raise UserError(
-        f"{what} needs {missing[0]}, which is not installed{elsewhere}: pip install {install}, "
+        f"{what} needs {there}, which is not installed{elsewhere}: pip install {install}, "
         f"or name a Python that has it in {PEER_PYTHON}"
     )
 

@@ -16,7 +16,8 @@ def test_a_package_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
         python_with(["no_such_package"], "x", "some-package")
     assert python_with(["numpy"], "x", "numpy") == sys.executable
     monkeypatch.setenv(PEER_PYTHON, sys.executable)
-    with pytest.raises(UserError, match=f"not installed in {sys.executable} or here"):
+    told = f"no_such_package.part, which is not installed in {sys.executable}, nor no_such_package.part here"
+    with pytest.raises(UserError, match=told):
         python_with(["no_such_package.part"], "x", "some-package")
     monkeypatch.setenv(PEER_PYTHON, "/nowhere/python")
     with pytest.raises(UserError, match="/nowhere/python does not run"):
