@@ -87,6 +87,6 @@ class _Attention(torch.autograd.Function):
             for_scores = torch._softmax_backward_data(for_weights, weights, -1, weights.dtype).mul_(ctx.scale)
             for_q = torch.bmm(for_scores, k)
             for_k = torch.bmm(for_scores.transpose(1, 2), q)
-        batch, heads, tokens, size = ctx.shape
+        batch, _, tokens, size = ctx.shape
         kv = len(k) // batch
         return for_q.view(ctx.shape), *(x.view(batch, kv, tokens, size) for x in (for_k, for_v)), None, None

@@ -18,6 +18,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import torch
 from peft import PeftModel
@@ -162,7 +163,7 @@ def _tune(
     targets = targets_of(teacher_dir, rows, options, progress)
     adapted, groups, quant = _quantised(model, rows.ids, options, progress)
     trained = sum(p.numel() for group in groups for p in group["params"])
-    use_short_attention(adapted.get_base_model())
+    use_short_attention(cast("PreTrainedModel", adapted.get_base_model()))
     head = None if way.recomputed else KeptMatrix()
     if not way.recomputed:
         adapters.keep_matrices(adapted)
@@ -252,7 +253,7 @@ def check_model(slim_dir: Path, options: TuneOptions) -> dict[str, object]:
     if options.kept_tokens > (words := shape.vocab):
         refuse_unused(options, ("kept_tokens",), f"at most the {words} tokens of the vocabulary of {slim_dir}")
     check_widths(shape, block)
-    most = max(shape.hidden, *(max(s.query_heads * shape.head_dim, s.ffn) for s in shape.layers)) // block
+    most = max(shape.hidden, *(shape.inner_width(kind, s) for s in shape.layers for kind in s.blocks)) // block
     if (options.rank or 0) > most:
         raise UserError(f"--rank {options.rank} is more than the {most} groups of the widest matrix: leave --rank out")
     return config

@@ -74,7 +74,7 @@ def test_tuning_with_a_teacher(tiny_model, tmp_path, monkeypatch, integers, fold
     model = tiny_model(num_hidden_layers=2)
 
     def work(device, name):
-        training = TrainOptions(rows_per_step=4, micro_rows=2, device=device)
+        training = TrainOptions(rows_per_step=4, micro_rows=2, device=device, precision="fp32")
         options = TuneOptions(fold=fold, integers=integers, calibration_rows=4, kept_tokens=32, training=training)
         monkeypatch.setenv("SAAP_CACHE", str(tmp_path / f"cache-{name}"))
         result = tune(model, options, output=tmp_path / name, teacher=model, data=IDS)
