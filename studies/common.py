@@ -155,6 +155,18 @@ def _without_home(word: str) -> str:
     return Path(word).name if word.startswith("/") else word
 
 
+# What of a CPU's instructions decides about speed here, by flags of /proc/cpuinfo: a name, best first.
+ISA = (("amx_int8", "AMX"), ("avx512_bf16", "AVX512-BF16"), ("avx512_vnni", "AVX512-VNNI"), ("avx_vnni", "AVX-VNNI"),
+       ("avx512f", "AVX512"), ("avx2", "AVX2"))  # fmt: skip
+
+
+def cpu_of(machine: str) -> str:
+    """The CPU of a cell's ``machine`` and what it can do, as ``AMD EPYC, AVX2``."""
+    found = [name for flag, name in ISA if flag in machine]
+    told = [name for name in found if name not in ("AVX512", "AVX2")] or found[:1]
+    return ", ".join([machine.split(" (")[0], *told])
+
+
 def _machine() -> str:
     from devices.probe.host import probe
 

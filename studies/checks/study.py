@@ -28,6 +28,7 @@ from studies.common import (
     Cell,
     add_write_option,
     commit_of,
+    cpu_of,
     markdown,
     parser_of,
     provenance,
@@ -118,7 +119,7 @@ def table(cells: Sequence[Cell]) -> str:
         rows.append([
             f"`{COMMANDS[key[0]]}`", len(base), f"{median(base):.2f} s", f"{median(now):.2f} s", f"{ratio:.3f}",
             f"{low:.3f} to {high:.3f}", shown, ", ".join(sorted({_differ(cell) for cell in some})),
-            key[1].split(" (")[0],
+            cpu_of(key[1]),
         ])  # fmt: skip
     return markdown(
         ["command", "pairs", "CPU time before", "now", "ratio", "95 % interval", f"at most {BAR}", "packages",

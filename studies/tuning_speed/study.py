@@ -32,6 +32,7 @@ from studies.common import (
     Cell,
     add_write_option,
     commit_of,
+    cpu_of,
     markdown,
     parser_of,
     provenance,
@@ -95,7 +96,7 @@ def busy_table(cells: Sequence[Cell]) -> str:
                     speeds.setdefault(run["busy"], []).append(run["steps_tokens_per_s"])
         for busy, found in sorted(speeds.items()):
             share = f"{median(found) / median(speeds[0]):.2f}x" if busy else ""
-            rows.append([busy, len(found), f"{median(found):.0f}", share, threads, machine.split(" (")[0]])
+            rows.append([busy, len(found), f"{median(found):.0f}", share, threads, cpu_of(machine)])
     heads = ["busy processes", "runs", "tokens/s of steps", "of alone", "threads", "machine"]
     return markdown(heads, rows)
 
@@ -114,7 +115,7 @@ def table(cells: Sequence[Cell]) -> str:
             key[1], len(pairs), *(f"{median(side):.0f}" for side in speeds), f"{ratio:.2f}x ({low:.2f} to {high:.2f})",
             *(f"{median(run['command_s'] for run in side):.0f} s" for side in (base, now)),
             *(f"{median(run['peak_mb'] for run in side) / 1000:.2f}" for side in (base, now)),
-            f"{apart:.4f}" if alike else "other text", key[2][:7], key[0].split(" (")[0],
+            f"{apart:.4f}" if alike else "other text", key[2][:7], cpu_of(key[0]),
         ])  # fmt: skip
     return markdown(
         ["threads", "pairs", "tokens/s of steps before", "now", "ratio", "the command before", "now",

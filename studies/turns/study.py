@@ -22,7 +22,7 @@ from bench.measure.bursts import take_turns
 from bench.measure.options import BenchOptions
 from bench.measure.result import Bursts, Load
 from bench.runtimes.peers import read_peers
-from studies.common import Cell, add_write_option, markdown, parser_of, provenance, read_cells, show_tables
+from studies.common import Cell, add_write_option, cpu_of, markdown, parser_of, provenance, read_cells, show_tables
 
 FOLDER = Path(__file__).parent
 PROMPT, GENERATE = 64, 128
@@ -53,7 +53,7 @@ def table(cells: Sequence[Cell]) -> str:
             f"{np.median([ratio.half_width for ratio in found]):.2%}",
             f"{sum(ratio.low <= mean <= ratio.high for ratio in found)} of {len(found)}",
             ", ".join(f"{said.count(verdict)} {verdict}" for verdict in dict.fromkeys(said)),
-            f"{np.median(clocks):.2f}x", key[3].split(" (")[0],
+            f"{np.median(clocks):.2f}x", cpu_of(key[3]),
         ])  # fmt: skip
     return markdown(
         ["pair", "threads", "each", "trials", "speed of B over A", "farthest from it", "95 % interval, half",
