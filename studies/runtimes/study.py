@@ -17,14 +17,14 @@ from pathlib import Path, PurePath
 
 from bench.measure.result import Measurement, Result, read_result, result_text
 from bench.report.tables import peer_notes
-from studies.common import Cell, add_write_option, markdown, parser_of, provenance, read_cells, show_tables
+from studies.common import Cell, add_write_option, cpu_of, markdown, parser_of, provenance, read_cells, show_tables
 
 FOLDER = Path(__file__).parent
 
 
 def rows_of(cell: Cell) -> Iterator[list[str]]:
     """A row for each model and number of threads; ratios are against the fastest row of llama.cpp's own file."""
-    result, place = result_of(cell), cell["machine"].split(" (")[0]
+    result, place = result_of(cell), cpu_of(cell["machine"])
     for threads in sorted({m.n_threads for m in result.measurements}):
         these = [m for m in result.measurements if m.n_threads == threads]
         for m in these:
@@ -68,7 +68,7 @@ def tables() -> dict[str, str]:
     """The tables of README.md."""
     cells = [cell for cell in read_cells(FOLDER / "cells") if "result" in cell]
     heads = ["CPU", "threads", "model", "decode tok/s", "of llama.cpp", "prefill tok/s", "of llama.cpp", "peak MB"]
-    notes = [[cell["machine"].split(" (")[0], note] for cell in cells for note in peer_notes(result_of(cell))]
+    notes = [[cpu_of(cell["machine"]), note] for cell in cells for note in peer_notes(result_of(cell))]
     return {
         "speed": markdown(heads, [row for cell in cells for row in rows_of(cell)]),
         "pilots": markdown(["CPU", "which setting of llama.cpp is fastest"], notes),
