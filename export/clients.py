@@ -33,9 +33,10 @@ def optimum_config(config: dict[str, object], manifest: BundleManifest) -> dict[
     optimum takes one KV shape for all layers: ``num_key_value_heads``, and ``hidden_size / num_attention_heads`` as the
     head size (optimum-onnx 0.1.0 reads ``head_dim`` for few model types only). So the layers with attention must have
     equal KV heads, and ``num_attention_heads`` is the number that gives the right quotient, not the one of any layer.
+    There is no place for the states of convolutions.
     """
     kv_heads = {layer.kv_heads for layer in manifest.kv_layers}
-    if len(kv_heads) != 1 or manifest.hidden_size % manifest.head_dim:
+    if len(kv_heads) != 1 or not manifest.can_forget or manifest.hidden_size % manifest.head_dim:
         return None
     ours = ("slim_layers", "slim_quant", "slim_bias", "auto_map", "quantization_config", "_name_or_path")
     cached = [index for index, layer in enumerate(manifest.layers) if layer.query_heads]

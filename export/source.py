@@ -52,6 +52,14 @@ class StackedLinear:
     bias: torch.Tensor | None  # [N] or None
 
 
+@dataclass(frozen=True)
+class Kernel:
+    """The kernels of a short convolution, one for each channel."""
+
+    weight: torch.Tensor  # [channels, 1, tokens] float32
+    bias: torch.Tensor | None  # [channels] or None
+
+
 class WeightSource(Protocol):
     """Where a bundle's weights come from: a model directory, or numbers made up at a model's sizes."""
 
@@ -64,13 +72,16 @@ class WeightSource(Protocol):
         """Sizes of all layers."""
 
     def linear(self, layer: int, part: str, precision: Precision) -> StackedLinear:
-        """``qkv``, ``o``, ``gate_up`` or ``down`` of a layer."""
+        """One matrix of a layer, by its name in ``Architecture.matrices``."""
 
     def table(self, module: str, precision: Precision) -> torch.Tensor | QuantMatrix:
         """The embedding or the head, [vocab, hidden]; integers have no zero points but the midpoint."""
 
     def norm(self, field: str, layer: int | None = None) -> torch.Tensor:
         """The factors of a norm, [width] float32, by its field of :class:`Architecture`."""
+
+    def kernel(self, layer: int) -> Kernel:
+        """Of a layer's short convolution."""
 
 
 class ModelSource:
@@ -138,6 +149,11 @@ class ModelSource:
         name = module if layer is None else f"{self.architecture.layers}.{layer}.{module}"
         return self.read(f"{name}.weight").float() + float(self.architecture.offset_norms)
 
+    def kernel(self, layer: int) -> Kernel:
+        """Of a layer's short convolution: too small for integers."""
+        module = f"{self.architecture.layers}.{layer}.{self.architecture.conv_kernel}"
+        return Kernel(self.read(f"{module}.weight").float(), self.bias(module))
+
     def bias(self, module: str) -> torch.Tensor | None:
         name = f"{module}.bias"
         return self.read(name).float() if name in self.names else None
@@ -159,7 +175,10 @@ class ModelSource:
         return table
 
     def linear(self, layer: int, part: str, precision: Precision) -> StackedLinear:
-        """``qkv``, ``o``, ``gate_up`` or ``down`` of a layer. Raises UserError: its linears hold different integers."""
+        """One matrix of a layer, by its name in ``Architecture.matrices``.
+
+        Raises UserError: its linears hold different integers.
+        """
         arch = self.architecture
         if self.quant:
             stacked_form(self.quant, arch, layer, part)
@@ -208,4 +227,5 @@ def sized_manifest(shape: ModelShape, precision: Precision, config: ModelConfig)
         bos_token_id=None,
         eos_token_ids=[],
         onnxruntime_min="",
+        conv_kernel=shape.conv_kernel,
     )

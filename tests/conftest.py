@@ -241,6 +241,9 @@ def tiny_family(tmp_path: Path, families: _Made) -> Callable[..., Path]:
                 "mamba_n_heads": 4,  # which has to divide, also where there is none
             }
             fields = dense | fields
+        if FAMILIES[model_type].conv_in:
+            kinds = [("conv", "full_attention")[i % 2] for i in range(fields["num_hidden_layers"])]
+            fields = {"layer_types": kinds, "block_auto_adjust_ff_dim": False} | fields
 
         def build() -> Any:
             model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **fields))

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -74,6 +74,14 @@ class FfnCost:
 
 
 @dataclass(frozen=True)
+class ConvCost:
+    """Milliseconds of one short convolution with its norm."""
+
+    channels: int
+    ms: float
+
+
+@dataclass(frozen=True)
 class ThreadCosts:
     """The costs at one thread count. ``constant_ms``: embedding, final norm, head and choice of the token."""
 
@@ -86,6 +94,7 @@ class ThreadCosts:
     ffn: list[FfnCost]
     bandwidth: Bandwidth
     processes: list[CostProcess]
+    conv: list[ConvCost] = field(default_factory=list)  # of a model that has such layers
 
 
 def read_stacks(manifests: Sequence[BundleManifest]) -> list[Stack]:
@@ -113,13 +122,16 @@ def costs_from(
     full = stacks[0].option
     ratios = fit_ratios(processes, len(stacks))
     saved = {i: base * (1 - ratios[i]) / stacks[i].changed for i in range(1, len(stacks))}
-    no_attention = next(i for i in saved if not stacks[i].option.query_heads)
+    no_attention = next(i for i in saved if not (stacks[i].option.query_heads or stacks[i].option.conv))
     no_ffn = next(i for i in saved if not stacks[i].option.ffn)
     attention, ffn = [AttentionCost(full.query_heads, full.kv_heads, saved[no_attention])], []
     ffn.append(FfnCost(full.ffn, saved[no_ffn]))
+    conv = []  # each in the place of an attention block
     for i in saved.keys() - {no_attention, no_ffn}:
         option = stacks[i].option
-        if option.ffn == full.ffn:
+        if option.conv:
+            conv.append(ConvCost(option.conv, saved[no_attention] - saved[i]))
+        elif option.ffn == full.ffn:
             attention.append(AttentionCost(option.query_heads, option.kv_heads, saved[no_attention] - saved[i]))
         else:
             ffn.append(FfnCost(option.ffn, saved[no_ffn] - saved[i]))
@@ -134,6 +146,7 @@ def costs_from(
         ffn=sorted(ffn, key=lambda cost: cost.width),
         bandwidth=bandwidth,
         processes=list(processes),
+        conv=sorted(conv, key=lambda cost: cost.channels),
     )
 
 

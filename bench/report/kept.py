@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 ROWS = (("query_heads", "query heads"), ("kv_heads", "KV groups"), ("ffn", "FFN width"))
-BLOCKS = (("attention", "attention", 5), ("ffn", "FFN", 2))  # a blue and an orange, which every eye tells apart
+CONV_ROW = ("conv", "conv channels")  # of families that have short convolutions
+# A blue, an orange and a green, which every eye tells apart.
+BLOCKS = (("attention", "attention", 5), ("ffn", "FFN", 2), ("conv", "convolution", 3))
 KEPT = 1  # series colour of what is kept; how much is told by how full it is
 SCALES = {"weights": (1e6, "million weights"), "parameters": (1e6, "million parameters"), "bytes": (1e6, "MB"),
           "ms": (1.0, "millisecond")}  # fmt: skip
@@ -31,6 +33,7 @@ class Kept:
     shares: Array  # [rows, layers] what is kept of what the dense model had, 0 to 1; NaN where it had none
     totals: Array  # [rows] the same over all layers
     prices: Array | None = None  # [blocks, layers] nats per token; None where the plan has no prices
+    rows: tuple[tuple[str, str], ...] = ROWS  # field and title
 
 
 def kept_of(plan: Mapping[str, object]) -> Kept | None:
@@ -38,13 +41,14 @@ def kept_of(plan: Mapping[str, object]) -> Kept | None:
     layers, dense = ([as_dict(layer) for layer in as_list(plan.get(key))] for key in ("layers", "dense_layers"))
     if not layers or len(layers) != len(dense):
         return None
-    counts = [[[as_float(layer.get(name)) or 0.0 for layer in of] for name, _ in ROWS] for of in (layers, dense)]
+    rows = (*ROWS, CONV_ROW) if any(layer.get("conv") for layer in dense) else ROWS
+    counts = [[[as_float(layer.get(name)) or 0.0 for layer in of] for name, _ in rows] for of in (layers, dense)]
     left, had = np.array(counts)
     with np.errstate(invalid="ignore", divide="ignore"):
         shares, totals = (np.where(b > 0, a / b, np.nan) for a, b in ((left, had), (left.sum(1), had.sum(1))))
     if np.isnan(totals).all():
         return None
-    return Kept(np.clip(shares, 0, 1), np.clip(totals, 0, 1), _prices(plan, len(layers)))
+    return Kept(np.clip(shares, 0, 1), np.clip(totals, 0, 1), _prices(plan, len(layers)), rows)
 
 
 def _prices(plan: Mapping[str, object], layers: int) -> Array | None:
@@ -93,9 +97,9 @@ def _draw_shares(axes: Axes, kept: Kept) -> None:
     for row, total in enumerate(kept.totals):
         told = "none there" if np.isnan(total) else f"{100 * total:.0f} %"
         axes.text(kept.shares.shape[1] - 0.2, row, told, va="center", color=INK)
-    axes.set_yticks(range(len(ROWS)), [title for _, title in ROWS])
+    axes.set_yticks(range(len(kept.rows)), [title for _, title in kept.rows])
     axes.set_xlim(-0.7, kept.shares.shape[1] - 0.3)
-    axes.set_ylim(len(ROWS) - 0.5, -0.5)
+    axes.set_ylim(len(kept.rows) - 0.5, -0.5)
     axes.tick_params(length=0)
     for spine in axes.spines.values():
         spine.set_visible(False)
@@ -119,7 +123,9 @@ def _fullness(share: float) -> float:
 
 def _draw_prices(axes: Axes, prices: Array) -> None:
     below = np.zeros(prices.shape[1])
-    for (_, name, colour), heights in zip(BLOCKS, prices, strict=True):
+    for (kind, name, colour), heights in zip(BLOCKS, prices, strict=True):
+        if kind == CONV_ROW[0] and not heights.any():
+            continue
         axes.bar(range(len(heights)), heights, width=0.74, bottom=below, color=series_colour(colour), label=name)
         below = below + heights
     axes.set_ylabel("price, nats")
@@ -131,7 +137,7 @@ def _draw_prices(axes: Axes, prices: Array) -> None:
 
 def shares_text(kept: Kept) -> str:
     """What is kept over all layers, in words, for who does not see the picture."""
-    parts = zip(ROWS, kept.totals, strict=True)
+    parts = zip(kept.rows, kept.totals, strict=True)
     return ", ".join(f"{title} {100 * total:.0f} %" for (_, title), total in parts if not np.isnan(total))
 
 

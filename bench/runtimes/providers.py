@@ -195,7 +195,5 @@ def profile_shapes(manifest: BundleManifest, max_length: int) -> dict[str, str]:
 def _shapes(manifest: BundleManifest, new: int, past: int) -> str:
     # The lengths must add up, or TensorRT refuses the profile.
     shapes = [f"input_ids:1x{new}", f"attention_mask:1x{past + new}", f"position_ids:1x{new}"]
-    for n, layer in enumerate(manifest.kv_layers):
-        cache = f"1x{layer.kv_heads}x{past}x{manifest.head_dim}"
-        shapes += [f"past_key_values.{n}.{part}:{cache}" for part in ("key", "value")]
+    shapes += [f"{part.past}:{'x'.join(map(str, part.sized(1, past)))}" for part in manifest.cache]
     return ",".join(shapes)

@@ -24,14 +24,14 @@ from numpy.typing import NDArray
 from devices.common.cores import allowed_cores
 from devices.common.errors import first_line
 from devices.common.wording import counted
-from export.bundle.manifest import DECODE_GRAPH, PREFILL_CHUNK, BundleManifest, read_manifest, verify_files
+from export.bundle.manifest import DECODE_GRAPH, PREFILL_CHUNK, BundleManifest, CachePart, read_manifest, verify_files
 from export.bundle.prepacked import prepack
 from export.bundle.session import DecoderError, check_provider, open_session
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession, OrtValue
 
-    Cache = list[tuple[str, OrtValue]]  # of every layer that has one: key, then value
+    Cache = list[tuple[CachePart, OrtValue]]  # of every layer that remembers something
 
 Ids = NDArray[np.int64]
 Logits = NDArray[np.float32]
@@ -99,30 +99,26 @@ class BundleDecoder:
         return with_room(self.length + count, self.max_length)
 
     def _zero_cache(self, positions: int, put: Callable[[NDArray[np.generic]], OrtValue]) -> Cache:
-        shapes = [(1, layer.kv_heads, positions, self.manifest.head_dim) for layer in self.manifest.kv_layers]
-        return [
-            (f"{n}.{part}", put(np.zeros(shape, np.dtype(self.manifest.kv_dtype))))
-            for n, shape in enumerate(shapes)
-            for part in ("key", "value")
-        ]
+        parts = self.manifest.cache
+        return [(part, put(np.zeros(part.sized(1, positions), np.dtype(part.dtype)))) for part in parts]
 
     def _bind_cache(self, cache: Cache) -> None:
         self._past = cache
-        for name, value in cache:
-            self._binding.bind_ortvalue_input(f"past_key_values.{name}", value)
+        for part, value in cache:
+            self._binding.bind_ortvalue_input(part.past, value)
             if self._shared:
-                self._binding.bind_ortvalue_output(f"present.{name}", value)
+                self._binding.bind_ortvalue_output(part.present, value)
 
     def _carry_cache(self) -> None:
         # The binding lists outputs in the order they were first bound: the cache, then the logits.
         present = self._binding.get_outputs()[: len(self._past)]
-        self._bind_cache([(name, value) for (name, _), value in zip(self._past, present, strict=True)])
+        self._bind_cache([(part, value) for (part, _), value in zip(self._past, present, strict=True)])
 
     def _free_outputs(self) -> None:
         # Outputs of new sizes. Before ONNX Runtime 1.24 this empties the values that get_outputs gave, so it is done
         # when the next run no longer needs them, not when they are carried over.
-        for name, _ in self._past:
-            self._binding.bind_output(f"present.{name}", self.device)
+        for part, _ in self._past:
+            self._binding.bind_output(part.present, self.device)
 
 
 def check_ids(ids: Ids, manifest: BundleManifest) -> None:
@@ -202,17 +198,24 @@ class OrtDecoder(BundleDecoder):
         self._binding.bind_output("logits", "cpu", 0, np.float32, self._logits.shape, self._logits.ctypes.data)
 
     def reset(self) -> None:
-        """Forget the sequence; stale positions are never attended to, so the buffer is not cleared."""
+        """Forget the sequence; stale positions are never attended to, so only states are cleared."""
         self.length = 0
+        for part, value in self._kv:
+            if not part.grows:
+                value.update_inplace(np.zeros(part.sized(1, 0), np.dtype(part.dtype)))
         self._bind_cache(self._kv)
 
-    def rewind(self, length: int) -> None:
-        """Forget all but the first ``length`` positions."""
+    def rewind(self, length: int) -> int:
+        """Forget all but the first ``length`` positions; how many are kept, none where a state cannot go back."""
         if not 0 <= length <= self.length:
             raise DecoderError(f"{length} positions cannot be kept: give 0 to {self.length}, which are in use")
+        if length < self.length and not self.manifest.can_forget:
+            self.reset()
+            return 0
         if not self._shared:
             self._cut_cache(length)
         self.length = length
+        return length
 
     def prefill(self, ids: Ids) -> Logits:
         """Append ``ids`` [n], in pieces as in generation; the logits [vocab] after the last of them."""
@@ -252,8 +255,8 @@ class OrtDecoder(BundleDecoder):
     def _cut_cache(self, length: int) -> None:
         from onnxruntime import OrtValue
 
-        kept = [(name, np.ascontiguousarray(value.numpy()[:, :, :length])) for name, value in self._past]
-        self._bind_cache([(name, OrtValue.ortvalue_from_numpy(array)) for name, array in kept])
+        kept = [(part, value.numpy()[:, :, :length] if part.grows else value.numpy()) for part, value in self._past]
+        self._bind_cache([(part, OrtValue.ortvalue_from_numpy(np.ascontiguousarray(each))) for part, each in kept])
 
 
 def collapse() -> int:

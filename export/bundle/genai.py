@@ -32,6 +32,7 @@ class Inputs(Struct, frozen=True):
     position_ids: Name | UnsetType = UNSET
     past_key_names: Name | UnsetType = UNSET
     past_value_names: Name | UnsetType = UNSET
+    past_conv_names: Name | UnsetType = UNSET
 
 
 class Outputs(Struct, frozen=True):
@@ -40,6 +41,7 @@ class Outputs(Struct, frozen=True):
     logits: Name
     present_key_names: Name | UnsetType = UNSET
     present_value_names: Name | UnsetType = UNSET
+    present_conv_names: Name | UnsetType = UNSET
 
 
 class SlidingWindow(Struct, frozen=True):
@@ -65,6 +67,7 @@ class Decoder(Struct, frozen=True):
     inputs: Inputs
     outputs: Outputs
     sliding_window: SlidingWindow | UnsetType | None = UNSET
+    layer_types: list[str] | UnsetType = UNSET  # where some layers convolve
 
 
 class Model(Struct, frozen=True, kw_only=True):
@@ -89,11 +92,16 @@ def genai_model(manifest: BundleManifest) -> Model:
     Layers may differ in their KV heads: genai takes those from the graph's input shapes, and the counts given here
     are the largest ones. ``num_hidden_layers`` counts the layers that have a KV cache, since genai makes one pair of
     ``past_key_values.N`` for each.
+
+    A bundle with short convolutions is of genai's own type for them, which takes one shape for all caches and one for
+    all states; where layers differ in them genai refuses the graph.
     """
-    cached = manifest.kv_layers
+    cached, mixing = manifest.kv_layers, manifest.mixing_layers
+    kinds = ["conv" if layer.conv else "full_attention" for layer in mixing]
+    states = "conv" in kinds
     pad = manifest.eos_token_ids[0] if manifest.eos_token_ids else 0  # nothing is padded in a single stream
     return Model(
-        type="decoder",  # genai's name for any decoder-only model with these inputs
+        type="lfm2" if states else "decoder",  # genai's name for any decoder-only model with these inputs
         vocab_size=manifest.vocab_size,
         context_length=manifest.context_length,
         # genai insists on a number; it adds no BOS by itself, the tokenizer's template does.
@@ -106,15 +114,17 @@ def genai_model(manifest: BundleManifest) -> Model:
             hidden_size=manifest.hidden_size,
             num_attention_heads=max((layer.query_heads for layer in cached), default=0),
             num_key_value_heads=max((layer.kv_heads for layer in cached), default=0),
-            num_hidden_layers=len(cached),
+            num_hidden_layers=len(mixing),
             inputs=Inputs(
                 "input_ids",
                 "attention_mask",
                 UNSET if shares_cache(manifest) else "position_ids",
                 "past_key_values.%d.key",
                 "past_key_values.%d.value",
+                "past_conv.%d" if states else UNSET,
             ),
-            outputs=Outputs("logits", "present.%d.key", "present.%d.value"),
+            outputs=Outputs("logits", "present.%d.key", "present.%d.value", "present_conv.%d" if states else UNSET),
+            layer_types=kinds if states else UNSET,
         ),
     )
 

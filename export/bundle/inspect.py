@@ -27,6 +27,7 @@ class Layer:
     query_heads: int
     kv_heads: int
     ffn: int
+    conv: int
     parameters: int | None
     bytes: int | None
 
@@ -135,7 +136,7 @@ class Inspection:
             matrices.append([q.node, str(q.bits), str(q.block), level, str(q.count), _mb(q.bytes)])
         stored = [[name, str(kind.count), _mb(kind.bytes)] for name, kind in self.graph.by_dtype().items()]
         tables = [
-            ("layers", ["layers", "query heads", "KV heads", "FFN", "M params", "MB"], _layer_rows(self.layers)),
+            ("layers", _layer_columns(self.layers), _layer_rows(self.layers)),
             ("nodes of the decode graph", ["operator", "count"], [[kind, str(count)] for kind, count in nodes]),
             ("quantised matrices", ["node", "bits", "block", "accuracy level", "count", "MB"], matrices),
             ("tensors of the decode graph", ["type", "count", "MB"], stored),
@@ -159,7 +160,7 @@ def inspect_bundle(path: str | Path) -> Inspection:
     for index, sizes in enumerate(manifest.layers):
         tensors = [t for t in graph.tensors.values() if t.layer == index]
         counts = (sum(t.parameters for t in tensors) or None, sum(t.bytes for t in tensors) or None)
-        layers.append(Layer(index, sizes.query_heads, sizes.kv_heads, sizes.ffn, *counts))
+        layers.append(Layer(index, sizes.query_heads, sizes.kv_heads, sizes.ffn, sizes.conv, *counts))
     files = [FileState(name, e.bytes, _state(directory / name, e)) for name, e in sorted(manifest.files.items())]
     return Inspection(directory, manifest, graph, layers, files, data_files)
 
@@ -196,11 +197,18 @@ def _provenance_lines(manifest: BundleManifest) -> list[str]:
     return lines
 
 
+def _layer_columns(layers: list[Layer]) -> list[str]:
+    convolves = ["convolution"] if any(layer.conv for layer in layers) else []
+    return ["layers", "query heads", "KV heads", *convolves, "FFN", "M params", "MB"]
+
+
 def _layer_rows(layers: list[Layer]) -> list[list[str]]:
     """One row for each run of layers that are alike."""
+    convolves = any(layer.conv for layer in layers)
 
     def cells(layer: Layer) -> list[str]:
-        counts = [str(count) for count in (layer.query_heads, layer.kv_heads, layer.ffn)]
+        sizes = (layer.query_heads, layer.kv_heads, *((layer.conv,) if convolves else ()), layer.ffn)
+        counts = [str(count) for count in sizes]
         return counts + ["-" if n is None else f"{n / 1e6:.3f}" for n in (layer.parameters, layer.bytes)]
 
     rows = []

@@ -56,9 +56,12 @@ class LlamaCppDecoder:
     def reset(self) -> None:
         self.lib.llama_memory_clear(self.lib.llama_get_memory(self.context), False)
 
-    def rewind(self, length: int) -> None:
-        """Forget all but the first ``length`` positions."""
-        self.lib.llama_memory_seq_rm(self.lib.llama_get_memory(self.context), -1, length, -1)
+    def rewind(self, length: int) -> int:
+        """Forget all but the first ``length`` positions; how many are kept, none where llama.cpp cannot go back."""
+        if self.lib.llama_memory_seq_rm(self.lib.llama_get_memory(self.context), -1, length, -1):
+            return length
+        self.reset()
+        return 0
 
     def prefill(self, ids: Ids) -> Logits:
         """Append ``ids`` [n]; the logits [vocab] after the last of them, the only ones computed."""

@@ -9,8 +9,9 @@ A bundle holds::
     bundle.json       this module's manifest
 
 Inputs and outputs follow the ecosystem: ``input_ids`` [batch, sequence] int64, ``attention_mask`` [batch, total] int64,
-``past_key_values.N.key/value`` [batch, kv_heads_N, past, head_dim] -> ``logits``, ``present.N.key/value``. N counts the
-layers that have attention, from 0. Past and present may share one buffer.
+``past_key_values.N.key/value`` [batch, kv_heads_N, past, head_dim] -> ``logits``, ``present.N.key/value``; of a short
+convolution ``past_conv.N`` [batch, channels_N, kernel - 1] -> ``present_conv.N``, as onnxruntime-genai names them. N
+counts the layers that mix tokens, from 0. Past and present may share one buffer.
 """
 
 from __future__ import annotations
@@ -58,11 +59,31 @@ Bytes = Annotated[int, Meta(ge=0, le=2**62)]
 
 @dataclass(frozen=True)
 class LayerSizes:
-    """Sizes of one decoder layer; 0 query heads means no attention, 0 ffn means no feed-forward block."""
+    """Sizes of one decoder layer; 0 of query heads, ffn or conv: no attention, feed-forward block or convolution."""
 
     query_heads: Count
     kv_heads: Count
     ffn: Count
+    conv: Count = 0  # channels of the short convolution
+
+
+@dataclass(frozen=True)
+class CachePart:
+    """An input of the graphs that carries what a layer remembers, and the output that takes its place."""
+
+    past: str  # name of the input
+    present: str  # name of the output
+    shape: tuple[int | None, ...]  # behind the batch; None is one entry per position
+    dtype: str
+
+    @property
+    def grows(self) -> bool:
+        """Whether it has an entry for each position; else it is one state, which no position can be taken out of."""
+        return None in self.shape
+
+    def sized(self, batch: int, positions: int) -> tuple[int, ...]:
+        """Its shape for so many sequences of so many positions."""
+        return (batch, *(positions if size is None else size for size in self.shape))
 
 
 @dataclass(frozen=True)
@@ -160,12 +181,43 @@ class BundleManifest:
     lineage: dict[str, Any] = field(default_factory=dict)
     parity: Parity | None = None  # None where it was not checked
     files: dict[str, FileEntry] = field(default_factory=dict)  # of all files but ``bundle.json``
+    conv_kernel: Annotated[int, Meta(ge=0, le=1024)] = 0  # tokens that a short convolution sees; 0 where there is none
     format: int = FORMAT
 
     @property
     def kv_layers(self) -> list[LayerSizes]:
         """The layers that own a KV cache, in the order of the graph's ``past_key_values.N``."""
         return [layer for layer in self.layers if layer.query_heads]
+
+    @property
+    def mixing_layers(self) -> list[LayerSizes]:
+        """The layers that mix tokens, and so remember something: N of the graph's names counts them."""
+        return [layer for layer in self.layers if layer.query_heads or layer.conv]
+
+    @property
+    def cache(self) -> list[CachePart]:
+        """What the graphs carry from one run to the next, in the order of the layers, keys before values."""
+        parts = []
+        for n, layer in enumerate(self.mixing_layers):
+            if layer.query_heads:
+                parts += [
+                    CachePart(
+                        f"past_key_values.{n}.{part}", f"present.{n}.{part}", (layer.kv_heads, None, self.head_dim),
+                        self.kv_dtype,
+                    )
+                    for part in ("key", "value")
+                ]  # fmt: skip
+            else:
+                floats = "float32" if self.kv_dtype == "int8" else self.kv_dtype
+                parts.append(
+                    CachePart(f"past_conv.{n}", f"present_conv.{n}", (layer.conv, self.conv_kernel - 1), floats)
+                )
+        return parts
+
+    @property
+    def can_forget(self) -> bool:
+        """Whether the last positions of a sequence can be taken back: not out of a convolution's state."""
+        return all(part.grows for part in self.cache)
 
     @property
     def content_hash(self) -> str:
@@ -191,6 +243,8 @@ def _check(manifest: BundleManifest) -> None:
         heads, groups = layer.query_heads, layer.kv_heads
         if bool(heads) != bool(groups) or (groups and heads % groups):
             raise ValueError(f"layer {index} has {heads} query heads in {groups} KV groups: groups are of equal size")
+        if layer.conv and (heads or manifest.conv_kernel < 2):
+            raise ValueError(f"layer {index} has a convolution beside attention, or one of fewer than 2 tokens")
     msgspec.convert(manifest.lineage, Lineage)
     for name, ids in (("eos_token_ids", manifest.eos_token_ids), ("bos_token_id", [manifest.bos_token_id or 0])):
         if beyond := [each for each in ids if each >= manifest.vocab_size]:

@@ -7,6 +7,7 @@ output of the graph would be copied at every token.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,13 +15,12 @@ import numpy as np
 
 from export.bundle.decoder import Ids, Logits, check_threads, with_room
 from export.bundle.graph_check import check_graph
-from export.bundle.manifest import DECODE_GRAPH, SCORING_GRAPH
+from export.bundle.manifest import DECODE_GRAPH, SCORING_GRAPH, CachePart, read_manifest
 
 if TYPE_CHECKING:
     from openvino import CompiledModel, Model
 
 IR = "openvino_model.xml"
-PAST, PRESENT = "past_key_values", "present"
 OPTIONS = {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1, "ENABLE_HYPER_THREADING": False}
 
 
@@ -38,13 +38,19 @@ class OpenVinoDecoder:
 
         check_threads(threads)
         self.path, self.max_length, self.length = path, max_length, 0
+        self.can_forget = True
+        options = {**OPTIONS, "INFERENCE_NUM_THREADS": threads}
         core = openvino.Core()
         if (path / IR).is_file():
             model = core.read_model(path / IR)
         else:
             check_graph(path / graph)
-            model = _with_state(core.read_model(path / graph))
-        self.compiled: CompiledModel = core.compile_model(model, "CPU", {**OPTIONS, "INFERENCE_NUM_THREADS": threads})
+            manifest = read_manifest(path)
+            self.can_forget = manifest.can_forget
+            if manifest.bits == 32:  # where a CPU has bfloat16, OpenVINO computes in it by default
+                options["INFERENCE_PRECISION_HINT"] = "f32"
+            model = _with_state(core.read_model(path / graph), manifest.cache)
+        self.compiled: CompiledModel = core.compile_model(model, "CPU", options)
         self._inputs = {name for given in self.compiled.inputs for name in given.names}
         self._request = self.compiled.create_infer_request()
 
@@ -52,13 +58,18 @@ class OpenVinoDecoder:
         self._request.reset_state()
         self.length = 0
 
-    def rewind(self, length: int) -> None:
-        """Forget all but the first ``length`` positions."""
+    def rewind(self, length: int) -> int:
+        """Forget all but the first ``length`` positions; how many are kept."""
         import openvino
 
+        if length < self.length and not self.can_forget:
+            self.reset()
+            return 0
         for state in self._request.query_state():
-            state.state = openvino.Tensor(np.ascontiguousarray(state.state.data[:, :, :length]))
+            if self.can_forget:
+                state.state = openvino.Tensor(np.ascontiguousarray(state.state.data[:, :, :length]))
         self.length = length
+        return length
 
     def prefill(self, ids: Ids) -> Logits:
         """Append ``ids`` [n]; the logits [vocab] after the last of them."""
@@ -91,15 +102,13 @@ def scorer(path: Path, threads: int, max_length: int) -> OpenVinoDecoder:
     return OpenVinoDecoder(path, threads, max_length, SCORING_GRAPH)
 
 
-def _with_state(model: Model) -> Model:
+def _with_state(model: Model, cache: Sequence[CachePart]) -> Model:
     """The model for one sequence, its cache a state that is empty at first."""
     from openvino._offline_transformations import apply_make_stateful_transformation
 
-    names = {given: given.get_any_name() for given in model.inputs}
     shapes = {given: given.get_partial_shape() for given in model.inputs}
     for shape in shapes.values():
         shape[0] = 1
     model.reshape(shapes)
-    pairs = {name: name.replace(PAST, PRESENT) for name in names.values() if name.startswith(PAST)}
-    apply_make_stateful_transformation(model, pairs)
+    apply_make_stateful_transformation(model, {part.past: part.present for part in cache})
     return model

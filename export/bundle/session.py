@@ -72,7 +72,7 @@ def make_session(graph: Path, options: SessionOptions) -> InferenceSession:
         raise DecoderError(f"ONNX Runtime {ort.__version__} cannot load {graph}: {first_line(error)}") from error
 
 
-CACHE_TYPES = {"float32": "tensor(float)", "float16": "tensor(float16)", "int8": "tensor(int8)"}
+TENSORS = {"float32": "tensor(float)", "float16": "tensor(float16)", "int8": "tensor(int8)"}
 
 
 def check_signature(session: InferenceSession, manifest: BundleManifest, graph: Path) -> None:
@@ -82,26 +82,27 @@ def check_signature(session: InferenceSession, manifest: BundleManifest, graph: 
     """
     taken = {given.name: given for given in session.get_inputs()}
     given = {made.name: made for made in session.get_outputs()}
-    wanted: dict[str, tuple[int, ...]] = {"input_ids": (), "attention_mask": (), "logits": (manifest.vocab_size,)}
-    for index, layer in enumerate(manifest.kv_layers):
-        for kind in ("key", "value"):
-            for name in ("past_key_values", "present"):
-                wanted[f"{name}.{index}.{kind}"] = (layer.kv_heads, manifest.head_dim)
+    cache = {name: part for part in manifest.cache for name in (part.past, part.present)}
+    wanted = {"input_ids", "attention_mask", "logits", *cache}
     found = {**taken, **given}
-    if strange := sorted(set(found) - set(wanted) - {"position_ids"}):
+    if strange := sorted(set(found) - wanted - {"position_ids"}):
         raise BundleError(f"{graph} has {strange[0]!r}, which is not an input or output of a bundle: do not use it")
-    for name, sizes in wanted.items():
+    for name in sorted(wanted):
         if name not in found:
             raise BundleError(f"{graph} has no {name}, which its manifest promises: export the bundle again")
-        shape = found[name].shape
-        has = (shape[-1],) if len(sizes) == 1 else (shape[1], shape[-1]) if len(shape) == 4 else ()
-        cached = name not in ("input_ids", "attention_mask", "logits")
-        if any(isinstance(size, int) and size != told for size, told in zip(has, sizes, strict=False)) or (
-            cached and (len(shape) != 4 or found[name].type != CACHE_TYPES[manifest.kv_dtype])
-        ):
+        shape, kind = found[name].shape, found[name].type
+        if part := cache.get(name):
+            sizes, told = part.shape, part.dtype
+            alike = len(shape) == len(sizes) + 1 and kind == TENSORS[told]
+        else:
+            sizes, told = ((manifest.vocab_size,) if name == "logits" else ()), "float32"
+            alike = True
+        here = shape[len(shape) - len(sizes) :]
+        if not alike or any(isinstance(n, int) and n != size for n, size in zip(here, sizes, strict=False) if size):
+            sides = " x ".join("positions" if size is None else str(size) for size in sizes)
             raise BundleError(
-                f"{graph} has {name} of {found[name].type} {shape}, and its manifest says {manifest.kv_dtype} and "
-                f"{' x '.join(map(str, sizes))}: export the bundle again"
+                f"{graph} has {name} of {kind} {shape}, and its manifest says {told} and {sides}: export the bundle "
+                "again"
             )
 
 

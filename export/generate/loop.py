@@ -32,8 +32,8 @@ DEFAULTS = AnswerSettings()
 class Decoder(ForwardDecoder, Protocol):
     """A decoder that can also go back in its sequence."""
 
-    def rewind(self, length: int) -> None:
-        """Forget all but the first ``length`` positions."""
+    def rewind(self, length: int) -> int:
+        """Forget all but the first ``length`` positions, or more where it must; how many are kept."""
 
 
 class HeldSequence:
@@ -56,7 +56,7 @@ class HeldSequence:
         # The logits after the last id come only from reading it.
         kept = min(_common_prefix(self.ids, ids), len(ids) - 1)
         if kept < len(self.ids):
-            self.decoder.rewind(kept)
+            kept = self.decoder.rewind(kept)
             del self.ids[kept:]
         logits = None
         for start in range(kept, len(ids), PREFILL_CHUNK):

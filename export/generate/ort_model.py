@@ -1,7 +1,7 @@
 """transformers' ``generate`` on a bundle whose layers may differ: greedy, sampling, beams, batches padded on the left.
 
 optimum's ``ORTModelForCausalLM`` reads one KV shape from the config, so it runs uniform bundles only; here each layer's
-shape comes from the graph. GroupQueryAttention counts a row's tokens from its start, so padding on the left would be
+shape comes from the manifest. GroupQueryAttention counts a row's tokens from its start, so padding on the left would be
 taken for text: rows are moved to the start of their cache instead. That is also why a prompt is prefilled row by row
 (the operator refuses several rows of several tokens over a past), while decoding runs all rows at once. The portable
 graph reads the mask and takes positions, so there padding stays where it is and the cache grows by a column at a time.
@@ -17,14 +17,13 @@ from transformers import GenerationConfig, GenerationMixin, PretrainedConfig, Pr
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from export.bundle.decoder import check_threads
-from export.bundle.manifest import DECODE_GRAPH, BundleManifest, read_manifest, verify_files
+from export.bundle.manifest import DECODE_GRAPH, BundleManifest, CachePart, read_manifest, verify_files
 from export.bundle.session import open_session
 from export.bundle.tokenizer import RunError
 
 CAPACITY_STEP = 256  # positions; the cache doubles from here, so that growing it is rare
 # Later releases of transformers 5 call the cache by another name.
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
-KV_TYPES = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16, "tensor(int8)": torch.int8}
 
 
 class BundleConfig(PretrainedConfig):
@@ -53,36 +52,38 @@ class BundleConfig(PretrainedConfig):
 
 
 class BundleCache:
-    """Keys and values of a batch; every row starts at position 0, past and present are the same memory.
+    """What the layers remember of a batch; every row starts at position 0, past and present are the same memory.
 
-    ``shapes``: (KV heads, head size) of each layer that has attention.
+    ``parts``: of the bundle's manifest.
 
     Attributes:
         lengths: [b] int64, the tokens that each row holds, padding not counted.
         columns: columns of ``input_ids`` seen so far, padding counted.
-        buffers: key and value of each layer in turn, each [b, kv_heads, capacity, head_dim].
+        buffers: of each part in turn, keys and values [b, kv_heads, capacity, head_dim], and states.
     """
 
     is_compileable = False
     is_linear = (False,)  # generate asks whether all layers are of linear attention
 
-    def __init__(self, shapes: Sequence[tuple[int, int]], dtype: torch.dtype, batch: int) -> None:
+    def __init__(self, parts: Sequence[CachePart], batch: int) -> None:
         self.lengths = torch.zeros(batch, dtype=torch.int64)
         self.columns = 0
-        self.buffers = [
-            torch.zeros(batch, heads, 0, size, dtype=dtype) for heads, size in shapes for _ in ("key", "value")
-        ]
+        self.parts = parts
+        self.buffers = [torch.zeros(part.sized(batch, 0), dtype=getattr(torch, part.dtype)) for part in parts]
 
     @property
     def capacity(self) -> int:
-        return self.buffers[0].shape[2]
+        return next(b.shape[2] for b, part in zip(self.buffers, self.parts, strict=True) if part.grows)
 
     def reserve(self, positions: int, limit: int) -> None:
         """Make room for ``positions`` in every row, at most ``limit``."""
         if positions <= self.capacity:
             return
         more = min(limit, max(2 * self.capacity, -(-positions // CAPACITY_STEP) * CAPACITY_STEP)) - self.capacity
-        self.buffers = [torch.nn.functional.pad(buffer, (0, 0, 0, more)) for buffer in self.buffers]
+        self.buffers = [
+            torch.nn.functional.pad(buffer, (0, 0, 0, more)) if part.grows else buffer
+            for buffer, part in zip(self.buffers, self.parts, strict=True)
+        ]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns seen: what ``generate`` cuts ``input_ids`` by."""
@@ -109,14 +110,8 @@ class BundleForCausalLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.manifest = manifest
         self._session = open_session(directory / DECODE_GRAPH, threads, manifest)
-        inputs = {given.name: given for given in self._session.get_inputs()}
-        cached = [
-            inputs[f"past_key_values.{n}.{part}"] for n in range(len(inputs) // 2 - 1) for part in ("key", "value")
-        ]
-        self._names = [given.name.removeprefix("past_key_values.") for given in cached]
-        self._shapes = [(given.shape[1], given.shape[3]) for given in cached[::2]]
-        self._kv_dtype = KV_TYPES[cached[0].type]
-        self._grows = "position_ids" in inputs
+        self._parts = manifest.cache
+        self._grows = any(given.name == "position_ids" for given in self._session.get_inputs())
 
     @classmethod
     def from_bundle(cls, directory: str | Path, threads: int = 1, verify: bool = True) -> BundleForCausalLM:
@@ -176,7 +171,7 @@ class BundleForCausalLM(PreTrainedModel, GenerationMixin):
         Raises RunError: padding that is not on the left, or more tokens than the context holds.
         """
         batch, count = input_ids.shape
-        state = past_key_values or cache or BundleCache(self._shapes, self._kv_dtype, batch)
+        state = past_key_values or cache or BundleCache(self._parts, batch)
         if attention_mask is None:
             attention_mask = torch.ones(batch, state.columns + count, dtype=torch.int64)
         new = _new_columns(attention_mask, batch, state.columns, count)
@@ -199,7 +194,10 @@ class BundleForCausalLM(PreTrainedModel, GenerationMixin):
         positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, state.columns :]
         total = state.columns + ids.shape[1]
         given = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-        present = [buffer.new_empty(*buffer.shape[:2], total, buffer.shape[3]) for buffer in state.buffers]
+        present = [
+            buffer.new_empty(part.sized(len(ids), total))
+            for buffer, part in zip(state.buffers, self._parts, strict=True)
+        ]
         logits = self._run_graph(given, state.buffers, present)
         state.buffers, state.lengths = present, state.lengths + new.sum(1)
         return logits
@@ -238,8 +236,8 @@ class BundleForCausalLM(PreTrainedModel, GenerationMixin):
         """One call of the graph over contiguous buffers, without a copy."""
         logits = torch.empty(len(given["input_ids"]), 1, self.manifest.vocab_size)
         inputs = {name: tensor.long().contiguous() for name, tensor in given.items()}
-        inputs |= {f"past_key_values.{name}": buffer for name, buffer in zip(self._names, past, strict=True)}
-        outputs = {f"present.{name}": buffer for name, buffer in zip(self._names, present, strict=True)}
+        inputs |= {part.past: buffer for part, buffer in zip(self._parts, past, strict=True)}
+        outputs = {part.present: buffer for part, buffer in zip(self._parts, present, strict=True)}
         binding = self._session.io_binding()
         for bind, tensors in ((binding.bind_input, inputs), (binding.bind_output, {"logits": logits, **outputs})):
             for name, tensor in tensors.items():

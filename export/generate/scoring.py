@@ -13,7 +13,7 @@ from export.bundle.manifest import FIRST_LOGIT, SCORING_GRAPH, BundleManifest, r
 from export.bundle.session import open_session
 from export.bundle.tokenizer import RunError
 
-Cache = dict[str, np.ndarray]  # name of an input -> keys or values [batch, kv_heads, tokens, head_dim]
+Cache = dict[str, np.ndarray]  # name of an input -> keys or values [batch, kv_heads, tokens, head_dim], or a state
 
 
 def next_token_logprobs(logits: np.ndarray, ids: np.ndarray) -> NDArray[np.float64]:
@@ -69,7 +69,7 @@ class BundleScorer:
         ``last``: only those of the last position are wanted, [1, 1, vocab].
         """
         past = empty_past(self.manifest, 1) if cache is None else cache
-        names = [name.replace("past_key_values", "present", 1) for name in past]
+        names = [part.present for part in self.manifest.cache]
         logits, *present = self._run(ids, past, ["logits", *names], last)
         return logits[:, -1:] if last else logits, dict(zip(past, present, strict=True))
 
@@ -94,17 +94,12 @@ class BundleScorer:
 def graph_feed(ids: np.ndarray, past: Cache) -> dict[str, np.ndarray]:
     """What a graph of any target is given for rows ``ids`` [b, s] that follow what ``past`` holds, nothing padded."""
     ids = np.ascontiguousarray(ids, dtype=np.int64)
-    seen = next((part.shape[2] for part in past.values()), 0)
+    seen = next((part.shape[2] for name, part in past.items() if name.startswith("past_key_values")), 0)
     mask = np.ones((len(ids), seen + ids.shape[1]), np.int64)
     positions = np.broadcast_to(np.arange(seen, seen + ids.shape[1]), ids.shape)
     return {"input_ids": ids, "attention_mask": mask, "position_ids": positions, **past}
 
 
 def empty_past(manifest: BundleManifest, batch: int) -> Cache:
-    """A KV cache that holds nothing: name to array [batch, kv_heads, 0, head_dim], for each layer with attention."""
-    dtype = np.dtype(manifest.kv_dtype)
-    return {
-        f"past_key_values.{index}.{part}": np.zeros((batch, layer.kv_heads, 0, manifest.head_dim), dtype)
-        for index, layer in enumerate(manifest.kv_layers)
-        for part in ("key", "value")
-    }
+    """A cache that holds nothing: name of the input to array, keys and values of no position, states of 0."""
+    return {part.past: np.zeros(part.sized(batch, 0), np.dtype(part.dtype)) for part in manifest.cache}

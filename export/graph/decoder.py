@@ -87,13 +87,14 @@ class DecoderGraph(ABC):
         residual, delta, scale = self.embedding(ids), None, self.traits.embedding_scale
         if scale is not None:
             residual = self.graph.op("Mul", residual, self.constant("embedding_scale", scale))
-        kv_index = 0
+        mixer = 0
         for index, sizes in enumerate(self.shape.layers):
             name = f"layers.{index}"
-            if sizes.query_heads:
+            if sizes.query_heads or sizes.conv:
                 normed, residual = self._entered(residual, delta, f"{name}.attention_norm")
-                delta = self._left(self.attention(normed, index, kv_index), f"{name}.attention_post_norm")
-                kv_index += 1
+                mix = self.attention if sizes.query_heads else self.convolution
+                delta = self._left(mix(normed, index, mixer), f"{name}.attention_post_norm")
+                mixer += 1
             if sizes.ffn:
                 normed, residual = self._entered(residual, delta, f"{name}.ffn_norm")
                 delta = self._left(self.feed_forward(normed, name, sizes), f"{name}.ffn_post_norm")
@@ -118,8 +119,48 @@ class DecoderGraph(ABC):
         """(RMS norm of residual + delta, residual + delta)."""
 
     @abstractmethod
-    def attention(self, x: ir.Value, index: int, kv_index: int) -> ir.Value:
-        """Attention of layer ``index``, which owns the cache ``kv_index``."""
+    def attention(self, x: ir.Value, index: int, mixer: int) -> ir.Value:
+        """Attention of layer ``index``, which owns the cache ``mixer``."""
+
+    def convolution(self, x: ir.Value, index: int, mixer: int) -> ir.Value:
+        """LFM2's short convolution: out(c * conv(b * x)), where one matrix makes b, c and x of every token.
+
+        The state is what the convolution saw last, [batch, channels, kernel - 1]. It is read before it is written, so
+        past and present may be one buffer.
+        """
+        g, name, channels = self.graph, f"layers.{index}", self.shape.layers[index].conv
+        both = self.matrix_product(self.real(x), f"{name}.conv_in", self.shape.hidden, 3 * channels)
+        gate_in, gate_out, signal = g.split(both, [channels] * 3)
+        new = g.op("Transpose", g.op("Mul", gate_in, signal), perm=[0, 2, 1])
+        state: list[int | str] = ["batch", channels, self.shape.conv_kernel - 1]
+        past = g.input(f"past_conv.{mixer}", self.floats, state)
+        seen = g.op("Concat", past, new, axis=2)
+        start = self.constant(f"last{state[2]}", [1 - self.shape.conv_kernel])
+        last = g.op("Slice", seen, start, self.constant("end", [2**63 - 1]), self.constant("axis2", [2]))
+        g.output(last, f"present_conv.{mixer}", self.floats, state)
+        kernel = [g.weight(f"{name}.conv_kernel")]
+        kernel += [g.weight(f"{name}.conv_kernel.bias")] if f"{name}.conv_kernel.bias" in self.tensors else []
+        mixed = g.op("Transpose", g.op("Conv", seen, *kernel, group=channels), perm=[0, 2, 1])
+        product = g.op("Mul", gate_out, mixed)
+        return self.matrix_product(product, f"{name}.conv_out", channels, self.shape.hidden)
+
+    def queries_and_gate(self, x: ir.Value, name: str, sizes: LayerSizes) -> tuple[ir.Value, ir.Value | None]:
+        """Queries, keys and values in one, and the gate of each head, [batch, sequence, heads, 1]."""
+        g, width = self.graph, (sizes.query_heads + 2 * sizes.kv_heads) * self.shape.head_dim
+        gates = sizes.query_heads * self.shape.head_gates
+        qkv = self.matrix_product(x, f"{name}.qkv", self.shape.hidden, width + gates)
+        if not gates:
+            return qkv, None
+        qkv, gate = g.split(qkv, [width, gates])
+        return qkv, g.op("Unsqueeze", g.op("Sigmoid", gate), self.constant("axis3", [3]))
+
+    def real(self, x: ir.Value) -> ir.Value:
+        """x [batch, sequence, hidden] where padding is 0; a graph that is given none leaves it as it is."""
+        return x
+
+    @abstractmethod
+    def matrix_product(self, x: ir.Value, name: str, k: int, n: int) -> ir.Value:
+        """x [..., k] times the matrix [n, k] of this name, with its bias where it has one."""
 
     @abstractmethod
     def feed_forward(self, x: ir.Value, name: str, sizes: LayerSizes) -> ir.Value:
@@ -196,12 +237,12 @@ class MicrosoftGraph(DecoderGraph):
         outputs[1].name = outputs[2].name = ""  # mean and inverse deviation are not wanted
         return outputs[0], outputs[3]
 
-    def attention(self, x: ir.Value, index: int, kv_index: int) -> ir.Value:
+    def attention(self, x: ir.Value, index: int, mixer: int) -> ir.Value:
         name, dim = f"layers.{index}", self.shape.head_dim
         sizes, traits = self.shape.layers[index], self.traits.layers[index]
-        qkv = self._linear(x, f"{name}.qkv", self.shape.hidden, (sizes.query_heads + 2 * sizes.kv_heads) * dim)
+        qkv, gate = self.queries_and_gate(x, name, sizes)
         past = [
-            self.graph.input(f"past_key_values.{kv_index}.{part}", self.kv, ["batch", sizes.kv_heads, "past", dim])
+            self.graph.input(f"past_key_values.{mixer}.{part}", self.kv, ["batch", sizes.kv_heads, "past", dim])
             for part in ("key", "value")
         ]
         tables = [] if traits.rotary is None else [self.graph.weight(table) for table in rotary_names(traits.rotary)]
@@ -215,9 +256,15 @@ class MicrosoftGraph(DecoderGraph):
         )  # fmt: skip
         for part, value in zip(("key", "value"), outputs[1:], strict=True):
             self.graph.output(
-                value, f"present.{kv_index}.{part}", self.kv, ["batch", sizes.kv_heads, "total_or_past", dim]
+                value, f"present.{mixer}.{part}", self.kv, ["batch", sizes.kv_heads, "total_or_past", dim]
             )
-        return self._linear(outputs[0], f"{name}.o", sizes.query_heads * dim, self.shape.hidden)
+        mixed, width = outputs[0], sizes.query_heads * dim
+        if gate is not None:
+            heads = self.graph.op("Reshape", mixed, self.constant(f"heads{sizes.query_heads}", [0, 0, -1, dim]))
+            mixed = self.graph.op(
+                "Reshape", self.graph.op("Mul", heads, gate), self.constant(f"flat{width}", [0, 0, width])
+            )
+        return self.matrix_product(mixed, f"{name}.o", width, self.shape.hidden)
 
     def _normed_heads(self, qkv: ir.Value, name: str, sizes: LayerSizes) -> list[ir.Value | None]:
         """The op's first three inputs: all in one where there are no norms, else queries, keys and values."""
@@ -248,10 +295,10 @@ class MicrosoftGraph(DecoderGraph):
         return options
 
     def feed_forward(self, x: ir.Value, name: str, sizes: LayerSizes) -> ir.Value:
-        both = self._linear(x, f"{name}.gate_up", self.shape.hidden, 2 * sizes.ffn)
+        both = self.matrix_product(x, f"{name}.gate_up", self.shape.hidden, 2 * sizes.ffn)
         gate, up = self.graph.multi("Split", [both, self.constant(f"split{sizes.ffn}", [sizes.ffn] * 2)], 2, axis=-1)
         product = self.graph.op("Mul", self._activation(gate), up)
-        return self._linear(product, f"{name}.down", sizes.ffn, self.shape.hidden)
+        return self.matrix_product(product, f"{name}.down", sizes.ffn, self.shape.hidden)
 
     def _activation(self, x: ir.Value) -> ir.Value:
         if self.traits.activation == "gelu_pytorch_tanh":
@@ -265,7 +312,7 @@ class MicrosoftGraph(DecoderGraph):
         inputs = [x, self.graph.weight(f"{name}.qweight"), self.graph.weight(f"{name}.scales")]
         return self._quantised(name, inputs, self.shape.hidden, self.shape.vocab)
 
-    def _linear(self, x: ir.Value, name: str, k: int, n: int) -> ir.Value:
+    def matrix_product(self, x: ir.Value, name: str, k: int, n: int) -> ir.Value:
         bias = self.graph.weight(f"{name}.bias") if f"{name}.bias" in self.tensors else None
         if self.precision.bits == 32:
             y = self.graph.op("MatMul", x, self.graph.weight(f"{name}.weight"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -25,11 +25,12 @@ CONTEXT = 4096  # positions of the rotary tables; a step reads one of them
 class ProbeModel:
     """A model without its weights."""
 
-    shape: ModelShape  # its layers are all alike, each as large as the largest of the model
+    shape: ModelShape  # its layers are all alike, each as large as the largest of the model, with attention
     traits: Traits
     architecture: Architecture
     precision: Precision
     config: ModelConfig
+    conv: int = 0  # channels of its largest short convolution
 
 
 def read_probe_model(
@@ -54,15 +55,18 @@ def read_probe_model(
     groups = max(sizes.kv_heads for sizes in dense.layers)
     per_group = max(sizes.heads_per_group for sizes in dense.layers)
     largest = LayerSizes(groups * per_group, groups, max(sizes.ffn for sizes in dense.layers))
+    conv = max(sizes.conv for sizes in dense.layers)
     count = _layer_count(dense.with_layers((largest,)), precision, len(dense.layers), weight_limit)
     if precision.group_size:
         check_groups(dense.hidden, precision.group_size, "the hidden state")
         check_groups(largest.query_heads * dense.head_dim, precision.group_size, "o_proj")
         check_groups(largest.ffn, precision.group_size, "down_proj")
+        check_groups(conv, precision.group_size, "out_proj of a convolution")
     traits = traits_of(config)
-    traits = replace(traits, layers=tuple(traits.layers[i % len(traits.layers)] for i in range(count)))
+    attending = [traits.layers[i] for i, sizes in enumerate(dense.layers) if not sizes.conv] or list(traits.layers)
+    traits = replace(traits, layers=tuple(attending[i % len(attending)] for i in range(count)))
     config.max_position_embeddings = min(config.max_position_embeddings, CONTEXT)
-    return ProbeModel(dense.with_layers((largest,) * count), traits, architecture_of(config), precision, config)
+    return ProbeModel(dense.with_layers((largest,) * count), traits, architecture_of(config), precision, config, conv)
 
 
 def _of_model(directory: Path) -> tuple[ModelConfig, SlimQuant | None]:
@@ -83,6 +87,10 @@ def _of_bundle(directory: Path) -> tuple[ModelConfig, SlimQuant]:
         kinds = ["full_attention"] * len(manifest.layers)
         dense = {"num_local_experts": 0, "layer_types": kinds, "position_embedding_type": "rope"}
         dense["mamba_n_heads"] = 2  # which has to divide, also where there is none
+    if convolves := bool(manifest.conv_kernel):
+        dense["layer_types"] = ["conv" if layer.conv else "full_attention" for layer in manifest.layers]
+        dense["conv_L_cache"] = manifest.conv_kernel
+    layers = [LayerSizes(**asdict(sizes)) for sizes in manifest.layers]
     config = AutoConfig.for_model(
         family,
         vocab_size=manifest.vocab_size,
@@ -93,7 +101,7 @@ def _of_bundle(directory: Path) -> tuple[ModelConfig, SlimQuant]:
         num_attention_heads=1,  # which divides any hidden size, as transformers wants it; slim_layers has the counts
         num_key_value_heads=1,
         tie_word_embeddings=_tied(manifest),
-        slim_layers=[[s.query_heads, s.kv_heads, s.ffn] for s in manifest.layers],
+        slim_layers=[sizes.entry(convolves) for sizes in layers],
         **dense,
     )
     head_bits = manifest.lineage.get("head_bits", manifest.bits)
@@ -107,7 +115,7 @@ def _of_bundle(directory: Path) -> tuple[ModelConfig, SlimQuant]:
 
 def _tied(manifest: BundleManifest) -> bool:
     """Whether the head is the embedding, told from the count of parameters."""
-    layers = tuple(LayerSizes(s.query_heads, s.kv_heads, s.ffn) for s in manifest.layers)
+    layers = tuple(LayerSizes(**asdict(sizes)) for sizes in manifest.layers)
     shape = ModelShape(manifest.hidden_size, manifest.head_dim, manifest.vocab_size, False, layers)
     return manifest.parameters < shape.parameters
 

@@ -30,11 +30,12 @@ from export.graph.probe_model import ProbeModel
 from export.graph.rotary import all_rotary_tables
 from export.graph.targets import CPU
 from export.graph.weights import Array, MicrosoftLayout, WeightFile, write_model
-from export.source import Precision, StackedLinear, sized_manifest
+from export.source import Kernel, Precision, StackedLinear, sized_manifest
 from saap.models.shape import LayerSizes, ModelShape
 from saap.quantize.groups import QuantMatrix
 
 FFN_WIDTHS = 8
+CONV_WIDTHS = 4
 HEAD_COUNTS = 3  # of KV groups, and of query heads in each
 FAST_ROWS = 64  # widths in multiples of it suit the fast kernels
 EPSILON = 1e-5
@@ -50,14 +51,17 @@ def stack_layers(model: ProbeModel) -> list[tuple[LayerSizes, ...]]:
             columns = groups * per_group * model.shape.head_dim
             if not (model.precision.group_size and columns % model.precision.group_size):
                 options.append(LayerSizes(groups * per_group, groups, full.ffn))
+    if model.conv:
+        widths = [*_widths(model.conv, model.precision, CONV_WIDTHS), model.conv]
+        options += [LayerSizes(ffn=full.ffn, conv=width) for width in widths]
     stacks = [tuple(option if i % 2 else full for i in range(count)) for option in options if option != full]
     return [(full,) * count, *stacks]
 
 
-def _widths(full: int, precision: Precision) -> list[int]:
+def _widths(full: int, precision: Precision, count: int = FFN_WIDTHS) -> list[int]:
     group = precision.group_size or 32
     step = max(group, FAST_ROWS) if full >= 8 * FAST_ROWS else group
-    return [step * n for n in _spread(full // step, FFN_WIDTHS) if step * n < full]
+    return [step * n for n in _spread(full // step, count) if step * n < full]
 
 
 def _spread(high: int, count: int) -> list[int]:
@@ -77,7 +81,8 @@ def write_probe_stacks(
     rotary = all_rotary_tables(model.config, model.traits)
     check_attention(model.shape, model.traits, {name: 2 * table.shape[1] for name, table in rotary.items()})
     whole = WeightFile(out, model.precision.floats)
-    write_model(_MadeUp(model, model.shape, "cpu"), model.precision, MicrosoftLayout(whole), rotary)
+    everything = model.shape.with_layers(tuple(replace(sizes, conv=model.conv) for sizes in model.shape.layers))
+    write_model(_MadeUp(model, everything, "cpu"), model.precision, MicrosoftLayout(whole), rotary)
     whole.close()
     wanted, written = stack_layers(model) if stacks is None else stacks, []
     for index, layers in enumerate(wanted):
@@ -103,8 +108,14 @@ class _MadeUp:
     def linear(self, layer: int, part: str, precision: Precision) -> StackedLinear:
         shape, sizes, dim = self.shape, self.shape.layers[layer], self.shape.head_dim
         rows, columns, biased = {
-            "qkv": ((sizes.query_heads + 2 * sizes.kv_heads) * dim, shape.hidden, shape.attention_bias),
+            "qkv": (
+                (sizes.query_heads + 2 * sizes.kv_heads) * dim + sizes.query_heads * shape.head_gates,
+                shape.hidden,
+                shape.attention_bias,
+            ),
             "o": (shape.hidden, sizes.query_heads * dim, shape.attention_bias and shape.output_bias),
+            "conv_in": (3 * sizes.conv, shape.hidden, shape.conv_bias),
+            "conv_out": (shape.hidden, sizes.conv, shape.conv_bias),
             "gate_up": (2 * sizes.ffn, shape.hidden, shape.mlp_bias),
             "down": (shape.hidden, sizes.ffn, shape.mlp_bias),
         }[part]
@@ -120,6 +131,12 @@ class _MadeUp:
             return self._filled(1.0, self.shape.hidden)
         *_, query, key = self.shape.attention_norms(self.shape.layers[layer])
         return self._filled(1.0, query if field == "query_norm" else key)
+
+    def kernel(self, layer: int) -> Kernel:
+        """Kernels that give the mean of what they see."""
+        shape, channels = self.shape, self.shape.layers[layer].conv
+        bias = self._filled(0.01, channels) if shape.conv_bias else None
+        return Kernel(self._filled(1 / shape.conv_kernel, channels, 1, shape.conv_kernel), bias)
 
     def _matrix(self, rows: int, columns: int, bits: int, group_size: int) -> torch.Tensor | QuantMatrix:
         if bits == 32:

@@ -13,7 +13,7 @@ from torch import nn
 from saap.models.architectures import ModelConfig, Traits, architecture_of, field_of, positions_of, rope_of
 from saap.system.errors import UserError
 
-STATIC_TYPES = ("default", "linear", "llama3", "yarn")  # the others change with the length of the input
+STATIC_TYPES = ("default", "linear", "llama3", "yarn", "proportional")  # the others change with the length of the input
 Table = Literal["default", "local"]
 
 

@@ -60,7 +60,7 @@ class Target:
         if self.name != "cuda" or precision.bits == 32:
             return
         for index, sizes in enumerate(shape.layers):
-            for width in (shape.hidden, sizes.query_heads * shape.head_dim, sizes.ffn):
+            for width in (shape.hidden, *(shape.inner_width(kind, sizes) for kind in sizes.blocks)):
                 if width % CUDA_STEP:
                     raise UserError(
                         f"layer {index} has a width of {width}, not a multiple of {CUDA_STEP} as CUDA's kernels "

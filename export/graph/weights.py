@@ -25,6 +25,7 @@ from saap.quantize.groups import QuantMatrix
 
 # Fields of Architecture, and the names of their tensors; a family has some of them.
 ATTENTION_NORMS = ("attention_norm", "query_norm", "key_norm", "attention_post_norm")
+CONV_NORMS = ("attention_norm", "attention_post_norm")
 FFN_NORMS = ("ffn_norm", "ffn_post_norm")
 NORMS = (*ATTENTION_NORMS, *FFN_NORMS)
 ALIGNMENT = 4096  # ONNX Runtime maps external data in pages
@@ -100,7 +101,12 @@ def write_model(
             progress("writing weights (layers)", index, count)
         for piece in _pieces(sizes, layout.norms_last):
             name = f"layers.{index}.{piece}"
-            if piece not in NORMS:
+            if piece == "conv_kernel":
+                kernel = source.kernel(index)
+                layout.file.add(name, kernel.weight)
+                if kernel.bias is not None:
+                    layout.file.add(f"{name}.bias", kernel.bias)
+            elif piece not in NORMS:
                 linear = source.linear(index, piece, precision)
                 layout.add_matrix(name, linear.matrix)
                 if linear.bias is not None:
@@ -118,6 +124,7 @@ def write_model(
 def _pieces(sizes: LayerSizes, norms_last: bool) -> list[str]:
     """Matrices and norms of a layer in the order of the file."""
     pieces = ["qkv", "o", *ATTENTION_NORMS] if sizes.query_heads else []
+    pieces += ["conv_in", "conv_kernel", "conv_out", *CONV_NORMS] if sizes.conv else []
     pieces += ["gate_up", "down", *FFN_NORMS] if sizes.ffn else []
     return sorted(pieces, key=lambda piece: piece in NORMS) if norms_last else pieces
 

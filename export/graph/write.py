@@ -15,8 +15,8 @@ from export.graph.rotary import all_rotary_tables
 from export.graph.targets import Target
 from export.graph.weights import MicrosoftLayout, WeightFile, write_model
 from export.options import ExportOptions
-from export.source import ModelSource
-from saap.models.architectures import traits_of
+from export.source import ModelSource, sized_manifest
+from saap.models.architectures import epsilon_of, traits_of
 from saap.system.errors import UserError
 
 
@@ -42,7 +42,7 @@ class MicrosoftWriter:
         if self.precision.kv == "int8" and calibration is None:
             raise UserError("an int8 cache needs text to find its scales: give --text FILE")
         self._source, self._calibration = source, calibration
-        self._model = GraphModel(source.shape, traits, self.precision, config.rms_norm_eps)
+        self._model = GraphModel(source.shape, traits, self.precision, epsilon_of(config))
 
     def write(self, out: Path, progress: Progress | None = None) -> int:
         file = WeightFile(out, self.precision.floats)
@@ -59,6 +59,8 @@ class MicrosoftWriter:
         probe, shape = file.directory / "probe.onnx", self._source.shape
         floats = replace(self._model, precision=replace(self.precision, kv="float32"))
         ir.save(MicrosoftGraph(floats, file.tensors).build(True), probe)
-        for name, scales in cache_scales(probe, shape.layers, shape.head_dim, ids.numpy()).items():
+        for name, scales in cache_scales(
+            probe, sized_manifest(shape, floats.precision, self._source.transformers_config), ids.numpy()
+        ).items():
             file.add(name, scales)
         probe.unlink()

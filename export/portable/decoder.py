@@ -36,10 +36,12 @@ class StandardGraph(DecoderGraph):
         super().__init__(model, tensors)
         self._biases: dict[int, ir.Value] = {}  # by window
         self._rotations: dict[str, ir.Value] = {}  # by table
+        self._new: ir.Value | None = None  # the mask of the new tokens, [batch, sequence, 1]
 
     def begin(self, ids: ir.Value, mask: ir.Value) -> None:
         """The lengths of the new tokens and of all, each as a tensor [1], and how far each key is from each query."""
         g = self.graph
+        self._mask = mask
         self._positions = g.input("position_ids", INT64, ["batch", "sequence"])
         axis, zero, one = g.constant("1", [1]), g.constant("scalar.0", 0), g.constant("scalar.1", 1)
         self._sequence = g.op("Gather", g.op("Shape", ids), axis)
@@ -123,15 +125,16 @@ class StandardGraph(DecoderGraph):
         deviation = g.op("Sqrt", g.op("Add", mean, g.constant("epsilon", float(self.epsilon))))
         return g.op("Mul", g.op("Div", x, deviation), g.weight(weight)), x
 
-    def attention(self, x: ir.Value, index: int, kv_index: int) -> ir.Value:
+    def attention(self, x: ir.Value, index: int, mixer: int) -> ir.Value:
         sizes, traits = self.shape.layers[index], self.traits.layers[index]
         g, name, dim = self.graph, f"layers.{index}", self.shape.head_dim
         heads, kv, group = sizes.query_heads, sizes.kv_heads, sizes.heads_per_group
-        q, k, v = g.split(self._linear(x, f"{name}.qkv"), [heads * dim, kv * dim, kv * dim])
+        qkv, gate = self.queries_and_gate(x, name, sizes)
+        q, k, v = g.split(qkv, [heads * dim, kv * dim, kv * dim])
         q = self._placed(q, heads, f"{name}.query_norm", traits.rotary)
         k = self._placed(k, kv, f"{name}.key_norm", traits.rotary)
         v = g.op("Reshape", v, self._shape(0, 0, kv, dim))
-        keys, values = (self._cached(new, part, kv, kv_index) for new, part in ((k, "key"), (v, "value")))
+        keys, values = (self._cached(new, part, kv, mixer) for new, part in ((k, "key"), (v, "value")))
         q = g.op("Mul", q, g.constant("scale", self.traits.attention_scale or dim**-0.5))
         q = g.op("Transpose", g.op("Reshape", q, self._shape(0, 0, kv, group, dim)), perm=[0, 2, 3, 1, 4])
         q = g.op("Reshape", q, self._shape(0, kv, -1, dim))
@@ -143,6 +146,8 @@ class StandardGraph(DecoderGraph):
         mixed = g.op("MatMul", g.op("Reshape", weights, by_group), values)
         mixed = g.op("Reshape", mixed, self._shape(0, kv, group, -1, dim))
         mixed = g.op("Transpose", mixed, perm=[0, 3, 1, 2, 4])
+        if gate is not None:
+            mixed = g.op("Mul", g.op("Reshape", mixed, self._shape(0, 0, heads, dim)), gate)
         return self._linear(g.op("Reshape", mixed, self._shape(0, 0, heads * dim)), f"{name}.o")
 
     def _placed(self, x: ir.Value, heads: int, norm: str, table: Table | None) -> ir.Value:
@@ -166,12 +171,12 @@ class StandardGraph(DecoderGraph):
         other = g.op("Add", g.op("Mul", right, cos), g.op("Mul", left, sin))
         return g.op("Concat", turned, other, *rest_of_head, axis=-1)
 
-    def _cached(self, new: ir.Value, part: str, kv_heads: int, kv_index: int) -> ir.Value:
+    def _cached(self, new: ir.Value, part: str, kv_heads: int, mixer: int) -> ir.Value:
         """The past with the new positions behind it: [batch, kv_heads, total, head_dim]."""
         g, dim = self.graph, self.shape.head_dim
-        past = g.input(f"past_key_values.{kv_index}.{part}", FLOAT, ["batch", kv_heads, "past", dim])
+        past = g.input(f"past_key_values.{mixer}.{part}", FLOAT, ["batch", kv_heads, "past", dim])
         present = g.op("Concat", past, g.op("Transpose", new, perm=[0, 2, 1, 3]), axis=2)
-        g.output(present, f"present.{kv_index}.{part}", FLOAT, ["batch", kv_heads, "total", dim])
+        g.output(present, f"present.{mixer}.{part}", FLOAT, ["batch", kv_heads, "total", dim])
         return present
 
     def feed_forward(self, x: ir.Value, name: str, sizes: LayerSizes) -> ir.Value:
@@ -185,6 +190,19 @@ class StandardGraph(DecoderGraph):
 
     def head(self, x: ir.Value) -> ir.Value:
         return self._matrix_product(x, "head", self.precision.head_bits)
+
+    def real(self, x: ir.Value) -> ir.Value:
+        """Padding stays where it is: what it would give to a state is 0, as transformers has it."""
+        g = self.graph
+        if self._new is None:
+            start = g.op("Sub", g.constant("0", [0]), self._sequence)
+            ends = g.constant("end", [2**63 - 1]), g.constant("1", [1])
+            mask = g.op("Cast", g.op("Slice", self._mask, start, *ends), to=FLOAT.value)
+            self._new = g.op("Unsqueeze", mask, g.constant("2", [2]))
+        return g.op("Mul", x, self._new)
+
+    def matrix_product(self, x: ir.Value, name: str, k: int, n: int) -> ir.Value:
+        return self._linear(x, name)
 
     def _linear(self, x: ir.Value, name: str) -> ir.Value:
         g = self.graph

@@ -26,7 +26,7 @@ from export.options import ExportOptions
 from export.portable.decoder import StandardGraph
 from export.portable.weights import StandardLayout
 from export.source import ModelSource
-from saap.models.architectures import SLIM, traits_of
+from saap.models.architectures import SLIM, epsilon_of, traits_of
 from saap.system.errors import UserError
 
 SMALLEST_EXTERNAL = 1024  # bytes; smaller tensors (shapes, axes) stay in the graph
@@ -69,7 +69,7 @@ class PortableWriter:
         tables = all_rotary_tables(config, traits)
         write_model(source, self.precision, StandardLayout(file), tables, progress)
         file.close()
-        model = GraphModel(source.shape, traits, self.precision, config.rms_norm_eps)
+        model = GraphModel(source.shape, traits, self.precision, epsilon_of(config))
         save_graphs(StandardGraph, model, file.tensors, out)
         return file.bytes_per_token("head")
 

@@ -280,12 +280,15 @@ class _Column:
 
 
 def plan_chart(dense: Sequence[Counts], kept: Sequence[Kept]) -> str:
-    """A small picture of a plan: per layer the KV groups, query heads and FFN channels that are left."""
-    lines = ["layer  heads  kv  FFN kept"]
+    """A small picture of a plan: per layer what is left of KV groups, query heads (or a convolution) and the FFN."""
+    wide = 9 if any(sizes.get("conv") for sizes in dense) else 6
+    lines = ["layer  heads  kv  FFN kept"] if wide == 6 else ["layer     heads   kv  FFN kept"]
     for index, (sizes, layer) in enumerate(zip(dense, kept, strict=True)):
         share = len(layer["ffn"]) / sizes["ffn"] if sizes["ffn"] else 0.0
         bar = "█" * round(24 * share) + "·" * (24 - round(24 * share))
         heads = f"{len(layer['query_heads'])}/{sizes['query_heads']}"
         groups = f"{len(layer['kv_heads'])}/{sizes['kv_heads']}"
-        lines.append(f"{index:>5} {heads:>6} {groups:>3}  {bar} {len(layer['ffn'])}")
+        if channels := sizes.get("conv"):
+            heads, groups = f"{len(layer.get('conv', []))}/{channels}", "conv"
+        lines.append(f"{index:>5} {heads:>{wide}} {groups:>{4 if wide > 6 else 3}}  {bar} {len(layer['ffn'])}")
     return "\n".join(lines)

@@ -2,7 +2,8 @@
 
 A multiple-choice example asks for log p(tail | context) of a few tails of one context. A torch model reads the context
 and all its tails as one row under a block mask, a bundle keeps the context's cache and appends each tail to it. Both
-give what reading every (context, tail) pair from its start would give, up to rounding.
+give what reading every (context, tail) pair from its start would give, up to rounding; that is what is done with a
+torch model that convolves.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
-from saap.models.architectures import traits_of
+from saap.models.architectures import shape_of, traits_of
 
 # Tokens of one forward pass of a torch model. More keeps a GPU busy; on CPUs the attention over the packed row, which
 # grows with its square, stays an eighth of a small model's work.
@@ -55,8 +56,10 @@ def torch_continuations(model: PreTrainedModel) -> Scorer:
     """Score with a transformers model; several groups are packed into one row.
 
     The mask is given in full, one for layers of full attention and one for those of sliding windows, so every
-    architecture of :mod:`saap.models.architectures` goes through the same lines.
+    architecture of :mod:`saap.models.architectures` goes through the same lines, but for those with convolutions.
     """
+    if shape_of(model.config.to_dict()).conv_kernel:
+        return _apart(model)
     windows = {layer.window for layer in traits_of(model.config.to_dict()).layers}
 
     @torch.inference_mode()
@@ -82,6 +85,22 @@ def torch_continuations(model: PreTrainedModel) -> Scorer:
             yield from read(batch)
 
     return score
+
+
+def _apart(model: PreTrainedModel) -> Scorer:
+    """Every tail behind its own copy of the context: a convolution looks across the borders of a packed row."""
+
+    @torch.inference_mode()
+    def read(group: Group) -> list[Likelihood]:
+        known, longest = len(group.context), max(map(len, group.tails))
+        rows = torch.zeros(len(group.tails), known + longest - 1, dtype=torch.int64)
+        for row, tail in zip(rows, group.tails, strict=True):
+            row[: known + len(tail) - 1] = torch.tensor((*group.context, *tail[:-1]))
+        logits = model(input_ids=rows.to(model.device), logits_to_keep=longest, use_cache=False).logits
+        told = [row[: len(tail)].float().cpu().numpy() for row, tail in zip(logits, group.tails, strict=True)]
+        return _told(np.concatenate(told), [group.tails])[0]
+
+    return lambda groups: map(read, groups)
 
 
 def cached_continuations(read: CachedReader[Cache], workers: int = 1) -> Scorer:

@@ -14,7 +14,7 @@ from typing import Literal, Protocol
 
 import msgspec
 
-from saap.models.shape import LayerSizes, ModelShape
+from saap.models.shape import ATTENTION, CONV, FFN, MIXERS, BlockKind, LayerSizes, ModelShape
 from saap.system.errors import UserError, first_line
 
 
@@ -23,7 +23,6 @@ class ModelConfig(Protocol):
 
     model_type: str
     max_position_embeddings: int
-    rms_norm_eps: float
     bos_token_id: int | None
 
     @property
@@ -49,13 +48,19 @@ class Architecture:
     query: str = "self_attn.q_proj"
     key: str = "self_attn.k_proj"
     value: str = "self_attn.v_proj"
+    head_gate: str = ""  # a number for each query head, whose sigmoid its output is multiplied by
     packed_qkv: str = ""  # one module that holds query, key and value, in this order; empty where they are three
     output: str = "self_attn.o_proj"
     gate: str = "mlp.gate_proj"
     up: str = "mlp.up_proj"
     packed_gate_up: str = ""  # one module that holds gate and up, in this order; empty where they are two
     down: str = "mlp.down_proj"
-    attention_norm: str = "input_layernorm"  # of what the block reads
+    conv_in: str = (
+        ""  # of a short convolution: input gate, output gate and signal, in this order; empty: no such layers
+    )
+    conv_kernel: str = ""
+    conv_out: str = ""
+    attention_norm: str = "input_layernorm"  # of what the block reads that mixes tokens, a convolution too
     query_norm: str = ""  # before the rotary embedding
     key_norm: str = ""
     qk_norm_spans_heads: bool = False  # one norm over all heads, not one for each
@@ -67,11 +72,14 @@ class Architecture:
     qkv_bias: bool = False  # query, key and value always have a bias, the output projection never
     activation: str = "silu"
     activation_key: str = "hidden_act"
-    window: Literal["none", "all", "by layer"] = "none"  # which layers slide; by ``config.layer_types``
+    window: Literal["none", "all", "by layer"] = "none"  # which layers slide, or convolve; by ``config.layer_types``
     local_rotary: bool = False  # sliding layers have a rotary base of their own
     skips_rotary: bool = False  # ``config.no_rope_layers`` is 0 for the layers without rotary embedding
     multipliers: bool = False  # factors of the embedding, attention scores, what a block adds, and logits
     ffn_width: str = "intermediate_size"  # the field of the config
+    epsilon: str = "rms_norm_eps"  # of the norms; the field of the config
+    stored_as: tuple[str, str] = ("", "")  # part of a module's name in files, where transformers renames it, and here
+    always: tuple[str, ...] = ()  # fields of the config that no graph of ours does without
     switched_rotary: bool = False  # ``config.position_embedding_type`` is rope, or there is no rotary embedding at all
     transformers: int = 4  # the oldest release whose classes are what we read
     gguf: bool = False  # llama.cpp's architectures ``llama`` and ``deci`` hold it
@@ -79,8 +87,10 @@ class Architecture:
 
     @property
     def qkv(self) -> tuple[str, ...]:
-        """The modules whose rows, stacked, are queries, keys and values."""
-        return (self.packed_qkv,) if self.packed_qkv else (self.query, self.key, self.value)
+        """The modules whose rows, stacked, are queries, keys and values, and gates of heads where there are."""
+        if self.packed_qkv:
+            return (self.packed_qkv,)
+        return (self.query, self.key, self.value, *([self.head_gate] if self.head_gate else []))
 
     @property
     def gate_up(self) -> tuple[str, ...]:
@@ -89,13 +99,25 @@ class Architecture:
 
     @property
     def matrices(self) -> dict[str, tuple[str, ...]]:
-        """What one matrix of a graph is made of: ``qkv``, ``o``, ``gate_up`` and ``down`` of a layer."""
-        return {"qkv": self.qkv, "o": (self.output,), "gate_up": self.gate_up, "down": (self.down,)}
+        """What one matrix of a graph is made of: ``qkv``, ``o``, ``gate_up``, ``down``, of a convolution its two."""
+        parts = {"qkv": self.qkv, "o": (self.output,), "gate_up": self.gate_up, "down": (self.down,)}
+        return parts | ({"conv_in": (self.conv_in,), "conv_out": (self.conv_out,)} if self.conv_in else {})
 
-    def in_attention(self, module: str) -> bool:
-        """Whether a module, relative to its layer, goes where the layer's attention goes."""
-        inside = module.startswith(self.output.rpartition(".")[0] + ".")
-        return inside or module in (self.attention_norm, self.attention_post_norm)
+    def writing(self, kind: BlockKind) -> str:
+        """The module by which a kind of block writes to the residual stream; empty where the family has no such."""
+        return {ATTENTION.name: self.output, CONV.name: self.conv_out, FFN.name: self.down}[kind.name]
+
+    def norm_before(self, kind: BlockKind) -> str:
+        """The norm of what a kind of block reads; empty where it has none."""
+        return self.ffn_norm if kind is FFN else self.attention_norm
+
+    def kind_of(self, module: str, sizes: LayerSizes) -> BlockKind:
+        """The block that a module goes with, by its name relative to a layer that had these sizes."""
+        for kind in MIXERS:
+            writes = self.writing(kind)
+            if writes and module.startswith(writes.rpartition(".")[0] + "."):
+                return kind
+        return sizes.mixer if module in (self.attention_norm, self.attention_post_norm) else FFN
 
 
 SLIM = "saap_"  # before the name of a family in the model type of a model whose layers differ
@@ -104,11 +126,19 @@ MOST_POSITIONS = 1 << 24
 DTYPES = ("float32", "float16", "bfloat16", "auto")
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "su", "llama3", "proportional")
 MOST_NUMBER = 1e15  # of a base, an epsilon or a factor
+MOST_KERNEL = 64  # tokens that a short convolution sees
+CONVOLVES = "conv"  # the type of a layer that mixes tokens by a short convolution
 POSITIONS = 2048  # what transformers takes where a LLaMA config names none
 UNREAD = "time_step_limit"  # of state space layers; it holds an infinity, for which JSON has only ways around
 PER_LAYER = ("layer_types", "no_rope_layers")  # fields of a config that have one entry for each layer
 QUERY_NORM, KEY_NORM = "self_attn.q_norm", "self_attn.k_norm"
 LLAMA = Architecture(gguf=True, optimum=True)
+LFM2 = Architecture(  # short convolutions, and attention in every third layer or so
+    "Lfm2", final_norm="model.embedding_norm", output="self_attn.out_proj", gate="feed_forward.w1",
+    up="feed_forward.w3", down="feed_forward.w2", conv_in="conv.in_proj", conv_kernel="conv.conv",
+    conv_out="conv.out_proj", attention_norm="operator_norm", query_norm="self_attn.q_layernorm",
+    key_norm="self_attn.k_layernorm", ffn_norm="ffn_norm", window="by layer", epsilon="norm_eps", transformers=5,
+)  # fmt: skip
 FAMILIES = {
     "llama": LLAMA,
     "mistral": Architecture("Mistral", window="all", gguf=True),
@@ -134,6 +164,13 @@ FAMILIES = {
         ffn_width="shared_intermediate_size", window="by layer", multipliers=True, switched_rotary=True, transformers=5,
     ),
     "ministral3": Architecture("Ministral3", window="all", transformers=5),
+    "lfm2": LFM2,
+    "lfm3": replace(
+        LFM2, family="Lfm3", output="self_attn.o_proj", query_norm=QUERY_NORM, key_norm=KEY_NORM,
+        head_gate="self_attn.g_proj", stored_as=("self_attn.gate_proj", "self_attn.g_proj"),
+        attention_post_norm="post_operator_norm", ffn_post_norm="post_ffn_norm", local_rotary=True,
+        always=("use_sandwich_norm", "use_attention_gate"),
+    ),
 }  # fmt: skip
 ARCHITECTURES = FAMILIES | {SLIM + name: row for name, row in FAMILIES.items()}
 
@@ -191,19 +228,25 @@ def shape_of(config: object) -> ModelShape:
     """
     architecture = architecture_of(config)
     config = with_defaults(config)
+    if off := [key for key in architecture.always if not field_of(config, key)]:
+        raise UserError(f"config.json has {off[0]} off, which is not supported; supported: {off[0]} true")
     if experts := field_of(config, "num_local_experts"):
         raise UserError(f"the model is a mixture of {experts} experts, which is not supported; supported: dense models")
     heads, hidden = _count(config, "num_attention_heads"), _count(config, "hidden_size")
     count = _count(config, "num_hidden_layers", most=MOST_LAYERS)
     if slim := field_of(config, "slim_layers"):
+        numbers = 4 if architecture.conv_in else 3
         try:
-            sizes_of_layers = msgspec.convert(slim, list[tuple[object, object, object]])
+            sizes_of_layers = msgspec.convert(slim, list[list[object]])
         except ValueError:
-            raise UserError("config.json has slim_layers that are not three sizes per layer: make it again") from None
+            sizes_of_layers = [[]]
+        if any(len(sizes) != numbers for sizes in sizes_of_layers):
+            raise UserError(f"config.json has slim_layers that are not {numbers} sizes per layer: make it again")
         layers = tuple(LayerSizes(*(_checked("slim_layers", n, 0) for n in sizes)) for sizes in sizes_of_layers)
     else:
-        kv_heads = _count(config, "num_key_value_heads", heads)
-        layers = (LayerSizes(heads, kv_heads, _count(config, architecture.ffn_width)),) * count
+        attends = LayerSizes(heads, _count(config, "num_key_value_heads", heads), _ffn_width(config, architecture))
+        convolves = LayerSizes(ffn=attends.ffn, conv=hidden)
+        layers = tuple(convolves if _convolves(config, architecture, i) else attends for i in range(count))
     for index, sizes in enumerate(layers):
         if sizes.query_heads and (not sizes.kv_heads or sizes.query_heads % sizes.kv_heads):
             raise UserError(
@@ -223,7 +266,27 @@ def shape_of(config: object) -> ModelShape:
         qk_norm="all" if architecture.qk_norm_spans_heads else "head" if architecture.query_norm else "none",
         norms=bool(architecture.attention_norm) + bool(architecture.attention_post_norm),
         added_bias=bool(field_of(config, "slim_bias")),
+        conv_kernel=_count(config, "conv_L_cache", most=MOST_KERNEL) if architecture.conv_in else 0,
+        conv_bias=bool(architecture.conv_in and field_of(config, "conv_bias")),
+        head_gates=bool(architecture.head_gate),
     )
+
+
+def _ffn_width(config: object, architecture: Architecture) -> int:
+    """Channels of a dense feed-forward block; LFM2 takes two thirds of what its config says, in whole multiples."""
+    width = _count(config, architecture.ffn_width)
+    if not field_of(config, "block_auto_adjust_ff_dim"):
+        return width
+    width = int(2 * width / 3)
+    if field_of(config, "block_ffn_dim_multiplier") is None:
+        return width
+    step = _count(config, "block_multiple_of")
+    return -(-int(number_of(config, "block_ffn_dim_multiplier") * width) // step) * step
+
+
+def _convolves(config: object, architecture: Architecture, index: int) -> bool:
+    kinds = entries_of(config, "layer_types") if architecture.conv_in else []
+    return bool(kinds) and kinds[index] == CONVOLVES
 
 
 def traits_of(config: object) -> Traits:
@@ -260,8 +323,11 @@ def traits_of(config: object) -> Traits:
 def _layer_traits(config: object, architecture: Architecture, index: int) -> LayerTraits:
     kinds = entries_of(config, "layer_types")
     kind = kinds[index] if architecture.window == "by layer" and kinds else "full_attention"
-    if kind not in ("full_attention", "sliding_attention"):
-        raise UserError(f"layers of type {kind!r} are not supported; supported: full_attention, sliding_attention")
+    known = ("full_attention", "sliding_attention", *([CONVOLVES] if architecture.conv_in else []))
+    if kind not in known:
+        raise UserError(f"layers of type {kind!r} are not supported; supported: {', '.join(known)}")
+    if kind == CONVOLVES:
+        return LayerTraits(rotary=None)
     slides = architecture.window == "all" or kind == "sliding_attention"
     rotary: Literal["default", "local"] | None = "local" if architecture.local_rotary and slides else "default"
     if architecture.skips_rotary and not entries_of(config, "no_rope_layers")[index]:
@@ -307,6 +373,12 @@ def positions_of(config: object) -> int:
     return min(most, _count(rope, "original_max_position_embeddings", most, MOST_POSITIONS))
 
 
+def epsilon_of(config: object) -> float:
+    """What the norms add to a mean square."""
+    config = with_defaults(config)
+    return number_of(config, architecture_of(config).epsilon)
+
+
 def layer_count(config: object) -> int:
     return _count(with_defaults(config), "num_hidden_layers", most=MOST_LAYERS)
 
@@ -336,7 +408,7 @@ def check_config(config: Mapping[str, object]) -> None:
             f"config.json has head_dim {head_dim}: rotary embedding turns pairs, so it is even; get it again"
         )
     multipliers = (key for key in config if key.endswith("_multiplier"))
-    for key in ("rms_norm_eps", "rope_theta", "rope_local_base_freq", *multipliers):
+    for key in ("rms_norm_eps", "norm_eps", "rope_theta", "rope_local_base_freq", *multipliers):
         if config.get(key) is not None:
             number_of(config, key)
     rope = config.get("rope_scaling") or {}

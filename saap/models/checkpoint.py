@@ -35,7 +35,7 @@ from saap.models.architectures import (
 from saap.models.integrity import check_directory, hashes
 from saap.models.modeling_slim import GroupQuantTable, ScaledEmbedding, TiedHead, slim_classes
 from saap.models.record import DOCUMENT, Record, read_record
-from saap.models.shape import ModelShape
+from saap.models.shape import MIXERS, ModelShape
 from saap.models.slim_quant import SlimQuant, quant_of
 from saap.models.weight_files import NOT_NEEDED, check_finite, write_shards
 from saap.system.errors import UserError, first_line
@@ -166,6 +166,9 @@ def _embedding(weight: torch.nn.Parameter, factor: float) -> torch.nn.Embedding:
     return scaled
 
 
+OLD_NAMES = {"block_ff_dim": "intermediate_size", "tie_embedding": "tie_word_embeddings"}  # which win over the new
+
+
 def slim_config(
     config: Mapping[str, object],
     shape: ModelShape,
@@ -188,6 +191,10 @@ def slim_config(
     ours = ("slim_layers", "slim_quant", "slim_bias", "auto_map", "_name_or_path")
     slim: dict[str, object] = {k: v for k, v in config.items() if k not in ours} | _layer_lists(config, shape, kept)
     slim["num_hidden_layers"], slim["head_dim"] = len(shape.layers), shape.head_dim
+    slim.pop("full_attn_idxs", None)  # what ``layer_types`` says in other words
+    if "block_auto_adjust_ff_dim" in slim or architecture.conv_in:
+        slim["block_auto_adjust_ff_dim"] = False  # widths are what they say
+    slim |= {name: slim.pop(old) for old, name in OLD_NAMES.items() if old in slim}
     family, first = str(config["model_type"]).removeprefix(SLIM), shape.layers[0]
     biased = shape.added_bias and not (shape.mlp_bias and shape.attention_bias and shape.output_bias)
     if quant is None and not biased and _is_plain(slim, shape):
@@ -207,7 +214,7 @@ def slim_config(
             "AutoConfig": f"modeling_slim.{classes.config.__name__}",
             "AutoModelForCausalLM": f"modeling_slim.{classes.model.__name__}",
         },
-        "slim_layers": [[s.query_heads, s.kv_heads, s.ffn] for s in shape.layers],
+        "slim_layers": [sizes.entry(bool(shape.conv_kernel)) for sizes in shape.layers],
     }
     if biased:
         slim["slim_bias"] = True
@@ -232,8 +239,8 @@ def _layer_lists(
 ) -> dict[str, list[object]]:
     """The config's lists with one entry per layer, also those that it leaves to defaults, cut to the kept layers.
 
-    A layer without attention takes the type of one that attends: so the first layer's type, by which transformers
-    measures how long a KV cache is, is one that has keys and values.
+    A layer that mixes no tokens takes the type of one that does: so the first layer's type, by which transformers
+    measures how long a cache is, is one that has something in it.
     """
     if architecture_of(dict(config)).window != "by layer":
         return {}
@@ -244,9 +251,9 @@ def _layer_lists(
     lists = {key: entries_of(full, key) for key in PER_LAYER}
     cut = {key: entries if kept is None else [entries[i] for i in kept] for key, entries in lists.items() if entries}
     if kinds := cut.get("layer_types"):
-        attends = [bool(sizes.query_heads) for sizes in shape.layers]
-        first = kinds[attends.index(True)] if any(attends) else None
-        cut["layer_types"] = [kind if there else first for kind, there in zip(kinds, attends, strict=True)]
+        mixes = [any(map(sizes.has, MIXERS)) for sizes in shape.layers]
+        first = kinds[mixes.index(True)] if any(mixes) else None
+        cut["layer_types"] = [kind if there else first for kind, there in zip(kinds, mixes, strict=True)]
     return cut
 
 

@@ -1,4 +1,4 @@
-"""A layer's logical matrices on a loaded model: query, key, value, output, gate, up and down, packed or not.
+"""A layer's logical matrices on a loaded model: query, key, value, output, gate, up, down and so on, packed or not.
 
 Worked example, a Phi-3 layer with 3 query heads of 32 on 1 KV head and FFN 128: ``self_attn.qkv_proj`` [160, 96] holds
 query in rows 0:96, key in 96:128 and value in 128:160; ``mlp.gate_up_proj`` [256, 96] holds gate in 0:128 and up in
@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from torch import nn
 
 from saap.models.architectures import Architecture, architecture_of
-from saap.models.shape import LayerSizes, ModelShape
+from saap.models.shape import ATTENTION, CONV, FFN, KINDS, LayerSizes, ModelShape
 from saap.system.errors import UserError
 
-ROLES = ("query", "key", "value", "output", "gate", "up", "down")
+ROLES = tuple(role for kind in KINDS.values() for role in kind.roles)
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Matrix:
 def matrices_of(model: nn.Module, shape: ModelShape) -> list[Matrix]:
     """The matrices of every layer in order, in a layer in the order of :data:`ROLES`.
 
-    A layer without attention or without feed-forward block has no matrices of these roles.
+    A layer has no matrices of the blocks that it does not have.
 
     Args:
         model: a transformers causal language model, dense or slim, with floating-point weights.
@@ -56,11 +56,16 @@ def placed_roles(sizes: LayerSizes, shape: ModelShape, architecture: Architectur
     if sizes.query_heads:
         queries, keys = sizes.query_heads * shape.head_dim, sizes.kv_heads * shape.head_dim
         attention = (architecture.query, architecture.key, architecture.value)
-        yield from _stacked(ROLES[:3], attention, architecture.packed_qkv, (queries, keys, keys))
+        yield from _stacked(ATTENTION.roles[:3], attention, architecture.packed_qkv, (queries, keys, keys))
+        if shape.head_gates:
+            yield "head_gate", architecture.head_gate, slice(0, sizes.query_heads)
         yield "output", architecture.output, slice(0, shape.hidden)
+    if sizes.conv:
+        yield from _stacked(CONV.roles[:3], ("",) * 3, architecture.conv_in, (sizes.conv,) * 3)
+        yield "conv_out", architecture.conv_out, slice(0, shape.hidden)
     if sizes.ffn:
         feed_forward = (architecture.gate, architecture.up)
-        yield from _stacked(ROLES[4:6], feed_forward, architecture.packed_gate_up, (sizes.ffn,) * 2)
+        yield from _stacked(FFN.roles[:2], feed_forward, architecture.packed_gate_up, (sizes.ffn,) * 2)
         yield "down", architecture.down, slice(0, shape.hidden)
 
 

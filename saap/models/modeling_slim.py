@@ -3,8 +3,9 @@
 This file is shipped inside every slim directory that plain transformers cannot build, so it imports torch and
 transformers only. Three keys of ``config.json`` drive it:
 
-* ``slim_layers``: one ``[query_heads, kv_heads, ffn]`` per layer; 0 query heads means no attention, 0 ffn no MLP.
-* ``slim_bias``: true where the output and the down projections have biases that their family does not have.
+* ``slim_layers``: one ``[query_heads, kv_heads, ffn]`` per layer, and a fourth number, the channels of its short
+  convolution, in families that have such layers; 0 query heads means no attention, 0 ffn no MLP.
+* ``slim_bias``: true where what writes to the residual stream has biases that its family does not have.
 * ``slim_quant``: ``{"bits", "block", "embedding_bits", "tied"}`` when linears and embedding hold group-wise integers;
   ``"matrices"`` are the bits, ``"blocks"`` the group sizes, of matrices that differ, by name.
 """
@@ -123,10 +124,10 @@ class NoAttention(nn.Module):
         return torch.zeros_like(hidden_states), None
 
 
-class NoFeedForward(nn.Module):
-    """Stands where a layer lost its MLP: adds nothing to the residual stream."""
+class NoBlock(nn.Module):
+    """Stands where a layer lost its MLP or its convolution: adds nothing to the residual stream."""
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, **_: object) -> torch.Tensor:
         """[b, s, hidden] -> zeros of that shape."""
         return torch.zeros_like(hidden_states)
 
@@ -191,37 +192,46 @@ def resize_layers(model: Any, sizes: list[tuple[int, ...]], added_bias: bool = F
     if len(sizes) != len(layers):
         raise ValueError(f"slim_layers has {len(sizes)} entries, the model has {len(layers)} layers")
     places = cache_places(getattr(model.config, "layer_types", None) or [""] * len(sizes), sizes)
-    for index, (layer, (query_heads, kv_heads, ffn)) in enumerate(zip(layers, sizes, strict=True)):
-        attention_norms, ffn_norms = _norms(layer)
+    for index, (layer, (query_heads, kv_heads, ffn, *channels)) in enumerate(zip(layers, sizes, strict=True)):
+        mixer_norms, ffn_norms = _norms(layer)
         if query_heads:
             _resize_attention(layer.self_attn, query_heads, kv_heads, added_bias)
             layer.self_attn.layer_idx = places[index]
+        elif any(channels):
+            _resize_conv(layer.conv, channels[0], added_bias)
+            layer.conv.layer_idx = places[index]
         else:
-            layer.self_attn = NoAttention()
-            _remove(layer, attention_norms)
-        mlp = "mlp" if hasattr(layer, "mlp") else "shared_mlp"
+            if hasattr(layer, "conv"):
+                layer.conv = NoBlock()
+            else:
+                layer.self_attn = NoAttention()
+            _remove(layer, mixer_norms)
+        mlp = _present(layer, "mlp", "shared_mlp", "feed_forward")
         if ffn:
             _resize_mlp(getattr(layer, mlp), ffn, added_bias)
         else:
-            setattr(layer, mlp, NoFeedForward())
+            setattr(layer, mlp, NoBlock())
             _remove(layer, ffn_norms)
 
 
 def cache_places(kinds: list[str], sizes: list[tuple[int, ...]]) -> dict[int, int]:
-    """Which entry of the KV cache each layer that attends uses.
+    """Which entry of the cache each layer that mixes tokens uses.
 
-    The cache has one entry for each layer, sliding or not as the layer is. Of each kind, transformers reads lengths
-    from the first entry: so the layers that attend take the first entries of their kind, and the last stay empty.
+    The cache has one entry for each layer, of the layer's kind. Of each kind, transformers reads lengths from the first
+    entry: so the layers that mix tokens take the first entries of their kind, and the last stay empty.
     """
     places: dict[int, int] = {}
     for kind in set(kinds):
         entries = [index for index, of in enumerate(kinds) if of == kind]
-        places.update(zip((index for index in entries if sizes[index][0]), entries, strict=False))
+        mixing = (index for index in entries if sizes[index][0] or any(sizes[index][3:]))
+        places.update(zip(mixing, entries, strict=False))
     return places
 
 
 def _norms(layer: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Names of the norms that go with a layer's attention, and with its MLP; a layer has some of them."""
+    """Names of the norms that go with what mixes tokens in a layer, and with its MLP; a layer has some of them."""
+    if hasattr(layer, "operator_norm"):
+        return ("operator_norm", "post_operator_norm"), ("ffn_norm", "post_ffn_norm")
     if hasattr(layer, "post_feedforward_layernorm"):  # then the other "post" is after the attention, not before the MLP
         after = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
         return ("input_layernorm", "post_attention_layernorm"), after
@@ -239,17 +249,38 @@ def _resize_attention(attention: Any, query_heads: int, kv_heads: int, added_bia
     attention.num_key_value_groups, attention.num_key_value_heads = query_heads // kv_heads, kv_heads
     if hasattr(attention, "qkv_proj"):  # where its packed rows end is asked of the config
         attention.config = LayerConfig(attention.config, query_heads)
-    rows = {"q_proj": queries, "k_proj": keys, "v_proj": keys, "qkv_proj": queries + 2 * keys}
+    rows = {"q_proj": queries, "k_proj": keys, "v_proj": keys, "qkv_proj": queries + 2 * keys, "g_proj": query_heads}
     _resize_rows(attention, rows)
-    attention.o_proj = _linear_like(attention.o_proj, queries, attention.o_proj.out_features, added_bias)
+    _resize_columns(attention, _present(attention, "o_proj", "out_proj"), queries, added_bias)
+
+
+def _resize_conv(conv: Any, channels: int, added_bias: bool) -> None:
+    """LFM2's short convolution: ``in_proj`` makes two gates and a signal for each channel."""
+    old, biased = conv.conv, conv.conv.bias is not None
+    place = {"device": old.weight.device, "dtype": old.weight.dtype}
+    conv.conv = nn.Conv1d(
+        channels, channels, old.kernel_size, groups=channels, bias=biased, padding=old.padding, **place
+    )  # fmt: skip
+    _resize_rows(conv, {"in_proj": 3 * channels})
+    _resize_columns(conv, "out_proj", channels, added_bias)
 
 
 def _resize_mlp(mlp: Any, ffn: int, added_bias: bool) -> None:
     mlp.intermediate_size = ffn
-    _resize_rows(mlp, {"gate_proj": ffn, "up_proj": ffn, "gate_up_proj": 2 * ffn, "input_linear": 2 * ffn})
-    name = "down_proj" if hasattr(mlp, "down_proj") else "output_linear"
-    down = getattr(mlp, name)
-    setattr(mlp, name, _linear_like(down, ffn, down.out_features, added_bias))
+    rows = {"gate_proj": ffn, "up_proj": ffn, "w1": ffn, "w3": ffn, "gate_up_proj": 2 * ffn, "input_linear": 2 * ffn}
+    _resize_rows(mlp, rows)
+    _resize_columns(mlp, _present(mlp, "down_proj", "output_linear", "w2"), ffn, added_bias)
+
+
+def _present(parent: nn.Module, *names: str) -> str:
+    """Which of these modules is there: families name them differently."""
+    return next(name for name in names if hasattr(parent, name))
+
+
+def _resize_columns(parent: nn.Module, name: str, columns: int, added_bias: bool) -> None:
+    """Give a linear that writes to the residual stream another number of columns."""
+    old = getattr(parent, name)
+    setattr(parent, name, _linear_like(old, columns, old.out_features, added_bias))
 
 
 def _resize_rows(parent: nn.Module, rows: dict[str, int]) -> None:

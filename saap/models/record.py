@@ -24,7 +24,13 @@ class FileHash(TypedDict, total=False):
     sha256: str
 
 
-class Counts(TypedDict):
+class ConvCount(TypedDict, total=False):
+    """Of a layer that has a short convolution."""
+
+    conv: Count
+
+
+class Counts(ConvCount):
     """Sizes of a layer."""
 
     query_heads: Count
@@ -32,7 +38,13 @@ class Counts(TypedDict):
     ffn: Count
 
 
-class Kept(TypedDict):
+class KeptConv(TypedDict, total=False):
+    """Of a layer that has a short convolution."""
+
+    conv: list[Count]
+
+
+class Kept(KeptConv):
     """What is kept of a layer of the base model: indices, ascending."""
 
     query_heads: list[Count]

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from saap.models.architectures import architecture_of, layer_count, shape_of
+from saap.models.architectures import Architecture, architecture_of, layer_count, shape_of
 from saap.models.integrity import check_directory, known_sha256
 from saap.system.errors import UserError
 from saap.system.files import read_object
@@ -35,18 +35,20 @@ def tensor_reader(directory: str | Path) -> tuple[list[str], Callable[[str], tor
     files = sorted(Path(directory).glob("*.safetensors"))
     if not files:
         raise UserError(f"{directory} holds no *.safetensors; saap reads no pickled weights: convert the model first")
-    where = {}
+    row = architecture_of(config := read_object(Path(directory) / "config.json", "get or make it again"))
+    where: dict[str, tuple[Path, str]] = {}
     for file in files:
         with opened(file) as handle:
-            where.update(dict.fromkeys(handle.keys(), file))
-    _check_names(Path(directory), sorted(where))
+            where.update({name.replace(*row.stored_as): (file, name) for name in handle.keys()})  # noqa: SIM118
+    _check_names(Path(directory), row, layer_count(config), sorted(where))
     finite = set[str]()
 
     def read(name: str) -> torch.Tensor:
         if name not in where:
             raise UserError(f"{directory} has no tensor {name}, which its config.json asks for: get or make it again")
-        with opened(where[name]) as handle:
-            tensor: torch.Tensor = handle.get_tensor(name)
+        file, stored = where[name]
+        with opened(file) as handle:
+            tensor: torch.Tensor = handle.get_tensor(stored)
         if name not in finite:
             check_finite(directory, name, tensor)
             finite.add(name)
@@ -55,11 +57,9 @@ def tensor_reader(directory: str | Path) -> tuple[list[str], Callable[[str], tor
     return sorted(where), read
 
 
-def _check_names(directory: Path, names: list[str]) -> None:
+def _check_names(directory: Path, row: Architecture, layers: int, names: list[str]) -> None:
     """Refuse a tensor that the model of ``config.json`` has no place for."""
-    config = read_object(directory / "config.json", "get or make it again")
-    row = architecture_of(config)
-    roots = (row.embedding, row.final_norm, row.head, *(f"{row.layers}.{n}" for n in range(layer_count(config))))
+    roots = (row.embedding, row.final_norm, row.head, *(f"{row.layers}.{n}" for n in range(layers)))
     for name in names:
         root = name if (layer := LAYER.match(name)) is None else layer[0]
         if not NOT_NEEDED.search(name) and not any(root == known or root.startswith(f"{known}.") for known in roots):
@@ -75,9 +75,8 @@ def check_sizes(directory: str | Path) -> None:
     row, shape = architecture_of(config), shape_of(config)
     wanted = {f"{row.embedding}.weight": [shape.vocab, shape.hidden]}
     for index, sizes in enumerate(shape.layers):
-        for module, width in ((row.output, sizes.query_heads * shape.head_dim), (row.down, sizes.ffn)):
-            if width:
-                wanted[f"{row.layers}.{index}.{module}.weight"] = [shape.hidden, width]
+        for kind in sizes.blocks:
+            wanted[f"{row.layers}.{index}.{row.writing(kind)}.weight"] = [shape.hidden, shape.inner_width(kind, sizes)]
     found = dict[str, list[int]]()
     for file in Path(directory).glob("*.safetensors"):
         with opened(file) as handle:

@@ -18,7 +18,7 @@ def prune_needs(
     shape: ModelShape, sequences: int, tokens: int, file_bytes: int, *, streamed: bool, element: str = "none"
 ) -> Needs:
     """Of pruning in float32, whole in memory or layer by layer: the largest of loading, computing and writing."""
-    layers = [shape.attention_weights(s) + shape.ffn_weights(s) for s in shape.layers]
+    layers = [shape.weights_of(s) for s in shape.layers]
     refit = _refit(shape, sequences, tokens, kept=not streamed)
     computing = 4 * max(_scoring(shape, layers, sequences, tokens, streamed, element), refit)
     stages: list[dict[str, int]] = [{"a file of the slim model": min(SHARD_BYTES, file_bytes)}]
@@ -57,7 +57,7 @@ def _refit(shape: ModelShape, sequences: int, tokens: int, *, kept: bool) -> int
     ``kept``: what enters the matrices is there for all batches.
     """
     widest = max(sizes.ffn for sizes in shape.layers)
-    heads = max(sizes.query_heads for sizes in shape.layers) * shape.head_dim
+    heads = max(shape.inner_width(sizes.mixer, sizes) for sizes in shape.layers)
     stream = sequences * tokens * (2 * shape.hidden + kept * (widest + heads))
     batch = max(1, min(BATCH, sequences // 2)) * tokens * (3 * widest + 2 * heads + 4 * shape.hidden)
     few = sequences * tokens < widest
@@ -72,6 +72,6 @@ def prune_disk(shape: ModelShape, file_bytes: int, share: float, stages: int) ->
     def left(gone: float) -> int:
         return round(each * (shape.parameters - gone * shape.layer_weights))
 
-    refitted = sum(shape.hidden * (s.ffn + s.query_heads * shape.head_dim) for s in shape.layers)
+    refitted = sum(shape.hidden * shape.inner_width(kind, s) for s in shape.layers for kind in s.blocks)
     before = left(share * (stages - 1) / stages) if stages > 1 else 0
     return {"the stage before": before, "refitted matrices": round(each * refitted), "the slim model": left(share)}

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 
-from saap.models.shape import LayerSizes, ModelShape
+from saap.models.shape import LayerSizes, ModelShape, OfBlocks
 from saap.system.errors import UserError
 
 Amount = int | float  # in the budget's unit; what is counted stays whole, on disk too
@@ -12,16 +12,17 @@ CLEAR = 2.0  # standard errors: what is gained by less on calibration text was l
 
 
 @dataclass(frozen=True)
-class LayerPlan:
+class LayerPlan(OfBlocks):
     """What one layer of the base model keeps: sorted indices into its own heads, groups and channels."""
 
     query_heads: tuple[int, ...] = ()
     kv_heads: tuple[int, ...] = ()
     ffn: tuple[int, ...] = ()
+    conv: tuple[int, ...] = ()  # channels of the short convolution
 
     @property
     def sizes(self) -> LayerSizes:
-        return LayerSizes(len(self.query_heads), len(self.kv_heads), len(self.ffn))
+        return LayerSizes(*(len(getattr(self, each.name)) for each in fields(self)))
 
 
 @dataclass(frozen=True)
@@ -40,11 +41,11 @@ class Move:
 
 @dataclass(frozen=True)
 class Reason:
-    """One attention or feed-forward block: what went, at what price, and what was left."""
+    """One block: what went, at what price, and what was left."""
 
     layer: int  # index in the model that was pruned
-    kind: str  # attention or ffn
-    had: LayerSizes  # before; a feed-forward block has no heads, attention no channels
+    kind: str  # of block, by its name
+    had: LayerSizes  # before; of this block alone
     keeps: LayerSizes  # after
     whole: Amount  # what the block cost before, in the budget's unit
     saved: Amount  # how much of that went
@@ -91,9 +92,16 @@ class Reasons:
             "unit": self.unit,
             "dearest_taken": taken.last.per_unit if taken and taken.last else None,
             "cheapest_left": left.next.per_unit if left and left.next else None,
-            "blocks": [asdict(block) for block in self.blocks],
+            "blocks": [_told(block) for block in self.blocks],
             "weighed": [asdict(each) for each in self.weighed],
         }
+
+
+def _told(reason: Reason) -> dict[str, object]:
+    """A reason for ``saap.json``."""
+    told = asdict(reason) | {"had": reason.had.told(), "keeps": reason.keeps.told()}
+    moves = {name: getattr(reason, name) for name in ("last", "next", "quarter")}
+    return told | {name: asdict(move) | {"to": move.to.told()} for name, move in moves.items() if move}
 
 
 @dataclass(frozen=True)
@@ -107,7 +115,7 @@ class PrunePlan:
     @property
     def kept_layers(self) -> tuple[int, ...]:
         """Indices, in the base model, of the layers that are not dropped."""
-        return tuple(index for index, plan in enumerate(self.layers) if plan.query_heads or plan.ffn)
+        return tuple(index for index, plan in enumerate(self.layers) if plan.blocks)
 
     def cut_layers(self, dense: ModelShape) -> dict[int, LayerPlan]:
         """What the layers keep that lose something."""
@@ -118,14 +126,14 @@ class PrunePlan:
 
 
 def whole_layer(sizes: LayerSizes) -> LayerPlan:
-    return LayerPlan(tuple(range(sizes.query_heads)), tuple(range(sizes.kv_heads)), tuple(range(sizes.ffn)))
+    return LayerPlan(*(tuple(range(getattr(sizes, each.name))) for each in fields(LayerPlan)))
 
 
-def ffn_widths(ffn: int, group_size: int) -> list[int]:
-    """The widths that an FFN may keep, narrowest first: multiples of the grid, and the width it has."""
-    # Rows in multiples of 64 suit the fast kernels, and a quantised down_proj needs whole groups.
-    grid = max(group_size, 64) if ffn >= 512 else group_size
-    return [*range(grid, ffn, grid), ffn]
+def widths_of(channels: int, group_size: int) -> list[int]:
+    """How many of its channels a block may keep, fewest first: multiples of the grid, and as many as it has."""
+    # Rows in multiples of 64 suit the fast kernels, and the quantised matrix that writes needs whole groups.
+    grid = max(group_size, 64) if channels >= 512 else group_size
+    return [*range(grid, channels, grid), channels]
 
 
 def composed(first: PrunePlan, second: PrunePlan) -> PrunePlan:
@@ -134,9 +142,7 @@ def composed(first: PrunePlan, second: PrunePlan) -> PrunePlan:
     for index, keep in zip(first.kept_layers, second.layers, strict=True):
         before = first.layers[index]
         layers[index] = LayerPlan(
-            tuple(before.query_heads[i] for i in keep.query_heads),
-            tuple(before.kv_heads[i] for i in keep.kv_heads),
-            tuple(before.ffn[i] for i in keep.ffn),
+            *(tuple(getattr(before, each.name)[i] for i in getattr(keep, each.name)) for each in fields(keep))
         )
     return PrunePlan(tuple(layers), first.price + second.price)
 
@@ -150,6 +156,7 @@ def check_plan(plan: PrunePlan, dense: ModelShape) -> None:
             (keep.query_heads, sizes.query_heads, "query head"),
             (keep.kv_heads, sizes.kv_heads, "KV head"),
             (keep.ffn, sizes.ffn, "FFN channel"),
+            (keep.conv, sizes.conv, "channel of the convolution"),
         ):
             if list(kept) != sorted(set(kept)) or any(not 0 <= i < count for i in kept):
                 raise UserError(f"layer {index}: the kept {what}s are not distinct sorted indices below {count}")

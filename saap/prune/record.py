@@ -39,8 +39,8 @@ def record_of(pruning: Pruning, plan: PrunePlan, achieved: dict[str, float | Non
             "achieved": achieved,
             "price_nats": plan.price,
             "reasons": plan.reasons.record() if plan.reasons else None,
-            "dense_layers": to_builtins(pruning.budget.dense.layers),
-            "layers": to_builtins(plan.layers),
+            "dense_layers": to_builtins([sizes.told() for sizes in pruning.budget.dense.layers]),
+            "layers": to_builtins([keep.told() for keep in plan.layers]),
         },
         "options": {
             "block": options.group_size,

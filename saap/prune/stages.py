@@ -83,7 +83,7 @@ def check_reachable(budget: Budget, options: PruneOptions) -> None:
                 f"--drop-layers {options.drop_layers} leaves no layer: {len(free)} of {len(shape.layers)} may go"
             )
         # Which ones go is not known yet; those that cost most leave the least.
-        cost = [budget.attention_cost(sizes) + budget.ffn_cost(sizes) for sizes in shape.layers]
+        cost = [budget.layer_cost(sizes) for sizes in shape.layers]
         gone = sorted(free, key=cost.__getitem__)[-options.drop_layers :]
         left = [i for i in range(len(shape.layers)) if i not in gone]
         kept = frozenset(place for place, index in enumerate(left) if index in kept)

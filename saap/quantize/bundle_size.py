@@ -7,6 +7,7 @@ maps it in pages. With groups of b columns:
 * a matrix [N, K] at 32 bit: 4 N K
 * zero points, where a tuned matrix has its own: a number of its bits per row and group, whole bytes per row
 * a bias 4 N, a norm 4 times its width, a rotary table twice 4 times positions times half the rotated width
+* the kernels of a short convolution 4 times channels times the tokens that one sees
 
 Queries, keys and values are one matrix, gate and up are one, and a tied head is the embedding.
 """
@@ -27,7 +28,7 @@ from saap.models.architectures import (
     traits_of,
     with_defaults,
 )  # fmt: skip
-from saap.models.shape import LayerSizes, ModelShape
+from saap.models.shape import ATTENTION, CONV, BlockKind, LayerSizes, ModelShape
 from saap.models.slim_quant import MatrixForm, SlimQuant, module_form, quant_of, stacked_form
 from saap.system.errors import UserError
 
@@ -48,24 +49,37 @@ class BundleSize:
     architecture: Architecture | None = None
     zero_points: bool = False  # its linears have zero points of their own
 
-    def attention(self, shape: ModelShape, sizes: LayerSizes, layer: int | None = None) -> int:
-        """Bytes of one attention block with its norms; 0 heads are 0 bytes. ``layer``: which, of a tuned model."""
-        if not sizes.query_heads:
+    def block(self, kind: BlockKind, shape: ModelShape, sizes: LayerSizes, layer: int | None = None) -> int:
+        """Bytes of one block with its norms, 0 where there is none of the kind. ``layer``: which, of a tuned model."""
+        if not sizes.has(kind):
             return 0
+        if kind is ATTENTION:
+            return self._attention(shape, sizes, layer)
+        return self._convolution(shape, sizes, layer) if kind is CONV else self._ffn(shape, sizes, layer)
+
+    def _attention(self, shape: ModelShape, sizes: LayerSizes, layer: int | None) -> int:
         queries, both = sizes.query_heads * shape.head_dim, 2 * sizes.kv_heads * shape.head_dim
-        arrays = self._linear(queries + both, shape.hidden, layer, "qkv")
+        rows = queries + both + sizes.query_heads * shape.head_gates
+        arrays = self._linear(rows, shape.hidden, layer, "qkv")
         arrays += self._linear(shape.hidden, queries, layer, "o")
         arrays += [FLOAT * width for width in shape.attention_norms(sizes)]
         if shape.attention_bias:
-            arrays.append(FLOAT * (queries + both))
+            arrays.append(FLOAT * rows)
         if shape.biased_output:
             arrays.append(FLOAT * shape.hidden)
         return sum(map(paged, arrays))
 
-    def ffn(self, shape: ModelShape, sizes: LayerSizes, layer: int | None = None) -> int:
-        """Bytes of one feed-forward block with its norms; width 0 is 0 bytes. ``layer``: which, of a tuned model."""
-        if not sizes.ffn:
-            return 0
+    def _convolution(self, shape: ModelShape, sizes: LayerSizes, layer: int | None) -> int:
+        arrays = self._linear(3 * sizes.conv, shape.hidden, layer, "conv_in")
+        arrays += self._linear(shape.hidden, sizes.conv, layer, "conv_out")
+        arrays += [FLOAT * shape.hidden] * shape.norms + [FLOAT * sizes.conv * shape.conv_kernel]
+        if shape.conv_bias:
+            arrays += [FLOAT * 3 * sizes.conv, FLOAT * sizes.conv]
+        if shape.biased_conv:
+            arrays.append(FLOAT * shape.hidden)
+        return sum(map(paged, arrays))
+
+    def _ffn(self, shape: ModelShape, sizes: LayerSizes, layer: int | None) -> int:
         arrays = self._linear(2 * sizes.ffn, shape.hidden, layer, "gate_up")
         arrays += self._linear(shape.hidden, sizes.ffn, layer, "down")
         arrays += [FLOAT * shape.hidden] * shape.norms
@@ -91,15 +105,15 @@ class BundleSize:
         return sum(table) + 2 * self.rotary_tables * self.rotary_bytes
 
     def total(self, shape: ModelShape) -> int:
-        layers = (self.attention(shape, s, i) + self.ffn(shape, s, i) for i, s in enumerate(shape.layers))
-        return self.outside(shape) + sum(layers)
+        blocks = (self.block(kind, shape, s, i) for i, s in enumerate(shape.layers) for kind in s.blocks)
+        return self.outside(shape) + sum(blocks)
 
     def check(self, shape: ModelShape) -> None:
         """Refuse a model whose matrices are not whole groups."""
+        of = {"attention": "attention", "conv": "the convolution", "ffn": "the FFN"}
         widths = [("the hidden size", shape.hidden)]
         for index, sizes in enumerate(shape.layers):
-            widths += [(f"attention of layer {index}", sizes.query_heads * shape.head_dim)]
-            widths += [(f"the FFN of layer {index}", sizes.ffn)]
+            widths += [(f"{of[kind.name]} of layer {index}", shape.inner_width(kind, sizes)) for kind in sizes.blocks]
         for what, width in widths:
             if self.bits != 32 and width % self.group_size:
                 raise UserError(

@@ -100,8 +100,9 @@ def check_widths(shape: ModelShape, group_size: int) -> None:
     """Raise UserError when a matrix of the model does not have whole groups."""
     check_groups(shape.hidden, group_size, "the hidden size")
     for index, sizes in enumerate(shape.layers):
-        check_groups(sizes.query_heads * shape.head_dim, group_size, f"o_proj of layer {index}")
-        check_groups(sizes.ffn, group_size, f"down_proj of layer {index}")
+        for kind in sizes.blocks:
+            name = {"attention": "o_proj", "conv": "out_proj of the convolution", "ffn": "down_proj"}[kind.name]
+            check_groups(shape.inner_width(kind, sizes), group_size, f"{name} of layer {index}")
 
 
 def quantize(weight: torch.Tensor, bits: int, group_size: int, symmetric: bool = True) -> QuantMatrix:

@@ -19,7 +19,7 @@ def tune_needs(
 
     ``recomputed``: layers keep neither activations nor dequantised matrices from one pass to the next.
     """
-    layers = [shape.attention_weights(s) + shape.ffn_weights(s) for s in shape.layers]
+    layers = [shape.weights_of(s) for s in shape.layers]
     trained = round(TRAINED * sum(layers) / block)
     of_layers = [kept_per_token(shape, sizes) for sizes in shape.layers]
     kept = tokens * (shape.hidden * len(layers) + max(of_layers) if recomputed else sum(of_layers))

@@ -92,10 +92,10 @@ def one_stage_plan(losses: Losses, prices: Prices, budget: Budget, options: Prun
 
     Whole blocks go only where ``--modules`` was given, as in `saap prune`; their prices are corrected all the same.
     """
-    nothing: list[float | None] = [None] * len(prices.no_attention)
+    nothing: dict[str, list[float | None]] = {kind: [None] * len(each) for kind, each in prices.gone.items()}
 
     def searched(prices: Prices) -> Found:
-        allowed = prices if options.modules else replace(prices, no_attention=nothing, no_ffn=nothing)
+        allowed = prices if options.modules else replace(prices, gone=nothing)
         return search(allowed, budget, options)
 
     found = searched(prices)

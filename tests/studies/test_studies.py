@@ -170,7 +170,7 @@ def test_tuning_is_timed_beside_busy_processes(monkeypatch):
     runs = tuning_speed.busy_runs(tuning_speed.Side(ROOT, Path(sys.executable), 2), [], rounds=2)
     assert beside == [0, 1, 2, 2, 1, 0]
     rows = tuning_speed.busy_table([{"machine": "a CPU (avx2)", "threads": 2, "runs": runs}]).splitlines()[2:]
-    assert rows[1] == "| 1 | 2 | 50 | 0.50x | 2 | a CPU |" and len(rows) == 3
+    assert rows[1] == "| 1 | 2 | 50 | 0.50x | 2 | a CPU, AVX2 |" and len(rows) == 3
     with tuning_speed.beside(0):
         pass
 
@@ -205,7 +205,7 @@ def test_what_checks_cost_is_judged_by_the_whole_interval(factor, shown):
     cell = {"what": "generate", "machine": "a CPU (avx2)", "pairs": [[1.0, factor * each] for each in noise],
             "base": about, "now": about | {"torch": "2.13"}}  # fmt: skip
     (row,) = checks.table([cell]).splitlines()[2:]
-    assert row.split(" | ")[5:] == [f"{row.split(' | ')[5]}", shown, "torch None and 2.13", "a CPU |"]
+    assert row.split(" | ")[5:] == [f"{row.split(' | ')[5]}", shown, "torch None and 2.13", "a CPU, AVX2 |"]
     assert float(row.split(" | ")[4]) == pytest.approx(factor, rel=0.01)
 
 

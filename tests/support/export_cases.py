@@ -63,6 +63,11 @@ FAMILIES = {
     "granite 4": ("granitemoehybrid", {**MULTIPLIERS, "attention_bias": True}),
     "granite 4 without positions": ("granitemoehybrid", {**MULTIPLIERS, "position_embedding_type": None}),
     "ministral 3": ("ministral3", {"rope_parameters": {**YARN, "rope_theta": 10000.0, "llama_4_scaling_beta": 0.1}}),
+    "lfm3": ("lfm3", {"layer_types": ["conv", "sliding_attention", "full_attention"], "sliding_window": WINDOW}),
+    "lfm2": ("lfm2", {"layer_types": ["conv", "full_attention", "conv"]}),
+    "lfm2 with biases": ("lfm2", {"layer_types": ["full_attention", "conv", "full_attention"], "conv_bias": True,
+                                  "conv_L_cache": 4, "tie_word_embeddings": False,
+                                  "block_auto_adjust_ff_dim": False}),
 }  # fmt: skip
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from export.generate.ort_model import CACHE
-from saap.models.architectures import architecture_of, shape_of
+from saap.models.architectures import LLAMA, architecture_of, shape_of
 from saap.models.checkpoint import load_model, read_config, slim_config, write_slim
 from saap.models.weight_files import tensor_reader
 from saap.prune.cut.surgery import cut_tensors
@@ -39,6 +39,10 @@ CASES = {
     "granite": ("granite", {**MULTIPLIERS, "attention_bias": True, "mlp_bias": True}),
     "granite 4": ("granitemoehybrid", {**MULTIPLIERS, "attention_bias": True}),
     "ministral 3": ("ministral3", {"sliding_window": WINDOW}),
+    "lfm2": ("lfm2", {"layer_types": ["conv", "full_attention", "conv", "full_attention", "conv", "full_attention"],
+                      "block_auto_adjust_ff_dim": False, "conv_bias": True}),
+    "lfm3": ("lfm3", {"layer_types": ["conv", "full_attention", "sliding_attention", "conv", "sliding_attention",
+                                      "full_attention"], "sliding_window": WINDOW, "attention_bias": True}),
 }  # fmt: skip
 ALL = LayerPlan(tuple(range(HEADS)), tuple(range(GROUPS)), tuple(range(CHANNELS)))
 EMPTY = LayerPlan((), (), ())
@@ -81,13 +85,26 @@ EXPORTED = PrunePlan(
 
 
 def fitting(path, plan):
-    """The plan, with all heads or none where a norm spans them."""
+    """The plan, with all heads or none where a norm spans them, and channels for heads where a layer convolves."""
     shape = shape_of(read_config(path))
+    if shape.conv_kernel:
+        layers = [*map(_convolved, plan.layers, shape.layers)]
+        if not any(keep.query_heads for keep in layers):  # some layer has to attend
+            last = max(i for i, sizes in enumerate(shape.layers) if sizes.query_heads)
+            layers[last] = whole_layer(shape.layers[last])
+        return PrunePlan(tuple(layers))
     if shape.separable_heads:
         return plan
     whole = map(whole_layer, shape.layers)
     pairs = zip(plan.layers, whole, strict=True)
     return PrunePlan(tuple(replace(w, ffn=k.ffn) if k.query_heads else k for k, w in pairs))
+
+
+def _convolved(keep, sizes):
+    if not sizes.conv or keep.conv:
+        return keep
+    channels = range(0, sizes.conv, 1 if len(keep.query_heads) == HEADS else 3)
+    return LayerPlan(ffn=keep.ffn, conv=tuple(channels) if keep.query_heads else ())
 
 
 @pytest.fixture
@@ -149,15 +166,14 @@ def check_generation(model):
     assert (rest - logits(model)[:, 25:]).abs().max() <= 1e-4
 
 
-FULL = {"attention_bias": False, "mlp_bias": False}  # what the cases of some families switch on
+FULL = {"attention_bias": False, "mlp_bias": False, "conv_bias": False}  # what the cases of some families switch on
 
 
-def kept_modules(plan, down="mlp.down_proj"):
-    """(layer of the base, layer of the slim model, module) of each output and down projection that is left."""
+def kept_modules(plan, architecture=LLAMA):
+    """(layer of the base, layer of the slim model, module) of each module that writes and is left."""
     for new, old in enumerate(plan.kept_layers):
-        for module, sizes in (("self_attn.o_proj", "query_heads"), (down, "ffn")):
-            if getattr(plan.layers[old], sizes):
-                yield old, new, module
+        for kind in plan.layers[old].blocks:
+            yield old, new, architecture.writing(kind)
 
 
 @pytest.fixture
@@ -168,8 +184,9 @@ def compensated(dense_dir, tmp_path):
         path = dense_dir(case, **{key: False for key in FULL if key in CASES[case][1]})
         plan = fitting(path, plan)
         generator = torch.Generator().manual_seed(9)
-        down = architecture_of(read_config(path)).down
-        biases = {place: torch.randn(96, generator=generator) * 0.3 for place in kept_modules(plan, down)}
+        architecture = architecture_of(read_config(path))
+        down = architecture.down
+        biases = {place: torch.randn(96, generator=generator) * 0.3 for place in kept_modules(plan, architecture)}
         replaced = {f"model.layers.{new}.{module}.bias": bias for (_, new, module), bias in biases.items()}
         dense = load_model(path)
         changed = dense.model.layers[0].get_parameter(f"{down}.weight")

@@ -29,6 +29,7 @@ class ScriptedDecoder:
     def rewind(self, length):
         assert length <= len(self.seen)
         del self.seen[length:]
+        return length
 
     def prefill(self, ids):
         assert ids.dtype == np.int64

@@ -23,11 +23,15 @@ def milliseconds(limit):
 
 def prices(seed=0, modules=True, alpha=0.0):
     rng = np.random.default_rng(seed)
-    return Prices(
-        ffn=[rng.random(128) for _ in range(2)],
-        head=[rng.random(6) * 5 for _ in range(2)],
-        group=[rng.random(3) * 15 for _ in range(2)],
-        no_attention=list(rng.random(2) * 60) if modules else [None, None],
-        no_ffn=list(rng.random(2) * 80) if modules else [None, None],
-        alpha={"ffn": alpha, "head": alpha, "group": alpha},
-    )
+    structures = {
+        "ffn": [rng.random(128) for _ in range(2)],
+        "head": [rng.random(6) * 5 for _ in range(2)],
+        "group": [rng.random(3) * 15 for _ in range(2)],
+        "conv": [np.zeros(0)] * 2,
+    }
+    gone = {
+        "attention": list(rng.random(2) * 60) if modules else [None, None],
+        "ffn": list(rng.random(2) * 80) if modules else [None, None],
+        "conv": [None, None],
+    }
+    return Prices(structures, gone, dict.fromkeys(structures, alpha))

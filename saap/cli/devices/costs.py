@@ -122,6 +122,7 @@ def show_costs(costs: Costs) -> None:
         tell(f"one layer with {counted(count, 'thread')} at {counted(costs.depth, 'token')}:")
         attention = [(f"{c.query_heads} query, {c.kv_heads} KV heads", c.ms) for c in table.attention]
         ffn = [(f"FFN {c.width}", c.ms) for c in table.ffn]
+        ffn += [(f"convolution {c.channels}", c.ms) for c in table.conv]
         print_table("", ["part", "us"], [[name, f"{1000 * ms:.1f}"] for name, ms in [*attention, *ffn]])
         node = "an unknown time" if table.node_ms is None else f"{1000 * table.node_ms:.1f} us"
         tell(

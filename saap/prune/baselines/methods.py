@@ -135,7 +135,7 @@ def _whole_layers(shape: ModelShape, free: list[int], activations: Activations) 
     attending = [i for i, sizes in enumerate(shape.layers) if sizes.query_heads]
     if all(i in free for i in attending):
         order.remove(max(attending, key=order.index))
-    weights = [shape.attention_weights(sizes) + shape.ffn_weights(sizes) for sizes in shape.layers]
+    weights = [shape.weights_of(sizes) for sizes in shape.layers]
     return [
         Removal(layer, "layer", (), weights[layer], 0.0, 1.0, float(activations.influence[layer])) for layer in order
     ]

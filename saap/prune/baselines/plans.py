@@ -16,8 +16,8 @@ from itertools import pairwise
 
 import torch
 
-from saap.models.shape import LayerSizes, ModelShape
-from saap.prune.plan import LayerPlan, PrunePlan, ffn_widths, whole_layer
+from saap.models.shape import ATTENTION, FFN, LayerSizes, ModelShape
+from saap.prune.plan import LayerPlan, PrunePlan, whole_layer, widths_of
 from saap.prune.search.budget import Budget
 from saap.system.errors import UserError
 
@@ -110,10 +110,11 @@ class Ranking:
 
 def _without(sizes: LayerSizes, groups: set[int] | None, channels: set[int] | None) -> LayerPlan:
     whole = whole_layer(sizes)
-    return LayerPlan(
-        tuple(h for h in whole.query_heads if h // sizes.heads_per_group not in (groups or ())),
-        tuple(g for g in whole.kv_heads if g not in (groups or ())),
-        tuple(c for c in whole.ffn if c not in (channels or ())),
+    return replace(
+        whole,
+        query_heads=tuple(h for h in whole.query_heads if h // sizes.heads_per_group not in (groups or ())),
+        kv_heads=tuple(g for g in whole.kv_heads if g not in (groups or ())),
+        ffn=tuple(c for c in whole.ffn if c not in (channels or ())),
     )
 
 
@@ -145,13 +146,13 @@ def group_counts(sizes: LayerSizes, head_dim: int, block: int) -> list[int]:
 def block_removals(shape: ModelShape, layer: int, kind: str, scores: torch.Tensor, block: int) -> list[Removal]:
     """All removals of one module (ffn or group), least scores first; the smallest size of the grid stays."""
     sizes = shape.layers[layer]
-    kept = ffn_widths(sizes.ffn, block)[::-1] if kind == "ffn" else group_counts(sizes, shape.head_dim, block)
+    kept = widths_of(sizes.ffn, block)[::-1] if kind == "ffn" else group_counts(sizes, shape.head_dim, block)
     order = torch.argsort(scores.double(), stable=True).tolist()
 
     def weights(count: int) -> int:
         if kind == "ffn":
-            return shape.ffn_weights(LayerSizes(0, 0, count))
-        return shape.attention_weights(LayerSizes(count * sizes.heads_per_group, count, 0))
+            return shape.weights(FFN, LayerSizes(ffn=count))
+        return shape.weights(ATTENTION, LayerSizes(count * sizes.heads_per_group, count))
 
     total = kept[0]
     return [

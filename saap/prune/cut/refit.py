@@ -29,9 +29,10 @@ from transformers import PreTrainedModel
 from devices.common.progress import Progress
 from saap.models.architectures import Architecture, architecture_of, shape_of
 from saap.models.layer_walk import ROWS, batches_of, inputs_of, layers_of, loss_after, run_layer, run_until
+from saap.models.shape import ATTENTION, KINDS
 from saap.models.streaming import is_streamed, present
 from saap.prune.cut.ridge import regression
-from saap.prune.cut.surgery import head_rows
+from saap.prune.cut.surgery import kept_columns
 from saap.prune.options import Compensation
 from saap.prune.plan import LayerPlan, PrunePlan
 from saap.prune.shares import shares
@@ -44,7 +45,7 @@ Given = Sequence[Mapping[str, object]]  # a layer's other arguments, batch by ba
 
 @dataclass(eq=False)
 class _Block:
-    """One attention or feed-forward block: the matrix that writes to the residual stream, and what of it is kept."""
+    """One block: the matrix that writes to the residual stream, and what of it is kept."""
 
     matrix: str  # its name within the layer
     linear: nn.Linear
@@ -99,7 +100,7 @@ def compensate(
     for index, (layer, keep) in enumerate(zip(layers_of(model), plan.layers, strict=True)):
         with present(layer), _restored(blocks := _blocks(layer, keep, head_dim, architecture)):
             new = walk.enter(index, layer, blocks)
-        if keep.query_heads or keep.ffn:
+        if keep.blocks:
             if shares().main:
                 for name, tensor in new.items():
                     yield f"{architecture.layers}.{number}.{name}", tensor.cpu()
@@ -176,14 +177,11 @@ def _parts(ids: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
 
 
 def _blocks(layer: nn.Module, keep: LayerPlan, head_dim: int, architecture: Architecture) -> list[_Block]:
-    modules = dict(layer.named_modules())
-    sizes = (
-        (architecture.output, architecture.attention_norm, head_rows(keep.query_heads, head_dim)),
-        (architecture.down, architecture.ffn_norm, torch.tensor(keep.ffn, dtype=torch.long)),
-    )
+    modules = {name: module for name, module in layer.named_modules() if name}  # the layer itself has none
+    named = [(kind, architecture.writing(kind), architecture.norm_before(kind)) for kind in KINDS.values()]
     return [
-        _Block(name, modules[name], modules[norm] if norm else None, kept, name == architecture.output)
-        for name, norm, kept in sizes
+        _Block(name, modules[name], modules.get(norm), kept_columns(kind, keep, head_dim), kind is ATTENTION)
+        for kind, name, norm in named
         if name in modules
     ]
 

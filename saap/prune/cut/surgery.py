@@ -9,7 +9,7 @@ import torch
 
 from saap.models.architectures import Architecture
 from saap.models.matrices import placed_roles
-from saap.models.shape import ModelShape
+from saap.models.shape import ATTENTION, CONV, KINDS, BlockKind, ModelShape
 from saap.prune.plan import LayerPlan, PrunePlan, check_plan
 
 Read = Callable[[str], torch.Tensor]
@@ -19,6 +19,12 @@ def head_rows(heads: tuple[int, ...], head_dim: int) -> torch.Tensor:
     """Row indices of whole heads: (1, 3) with head_dim 2 -> [2, 3, 6, 7]."""
     starts = torch.tensor(heads, dtype=torch.long) * head_dim
     return (starts.unsqueeze(1) + torch.arange(head_dim)).flatten()
+
+
+def kept_columns(kind: BlockKind, keep: LayerPlan, head_dim: int) -> torch.Tensor:
+    """The columns that are kept of the matrix by which a block writes to the residual stream."""
+    kept = getattr(keep, kind.sizes[0])
+    return head_rows(kept, head_dim) if kind is ATTENTION else torch.tensor(kept, dtype=torch.long)
 
 
 def cut_tensors(
@@ -37,7 +43,7 @@ def cut_tensors(
         plan: what to keep of each layer; layers left with nothing are dropped and the rest renumbered.
         shape: sizes of the dense model.
         replaced: tensors of the slim model, by their names and in their sizes there, that take the place of the cut
-            ones, in their type; also biases of output and down projections that the dense model does not have.
+            ones, in their type; also biases of what writes to the residual stream that the dense model does not have.
 
     Raises:
         UserError: the plan does not fit the model.
@@ -53,7 +59,7 @@ def cut_tensors(
             index_text, rest = name[len(prefix) :].split(".", 1)
             index = int(index_text)
             keep = plan.layers[index]
-            if not (keep.query_heads if architecture.in_attention(rest.rsplit(".", 1)[0]) else keep.ffn):
+            if not keep.has(architecture.kind_of(rest.rsplit(".", 1)[0], shape.layers[index])):
                 continue  # with its module
             slim_name = f"{prefix}{renumbered[index]}.{rest}"
             cut = partial(cut_layer_tensor, rest, cut, keep, index, shape, architecture)
@@ -75,9 +81,10 @@ def cut_layer_tensor(
 ) -> torch.Tensor:
     """One tensor of dense layer ``index``, ``name`` relative to it, cut to what the plan keeps; norms stay whole."""
     module, kind = name.rsplit(".", 1)
-    queries, keys = head_rows(keep.query_heads, shape.head_dim), head_rows(keep.kv_heads, shape.head_dim)
-    channels = torch.tensor(keep.ffn, dtype=torch.long)
-    kept = {"query": queries, "key": keys, "value": keys, "gate": channels, "up": channels}
+    columns = {kind.name: kept_columns(kind, keep, shape.head_dim) for kind in KINDS.values()}
+    kept = {role: columns[kind.name] for kind in KINDS.values() for role in kind.roles[:-1]}
+    kept["key"] = kept["value"] = head_rows(keep.kv_heads, shape.head_dim)
+    kept["head_gate"] = torch.tensor(keep.query_heads, dtype=torch.long)
     placed = [
         rows.start + kept[role]
         for role, place, rows in placed_roles(shape.layers[index], shape, architecture)
@@ -85,9 +92,11 @@ def cut_layer_tensor(
     ]
     if placed:
         return read().index_select(0, torch.cat(placed))
-    columns = {architecture.output: queries, architecture.down: channels}
-    if module in columns and kind == "weight":
-        return read().index_select(1, columns[module])
+    if module == architecture.conv_kernel:  # one row per channel, and one number of its bias
+        return read().index_select(0, columns[CONV.name])
+    writing = {architecture.writing(block): columns[block.name] for block in KINDS.values()}
+    if module in writing and kind == "weight":
+        return read().index_select(1, writing[module])
     return read().clone()
 
 
@@ -98,11 +107,7 @@ def _added_biases(
     allowed = {
         f"{architecture.layers}.{new}.{module}.bias"
         for new, old in enumerate(plan.kept_layers)
-        for module, there in (
-            (architecture.output, plan.layers[old].query_heads),
-            (architecture.down, plan.layers[old].ffn),
-        )
-        if there
+        for module in map(architecture.writing, plan.layers[old].blocks)
     }
     if wrong := sorted(set(biases) - allowed):
         raise ValueError(f"{wrong[0]} is no tensor of the slim model")

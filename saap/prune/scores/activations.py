@@ -42,7 +42,7 @@ class Activations:
     """What one pass saw, one entry per layer; None where a layer has no such linear."""
 
     output: list[InputStatistics | None]  # inputs of the output projection, K = query_heads * head_dim
-    down: list[InputStatistics | None]  # inputs of down_proj, K = the FFN's width
+    down: list[InputStatistics | None]  # inputs of down_proj, K = the FFN's width; convolutions are not looked at
     influence: torch.Tensor  # block influence, [layers] float32, between 0 (nothing changes) and 2
     tokens: int  # how many tokens the numbers are of
 

@@ -9,7 +9,7 @@ sigma_m^2 = mean_G I_m(G). For selection only the non-negative part P(G) = sum_m
 term is one offset for all structures that share the sigmas.
 
 Ours is a factor for layers. Channels are scored one by one, but go by the hundred, and what goes from one layer adds up
-in one output. So P(G) of an FFN channel is multiplied by its layer's own importance, the mean of P over the layer's
+in one output. So P(G) of a channel is multiplied by its layer's own importance, the mean of P over the layer's
 channels in units of the mean over layers, to the power of gamma. A sum would be lower for layers that were cut before,
 and empty them step by step. Heads, of which a layer has few, do worse with the factor.
 
@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import torch
 
-from saap.models.shape import ModelShape
+from saap.models.shape import ATTENTION, ModelShape
 from saap.prune.options import FUSIONS, FusionOptions
 from saap.prune.scores.importance import TYPES, Scores
 
@@ -33,7 +33,7 @@ ASI_LIMIT = 3.0
 
 
 def fuse(scores: Scores, shape: ModelShape, options: FusionOptions | None = None) -> dict[str, list[torch.Tensor]]:
-    """S(G) = P(G) exp(lambda ASI(G)) per structure type and layer, [structures]; FFN channels by layer_weighted too.
+    """S(G) = P(G) exp(lambda ASI(G)) per structure type and layer, [structures]; channels by layer_weighted too.
 
     The mean of P over the structures that share the sigmas is half the number of scores.
     """
@@ -52,7 +52,7 @@ def fuse(scores: Scores, shape: ModelShape, options: FusionOptions | None = None
                 scores.fluctuating(kind, shape, options.slices), options.stability, options.sigma
             )
             total = [row * factor for row, factor in zip(total, factors, strict=True)]
-        fused[kind] = layer_weighted(total, options.layer_power) if kind == "ffn" else total
+        fused[kind] = total if kind in ATTENTION.types else layer_weighted(total, options.layer_power)
     return fused
 
 
@@ -108,7 +108,7 @@ def learned_variance(scores: list[torch.Tensor], steps: int = 60) -> torch.Tenso
 
 def fluctuation(importance: torch.Tensor) -> torch.Tensor:
     """F(G) = std_j I_j / mean_j I_j, [sequences, structures] -> [structures]; 0 where a structure never matters."""
-    if len(importance) < 2:
+    if len(importance) < 2 or not importance.numel():
         return torch.zeros(importance.shape[1:])
     mean = importance.mean(0)
     return torch.where(mean > 0, importance.std(0) / mean.clamp_min(torch.finfo(mean.dtype).tiny), 0.0)

@@ -37,13 +37,14 @@ from transformers import PreTrainedModel
 from devices.common.progress import Progress
 from saap.models.layer_walk import removed_hooks
 from saap.models.matrices import Matrix, matrices_of
-from saap.models.shape import ModelShape
+from saap.models.shape import CONV, FFN, KINDS, ModelShape
 from saap.prune.options import Element, Slices
 from saap.system.errors import UserError
 
-TYPES = ("ffn", "head", "group")
+TYPES = tuple(type_ for kind in KINDS.values() for type_ in kind.types)
 ROWS = 2  # sequences of a pass that needs no gradient of a weight: a quarter faster than one, on AVX2
-INPUT_WIDE = ("gate", "up", "down")  # one structure per row or column; the others have one per head
+WRITES = tuple(kind.writes for kind in KINDS.values())  # roles of which a structure has columns, of the others rows
+INPUT_WIDE = (*FFN.roles, *CONV.roles, "head_gate")  # one structure per row or column; the others have one per head
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Scores:
 
     products: dict[tuple[int, str], torch.Tensor]  # t_j of the matrix's slice, [sequences, structures]
     element: dict[tuple[int, str], torch.Tensor]  # the element-wise score, [structures]; or empty
-    token: dict[tuple[int, str], torch.Tensor]  # the token-wise score, [structures], of the roles output and down
+    token: dict[tuple[int, str], torch.Tensor]  # the token-wise score, [structures], of the roles that write
     c: float  # weight of the second-order term
     loss: float  # mean over the sequences, nats per token
 
@@ -118,17 +119,22 @@ def per_structure(
     The chain rule makes t_j of a channel's slices in up_proj and down_proj the same number, so that ``all`` counts a
     channel two to three times against a head; ``output`` takes the columns of down_proj and o_proj alone. A group's
     numbers include its query heads.
+
+    ``kind``: the type of structure.
     """
     lead = next(iter(sums.values())).shape[:-1]
+    (block,) = (block for block in KINDS.values() if kind in block.types)
     result = []
     for index, layer in enumerate(shape.layers):
-        if not (layer.ffn if kind == "ffn" else layer.query_heads):
+        if not layer.has(block):
             result.append(torch.zeros(*lead, 0))
-        elif kind == "ffn":
-            roles = INPUT_WIDE if slices == "all" else ("down",)
+        elif block in (FFN, CONV):
+            roles = block.roles if slices == "all" else (block.writes,)
             result.append(torch.stack([sums[index, role] for role in roles]).sum(0))
         else:
             heads = sums[index, "output"] if slices == "output" else sums[index, "query"] + sums[index, "output"]
+            if slices == "all" and shape.head_gates:
+                heads = heads + sums[index, "head_gate"]
             if kind == "group":
                 heads = heads.unflatten(-1, (layer.kv_heads, layer.heads_per_group)).sum(-1)
                 if slices == "all":
@@ -257,8 +263,8 @@ class Sums:
 
 
 def summed_axis(role: str) -> int:
-    """The axis to sum over: a structure is a column of output and down, a row of the others."""
-    return 0 if role in ("output", "down") else 1
+    """The axis to sum over: a structure is a column of what writes to the residual stream, a row of the others."""
+    return 0 if role in WRITES else 1
 
 
 @contextmanager
@@ -294,12 +300,12 @@ def _watch(
         embedding: nn.Module = model.get_input_embeddings()
         handles.append(embedding.register_forward_hook(lambda _, args, output: output.requires_grad_(True)))
     for linear, held in by_linear.items():
-        if held[0].role in ("output", "down"):
+        if held[0].role in WRITES:
             handles.append(linear.register_forward_pre_hook(partial(_watch_input, held[0], sums)))
         if sums.kind != "none":
             linear.weight.requires_grad_(True)
             handles.append(linear.weight.register_post_accumulate_grad_hook(partial(sums.consume, held)))
-        elif held[0].role not in ("output", "down"):
+        elif held[0].role not in WRITES:
             handles.append(linear.register_forward_hook(partial(_watch_output, held, sums)))
 
 

@@ -65,8 +65,7 @@ def adaptive_plan(scores: Scores, losses: Losses, budget: Budget, options: Prune
     if options.heads is not None or not cuts:
         return plan
     try:
-        whole = replace(prices, heads=False, no_attention=[None] * len(prices.no_attention))  # offers no attention
-        simpler = _searched(whole, budget, options).plan
+        simpler = _searched(prices.with_attention_whole(), budget, options).plan
     except UserError:  # the FFN alone cannot meet the budget
         return plan
     compared = weighed(*(losses.compensated(each, losses.progress) for each in (plan, simpler)))

@@ -7,7 +7,7 @@
 * speedup x: milliseconds of a step at most those of the dense model by the table / x
 
 A model's cost is a sum: what pruning leaves alone (embedding, head, last norm, the constant part of a step), and its
-attention and feed-forward blocks. That sum is what :mod:`saap.prune.search.milp` brings below :attr:`Budget.limit`.
+blocks. That sum is what :mod:`saap.prune.search.milp` brings below :attr:`Budget.limit`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Protocol
 from msgspec import convert
 
 from saap.models.record import Costs, Plan
-from saap.models.shape import LayerSizes, ModelShape
+from saap.models.shape import BlockKind, LayerSizes, ModelShape
 from saap.prune.options import TIMED, PruneOptions
 from saap.prune.search.layer_costs import COSTS, DEVICE, CostFile, CostTable, read_costs
 from saap.quantize.bundle_size import BundleSize, bundle_size
@@ -37,11 +37,8 @@ class Measure(Protocol):
     def outside(self, shape: ModelShape) -> float:
         """Of what is in no layer."""
 
-    def attention(self, shape: ModelShape, sizes: LayerSizes) -> float:
-        """Of one attention block."""
-
-    def ffn(self, shape: ModelShape, sizes: LayerSizes) -> float:
-        """Of one feed-forward block."""
+    def block(self, kind: BlockKind, shape: ModelShape, sizes: LayerSizes) -> float:
+        """Of one block of a layer of these sizes; 0 where it has none of the kind."""
 
 
 @dataclass(frozen=True)
@@ -54,11 +51,8 @@ class Weights:
         """Embedding, head and last norm."""
         return shape.parameters - shape.layer_weights if self.everything else 0
 
-    def attention(self, shape: ModelShape, sizes: LayerSizes) -> float:
-        return shape.attention_weights(sizes)
-
-    def ffn(self, shape: ModelShape, sizes: LayerSizes) -> float:
-        return shape.ffn_weights(sizes)
+    def block(self, kind: BlockKind, shape: ModelShape, sizes: LayerSizes) -> float:
+        return shape.weights(kind, sizes)
 
 
 @dataclass(frozen=True)
@@ -70,11 +64,8 @@ class StepTime:
     def outside(self, shape: ModelShape) -> float:
         return self.table.constant_ms
 
-    def attention(self, shape: ModelShape, sizes: LayerSizes) -> float:
-        return self.table.attention_ms(sizes.query_heads, sizes.kv_heads)
-
-    def ffn(self, shape: ModelShape, sizes: LayerSizes) -> float:
-        return self.table.ffn_ms(sizes.ffn)
+    def block(self, kind: BlockKind, shape: ModelShape, sizes: LayerSizes) -> float:
+        return self.table.block_ms(kind, sizes)
 
 
 @dataclass(frozen=True)
@@ -104,15 +95,16 @@ class Budget:
         """What all blocks together may cost; below 0 where the rest alone is too much."""
         return self.most - self.fixed
 
-    def attention_cost(self, sizes: LayerSizes) -> float:
-        return self.measure.attention(self.cut, sizes)
+    def cost(self, kind: BlockKind, sizes: LayerSizes) -> float:
+        """Of one block."""
+        return self.measure.block(kind, self.cut, sizes)
 
-    def ffn_cost(self, sizes: LayerSizes) -> float:
-        return self.measure.ffn(self.cut, sizes)
+    def layer_cost(self, sizes: LayerSizes, shape: ModelShape | None = None) -> float:
+        """Of all blocks of a layer, of the slim model where ``shape`` is no other."""
+        return sum(self.measure.block(kind, shape or self.cut, sizes) for kind in sizes.blocks)
 
     def total(self, shape: ModelShape) -> float:
-        blocks = (self.measure.attention(shape, s) + self.measure.ffn(shape, s) for s in shape.layers)
-        return self.measure.outside(shape) + sum(blocks)
+        return self.measure.outside(shape) + sum(self.layer_cost(sizes, shape) for sizes in shape.layers)
 
     def meets(self, shape: ModelShape) -> bool:
         return self.fits(self.total(shape))

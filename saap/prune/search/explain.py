@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from saap.models.shape import LayerSizes
+from saap.models.shape import ATTENTION, CONV, KINDS
 from saap.prune.options import TAYLOR
 from saap.prune.plan import Move, PrunePlan, Reason, Reasons
 from saap.prune.search.budget import Budget
@@ -39,6 +39,7 @@ DECIDES = {
     "shortgpt": "shortgpt drops whole layers, those first that turn the hidden state least",
 }
 SAME_SHARE = "; every layer loses the same share, but for the first and last, which are kept"
+COLUMNS = {"query_heads": "query heads", "kv_heads": "KV groups", "conv": "conv channels", "ffn": "FFN channels"}
 MOST_NAMED = 3  # layers that lost most, by name
 ALIKE = 0.005  # shares that are told as the same
 CHEAPER = 0.95  # times the price elsewhere, and less, is called cheap
@@ -71,14 +72,9 @@ def sizes_lost(plan: PrunePlan, budget: Budget) -> Reasons:
     """What each block lost and what that saved, for a method that has no prices."""
     blocks = []
     for index, (sizes, keep) in enumerate(zip(budget.dense.layers, plan.layers, strict=True)):
-        heads, ffn = LayerSizes(sizes.query_heads, sizes.kv_heads, 0), LayerSizes(0, 0, sizes.ffn)
-        for kind, cost, had, kept in (
-            ("attention", budget.attention_cost, heads, replace(keep.sizes, ffn=0)),
-            ("ffn", budget.ffn_cost, ffn, LayerSizes(0, 0, keep.sizes.ffn)),
-        ):
-            if had.query_heads or had.ffn:
-                whole, left = cost(had), cost(kept) if kept.query_heads or kept.ffn else 0.0
-                blocks.append(Reason(index, kind, had, kept, whole, whole - left))
+        for kind in sizes.blocks:
+            whole, left = budget.cost(kind, sizes), budget.cost(kind, keep.sizes)
+            blocks.append(Reason(index, kind.name, sizes.only(kind), keep.sizes.only(kind), whole, whole - left))
     return Reasons(budget.unit, tuple(blocks))
 
 
@@ -128,7 +124,7 @@ class _Layer:
     @property
     def dropped(self) -> bool:
         """Whether it went whole without a price."""
-        return self.price is None and all(not (block.keeps.query_heads or block.keeps.ffn) for block in self.blocks)
+        return self.price is None and all(not block.keeps.blocks for block in self.blocks)
 
     @property
     def price(self) -> float | None:
@@ -144,24 +140,29 @@ class _Layer:
 def layer_table(reasons: Reasons) -> tuple[str, list[str], list[list[str]]]:
     """Title, headings, and a row of cells per layer; what has no price has a dash."""
     scale, name, unit = UNITS[reasons.unit]
-    headings = ["layer", "query heads", "KV groups", "FFN channels", f"{unit} saved"]
+    columns = [COLUMNS[field] for field in _fields(reasons)]
+    headings = ["layer", *columns, f"{unit} saved"]
     title = "What each layer lost"
     priced = any(block.price is not None for block in reasons.blocks)
     if priced:
         title = f"Why each layer lost what it lost: prices in nats and in nats per {name}"
         headings += ["nats", f"per {unit}", "next step", f"per {unit} then"]
-    return title, headings, [_row(layer, scale, priced) for layer in _layers(reasons)]
+    return title, headings, [_row(layer, _fields(reasons), scale, priced) for layer in _layers(reasons)]
 
 
-def _row(layer: _Layer, scale: float, priced: bool) -> list[str]:
-    had = {block.kind: block.had for block in layer.blocks}
-    keeps = {block.kind: block.keeps for block in layer.blocks}
+def _fields(reasons: Reasons) -> list[str]:
+    """The sizes that are told of: of attention and FFN always, of what else some layer had."""
+    convolves = any(block.kind == CONV.name for block in reasons.blocks)
+    return [field for field in COLUMNS if field not in CONV.sizes or convolves]
 
-    def kept(kind: str, field: str) -> str:
-        return f"{getattr(keeps[kind], field)}/{getattr(had[kind], field)}" if kind in had else "-"
 
-    row = [str(layer.index), kept("attention", "query_heads"), kept("attention", "kv_heads"), kept("ffn", "ffn")]
-    row.append(short(layer.saved / scale))
+def _row(layer: _Layer, fields: list[str], scale: float, priced: bool) -> list[str]:
+    sizes = {field: block for block in layer.blocks for field in KINDS[block.kind].sizes}
+
+    def kept(field: str) -> str:
+        return f"{getattr(sizes[field].keeps, field)}/{getattr(sizes[field].had, field)}" if field in sizes else "-"
+
+    row = [str(layer.index), *map(kept, fields), short(layer.saved / scale)]
     if priced:
         step = layer.next
         paid = layer.price if layer.saved > 0 else None
@@ -175,8 +176,10 @@ def _row(layer: _Layer, scale: float, priced: bool) -> list[str]:
 
 
 def to_words(block: Reason, move: Move) -> str:
-    if block.kind == "ffn":
-        return f"FFN to {move.to.ffn}" if move.to.ffn else "no FFN"
+    if block.kind != ATTENTION.name:
+        name, (field,) = {"ffn": "FFN", "conv": "convolution"}[block.kind], KINDS[block.kind].sizes
+        left = getattr(move.to, field)
+        return f"{name} to {left}" if left else f"no {name}"
     if not move.to.query_heads:
         return "no attention"
     groups = f", {move.to.kv_heads} KV" if move.to.kv_heads != block.keeps.kv_heads else ""
@@ -276,7 +279,8 @@ def _next(reasons: Reasons) -> str:
 
 
 def _block(block: Reason) -> str:
-    return f"{'the FFN' if block.kind == 'ffn' else 'attention'} of layer {block.layer}"
+    what = {"attention": "attention", "conv": "the convolution", "ffn": "the FFN"}[block.kind]
+    return f"{what} of layer {block.layer}"
 
 
 def _layers(reasons: Reasons) -> list[_Layer]:

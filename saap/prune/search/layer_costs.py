@@ -1,15 +1,15 @@
 """What a decoder layer of some sizes costs on a device: milliseconds, read from the table that was measured there.
 
 A decode step is taken as a sum: a constant (embedding, final norm, head), and for each layer an attention block that
-depends on its heads and a feed-forward block that depends on its width. Widths and heads between those that were
-measured are interpolated. ``saap devices costs`` measures a table; one table is of one model's hidden size,
-head size and vocabulary, one precision, one thread count and one depth of the cache.
+depends on its heads, or a short convolution on its channels, and a feed-forward block on its width. What lies between
+those that were measured is interpolated. ``saap devices costs`` measures a table; one table is of one model's hidden
+size, head size and vocabulary, one precision, one thread count and one depth of the cache.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
@@ -17,7 +17,7 @@ import numpy as np
 from msgspec import Meta
 
 from devices.common.documents import Document
-from saap.models.shape import LayerSizes, ModelShape
+from saap.models.shape import ATTENTION, CONV, BlockKind, LayerSizes, ModelShape
 from saap.system.errors import UserError
 
 MOST = 1_000_000_000  # milliseconds, heads, channels: what is above is damage
@@ -52,6 +52,14 @@ class FfnCost:
 
 
 @dataclass(frozen=True)
+class ConvCost:
+    """Of the short convolution with its norm."""
+
+    channels: Count
+    ms: Milliseconds
+
+
+@dataclass(frozen=True)
 class ThreadCosts:
     """With one thread count of ONNX Runtime."""
 
@@ -59,6 +67,7 @@ class ThreadCosts:
     constant_ms: Milliseconds
     attention: Annotated[list[AttentionCost], Meta(min_length=1)]
     ffn: Annotated[list[FfnCost], Meta(min_length=1)]
+    conv: list[ConvCost] = field(default_factory=list)  # of families that have such layers
 
 
 @dataclass(frozen=True)
@@ -93,6 +102,7 @@ class CostTable:
     constant_ms: float  # of a step without any layer
     attention: dict[tuple[int, int], float]  # (query heads, KV heads) -> ms of the attention block with its norm
     ffn: dict[int, float]  # width -> ms of the feed-forward block with its norm
+    conv: dict[int, float] = field(default_factory=dict)  # channels -> ms of the short convolution with its norm
 
     def attention_ms(self, query_heads: int, kv_heads: int) -> float:
         """Milliseconds of an attention block, interpolated over the query heads per group, then over the groups.
@@ -123,22 +133,36 @@ class CostTable:
 
     def ffn_ms(self, width: int) -> float:
         """Milliseconds of a feed-forward block, 0 of width 0; CostError where it is wider than was measured."""
-        if not width:
-            return 0.0
-        widths = sorted(self.ffn)
-        if width > widths[-1]:
-            raise CostError(
-                f"costs were measured up to an FFN width of {widths[-1]}, not for {width}: {AGAIN} on the model "
-                "that is pruned"
-            )
-        return float(np.interp(width, widths, [self.ffn[w] for w in widths]))
+        return _interpolated(self.ffn, width, "an FFN width of")
 
-    def layer_ms(self, query_heads: int, kv_heads: int, ffn: int) -> float:
-        return self.attention_ms(query_heads, kv_heads) + self.ffn_ms(ffn)
+    def conv_ms(self, channels: int) -> float:
+        """Milliseconds of a short convolution; CostError where it has more channels than were measured."""
+        return _interpolated(self.conv, channels, "short convolutions of")
+
+    def block_ms(self, kind: BlockKind, sizes: LayerSizes) -> float:
+        """Milliseconds of one block of a layer, 0 where it has none; CostError where it is larger than measured."""
+        if kind is ATTENTION:
+            return self.attention_ms(sizes.query_heads, sizes.kv_heads)
+        return self.conv_ms(sizes.conv) if kind is CONV else self.ffn_ms(sizes.ffn)
+
+    def layer_ms(self, sizes: LayerSizes) -> float:
+        return sum(self.block_ms(kind, sizes) for kind in sizes.blocks)
 
     def total_ms(self, layers: Iterable[LayerSizes]) -> float:
         """Milliseconds of a decode step; CostError for a layer larger than what was measured."""
-        return self.constant_ms + sum(self.layer_ms(s.query_heads, s.kv_heads, s.ffn) for s in layers)
+        return self.constant_ms + sum(map(self.layer_ms, layers))
+
+
+def _interpolated(measured: dict[int, float], width: int, what: str) -> float:
+    if not width:
+        return 0.0
+    widths = sorted(measured)
+    if width > max(widths, default=0):
+        raise CostError(
+            f"costs were measured up to {what} {max(widths, default=0)}, not for {width}: {AGAIN} on the model "
+            "that is pruned"
+        )
+    return float(np.interp(width, widths, [measured[w] for w in widths]))
 
 
 def read_costs(
@@ -185,4 +209,5 @@ def _table(path: Path, found: CostFile, threads: int | None) -> CostTable:
     table = tables[threads]
     attention = {(cost.query_heads, cost.kv_heads): cost.ms for cost in table.attention}
     ffn = {cost.width: cost.ms for cost in table.ffn}
-    return CostTable(threads, found.depth, table.constant_ms, attention, ffn)
+    conv = {cost.channels: cost.ms for cost in table.conv}
+    return CostTable(threads, found.depth, table.constant_ms, attention, ffn, conv)

@@ -1,9 +1,9 @@
 """Measure what a removal costs before anything is cut: silence structures in the dense model, forward only.
 
-A structure is silent when what it puts into o_proj or down_proj is zero; the loss of the masked model is the loss of
-the slim model. :class:`WorkingPoint` measures what one block costs where the others are already cut: the hidden states
-before every layer are kept for the plan as it stands, so that trying another cut of one layer runs only the layers from
-there on.
+A structure is silent when what it puts into the matrix that writes to the residual stream is zero; the loss of the
+masked model is the loss of the slim model. :class:`WorkingPoint` measures what one block costs where the others are
+already cut: the hidden states before every layer are kept for the plan as it stands, so that trying another cut of one
+layer runs only the layers from there on.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 
 from saap.models.architectures import architecture_of
 from saap.models.layer_walk import layer_inputs, layers_of, loss_after, removed_hooks, states_after
-from saap.models.shape import ModelShape
-from saap.prune.cut.surgery import head_rows
+from saap.models.shape import KINDS, ModelShape
+from saap.prune.cut.surgery import kept_columns
 from saap.prune.plan import LayerPlan
 from saap.prune.shares import shares
 
@@ -31,12 +31,9 @@ def masked(model: PreTrainedModel, plans: dict[int, LayerPlan], head_dim: int) -
     layers = layers_of(model)
     with removed_hooks() as handles:
         for index, keep in plans.items():
-            modules = dict(layers[index].named_modules())
-            for name, kept in (
-                (architecture.output, head_rows(keep.query_heads, head_dim)),
-                (architecture.down, torch.tensor(keep.ffn, dtype=torch.long)),
-            ):
-                linear = modules.get(name)
+            modules = {name: module for name, module in layers[index].named_modules() if name}
+            for kind in KINDS.values():
+                linear, kept = modules.get(architecture.writing(kind)), kept_columns(kind, keep, head_dim)
                 if linear is None or len(kept) == linear.in_features:
                     continue
                 mask = torch.zeros(linear.in_features)

@@ -1,21 +1,21 @@
 """Adaptive structure search: one option per block, least summed price, whole model within a budget.
 
-Every attention block and every FFN offers a few options (widths on the quantisation grid, query heads per KV group, KV
-groups, nothing). An option has a price in nats (predicted loss) and a cost in the budget's unit. Choosing one option
-per block is a multiple-choice knapsack, solved exactly as a mixed-integer program by HiGHS (scipy.optimize.milp).
+Every block offers a few options (widths on the quantisation grid, query heads per KV group, KV groups, nothing). An
+option has a price in nats (predicted loss) and a cost in the budget's unit. Choosing one option per block is a
+multiple-choice knapsack, solved exactly as a mixed-integer program by HiGHS (scipy.optimize.milp).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from saap.models.shape import LayerSizes, ModelShape
+from saap.models.shape import ATTENTION, KINDS, BlockKind, LayerSizes, ModelShape
 from saap.prune.options import PruneOptions
-from saap.prune.plan import LayerPlan, PrunePlan, ffn_widths
+from saap.prune.plan import LayerPlan, PrunePlan, widths_of
 from saap.prune.search.budget import Budget
 from saap.system.errors import UserError
 
@@ -29,22 +29,22 @@ Numbers = NDArray[np.float64]
 class Option:
     """One way to cut one block: what is kept, its price in nats and its cost in the budget's unit."""
 
-    keep: LayerPlan  # attention options leave ffn empty, FFN options leave the heads empty
+    keep: LayerPlan  # of the block alone
     price: float
     cost: float
 
     @property
     def kept(self) -> int:
         """How many query heads or channels."""
-        return len(self.keep.query_heads) + len(self.keep.ffn)
+        return sum(len(getattr(self.keep, kind.sizes[0])) for kind in self.keep.blocks)
 
 
 @dataclass(frozen=True)
 class Block:
-    """One attention block or FFN of the dense model with its options."""
+    """One block of the dense model with its options."""
 
     layer: int
-    kind: str  # attention | ffn
+    kind: str  # of block, by its name
     options: tuple[Option, ...]
 
     @property
@@ -61,13 +61,15 @@ class Block:
 class Prices:
     """Prices in nats: per structure, and per whole block (None where it may not go)."""
 
-    ffn: list[Numbers]  # per layer [channels]
-    head: list[Numbers]  # per layer [query_heads]
-    group: list[Numbers]  # per layer [kv_heads]
-    no_attention: list[float | None]
-    no_ffn: list[float | None]
+    structures: dict[str, list[Numbers]]  # by type of structure, per layer [structures]
+    gone: dict[str, list[float | None]]  # by kind of block, per layer
     alpha: dict[str, float]  # interaction per type: price * (1 + alpha * share of the block's structures that goes)
     heads: bool = True  # whether query heads and KV groups may go one by one
+
+    def with_attention_whole(self) -> Prices:
+        """These, with nothing of attention on offer."""
+        nothing: list[float | None] = [None] * len(self.gone[ATTENTION.name])
+        return replace(self, heads=False, gone={**self.gone, ATTENTION.name: nothing})
 
 
 @dataclass(frozen=True)
@@ -91,44 +93,37 @@ def blocks_of(shape: ModelShape, prices: Prices, budget: Budget, options: PruneO
     found = []
     for index, sizes in enumerate(shape.layers):
         whole = index in options.kept_layers
-        if sizes.query_heads:
-            counts = _head_counts(sizes, shape.head_dim, options.group_size)
-            if whole or not prices.heads:
-                counts = [(sizes.kv_heads, sizes.heads_per_group)]
-            offers = [_cheapest_heads(sizes, prices, index, *count) for count in counts]
-            gone = None if whole else prices.no_attention[index]
-            found.append(_block(index, "attention", offers, gone, budget.attention_cost))
-        if sizes.ffn:
-            widths = [sizes.ffn] if whole else ffn_widths(sizes.ffn, options.group_size)
-            gone = None if whole else prices.no_ffn[index]
-            found.append(_block(index, "ffn", _cheapest_channels(prices, index, widths), gone, budget.ffn_cost))
+        for kind in sizes.blocks:
+            if kind is ATTENTION:
+                counts = _head_counts(sizes, shape.head_dim, options.group_size)
+                if whole or not prices.heads:
+                    counts = [(sizes.kv_heads, sizes.heads_per_group)]
+                offers = [_cheapest_heads(sizes, prices, index, *count) for count in counts]
+            else:
+                channels = getattr(sizes, kind.sizes[0])
+                widths = [channels] if whole else widths_of(channels, options.group_size)
+                offers = _cheapest_channels(kind, prices, index, widths)
+            plans = [Option(keep, price, budget.cost(kind, keep.sizes)) for keep, price in offers]
+            gone = None if whole else prices.gone[kind.name][index]
+            if gone is not None:
+                plans.append(Option(LayerPlan(), gone, 0.0))
+            found.append(Block(index, kind.name, tuple(plans)))
     return found
 
 
-def _block(
-    layer: int,
-    kind: str,
-    offers: list[tuple[LayerPlan, float]],
-    gone: float | None,
-    cost: Callable[[LayerSizes], float],
-) -> Block:
-    """Options of what is kept at which price; ``gone`` is the price of keeping nothing, None if not offered."""
-    options = [Option(keep, price, cost(keep.sizes)) for keep, price in offers]
-    if gone is not None:
-        options.append(Option(LayerPlan(), gone, 0.0))
-    return Block(layer, kind, tuple(options))
-
-
-def _cheapest_channels(prices: Prices, index: int, widths: list[int]) -> list[tuple[LayerPlan, float]]:
-    order = np.argsort(prices.ffn[index], kind="stable")
+def _cheapest_channels(kind: BlockKind, prices: Prices, index: int, widths: list[int]) -> list[tuple[LayerPlan, float]]:
+    """What each width keeps, and its price, of a kind of block whose structures are channels."""
+    (type_,) = kind.types
+    each = prices.structures[type_][index]
+    order = np.argsort(each, kind="stable")
     ranked: list[int] = order.tolist()
-    lost = np.concatenate([[0.0], np.cumsum(prices.ffn[index][order], dtype=np.float64)])
+    lost = np.concatenate([[0.0], np.cumsum(each[order], dtype=np.float64)])
     offers = []
     for width in widths:
         gone = len(order) - width
         kept = tuple(sorted(ranked[gone:]))  # every width shares the numbers: there are hundreds
-        price = float(lost[gone]) * (1 + prices.alpha["ffn"] * gone / len(order))
-        offers.append((LayerPlan(ffn=kept), price))
+        price = float(lost[gone]) * (1 + prices.alpha[type_] * gone / len(order))
+        offers.append((LayerPlan(**{kind.sizes[0]: kept}), price))
     return offers
 
 
@@ -146,30 +141,29 @@ def _head_counts(sizes: LayerSizes, head_dim: int, group_size: int) -> list[tupl
 def _cheapest_heads(
     sizes: LayerSizes, prices: Prices, index: int, groups: int, per_group: int
 ) -> tuple[LayerPlan, float]:
-    order = np.argsort(prices.group[index], kind="stable")
+    group_prices, head_prices = (prices.structures[type_][index] for type_ in ("group", "head"))
+    order = np.argsort(group_prices, kind="stable")
     kept_groups = sorted(int(g) for g in order[sizes.kv_heads - groups :])
     gone = sizes.kv_heads - groups
-    price = float(prices.group[index][order[:gone]].sum()) * (1 + prices.alpha["group"] * gone / sizes.kv_heads)
+    price = float(group_prices[order[:gone]].sum()) * (1 + prices.alpha["group"] * gone / sizes.kv_heads)
     heads: list[int] = []
     per_head = 1 + prices.alpha["head"] * (1 - per_group / sizes.heads_per_group)
     for group in kept_groups:
         members = np.arange(sizes.heads_per_group) + group * sizes.heads_per_group
-        ranked = members[np.argsort(prices.head[index][members], kind="stable")]
+        ranked = members[np.argsort(head_prices[members], kind="stable")]
         heads += [int(h) for h in ranked[sizes.heads_per_group - per_group :]]
-        price += float(prices.head[index][ranked[: sizes.heads_per_group - per_group]].sum()) * per_head
+        price += float(head_prices[ranked[: sizes.heads_per_group - per_group]].sum()) * per_head
     return LayerPlan(tuple(sorted(heads)), tuple(kept_groups)), price
 
 
 def check_floor(shape: ModelShape, budget: Budget, options: PruneOptions) -> None:
     """Refuse, before minutes of scoring, what no choice of options can meet; the UserError names the floor."""
     gone = [0.0 if options.modules and i not in options.kept_layers else None for i in range(len(shape.layers))]
+    counted = {type_: size for kind in KINDS.values() for type_, size in zip(kind.types, kind.sizes, strict=True)}
     free = Prices(
-        ffn=[np.zeros(s.ffn) for s in shape.layers],
-        head=[np.zeros(s.query_heads) for s in shape.layers],
-        group=[np.zeros(s.kv_heads) for s in shape.layers],
-        no_attention=gone,
-        no_ffn=gone,
-        alpha={"ffn": 0.0, "head": 0.0, "group": 0.0},
+        structures={type_: [np.zeros(getattr(s, size)) for s in shape.layers] for type_, size in counted.items()},
+        gone=dict.fromkeys(KINDS, gone),
+        alpha=dict.fromkeys(counted, 0.0),
         heads=options.prunes_heads(shape),
     )
     _check_floor(blocks_of(shape, free, budget, options), budget)
@@ -181,7 +175,7 @@ def _check_floor(blocks: list[Block], budget: Budget) -> None:
     to_attend = [
         min(o.cost for o in block.options if o.keep.query_heads) - cost
         for block, cost in zip(blocks, least, strict=True)
-        if block.kind == "attention"
+        if block.kind == ATTENTION.name
     ]
     floor = budget.fixed + sum(least) + min(to_attend, default=0.0)
     if not budget.fits(floor):
@@ -257,9 +251,7 @@ def _use_up(blocks: list[Block], chosen: list[Option], left: float) -> list[Opti
 
 
 def plan_from(blocks: list[Block], chosen: list[Option], shape: ModelShape) -> PrunePlan:
-    parts = {(block.layer, block.kind): option.keep for block, option in zip(blocks, chosen, strict=True)}
-    layers = []
-    for index in range(len(shape.layers)):
-        attention, ffn = (parts.get((index, kind), LayerPlan()) for kind in ("attention", "ffn"))
-        layers.append(replace(attention, ffn=ffn.ffn))
+    layers = [LayerPlan()] * len(shape.layers)
+    for block, option in zip(blocks, chosen, strict=True):
+        layers[block.layer] = layers[block.layer].with_block(KINDS[block.kind], option.keep)
     return PrunePlan(tuple(layers), price=sum(option.price for option in chosen))

@@ -23,19 +23,19 @@ from transformers import PreTrainedModel
 
 from devices.common.progress import Progress
 from saap.models.architectures import shape_of
-from saap.models.shape import LayerSizes
+from saap.models.shape import ATTENTION, FFN, KINDS, BlockKind, LayerSizes
 from saap.prune.cut.refit import losses_compensated
 from saap.prune.options import PruneOptions
 from saap.prune.plan import LayerPlan, PrunePlan, whole_layer
 from saap.prune.scores.cache import KnownLosses
 from saap.prune.scores.importance import TYPES
 from saap.prune.search.masking import WorkingPoint, masked, mean_nll
-from saap.prune.search.milp import Block, Found, Numbers, Option, Prices
+from saap.prune.search.milp import Block, Found, Option, Prices
 from saap.system.errors import UserError
 
-# Shares of every layer's structures that are silenced to fit a type's curve; heads and groups go one or two at a time.
-FFN_LEVELS = (0.125, 0.25)
-FFN_LEVELS_COMPENSATED = (0.25, 0.5)  # less is restored so well that it says nothing about more
+# Shares of every layer's channels that are silenced to fit a type's curve; heads and groups go one or two at a time.
+LEVELS = (0.125, 0.25)
+LEVELS_COMPENSATED = (0.25, 0.5)  # less is restored so well that it says nothing about more
 BLOCKS_TOGETHER = 5
 # How far one measurement may move a price, and the least that anything costs, nats per token.
 FACTOR_LIMIT = 10.0
@@ -120,23 +120,20 @@ def fit_prices(losses: Losses, fused: dict[str, list[torch.Tensor]], options: Pr
     ``fused`` is of :func:`saap.prune.scores.fusion.fuse`. A loss that is not finite raises UserError.
     """
     shape, heads = losses.shape, options.prunes_heads(losses.shape)
-    kinds = TYPES if heads else ("ffn",)
+    blocks = [kind for kind in KINDS.values() if any(sizes.has(kind) for sizes in shape.layers)]
+    types = [type_ for kind in (FFN, *blocks) if heads or kind is not ATTENTION for type_ in kind.types]
+    types = list(dict.fromkeys(types))
     free = [i for i in range(len(shape.layers)) if i not in options.kept_layers]
-    losses.begin(2 * len(kinds) + 1 + (2 * len(shape.layers) + 2 if options.modules else 0))
+    losses.begin(2 * len(types) + 1 + (2 * len(shape.layers) + len(blocks) if options.modules else 0))
     base = losses.silenced({})
     curves = dict.fromkeys(TYPES, Curve(0.0, 0.0))
-    curves |= {kind: _fit_curve(kind, losses, fused[kind], base, free) for kind in kinds}
-    priced = {kind: [(curves[kind].kappa * p).double().numpy() for p in fused[kind]] for kind in TYPES}
-    no_attention: list[float | None] = [None] * len(shape.layers)
-    no_ffn = no_attention
+    curves |= {type_: _fit_curve(type_, losses, fused[type_], base, free) for type_ in types}
+    priced = {type_: [(curves[type_].kappa * p).double().numpy() for p in fused[type_]] for type_ in TYPES}
+    gone: dict[str, list[float | None]] = {name: [None] * len(shape.layers) for name in KINDS}
     if options.modules:  # each silenced by itself: two forward passes per layer
-        whole = {i: whole_layer(shape.layers[i]) for i in free}
-        without_attention = {i: LayerPlan(ffn=keep.ffn) for i, keep in whole.items() if keep.query_heads}
-        without_ffn = {i: replace(keep, ffn=()) for i, keep in whole.items() if keep.ffn}
-        no_attention, no_ffn = (_block_prices(losses, base, gone) for gone in (without_attention, without_ffn))
+        gone |= {kind.name: _block_prices(losses, base, kind, free) for kind in blocks}
     losses.end()
-    alpha = {kind: curve.alpha for kind, curve in curves.items()}
-    return Prices(priced["ffn"], priced["head"], priced["group"], no_attention, no_ffn, alpha, heads)
+    return Prices(priced, gone, {type_: curve.alpha for type_, curve in curves.items()}, heads)
 
 
 def finite(loss: float) -> float:
@@ -146,16 +143,16 @@ def finite(loss: float) -> float:
     return loss
 
 
-def _fit_curve(kind: str, losses: Losses, scores: list[torch.Tensor], base: float, free: list[int]) -> Curve:
-    ffn_levels = FFN_LEVELS_COMPENSATED if losses.compensates else FFN_LEVELS
+def _fit_curve(type_: str, losses: Losses, scores: list[torch.Tensor], base: float, free: list[int]) -> Curve:
+    levels = LEVELS_COMPENSATED if losses.compensates else LEVELS
     rows, increases = [], []
     for level in (0, 1):
         plans, scored, weighted = {}, 0.0, 0.0
         for layer in free:
             sizes = losses.shape.layers[layer]
-            lost = _cheapest(kind, sizes, scores[layer], level, ffn_levels)
+            lost = _cheapest(type_, sizes, scores[layer], level, levels)
             if lost:
-                plans[layer] = _without(kind, sizes, set(lost))
+                plans[layer] = _without(type_, sizes, set(lost))
                 total, share = float(scores[layer][lost].sum()), len(lost) / len(scores[layer])
                 scored, weighted = scored + total, weighted + total * share
         rows.append((scored, weighted))
@@ -174,13 +171,13 @@ def _fit_curve(kind: str, losses: Losses, scores: list[torch.Tensor], base: floa
 
 
 def _cheapest(
-    kind: str, sizes: LayerSizes, scores: torch.Tensor, level: int, ffn_levels: tuple[float, float]
+    type_: str, sizes: LayerSizes, scores: torch.Tensor, level: int, levels: tuple[float, float]
 ) -> list[int]:
-    """The structures that go at a level: FFN channels by share, one or two heads of each group, one or two groups."""
+    """The structures that go at a level: channels by share, one or two heads of each group, one or two groups."""
     order = torch.argsort(scores, stable=True).tolist()
-    if kind == "ffn":
-        return order[: round(ffn_levels[level] * len(order))]
-    if kind == "group":
+    if type_ not in ATTENTION.types:
+        return order[: round(levels[level] * len(order))]
+    if type_ == "group":
         return order[: min(level + 1, max(sizes.kv_heads - 1, 0))]
     each = min(level + 1, max(sizes.heads_per_group - 1, 0))
     return [
@@ -190,17 +187,24 @@ def _cheapest(
     ]
 
 
-def _without(kind: str, sizes: LayerSizes, lost: set[int]) -> LayerPlan:
+def _without(type_: str, sizes: LayerSizes, lost: set[int]) -> LayerPlan:
     whole = whole_layer(sizes)
-    if kind == "ffn":
-        return replace(whole, ffn=tuple(i for i in whole.ffn if i not in lost))
-    if kind == "group":
+    for kind in KINDS.values():
+        if kind is not ATTENTION and type_ in kind.types:
+            (field,) = kind.sizes
+            return replace(whole, **{field: tuple(i for i in getattr(whole, field) if i not in lost)})
+    if type_ == "group":
         lost = {head for head in whole.query_heads if head // sizes.heads_per_group in lost}
     return replace(whole, query_heads=tuple(h for h in whole.query_heads if h not in lost))
 
 
-def _block_prices(losses: Losses, base: float, gone: dict[int, LayerPlan]) -> list[float | None]:
-    """Measured loss without a block of each of these layers, times what the cheapest cost more together than alone."""
+def _block_prices(losses: Losses, base: float, kind: BlockKind, free: list[int]) -> list[float | None]:
+    """Measured loss without that block of each of these layers, times what the cheapest cost more together than alone.
+
+    None where a layer has no such block, or is not one of these.
+    """
+    whole = {i: whole_layer(losses.shape.layers[i]) for i in free}
+    gone = {i: keep.with_block(kind, LayerPlan()) for i, keep in whole.items() if keep.has(kind)}
     single = {i: max(losses.silenced({i: keep}) - base, LEAST_PRICE) for i, keep in gone.items()}
     cheapest = sorted(single, key=single.__getitem__)[:BLOCKS_TOGETHER]
     factor = 1.0
@@ -226,8 +230,7 @@ def correct_prices(losses: Losses, prices: Prices, found: Found) -> tuple[Prices
             other = whole if option is not whole else _probe(block)
             if other is option:
                 continue
-            keep = found.plan.layers[block.layer]
-            keep = replace(keep, ffn=other.keep.ffn) if block.kind == "ffn" else replace(other.keep, ffn=keep.ffn)
+            keep = found.plan.layers[block.layer].with_block(KINDS[block.kind], other.keep)
             loss = here.loss_with(block.layer, keep)
             measured = max((here.loss - loss) if other is whole else (loss - here.loss), LEAST_PRICE)
             predicted = max(option.price if other is whole else other.price, LEAST_PRICE)
@@ -239,22 +242,15 @@ def correct_prices(losses: Losses, prices: Prices, found: Found) -> tuple[Prices
 
 
 def scaled_prices(prices: Prices, factors: dict[tuple[int, str], float]) -> Prices:
-    """Prices of each block, (layer, ``attention`` or ``ffn``), times a factor."""
-
-    def each(values: list[Numbers], kind: str) -> list[Numbers]:
-        return [value * factors.get((i, kind), 1.0) for i, value in enumerate(values)]
-
-    def blocks(values: list[float | None], kind: str) -> list[float | None]:
-        return [None if value is None else value * factors.get((i, kind), 1.0) for i, value in enumerate(values)]
-
-    return replace(
-        prices,
-        ffn=each(prices.ffn, "ffn"),
-        head=each(prices.head, "attention"),
-        group=each(prices.group, "attention"),
-        no_attention=blocks(prices.no_attention, "attention"),
-        no_ffn=blocks(prices.no_ffn, "ffn"),
-    )
+    """Prices of each block, (layer, name of its kind), times a factor."""
+    structures, gone = dict(prices.structures), dict(prices.gone)
+    for kind in KINDS.values():
+        by_layer = [factors.get((i, kind.name), 1.0) for i in range(len(prices.gone[kind.name]))]
+        for type_ in kind.types:
+            structures[type_] = [p * by for p, by in zip(prices.structures[type_], by_layer, strict=True)]
+        whole = zip(prices.gone[kind.name], by_layer, strict=True)
+        gone[kind.name] = [None if price is None else price * by for price, by in whole]
+    return replace(prices, structures=structures, gone=gone)
 
 
 def _probe(block: Block) -> Option:

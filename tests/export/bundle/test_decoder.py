@@ -72,8 +72,8 @@ def test_past_and_present_share_one_buffer(bundle: Path) -> None:
     decoder = OrtDecoder(bundle, 1, 32, verify=False)
     assert decoder._session.get_session_options().intra_op_num_threads == 1
     decoder.prefill(IDS)
-    cache = dict(decoder._kv)
-    key = cache["1.key"].numpy()
+    cache = {part.past: value for part, value in decoder._kv}
+    key = cache["past_key_values.1.key"].numpy()
     assert key.shape == (1, 1, 32, 16)  # the attention-free layer is not counted
     assert np.abs(key[0, 0, : len(IDS)]).sum(axis=-1).all()
     assert not key[0, 0, len(IDS) :].any()

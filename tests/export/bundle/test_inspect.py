@@ -70,7 +70,7 @@ def test_sizes_of_a_real_export(tiny_model, tmp_path, bits, target):
     inspected = inspect_bundle(tmp_path / "bundle")
     report = inspected.document()
     shape = shape_of(read_config(slim))
-    expected = [shape.attention_weights(s) + shape.ffn_weights(s) for s in shape.layers]
+    expected = [shape.weights_of(s) for s in shape.layers]
     assert [layer["parameters"] for layer in report["layers"]] == expected
     read = report["bytes_per_token"]
     final_norm = 4 * shape.hidden

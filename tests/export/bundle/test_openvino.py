@@ -11,7 +11,7 @@ from bench.runtimes.peers import PeerError, read_peers
 from export.bundle.decoder import OrtDecoder
 from export.bundle.engine_logits import logits_of
 from export.bundle.engines import Placed
-from export.bundle.manifest import BundleError, verify_files
+from export.bundle.manifest import BundleError, read_manifest, verify_files
 from export.bundle.session import DecoderError
 from export.generate.scoring import BundleScorer
 from saap.prune.plan import PrunePlan
@@ -71,7 +71,12 @@ def test_uneven_integers_mean_the_same(uneven):
     assert theirs.shape == ours.shape and nll(theirs, rows) == pytest.approx(nll(ours, rows), rel=0.01)
     decoder = module.OpenVinoDecoder(uneven, 1, 64)
     last = [decoder.prefill(rows[0, :5])] and decoder.prefill(rows[0, 5:])  # a prompt in two pieces
-    assert np.abs(last - theirs[0, -1]).max() <= 1e-3
+    assert np.abs(last - theirs[0, -1]).max() <= rounding(decoder)
+
+
+def rounding(decoder):
+    """What logits may differ by where they are computed in other pieces: a CPU with bfloat16 takes it for integers."""
+    return 0.1 if "bfloat16" in str(decoder.compiled.get_property("INFERENCE_PRECISION_HINT")) else 1e-3
 
 
 def test_the_cache_goes_back_and_starts_again(uneven):
@@ -79,9 +84,9 @@ def test_the_cache_goes_back_and_starts_again(uneven):
     expected = np.array(decoder.prefill(prompt))
     decoder.step(3)
     decoder.rewind(10)
-    assert np.abs(decoder.prefill(prompt[10:]) - expected).max() <= 1e-3
+    assert np.abs(decoder.prefill(prompt[10:]) - expected).max() <= rounding(decoder)
     decoder.reset()
-    assert np.abs(decoder.prefill(prompt) - expected).max() <= 1e-3
+    assert np.abs(decoder.prefill(prompt) - expected).max() <= rounding(decoder)
     with pytest.raises(DecoderError, match="the cache holds 64 positions and 65 are needed"):
         decoder.prefill(np.arange(65 - len(prompt)))
 
@@ -99,14 +104,16 @@ def test_a_directory_of_openvino_s_own_format_is_a_peer(uneven, tiny_model, tmp_
     export_portable(
         tiny_model(), tmp_path / "portable", bits=32, graph_writer="saap"
     )  # GroupQueryAttention has no form of its own there
-    model = module._with_state(openvino.Core().read_model(tmp_path / "portable/model.onnx"))
+    cache = read_manifest(tmp_path / "portable").cache
+    model = module._with_state(openvino.Core().read_model(tmp_path / "portable/model.onnx"), cache)
     openvino.save_model(model, place / "openvino_model.xml")
     (place / "config.json").write_text('{"vocab_size": 320, "max_position_embeddings": 64}')
     (peer,) = read_peers([f"openvino:{place}"], 32)
     assert peer.name == "ir (openvino)"
     own = OrtDecoder(tmp_path / "plain", 1, 64).prefill(IDS[0].numpy())
     ir = module.OpenVinoDecoder(peer.path, 1, 64)
-    assert np.abs(ir.prefill(IDS[0].numpy()) - own).max() <= 1e-2 * own.std()  # floats of an IR are stored as float16
+    most = max(1e-2 * own.std(), rounding(ir))  # floats of an IR are stored as float16
+    assert np.abs(ir.prefill(IDS[0].numpy()) - own).max() <= most
     assert runtime.facts(ir).model.model_bytes > 10_000
     with pytest.raises(PeerError, match="65 tokens of context do not fit"):
         read_peers([f"openvino:{place}"], 65)

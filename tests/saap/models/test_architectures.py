@@ -26,12 +26,19 @@ def test_every_name_of_a_row_is_a_module_of_the_model(tiny_family, family):
     row = FAMILIES[family]
     for name in (row.embedding, row.final_norm, row.head):
         assert model.get_submodule(name).weight.shape[-1] == 96
-    layer = model.get_submodule(row.layers)[0]
+    layers = model.get_submodule(row.layers)
     norms = (row.attention_norm, row.query_norm, row.key_norm, row.attention_post_norm, row.ffn_norm, row.ffn_post_norm)
-    named = {*row.qkv, row.output, *row.gate_up, row.down, *filter(None, norms)}
-    assert named == {name for name, module in layer.named_modules() if dict(module.named_parameters(recurse=False))}
-    assert sum(layer.get_submodule(name).weight.shape[0] for name in row.qkv) == (3 + 2 * 1) * 32
-    assert sum(layer.get_submodule(name).weight.shape[0] for name in row.gate_up) == 2 * 128
+    some = (*norms, row.conv_in, row.conv_kernel, row.conv_out)
+    assert {*row.qkv, row.output, *row.gate_up, row.down, *filter(None, some)} == {
+        name
+        for layer in layers
+        for name, module in layer.named_modules()
+        if dict(module.named_parameters(recurse=False))
+    }
+    attends = layers[1]  # where some layers convolve, the second does not
+    rows = sum(attends.get_submodule(name).weight.shape[0] for name in row.qkv)
+    assert rows == (3 + 2 * 1) * 32 + (3 if row.head_gate else 0)
+    assert sum(attends.get_submodule(name).weight.shape[0] for name in row.gate_up) == 2 * 128
 
 
 def test_what_a_config_leaves_out_is_the_familys_default():
@@ -79,6 +86,8 @@ REFUSED = {
     "experts": ("granitemoehybrid", {"num_local_experts": 8}, "a mixture of 8 experts, which is not supported"),
     "state space layers": ("granitemoehybrid", {"layer_types": ["mamba", "attention", "attention"]},
                            "layers of type 'linear_attention' are not supported; supported: full_attention"),
+    "an LFM3 without norms behind its blocks": ("lfm3", {"use_sandwich_norm": False},
+                                                "use_sandwich_norm off, which is not supported; supported: use_sand"),
     "a family like another": ("llama", {"model_type": "qwen3_5"},
                               r"model type 'qwen3_5' is not supported \(the nearest that is: qwen3\); supported"),
     "an unknown family": ("llama", {"model_type": "gpt2"}, "model type 'gpt2' is not supported; supported: llama, m"),

@@ -7,18 +7,24 @@ from torch import nn
 from saap.models.architectures import FAMILIES, shape_of
 from saap.models.checkpoint import load_model
 from saap.models.matrices import ROLES, matrices_of
+from saap.models.shape import CONV
 from saap.system.errors import UserError
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_layer_has_the_seven_roles(tiny_family, family):
+def test_every_layer_has_the_roles_of_its_blocks(tiny_family, family):
     model = load_model(tiny_family(family))
     shape = shape_of(model.config)
     matrices = matrices_of(model, shape)
-    assert [(m.layer, m.role) for m in matrices] == [(i, role) for i in range(3) for role in ROLES]
-    sizes = {m.role: tuple(m.linear.weight[m.rows].shape) for m in matrices}
-    assert sizes == {"query": (96, 96), "key": (32, 96), "value": (32, 96), "output": (96, 96), "gate": (128, 96),
-                     "up": (128, 96), "down": (96, 128)}  # fmt: skip
+    gated = ROLES if shape.head_gates else [role for role in ROLES if role != "head_gate"]
+    wanted = [[r for kind in sizes.blocks for r in kind.roles if r in gated] for sizes in shape.layers]
+    assert [(m.layer, m.role) for m in matrices] == [(i, role) for i, roles in enumerate(wanted) for role in roles]
+    assert {role for roles in wanted for role in roles} >= {"query", "key", "value", "output", "gate", "up", "down"}
+    sizes = {
+        "query": (96, 96), "key": (32, 96), "value": (32, 96), "output": (96, 96), "gate": (128, 96), "up": (128, 96),
+        "down": (96, 128), "head_gate": (3, 96), **dict.fromkeys(CONV.roles, (96, 96)),
+    }  # fmt: skip
+    assert all(tuple(m.linear.weight[m.rows].shape) == sizes[m.role] for m in matrices)
     linears = {id(m.linear): m.linear for m in matrices}.values()
     assert {id(m) for m in model.model.layers.modules() if isinstance(m, nn.Linear)} == {id(m) for m in linears}
     covered = sum(m.linear.weight[m.rows].numel() for m in matrices)
@@ -27,9 +33,10 @@ def test_every_layer_has_the_seven_roles(tiny_family, family):
 
 def test_rows_of_a_packed_matrix_are_its_queries_keys_and_values(tiny_family):
     model = load_model(tiny_family("phi3"))
+    roles = ("query", "key", "value", "output", "gate", "up", "down")
     first = {m.role: m for m in matrices_of(model, shape_of(model.config))[:7]}
     assert first["query"].linear is first["key"].linear is first["value"].linear
-    assert [(first[role].rows.start, first[role].rows.stop) for role in ROLES] == [
+    assert [(first[role].rows.start, first[role].rows.stop) for role in roles] == [
         (0, 96), (96, 128), (128, 160), (0, 96), (0, 128), (128, 256), (0, 96)
     ]  # fmt: skip
     hidden = torch.randn(2, 96)

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from saap.models.architectures import FAMILIES
+from saap.models.architectures import FAMILIES, LFM2
 
 PAGE = Path(__file__).resolve().parents[3] / "docs/models.md"
 WINDOWS = {"none": "-", "all": "in all layers", "by layer": "by layer"}
@@ -14,7 +14,9 @@ def table():
         attention = "heads of a layer together" if row.qk_norm_spans_heads else "query heads, KV groups"
         release = "5" if row.transformers > 4 else "4.57 and 5"
         gguf = "yes" if row.gguf else "no"
-        parts = [f"`{name}`", release, f"FFN channels, {attention}, blocks, layers", WINDOWS[row.window], gguf]
+        channels = "channels of FFN and convolution" if row.conv_in else "FFN channels"
+        windows = "-" if row is LFM2 else WINDOWS[row.window]
+        parts = [f"`{name}`", release, f"{channels}, {attention}, blocks, layers", windows, gguf]
         lines.append(f"| {' | '.join(parts)} |")
     return "\n".join(lines)
 

@@ -31,6 +31,8 @@ def nothing_is_left(model):
 @pytest.mark.parametrize("case", sorted(CASES))
 def test_it_says_and_scores_the_same_and_holds_no_layer(case, tiny_family, ids):
     family, settings = CASES[case]
+    if kinds := settings.get("layer_types"):
+        settings = {**settings, "num_hidden_layers": len(kinds)}
     path = tiny_family(family, **settings)
     both = whole, streamed = load_model(path), load_streamed(path)
     assert is_streamed(streamed) and not is_streamed(whole)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -29,13 +30,14 @@ from export.graph.probe_model import read_probe_model
 from saap.models.architectures import FAMILIES as ROWS
 from saap.models.architectures import shape_of, traits_of
 from saap.models.checkpoint import load_model, read_config
-from saap.models.shape import LayerSizes
+from saap.models.shape import FFN, LayerSizes
 from saap.prune.options import PruneOptions
 from saap.prune.plan import LayerPlan, PrunePlan, whole_layer
 from saap.prune.pruning import budget_of, prune
 from saap.system.errors import UserError
 
 __all__ = ["dense_dir"]
+CONVOLVING = ("lfm2", "lfm3")
 
 
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS.keys())
@@ -47,8 +49,9 @@ def test_slim_equals_masked_dense(dense_dir, tmp_path, case, plan):
     assert expected.std() > 0.2
     directory = cut(path, tmp_path / "slim", plan)
     slim = load_model(directory)
-    assert (logits(slim) - expected).abs().max() <= 1e-5
-    assert (logits(shipped(directory)) - expected).abs().max() <= 1e-5
+    most = 3e-5 if case == "lfm3" else 1e-5  # norms behind small outputs make rounding larger
+    assert (logits(slim) - expected).abs().max() <= most
+    assert (logits(shipped(directory)) - expected).abs().max() <= most
     assert shape_of(read_config(directory)).parameters == sum(p.numel() for p in slim.parameters())
     check_generation(slim)
 
@@ -69,7 +72,7 @@ def test_each_kept_layer_does_what_it_did(dense_dir, tmp_path, case):
 @pytest.mark.parametrize("case", CASES)
 def test_uniform_cuts_are_plain_directories_of_their_family(dense_dir, tmp_path, case):
     layer = LayerPlan((0, 2, 4), (0, 1, 2), tuple(range(32)))
-    path = dense_dir(case)
+    path = dense_dir(case, **({"layer_types": ["full_attention"] * 6} if case in CONVOLVING else {}))
     plan = fitting(path, PrunePlan((layer, layer, EMPTY, layer, layer, layer)))
     expected = masked_logits(path, plan)
     directory = cut(path, tmp_path / "slim", plan)
@@ -92,8 +95,9 @@ def test_a_slim_model_is_pruned_again(dense_dir, tmp_path, case):
     again = fitting(first, again)
     expected = masked_logits(first, again)
     second = load_model(cut(first, tmp_path / "second", again))
-    narrow = [len(again.layers[2].query_heads), len(again.layers[2].kv_heads), 2]
-    assert [list(s) for s in second.config.slim_layers] == [[0, 0, 32], narrow, [6, 3, 64]]
+    planned = [again.layers[i].sizes for i in (1, 2, 3)]
+    assert (planned[0].blocks, planned[0].ffn, planned[1].ffn) == ([FFN], 32, 2)
+    assert [list(s) for s in second.config.slim_layers] == [s.entry(case in CONVOLVING) for s in planned]
     assert (logits(second) - expected).abs().max() <= 1e-5
     check_generation(second)
 
@@ -127,11 +131,11 @@ def test_an_uneven_bundle_passes_parity_and_is_probed(dense_dir, tmp_path, case)
         manifest = export_bundle(path, bundle, bits=bits, ids=IDS)
         assert manifest.parity.tokens == IDS.numel()
     planned = [plan.layers[i].sizes for i in plan.kept_layers]
-    assert [LayerSizes(s.query_heads, s.kv_heads, s.ffn) for s in manifest.layers] == planned
+    assert [LayerSizes(**asdict(sizes)) for sizes in manifest.layers] == planned
     for directory in (path, bundle):
         probed = read_probe_model(directory)
         assert probed.architecture is ROWS[CASES[case][0]]
-        assert probed.shape.layers == (LayerSizes(6, 3, 64),) * 5
+        assert probed.shape.layers == (LayerSizes(6, 3, 64),) * 5 and probed.conv == (96 if case in CONVOLVING else 0)
         assert probed.config.model_type == f"saap_{CASES[case][0]}"
 
 

@@ -5,7 +5,7 @@ from support.family_cuts import compensated, dense_dir
 
 from saap.models.architectures import FAMILIES, shape_of
 from saap.models.checkpoint import read_config
-from saap.models.shape import LayerSizes, ModelShape
+from saap.models.shape import ATTENTION, FFN, LayerSizes, ModelShape
 from saap.quantize.bundle_size import bundle_size
 from saap.system.errors import UserError
 
@@ -61,13 +61,13 @@ def test_a_matrix_takes_its_integers_and_its_scales():
     shape = ModelShape(hidden=4096, head_dim=64, vocab=1024, tied=True, layers=(LayerSizes(0, 0, 2048),))
     size = bundle_size(LLAMA, 4, 32)
     weights = 3 * 4096 * 2048
-    assert size.ffn(shape, shape.layers[0]) == weights // 2 + weights // 32 * 4 + 4 * 4096
-    assert size.attention(shape, shape.layers[0]) == 0
+    assert size.block(FFN, shape, shape.layers[0]) == weights // 2 + weights // 32 * 4 + 4 * 4096
+    assert size.block(ATTENTION, shape, shape.layers[0]) == 0
 
 
 def test_every_array_begins_a_page():
     shape = ModelShape(hidden=96, head_dim=16, vocab=320, tied=True, layers=(LayerSizes(6, 3, 0),))
-    assert bundle_size(LLAMA, 4, 32).attention(shape, shape.layers[0]) % 4096 == 0
+    assert bundle_size(LLAMA, 4, 32).block(ATTENTION, shape, shape.layers[0]) % 4096 == 0
 
 
 def test_widths_that_groups_do_not_divide_are_refused():

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from saap.models.shape import LayerSizes, ModelShape
 from saap.prune.baselines.plans import Ranking, block_removals, threshold_key, uniform_key
-from saap.prune.plan import check_plan, ffn_widths
+from saap.prune.plan import check_plan, widths_of
 from saap.system.errors import UserError
 
 SMOLLM2 = ModelShape(576, 64, 49152, True, (LayerSizes(9, 3, 1536),) * 30)
@@ -54,7 +54,7 @@ def test_plans_are_on_the_grid_and_never_below_the_share(shape, method, heads, b
     if shape is SHAPES[0]:
         assert removed / shape.layer_weights - share < 0.005
     for keep, sizes in zip(plan.layers, shape.layers, strict=True):
-        assert len(keep.ffn) in ffn_widths(sizes.ffn, block) if sizes.ffn else not keep.ffn
+        assert len(keep.ffn) in widths_of(sizes.ffn, block) if sizes.ffn else not keep.ffn
         if len(keep.kv_heads) < sizes.kv_heads:
             assert heads and len(keep.query_heads) * shape.head_dim % block == 0
     smaller = min(share, other)

@@ -186,15 +186,18 @@ def test_what_is_kept_between_runs_changes_no_bit(family, blocks, tiny_family, m
     layers = []
     for sizes in shape_of(model.config).layers:
         keep = replace(whole_layer(sizes), ffn=tuple(range(0, sizes.ffn, 2)))
-        if blocks == "both":  # the first query head of each group
+        if blocks == "both" and sizes.query_heads:  # the first query head of each group
             keep = replace(keep, query_heads=keep.query_heads[:: sizes.heads_per_group])
+        elif blocks == "both":
+            keep = replace(keep, conv=keep.conv[::3])
         layers.append(keep)
     plan = PrunePlan(tuple(layers))
     runs, found = [], []
     for streamed in (False, True):
         monkeypatch.setattr(module, "is_streamed", lambda _, streamed=streamed: streamed)
         architecture = architecture_of(model.config)
-        counted = layers_of(model)[0].get_submodule(architecture.packed_qkv or architecture.query)
+        first = architecture.conv_in or architecture.packed_qkv or architecture.query
+        counted = layers_of(model)[0].get_submodule(first)
         handle = counted.register_forward_hook(lambda *_: runs.append(1))
         found.append(dict(compensate("refit", model, plan, IDS)))
         handle.remove()

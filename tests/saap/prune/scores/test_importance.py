@@ -179,7 +179,10 @@ def test_a_loss_that_is_not_finite_names_the_sequence(tiny_model):
 def test_fused_scores_have_half_their_count_as_mean_where_sigma_is_shared(scored, score, mean, sigma):
     _, shape, scores = scored
     fused = fuse(scores, shape, FusionOptions(score=score, sigma=sigma, layer_power=0))
-    for rows in fused.values():
+    for kind, rows in fused.items():
+        if kind == "conv":  # which the model has none of
+            assert not any(map(len, rows))
+            continue
         for row in rows if sigma == "layer" else [torch.cat(rows)]:
             assert row.mean().item() == pytest.approx(mean, rel=1e-5)
         assert min(row.min().item() for row in rows) >= 0
@@ -188,7 +191,7 @@ def test_fused_scores_have_half_their_count_as_mean_where_sigma_is_shared(scored
 def test_stability_multiplies_the_fused_score(scored):
     _, shape, scores = scored
     plain, steady = (fuse(scores, shape, FusionOptions(stability=s, layer_power=0)) for s in (0.0, -0.7))
-    for kind in TYPES:
+    for kind in ("ffn", "head", "group"):
         factors = stability_factor(scores.fluctuating(kind, shape), -0.7)
         for before, after, factor in zip(plain[kind], steady[kind], factors, strict=True):
             assert torch.allclose(after, before * factor)

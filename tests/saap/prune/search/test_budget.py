@@ -13,7 +13,7 @@ from support.cost_files import cost_file
 
 from saap.models.architectures import shape_of
 from saap.models.checkpoint import load_model, read_config
-from saap.models.shape import LayerSizes
+from saap.models.shape import ATTENTION, FFN, LayerSizes
 from saap.prune.baselines.methods import rank
 from saap.prune.baselines.plans import meet
 from saap.prune.options import PruneOptions
@@ -39,8 +39,8 @@ def test_a_ratio_is_a_share_of_the_layers_weights() -> None:
     budget = budget_for(PruneOptions(ratio=0.25), DENSE, CONFIG)
     assert budget.unit == "weights" and budget.fixed == 0
     assert budget.limit == 0.75 * 3 * (sum(LINEARS.values()) + 2 * 96)
-    assert budget.attention_cost(LayerSizes(6, 3, 0)) == LINEARS["attention"] + 96
-    assert budget.ffn_cost(LayerSizes(0, 0, 64)) == LINEARS["ffn"] // 2 + 96
+    assert budget.cost(ATTENTION, LayerSizes(6, 3, 0)) == LINEARS["attention"] + 96
+    assert budget.cost(FFN, LayerSizes(0, 0, 64)) == LINEARS["ffn"] // 2 + 96
     assert budget.total(SLIM) == SLIM.layer_weights
 
 
@@ -55,18 +55,18 @@ def test_parameters_count_the_embedding() -> None:
 def test_bytes_are_those_of_the_weights_file() -> None:
     budget = budget_for(PruneOptions(max_bytes=200_000), DENSE, CONFIG)
     # In pages of 4096 bytes: integers, scales, norm. The last rotary table is no whole page.
-    assert budget.ffn_cost(LayerSizes(0, 0, 128)) == (3 + 1 + 2 + 1 + 1) * 4096
-    assert budget.attention_cost(LayerSizes(6, 3, 0)) == (3 + 1 + 2 + 1 + 1) * 4096
+    assert budget.cost(FFN, LayerSizes(0, 0, 128)) == (3 + 1 + 2 + 1 + 1) * 4096
+    assert budget.cost(ATTENTION, LayerSizes(6, 3, 0)) == (3 + 1 + 2 + 1 + 1) * 4096
     assert budget.fixed == (1 + 4 + 1 + 2) * 4096 + 256 * 8 * 4
     assert budget.total(SLIM) == budget.report(SLIM)["bytes"]
     wider = budget_for(PruneOptions(max_bytes=700_000, bits=32), DENSE, CONFIG)
-    assert wider.ffn_cost(LayerSizes(0, 0, 128)) == LINEARS["ffn"] * 4 + 4096
+    assert wider.cost(FFN, LayerSizes(0, 0, 128)) == LINEARS["ffn"] * 4 + 4096
 
 
 def test_milliseconds_are_the_tables(costs: Path) -> None:
     budget = budget_for(PruneOptions(ms_per_token=4.0, costs=costs), DENSE, CONFIG)
     assert budget.unit == "ms" and (budget.fixed, budget.limit) == (1, 3)
-    assert budget.attention_cost(LayerSizes(2, 1, 0)) == 0.4 and budget.ffn_cost(LayerSizes(0, 0, 80)) == 0.5
+    assert budget.cost(ATTENTION, LayerSizes(2, 1, 0)) == 0.4 and budget.cost(FFN, LayerSizes(0, 0, 80)) == 0.5
     assert budget.total(DENSE) == pytest.approx(6.1)
     assert budget.total(SLIM) == pytest.approx(1 + 0.9 + 0.6 + 0.4 + 0.4 + 0.2)
 
@@ -102,7 +102,7 @@ def test_added_biases_are_counted_for_what_is_cut_only() -> None:
     cut = replace(DENSE, added_bias=True)
     budget = budget_for(PruneOptions(ratio=0.25), DENSE, CONFIG, cut=cut)
     assert budget.most == 0.75 * DENSE.layer_weights
-    assert budget.ffn_cost(LayerSizes(0, 0, 64)) == DENSE.ffn_weights(LayerSizes(0, 0, 64)) + 96
+    assert budget.cost(FFN, LayerSizes(0, 0, 64)) == DENSE.weights(FFN, LayerSizes(0, 0, 64)) + 96
 
 
 def test_the_record_names_the_table(costs: Path) -> None:

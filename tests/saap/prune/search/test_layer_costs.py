@@ -50,8 +50,8 @@ def test_a_step_is_the_sum_of_what_was_measured_and_interpolated() -> None:
     assert TABLE.attention_ms(2, 2) == pytest.approx(20.0)  # between 1 on 1 and 3 on 3
     assert TABLE.attention_ms(4, 2) == pytest.approx((12 + 36) / 2)
     assert TABLE.ffn_ms(32) == 5.0  # as the smallest that was measured
-    assert TABLE.layer_ms(0, 0, 0) == 0
-    assert TABLE.layer_ms(9, 3, 0) == 42 and TABLE.layer_ms(0, 0, 1536) == 40
+    assert TABLE.layer_ms(LayerSizes()) == 0
+    assert TABLE.layer_ms(LayerSizes(9, 3, 0)) == 42 and TABLE.layer_ms(LayerSizes(0, 0, 1536)) == 40
     assert TABLE.total_ms([LayerSizes(9, 3, 1536), LayerSizes(0, 0, 64), LayerSizes(3, 1, 0)]) == 100 + 82 + 5 + 14
 
 
@@ -66,7 +66,7 @@ def test_a_step_is_the_sum_of_what_was_measured_and_interpolated() -> None:
 )
 def test_larger_sizes_are_refused(sizes: tuple[int, int, int], message: str) -> None:
     with pytest.raises(CostError, match=message):
-        TABLE.layer_ms(*sizes)
+        TABLE.layer_ms(LayerSizes(*sizes))
 
 
 def test_the_thread_count_is_chosen(tmp_path: Path) -> None:

@@ -84,9 +84,9 @@ def test_kept_layers_stay_whole():
 def test_interaction_spreads_the_removal():
     """With equal prices everywhere a convex price must not empty one layer and spare the other."""
     flat = prices(modules=False, alpha=4.0)
-    flat.ffn[:] = [np.ones(128), np.ones(128)]
-    flat.group[:] = [np.full(3, 1e6)] * 2
-    flat.head[:] = [np.full(6, 1e6)] * 2
+    flat.structures["ffn"][:] = [np.ones(128), np.ones(128)]
+    flat.structures["group"][:] = [np.full(3, 1e6)] * 2
+    flat.structures["head"][:] = [np.full(6, 1e6)] * 2
     plan = solved(flat, weights(0.8 * SHAPE.layer_weights))
     widths = [len(layer.ffn) for layer in plan.layers]
     assert abs(widths[0] - widths[1]) <= 32
@@ -151,8 +151,8 @@ def refusing(share):
 def test_prices_far_below_the_largest_still_count():
     """HiGHS sees differences down to a millionth of the largest price."""
     small = prices(0, modules=False)
-    small.ffn[0] *= 1e9
-    for part in (small.ffn[1:], small.head, small.group):
+    small.structures["ffn"][0] *= 1e9
+    for part in (small.structures["ffn"][1:], small.structures["head"], small.structures["group"]):
         for values in part:
             values *= 1e-6
     whole = weights(1).total(SHAPE)

@@ -40,17 +40,17 @@ def test_module_prices_are_measured_losses(scored):
     with masked(model, {1: LayerPlan(ffn=whole_layer(shape.layers[1]).ffn)}, 16):
         increase = mean_nll(model, IDS[2:]) - base
     # Single prices share one factor, at least 1, for what removing several together costs more.
-    assert prices.no_attention[1] >= max(increase, 1e-4) - 1e-6
-    assert all(p is not None and p > 0 for p in prices.no_attention + prices.no_ffn)
+    assert prices.gone["attention"][1] >= max(increase, 1e-4) - 1e-6
+    assert all(p is not None and p > 0 for p in prices.gone["attention"] + prices.gone["ffn"])
 
 
 def test_prices_rank_as_the_scores_do(scored):
     model, _, fused = scored
     prices = fitted(model, fused)
     for kind in ("ffn", "head", "group"):
-        for priced, score in zip(getattr(prices, kind), fused[kind], strict=True):
+        for priced, score in zip(prices.structures[kind], fused[kind], strict=True):
             assert (priced.argsort(kind="stable") == score.double().numpy().argsort(kind="stable")).all()
-    assert prices.no_attention == [None] * 3
+    assert prices.gone["attention"] == [None] * 3
     assert all(alpha >= 0 for alpha in prices.alpha.values())
 
 
@@ -79,7 +79,7 @@ def test_losses_that_are_known_are_not_measured_again(scored, tmp_path, monkeypa
     again = fitted(model, fused, weights="weights")
     assert not calls
     for kind in ("ffn", "head", "group"):
-        assert all((a == b).all() for a, b in zip(getattr(first, kind), getattr(again, kind), strict=True))
+        assert all((a == b).all() for a, b in zip(first.structures[kind], again.structures[kind], strict=True))
     fitted(model, fused, weights="others")
     count = len(calls)
     assert 3 <= count <= 7
@@ -107,10 +107,10 @@ def test_what_is_compensated_is_priced_by_the_loss_after_that(scored, tmp_path, 
 
     whole, half, again = priced(1.0), priced(0.5), priced(0.5)
     assert len(plans) == 10, "the second time they are known"
-    assert half.no_ffn == fitted(model, fused, modules=True).no_ffn
+    assert half.gone["ffn"] == fitted(model, fused, modules=True).gone["ffn"]
     for kind in ("ffn", "head", "group"):
         assert half.alpha[kind] == pytest.approx(whole.alpha[kind], rel=1e-3)
-        for one, two, third in zip(getattr(half, kind), getattr(whole, kind), getattr(again, kind), strict=True):
+        for one, two, third in zip(half.structures[kind], whole.structures[kind], again.structures[kind], strict=True):
             assert two.sum() > 0 and one == pytest.approx(two / 2, rel=1e-3) and (one == third).all()
 
 

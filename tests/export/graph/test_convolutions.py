@@ -1,0 +1,148 @@
+"""Short convolutions in a bundle: what they remember is carried over as transformers carries it."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from support.export_cases import check_standard
+from support.exported import export_bundle, export_portable
+from support.family_cuts import cut
+
+from bench.costs.fit import read_stacks
+from export.bundle.decoder import OrtDecoder
+from export.bundle.manifest import read_manifest
+from export.generate.loop import HeldSequence
+from export.generate.ort_model import BundleForCausalLM
+from export.graph.probe_model import read_probe_model
+from export.graph.probe_stacks import write_probe_stacks
+from saap.models.architectures import shape_of
+from saap.models.checkpoint import load_model, read_config
+from saap.prune.cut.refit import compensate, losses_compensated
+from saap.prune.options import PruneOptions
+from saap.prune.plan import LayerPlan, PrunePlan, whole_layer
+from saap.prune.pruning import prune
+
+KINDS = ["conv", "full_attention", "conv", "full_attention"]
+LAYERS = (
+    LayerPlan(conv=tuple(range(0, 96, 3)), ffn=tuple(range(64))),
+    LayerPlan((0, 2), (0,), tuple(range(0, 128, 2))),
+    LayerPlan(conv=tuple(range(64))),
+    LayerPlan((0, 1, 2), (0,), tuple(range(128))),
+)
+IDS = torch.randint(3, 300, (3, 9), generator=torch.Generator().manual_seed(2))
+MASK = torch.tensor([[1] * 9, [0] * 4 + [1] * 5, [0] * 7 + [1] * 2])
+
+
+@pytest.fixture
+def dense(tiny_family):
+    return tiny_family("lfm2", num_hidden_layers=4, layer_types=KINDS, block_auto_adjust_ff_dim=False)
+
+
+@pytest.fixture(params=["cpu", "portable"])
+def slim(request, dense, tmp_path):
+    """(slim directory, its bundle)."""
+    path, bundle = cut(dense, tmp_path / "slim", PrunePlan(LAYERS)), tmp_path / "bundle"
+    (export_bundle if request.param == "cpu" else export_portable)(path, bundle, bits=32)
+    if request.param == "portable":
+        check_standard(bundle)
+    return path, bundle
+
+
+def test_a_conversation_goes_on_where_it_was_and_another_starts_anew(slim):
+    """Three turns, each longer than the last; then one that differs early, which no state can go back to."""
+    model, decoder = load_model(slim[0]), OrtDecoder(slim[1], 1, 256)
+    held, ids = HeldSequence(decoder), [5, 6, 7, 8]
+    for turn in range(3):
+        logits, read = held.continue_to(ids, lambda: False)
+        assert read == (4 if turn == 0 else 3)
+        for _ in range(5):
+            ids = [*ids, int(np.argmax(logits))]
+            logits = held.step(ids[-1])
+        with torch.inference_mode():
+            expected = model(input_ids=torch.tensor([ids])).logits[0, -1].numpy()
+        assert np.abs(logits - expected).max() <= 1e-4
+        ids = [*ids, 20 + turn, 30, 40]
+    other = [5, 6, 9, 10, 11]
+    logits, read = held.continue_to(other, lambda: False)
+    assert read == 5
+    with torch.inference_mode():
+        expected = model(input_ids=torch.tensor([other])).logits[0, -1].numpy()
+    assert np.abs(logits - expected).max() <= 1e-4
+
+
+def test_batches_padded_on_the_left_and_beams_are_as_in_transformers(slim):
+    model, bundle = load_model(slim[0]), BundleForCausalLM.from_bundle(slim[1])
+    for options in ({"attention_mask": MASK}, {"attention_mask": MASK, "num_beams": 3}):
+        options |= {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 2, "eos_token_id": None}
+        assert bundle.generate(IDS, **options).tolist() == model.generate(IDS, **options).tolist()
+
+
+def test_an_int8_cache_leaves_states_as_floats(dense, tmp_path):
+    ids = torch.randint(320, (4, 40), generator=torch.Generator().manual_seed(5))
+    manifest = export_bundle(dense, tmp_path / "bundle", bits=8, kv_bits=8, ids=ids)
+    assert [part.dtype for part in manifest.cache] == ["float32", "int8", "int8", "float32", "int8", "int8"]
+    assert manifest.parity.perplexity_ratio == pytest.approx(1, abs=0.02)
+
+
+def test_genai_runs_layers_that_are_alike_in_their_states(dense, tmp_path):
+    genai = pytest.importorskip("onnxruntime_genai")
+    bundle = tmp_path / "bundle"
+    export_bundle(dense, bundle, bits=32)
+    params = genai.GeneratorParams(loaded := genai.Model(str(bundle)))
+    params.set_search_options(max_length=24, do_sample=False)
+    generator = genai.Generator(loaded, params)
+    generator.append_tokens(IDS[0].numpy().astype(np.int32))
+    while not generator.is_done():
+        generator.generate_next_token()
+    found = list(generator.get_sequence(0))
+    expected = load_model(dense).generate(IDS[:1], max_length=24, do_sample=False, pad_token_id=2)[0].tolist()
+    assert found[: len(expected)] == expected
+    told = json.loads((bundle / "genai_config.json").read_text())["model"]
+    assert told["type"] == "lfm2" and told["decoder"]["layer_types"] == KINDS
+
+
+def test_all_of_it_is_pruned_and_explained(dense, tmp_path):
+    """Scores, prices, search, refit and record know channels of convolutions; the budget is met."""
+    ids = torch.randint(320, (12, 48), generator=torch.Generator().manual_seed(4))
+    options = PruneOptions(ratio=0.3, heads=True, modules=True, group_size=32)
+    result = prune(dense, options, output=tmp_path / "slim", calibration=ids)
+    before, after = shape_of(read_config(dense)), shape_of(read_config(tmp_path / "slim"))
+    assert after.layer_weights <= 0.7 * before.layer_weights
+    blocks = result.plan.reasons.blocks
+    assert {block.kind for block in blocks} == {"attention", "conv", "ffn"}
+    assert any(block.kind == "conv" and block.keeps.conv < 96 for block in blocks)
+    assert load_model(tmp_path / "slim")(input_ids=ids[:1]).logits.isfinite().all()
+
+
+def test_a_refit_gives_back_what_other_channels_know(dense):
+    """Channels that copy others are cut; without a refit the block loses them, with it the model is what it was."""
+    model = load_model(dense)
+    ids = torch.randint(320, (16, 48), generator=torch.Generator().manual_seed(4))
+    conv = model.model.layers[0].conv
+    with torch.no_grad():
+        for part in range(3):
+            conv.in_proj.weight[96 * part + 64 : 96 * part + 96] = conv.in_proj.weight[96 * part : 96 * part + 32]
+        conv.conv.weight[64:] = conv.conv.weight[:32]
+    whole = [whole_layer(sizes) for sizes in shape_of(model.config).layers]
+    plan = PrunePlan((replace(whole[0], conv=tuple(range(64))), *whole[1:]))
+    losses = {kind: losses_compensated(kind, model, plan, ids[:12], ids[12:]) for kind in ("none", "bias", "refit")}
+    exact = losses_compensated("none", model, PrunePlan(tuple(whole)), ids[:12], ids[12:])
+    apart = {kind: float((found - exact).abs().max()) for kind, found in losses.items()}
+    assert apart["refit"] < 0.05 * apart["none"] and apart["bias"] > 0.1 * apart["none"] > 0
+    (name, tensor), *_ = compensate("refit", model, plan, ids)
+    assert name == "model.layers.0.conv.out_proj.weight" and tensor.shape == (96, 64)
+
+
+def test_stacks_for_costs_have_convolutions_in_the_place_of_attention(dense, tmp_path):
+    out = tmp_path / "stacks"
+    out.mkdir()
+    stacks = write_probe_stacks(read_probe_model(dense), out)
+    options = [stack.option for stack in read_stacks([read_manifest(stack) for stack in stacks])]
+    widths = [option.conv for option in options if option.conv]
+    assert (options[0].query_heads, options[0].conv, widths) == (3, 0, [32, 64, 96])
+    for stack, option in zip(stacks, options, strict=True):
+        decoder = OrtDecoder(stack, 1, 16)
+        assert np.isfinite(decoder.prefill(np.array([3, 4]))).all(), option
+        assert np.isfinite(decoder.step(5)).all(), option
