@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
@@ -40,12 +41,16 @@ class GenaiDecoder:
         options.set_search_options(
             do_sample=False, num_beams=1, repetition_penalty=1.0, min_length=total, max_length=total
         )
-        self._generator = genai.Generator(self._model, options)
+        self._made = partial(genai.Generator, self._model, options)
+        self._generator = self._made()
         self._drawn = False
 
     def reset(self) -> None:
-        """Forget the sequence; the buffers stay."""
-        self._generator.rewind_to(0)
+        """Forget the sequence; the buffers stay, but where a model has states, which genai cannot take back."""
+        try:
+            self._generator.rewind_to(0)
+        except RuntimeError:
+            self._generator = self._made()
 
     def prefill(self, ids: Ids) -> Logits:
         """Append ``ids`` [n] in one call; nothing is handed out, ``draw`` knows the token."""

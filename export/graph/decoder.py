@@ -131,18 +131,26 @@ class DecoderGraph(ABC):
         g, name, channels = self.graph, f"layers.{index}", self.shape.layers[index].conv
         both = self.matrix_product(self.real(x), f"{name}.conv_in", self.shape.hidden, 3 * channels)
         gate_in, gate_out, signal = g.split(both, [channels] * 3)
-        new = g.op("Transpose", g.op("Mul", gate_in, signal), perm=[0, 2, 1])
         state: list[int | str] = ["batch", channels, self.shape.conv_kernel - 1]
-        past = g.input(f"past_conv.{mixer}", self.floats, state)
-        seen = g.op("Concat", past, new, axis=2)
-        start = self.constant(f"last{state[2]}", [1 - self.shape.conv_kernel])
-        last = g.op("Slice", seen, start, self.constant("end", [2**63 - 1]), self.constant("axis2", [2]))
+        past = g.op("Transpose", g.input(f"past_conv.{mixer}", self.floats, state), perm=[0, 2, 1])
+        seen = g.op("Concat", past, g.op("Mul", gate_in, signal), axis=1)
+        last = g.op("Transpose", self._from(seen, 1 - self.shape.conv_kernel), perm=[0, 2, 1])
         g.output(last, f"present_conv.{mixer}", self.floats, state)
-        kernel = [g.weight(f"{name}.conv_kernel")]
-        kernel += [g.weight(f"{name}.conv_kernel.bias")] if f"{name}.conv_kernel.bias" in self.tensors else []
-        mixed = g.op("Transpose", g.op("Conv", seen, *kernel, group=channels), perm=[0, 2, 1])
+        # One product for each token that is seen: Conv with as many groups as channels takes ten times as long.
+        mixed = None
+        for tap in range(self.shape.conv_kernel):
+            place = self._from(seen, tap, tap + 1 - self.shape.conv_kernel)
+            term = g.op("Mul", place, g.weight(f"{name}.conv_kernel.{tap}"))
+            mixed = term if mixed is None else g.op("Add", mixed, term)
+        if f"{name}.conv_kernel.bias" in self.tensors:
+            mixed = g.op("Add", mixed, g.weight(f"{name}.conv_kernel.bias"))
         product = g.op("Mul", gate_out, mixed)
         return self.matrix_product(product, f"{name}.conv_out", channels, self.shape.hidden)
+
+    def _from(self, x: ir.Value, start: int, end: int = 0) -> ir.Value:
+        """Positions of x [batch, positions, ...] from ``start`` to ``end``, which 0 leaves open."""
+        ends = self.constant(f"end{end}", [end or 2**63 - 1])
+        return self.graph.op("Slice", x, self.constant(f"start{start}", [start]), ends, self.constant("axis1", [1]))
 
     def queries_and_gate(self, x: ir.Value, name: str, sizes: LayerSizes) -> tuple[ir.Value, ir.Value | None]:
         """Queries, keys and values in one, and the gate of each head, [batch, sequence, heads, 1]."""

@@ -103,7 +103,8 @@ def write_model(
             name = f"layers.{index}.{piece}"
             if piece == "conv_kernel":
                 kernel = source.kernel(index)
-                layout.file.add(name, kernel.weight)
+                for tap, factors in enumerate(kernel.weight[:, 0].t().contiguous()):
+                    layout.file.add(f"{name}.{tap}", factors)
                 if kernel.bias is not None:
                     layout.file.add(f"{name}.bias", kernel.bias)
             elif piece not in NORMS:

@@ -7,7 +7,7 @@ maps it in pages. With groups of b columns:
 * a matrix [N, K] at 32 bit: 4 N K
 * zero points, where a tuned matrix has its own: a number of its bits per row and group, whole bytes per row
 * a bias 4 N, a norm 4 times its width, a rotary table twice 4 times positions times half the rotated width
-* the kernels of a short convolution 4 times channels times the tokens that one sees
+* the kernels of a short convolution, for each token that one sees, 4 times its channels
 
 Queries, keys and values are one matrix, gate and up are one, and a tied head is the embedding.
 """
@@ -72,7 +72,7 @@ class BundleSize:
     def _convolution(self, shape: ModelShape, sizes: LayerSizes, layer: int | None) -> int:
         arrays = self._linear(3 * sizes.conv, shape.hidden, layer, "conv_in")
         arrays += self._linear(shape.hidden, sizes.conv, layer, "conv_out")
-        arrays += [FLOAT * shape.hidden] * shape.norms + [FLOAT * sizes.conv * shape.conv_kernel]
+        arrays += [FLOAT * shape.hidden] * shape.norms + [FLOAT * sizes.conv] * shape.conv_kernel
         if shape.conv_bias:
             arrays += [FLOAT * 3 * sizes.conv, FLOAT * sizes.conv]
         if shape.biased_conv:
