@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import namedtuple
 
 import numpy as np
 import pytest
@@ -189,6 +190,33 @@ def test_the_fastest_engine_is_measured_once(bundle, monkeypatch, capsys):
     )
     monkeypatch.setattr(module, "is_here", lambda engine, own: False)
     assert on_fastest(f"{bundle}@fastest") == f"{bundle}@onnxruntime" and on_fastest(str(bundle)) == str(bundle)
+
+
+def test_what_is_found_beside_other_work_is_not_kept(bundle, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(module, "measured", lambda *_: asked.append(1) or {"onnxruntime": 0.01, "llama.cpp": 0.3})
+    monkeypatch.setattr(module, "is_here", lambda engine, own: True)
+    monkeypatch.setattr(module, "time_of_others", lambda: lambda: 0.47)
+    assert [on_fastest(f"{bundle}@fastest") for _ in range(2)] == [f"{bundle}@onnxruntime"] * 2
+    assert len(asked) == 2
+    assert "other processes took 47% of the cores meanwhile, so the answer is not kept" in (
+        capsys.readouterr().err.replace("\n", " ")
+    )
+
+
+def test_others_are_told_from_ourselves_and_our_children(monkeypatch):
+    """Two cores, ten seconds: six of them are ours and our children's, four those of others."""
+    core = namedtuple("core", "user nice system idle")
+    now = {"cores": [core(1, 0, 1, 5)] * 2, "ours": (1.0, 1.0, 0.0, 0.0, 0.0), "clock": 100.0}
+    monkeypatch.setattr("psutil.cpu_times", lambda percpu: now["cores"])
+    monkeypatch.setattr(module, "allowed_cores", lambda: [0, 1])
+    monkeypatch.setattr(module.os, "times", lambda: now["ours"])
+    monkeypatch.setattr(module.time, "monotonic", lambda: now["clock"])
+    share = module.time_of_others()
+    now.update(cores=[core(4, 1, 2, 9), core(3, 0, 3, 9)], ours=(2.0, 1.0, 4.0, 1.0, 0.0), clock=110.0)
+    assert share() == pytest.approx((9 - 6) / 20)
+    now["clock"] = 100.1
+    assert share() == pytest.approx(3)  # never more than what a second would make of it
 
 
 def test_the_fastest_engine_by_turns(bundle, llama_cpp, monkeypatch):
