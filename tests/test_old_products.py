@@ -27,6 +27,7 @@ from bench.measure.result import Result, read_result
 from export.bundle.manifest import verify_files
 from saap.models.architectures import shape_of
 from saap.models.checkpoint import load_model, read_config
+from saap.models.shape import LayerSizes
 from saap.prune.search.layer_costs import read_costs
 
 OLD = Path(__file__).parent / "support" / "old"
@@ -88,8 +89,8 @@ def test_an_old_table_of_costs_prices_a_layer_and_a_pruning(tmp_path: Path) -> N
     raw = document(OLD / "cost.json")["threads"][0]
     ms = {(cost["query_heads"], cost["kv_heads"]): cost["ms"] for cost in raw["attention"]}
     ms |= {cost["width"]: cost["ms"] for cost in raw["ffn"]}
-    assert table.layer_ms(4, 2, 96) == pytest.approx(ms[4, 2] + ms[96])
-    assert table.layer_ms(2, 1, 48) == pytest.approx(ms[2, 1] + (ms[32] + ms[64]) / 2)
+    assert table.layer_ms(LayerSizes(4, 2, 96)) == pytest.approx(ms[4, 2] + ms[96])
+    assert table.layer_ms(LayerSizes(2, 1, 48)) == pytest.approx(ms[2, 1] + (ms[32] + ms[64]) / 2)
     here("prune", OLD / "dense", "-o", tmp_path / "slim", "--method", "flap", "--speedup", "1.03",
          "--costs", OLD / "cost.json", "--calibration", OLD / "learn.jsonl")  # fmt: skip
     widths = [len(layer["ffn"]) for layer in document(tmp_path / "slim" / "saap.json")["plan"]["layers"]]

@@ -73,7 +73,7 @@ def sizes_lost(plan: PrunePlan, budget: Budget) -> Reasons:
     blocks = []
     for index, (sizes, keep) in enumerate(zip(budget.dense.layers, plan.layers, strict=True)):
         for kind in sizes.blocks:
-            whole, left = budget.cost(kind, sizes), budget.cost(kind, keep.sizes)
+            whole, left = budget.cost(kind, sizes), budget.cost(kind, keep.sizes) if keep.has(kind) else 0.0
             blocks.append(Reason(index, kind.name, sizes.only(kind), keep.sizes.only(kind), whole, whole - left))
     return Reasons(budget.unit, tuple(blocks))
 

@@ -285,7 +285,8 @@ def test_a_run_resumes_and_each_of_its_steps_does_the_same_alone(tiny_model, tmp
     assert [list(text["outputs"]) for text in run["texts"]] == [["dense-int4", "slim-int4"]] * 3
     assert all(text["prompt"] in page for text in run["texts"])
     peers = {"dense-Q4_0 (llama.cpp)", "slim-int4@llama.cpp"} if PEER else set()
-    assert set(rows) == {"dense fp32", "slim fp32, untuned", "dense-int4", "slim-int4"} | peers
+    others = {name for name in rows if not name.endswith("@openvino")}  # which is measured where it is installed
+    assert others == {"dense fp32", "slim fp32, untuned", "dense-int4", "slim-int4"} | peers
     assert all(name in page for name in peers)
     assert run["quality"]["protocol"]["self_written"]  # which has no perplexity
     assert all(r["perplexity"] is None and r["kl"] is not None and 0 <= r["top1"] <= 1 for r in rows.values())
