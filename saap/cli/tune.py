@@ -16,6 +16,7 @@ from saap.cli.console import LOADING, Console, print_table
 from saap.cli.options import OptionsCommand, options_of
 from saap.cli.types import directory, force
 from saap.system.errors import UserError
+from saap.text.documents import SELF
 from saap.tune.options import FEWEST_HELD, TuneOptions
 
 if TYPE_CHECKING:
@@ -47,6 +48,8 @@ class TuneCommand:
         options.check()
         if self.minutes is not None:
             refuse_unused(self, ("tokens",), "a run without --minutes")
+            if self.data == SELF:
+                raise UserError("--minutes cannot tell how long the model writes its text: give --tokens")
         if self.teacher is None:
             refuse_unused(self, ("teacher_weight", "temperature", "kept_tokens"), "--teacher", "name one")
         if options.teacher_weight == 0:
