@@ -20,7 +20,7 @@ of query heads. Layers may differ from one another.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 QueryNorm = Literal["none", "head", "all"]
 
@@ -33,6 +33,7 @@ class BlockKind:
     """
 
     name: str
+    said: str  # how a person is told of it
     sizes: tuple[str, ...]  # fields of :class:`LayerSizes` (and of a plan's layers) that are its own, the first leading
     types: tuple[str, ...]  # of the coupled structures that may go from it
     roles: tuple[str, ...]  # of its matrices; the last one writes to the residual stream
@@ -43,10 +44,11 @@ class BlockKind:
 
 
 ATTENTION = BlockKind(
-    "attention", ("query_heads", "kv_heads"), ("head", "group"), ("query", "key", "value", "head_gate", "output")
+    "attention", "attention", ("query_heads", "kv_heads"), ("head", "group"),
+    ("query", "key", "value", "head_gate", "output"),
 )  # fmt: skip
-CONV = BlockKind("conv", ("conv",), ("conv",), ("in_gate", "out_gate", "signal", "conv_out"))
-FFN = BlockKind("ffn", ("ffn",), ("ffn",), ("gate", "up", "down"))
+CONV = BlockKind("conv", "the convolution", ("conv",), ("conv",), ("in_gate", "out_gate", "signal", "conv_out"))
+FFN = BlockKind("ffn", "the FFN", ("ffn",), ("ffn",), ("gate", "up", "down"))
 KINDS = {kind.name: kind for kind in (ATTENTION, CONV, FFN)}  # in the order in which a layer runs them
 MIXERS = (ATTENTION, CONV)
 
@@ -74,7 +76,7 @@ class OfBlocks:
         """The kinds of block that the layer has."""
         return [kind for kind in KINDS.values() if self.has(kind)]
 
-    def told(self) -> dict[str, Any]:
+    def told(self) -> dict[str, object]:
         """For a file: all fields but those of kinds of block that only some families have, where they are empty."""
         return {name: value for name, value in asdict(self).items() if value or name not in CONV.sizes}
 

@@ -110,10 +110,9 @@ class BundleSize:
 
     def check(self, shape: ModelShape) -> None:
         """Refuse a model whose matrices are not whole groups."""
-        of = {"attention": "attention", "conv": "the convolution", "ffn": "the FFN"}
         widths = [("the hidden size", shape.hidden)]
         for index, sizes in enumerate(shape.layers):
-            widths += [(f"{of[kind.name]} of layer {index}", shape.inner_width(kind, sizes)) for kind in sizes.blocks]
+            widths += [(f"{kind.said} of layer {index}", shape.inner_width(kind, sizes)) for kind in sizes.blocks]
         for what, width in widths:
             if self.bits != 32 and width % self.group_size:
                 raise UserError(

@@ -7,13 +7,15 @@ kernel makes again. In float32 that kernel is the faster one, and longer rows go
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from saap.tune.adapters import Context
 
 NAME = "saap_short"
 LONGEST = 512  # tokens
@@ -33,7 +35,7 @@ def _attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
-    **more: Any,
+    **more: Any,  # what else transformers hands to any attention
 ) -> tuple[torch.Tensor, None]:
     """As transformers calls it: heads [batch, heads, tokens, size] -> [batch, tokens, heads, size]."""
     tokens, kind = query.shape[2], query.device.type
@@ -58,12 +60,17 @@ def _hidden(query: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     return mask.bfloat16().unsqueeze(1)
 
 
+class _Kept(Context, Protocol):
+    scale: float
+    shape: torch.Size
+
+
 class _Attention(torch.autograd.Function):
     """softmax(scale * q k^T + hidden) v, the query heads of a KV group at once."""
 
     @staticmethod
     def forward(
-        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, hidden: torch.Tensor, scale: float
+        ctx: _Kept, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, hidden: torch.Tensor, scale: float
     ) -> torch.Tensor:
         batch, kv, tokens, size = key.shape
         grouped = (batch * kv, -1, size)
@@ -78,7 +85,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: _Kept, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         q, k, v, weights = ctx.saved_tensors
         grad = grad.reshape(q.shape)
         with torch.autocast(q.device.type, enabled=False):

@@ -177,7 +177,8 @@ def _row(layer: _Layer, fields: list[str], scale: float, priced: bool) -> list[s
 
 def to_words(block: Reason, move: Move) -> str:
     if block.kind != ATTENTION.name:
-        name, (field,) = {"ffn": "FFN", "conv": "convolution"}[block.kind], KINDS[block.kind].sizes
+        kind = KINDS[block.kind]
+        name, (field,) = kind.said.removeprefix("the "), kind.sizes
         left = getattr(move.to, field)
         return f"{name} to {left}" if left else f"no {name}"
     if not move.to.query_heads:
@@ -279,8 +280,7 @@ def _next(reasons: Reasons) -> str:
 
 
 def _block(block: Reason) -> str:
-    what = {"attention": "attention", "conv": "the convolution", "ffn": "the FFN"}[block.kind]
-    return f"{what} of layer {block.layer}"
+    return f"{KINDS[block.kind].said} of layer {block.layer}"
 
 
 def _layers(reasons: Reasons) -> list[_Layer]:
