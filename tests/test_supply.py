@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from export.bundle.engines import EXTRAS, REQUIREMENTS
 from saap.text.samples import SHA256
 from studies.common import read_cells, with_tables
 from studies.install import study as install
@@ -58,6 +59,12 @@ def test_a_board_needs_few_packages():
     assert len(install.direct("bench")) <= 12
     assert install.direct("bench") >= install.direct(install.BASE) | {"numpy", "onnxruntime", "tokenizers"}
     assert "torch" not in install.direct("bench") and "torch" in install.direct("tasks")  # by an extra of ours
+
+
+def test_a_board_gets_the_engines_that_their_extras_install():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for engine, extra in EXTRAS.items():
+        assert extras[extra.removeprefix("'saap[").removesuffix("]'")] == [REQUIREMENTS[engine]]
 
 
 def test_the_readme_says_what_every_extra_installs():

@@ -13,12 +13,15 @@ from bench.runtimes.peers import OTHER_RUNTIMES, PREPACKED, bundle_facts, memory
 from devices.common.files import sha256_file
 from devices.transport import BoardError
 from export.bundle.decoder import check_context
+from export.bundle.engines import FASTEST, Placed
+from export.bundle.engines import REQUIREMENTS as OF_ENGINES
 from export.bundle.manifest import MANIFEST, BundleManifest, verify_files
 
 PACKAGES = Path(__file__).resolve().parents[2]
 CODE = ("bench/**/*.py", "devices/**/*.py", "devices/**/*.toml", "export/__init__.py", "export/bundle/*.py")
 REQUIREMENTS = ("msgspec>=0.19", "numpy>=1.26", "onnxruntime>=1.23", "psutil>=5.9")
 VENV_BYTES = 300_000_000  # with pip and the packages; 110 MB of it are numpy and onnxruntime on aarch64
+ENGINE_BYTES = 600_000_000  # of another engine; llama.cpp is compiled, and takes 500 MB meanwhile
 RESERVE_BYTES = 64 << 20  # results, logs, and a system that goes on working
 
 Source = Path | bytes
@@ -26,13 +29,19 @@ Source = Path | bytes
 
 @dataclass(frozen=True)
 class Packed:
-    """One spec: its prefix, the name of its folder, and its files as relative path -> sha256."""
+    """One spec: its prefix, the name of its folder, its engine, and its files as relative path -> sha256."""
 
     spec: str
     prefix: str
     name: str
+    engine: str | None  # None: as the prefix says, in ONNX Runtime
     manifest: BundleManifest
     files: dict[str, str]
+
+    @property
+    def place(self) -> str:
+        """What names it there, below the folder that it is laid out in."""
+        return self.name if self.engine is None else f"{self.name}@{self.engine}"
 
     def memory_needed(self, positions: int) -> int:
         return sum(memory_needs("onnx", bundle_facts(self.manifest), positions, Path(self.name)).values())
@@ -46,6 +55,7 @@ class Shipment:
     sources: dict[str, Source]  # sha256 -> where the bytes are
     code: str  # sha256 of a JSON object, path -> text
     key: str
+    requirements: list[str]
     wheels: dict[str, str] | None  # name -> sha256
     own: bool  # a venv of its own, or the board's packages
 
@@ -57,11 +67,12 @@ class Shipment:
 
     @property
     def agent_bytes(self) -> int:
-        return VENV_BYTES if self.own else 0
+        others = len(self.requirements) - len(REQUIREMENTS)
+        return VENV_BYTES + others * ENGINE_BYTES if self.own else 0
 
     def install(self) -> dict[str, object]:
         return {
-            "key": self.key, "code": self.code, "requirements": list(REQUIREMENTS), "wheels": self.wheels,
+            "key": self.key, "code": self.code, "requirements": self.requirements, "wheels": self.wheels,
             "own": self.own,
         }  # fmt: skip
 
@@ -82,23 +93,29 @@ def pack(specs: Sequence[str], positions: int, options: BoardOptions | None = No
     packed = [_bundle(spec, positions, sources) for spec in specs]
     content = _code()
     sources[code := hashlib.sha256(content).hexdigest()] = content
-    named = None if options.wheels is None else _wheels(options.wheels, sources)
-    text = json.dumps([code, REQUIREMENTS, own, sorted((named or {}).items())])
+    asked = {one.engine for one in packed}
+    requirements = [*REQUIREMENTS, *(package for engine, package in OF_ENGINES.items() if engine in asked)]
+    named = None if options.wheels is None else _wheels(options.wheels, requirements, sources)
+    text = json.dumps([code, requirements, own, sorted((named or {}).items())])
     key = hashlib.sha256(text.encode()).hexdigest()[:16]
-    return Shipment(packed, sources, code, key, named, own)
+    return Shipment(packed, sources, code, key, requirements, named, own)
 
 
 def _bundle(spec: str, positions: int, sources: dict[str, Source]) -> Packed:
     if spec.startswith(OTHER_RUNTIMES):
-        raise BoardError(f"{spec} cannot be measured on a board: --on takes bundles and prepacked:BUNDLE")
+        raise BoardError(f"{spec} cannot be measured on a board: --on takes bundles, BUNDLE@ENGINE, prepacked:BUNDLE")
     prefix = PREPACKED if spec.startswith(PREPACKED) else ""
-    path = Path(spec.removeprefix(prefix)).resolve()
+    placed = Placed.of(spec.removeprefix(prefix))
+    if placed.engine == FASTEST:
+        raise BoardError(f"{spec}: the fastest is known for this host alone: name the engines, and see which one is")
+    placed.file()  # for what it refuses
+    path = placed.bundle.resolve()
     manifest = verify_files(path)
     check_context(manifest, positions, spec)
     files = {name: entry.sha256 for name, entry in manifest.files.items()}
     files[MANIFEST] = sha256_file(path / MANIFEST)
     sources.update({sha: path / name for name, sha in files.items()})
-    return Packed(spec, prefix, path.name, manifest, files)
+    return Packed(spec, prefix, path.name, placed.engine, manifest, files)
 
 
 def _code() -> bytes:
@@ -106,12 +123,12 @@ def _code() -> bytes:
     return json.dumps({p.relative_to(PACKAGES).as_posix(): p.read_text(encoding="utf-8") for p in files}).encode()
 
 
-def _wheels(folder: Path, sources: dict[str, Source]) -> dict[str, str]:
+def _wheels(folder: Path, requirements: Sequence[str], sources: dict[str, Source]) -> dict[str, str]:
     found = sorted(folder.glob("*.whl"))
     if not found:
         raise BoardError(
             f"no wheels in {folder}: fill it with `pip download --only-binary :all: --platform ... -d {folder} "
-            f"{' '.join(name.partition('>')[0] for name in REQUIREMENTS)}`"
+            f"{' '.join(name.partition('>')[0] for name in requirements)}`"
         )
     named = {path.name: sha256_file(path) for path in found}
     sources.update({sha: folder / name for name, sha in named.items()})

@@ -106,7 +106,8 @@ def run_on(board: Board, shipment: Shipment, task: Task[T], progress: Progress |
             there = board.insist("take", more=lambda: _take(run, shipment))
             _push(board, shipment, there["missing"], told)
             if not there["installed"]:
-                told("install, numpy and onnxruntime", 0, 0)
+                names = [name.partition(">")[0] for name in shipment.requirements]
+                told(f"install, {', '.join(names)}", 0, 0)
                 board.insist("install", more=shipment.install)
             board.insist("start", more=lambda: _start(run, shipment, task))
             done = _follow(board, run, told)
@@ -184,7 +185,7 @@ def _push(board: Board, shipment: Shipment, missing: object, told: Progress) -> 
 
 
 def _start(run: str, shipment: Shipment, task: Task[T]) -> Reply:
-    places = [[packed.prefix, f"{index}/{packed.name}"] for index, packed in enumerate(shipment.packed)]
+    places = [[packed.prefix, f"{index}/{packed.place}"] for index, packed in enumerate(shipment.packed)]
     return {
         "run": run,
         "key": shipment.key,

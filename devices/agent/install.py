@@ -114,6 +114,11 @@ def _fill(python: str, place: Path, store: Store, request: InstallRequest, beat:
     if code and "No space left" in said:
         raise AgentError("the disk became full while packages were installed: free some 300 MB there")
     if code:
+        if "CMAKE" in said and "COMPILER" in said:
+            raise AgentError(
+                "llama.cpp is compiled there, and there is no C++ compiler: `sudo apt install build-essential` there, "
+                "or push wheels with --wheels DIR"
+            )
         give = "push the right ones" if source else "let it reach a package index, or push wheels with --wheels DIR"
         raise AgentError(
             f"its packages cannot be installed: {give}, or take its own with --board-packages: {_last(said)}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 
-from devices.fit.memory import Device, Memory, Model, largest_context, memory_of, packed_share
+from devices.fit.memory import Device, Memory, Model, largest_context, memory_of, packed_share, read_share
 from devices.profiles.profile import DeviceError
 
 CACHES = 2  # a model below so many last-level caches may run from them, and memory is then no ceiling
@@ -87,7 +87,7 @@ def fit(model: Model, device: Device, context: int) -> Fit:
 def _ceiling(model: Model, device: Device, context: int) -> tuple[tuple[float | None, float | None], tuple[str, ...]]:
     if device.bandwidth is None:
         return (None, None), (f"ceiling unknown: the bandwidth is not known ({device.bandwidth_source})",)
-    empty, cache = model.weight_bytes_per_token, device.last_level_cache
+    empty, cache = round(model.weight_bytes_per_token * read_share(model, device)), device.last_level_cache
     if cache and empty <= CACHES * cache:
         why = f"{empty / 1e6:.0f} MB per token may be read from a cache of {cache / 1e6:.0f} MB"
         return (None, None), (f"ceiling unknown: {why}",)

@@ -129,8 +129,26 @@ def packed_share(model: Model, device: Device) -> float:
         return 1.0
     scales = 4 / model.block
     share = scales / (model.bits / 8 + scales)  # of a block's bytes
-    int8 = model.accuracy_level == 4 and device.dotprod is not False
-    return 1 + share if int8 else 1 - share
+    return 1 + share if int8_kernels(model, device) else 1 - share
+
+
+def read_share(model: Model, device: Device) -> float:
+    """Bytes that decoding reads of the matrices, over those of the file's: the least, as a ceiling wants.
+
+    The int8 kernels read what they packed: on x86-64 a float scale and a float sum beside each block, on arm64 a scale
+    of 16 bits (KleidiAI, 4 bit). The float kernels read the packed integers, and the scales from the file.
+    """
+    if model.bits >= 16 or model.target == "cuda" or not int8_kernels(model, device):
+        return 1.0
+    if device.architecture == "aarch64" and model.bits == 4:
+        integers = model.bits / 8
+        return (integers + 2 / model.block) / (integers + 4 / model.block)
+    return packed_share(model, device)
+
+
+def int8_kernels(model: Model, device: Device) -> bool:
+    """Whether matrices are multiplied as integers."""
+    return model.accuracy_level == 4 and device.dotprod is not False
 
 
 def largest_context(model: Model, device: Device) -> int:

@@ -14,6 +14,7 @@ ONNXRUNTIME, LLAMA_CPP, OPENVINO, FASTEST = "onnxruntime", "llama.cpp", "openvin
 FILES = {LLAMA_CPP: "model.gguf"}  # of the engines that do not read the graph
 PACKAGES = {LLAMA_CPP: ("llama_cpp",), OPENVINO: ("openvino",)}
 EXTRAS = {LLAMA_CPP: "'saap[llama-cpp]'", OPENVINO: "'saap[openvino]'"}
+REQUIREMENTS = {LLAMA_CPP: "llama-cpp-python>=0.3.36", OPENVINO: "openvino>=2026.1"}
 ENGINES = (ONNXRUNTIME, LLAMA_CPP, OPENVINO)
 
 

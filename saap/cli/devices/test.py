@@ -131,11 +131,11 @@ def baseline(bundle: str, options: BaselineCommand) -> None:
     )  # fmt: skip
     name = name_of(bundle, device_options.name)
     writable_folder(folder, name)
-    if not options.add:
-        plan = replace(plan, choice=fastest_setting(bundle, plan, console))
     there = _baseline_there(folder, name, device_options.on) if options.add else None
     how = Recording(options.sessions, options.spread, there, say=console.say)
     with ended_as_by_a_person(), target(device_options.on, device_options.board, console.say) as device:
+        if there is None:
+            plan = replace(plan, choice=fastest_setting(device, bundle, plan, console))
         kept = record(name, measuring(device, bundle, name, console), plan_of(there) if there else plan, how)
     console.finish()
     path = write_baseline(folder, kept)
@@ -256,15 +256,12 @@ def text_ids(bundle: Path, text: Path | None = None) -> tuple[int, ...]:
     return tuple(BundleTokenizer(bundle).encode(words)[:most])
 
 
-def fastest_setting(bundle: str, plan: BenchOptions, console: Console) -> str | None:
+def fastest_setting(device: Target, bundle: str, plan: BenchOptions, console: Console) -> str | None:
     """The setting that a baseline keeps of a bundle's engine: the one that is fastest in decode; None: it has none."""
-    from bench.measure.pilots import at_their_best
-    from bench.runtimes.peers import read_peers
-
     if Placed.of(bundle).engine is None:
         return None
-    peers, _ = at_their_best(read_peers([bundle], plan.positions), plan, console.report)
-    return peers[0].choice
+    tried = device.bench([bundle], replace(plan, repetitions=1, greedy=0), progress=console.report)
+    return tried.measurements[0].choice
 
 
 def _path(bundle: str) -> Path:

@@ -48,6 +48,9 @@ from bench.remote.options import BoardOptions
 from bench.remote.target import bench_on, measure_on
 from devices.agent.home import Lock
 from devices.transport import BoardError, Local, open_transport
+from export.bundle.engines import OPENVINO
+from export.bundle.engines import REQUIREMENTS as OF_ENGINES
+from export.bundle.manifest import BundleError
 from saap.cli.bench import _places
 from saap.system.interrupt import ask_to_end, ended_as_by_a_person
 
@@ -114,6 +117,32 @@ def test_a_result_has_the_form_of_a_local_one_and_a_second_run_sends_only_what_r
     rest = {path: path.stat().st_ino for path in (sshd.cache / "files").iterdir() if path != rotten}
     assert rest == {path: number for path, number in before.items() if path != rotten}
     assert len(list(sshd.cache.glob("agent-*"))) == 1
+
+
+def test_the_engines_of_a_bundle_take_turns_there(sshd, bundles):
+    pytest.importorskip("openvino")
+    specs = [bundles[0], f"{bundles[0]}@openvino"]
+    found = one(sshd.url, specs, ONCE)
+    assert [(m.name, m.kind, m.spec) for m in found.measurements] == [
+        ("dense", "onnx", specs[0]),
+        ("dense@openvino", "openvino", specs[1]),
+    ]
+    assert all(m.samples for m in found.measurements)
+
+
+def test_an_engine_is_sent_as_a_requirement(bundles):
+    plain, with_engine = pack(bundles[:1], 10), pack([bundles[0], f"{bundles[0]}@openvino"], 10)
+    assert plain.install()["requirements"] == list(REQUIREMENTS)
+    assert with_engine.install()["requirements"] == [*REQUIREMENTS, OF_ENGINES[OPENVINO]]
+    assert with_engine.key != plain.key and with_engine.agent_bytes > plain.agent_bytes
+    assert with_engine.sources.keys() == plain.sources.keys()  # one bundle's files, once
+
+
+def test_engines_that_a_board_cannot_be_asked_for(bundles):
+    with pytest.raises(BoardError, match="the fastest is known for this host alone: name the engines"):
+        pack([f"{bundles[0]}@fastest"], 10)
+    with pytest.raises(BundleError, match=r"has no file for llama\.cpp: export it with --engines onnx"):
+        pack([f"{bundles[0]}@llama.cpp"], 10)
 
 
 def test_a_connection_that_is_cut_there_and_then_here_loses_nothing(sshd, bundles):

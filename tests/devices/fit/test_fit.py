@@ -15,6 +15,7 @@ from devices.fit.memory import (
     largest_context,
     memory_of,
     packed_share,
+    read_share,
     usable_memory,
 )
 from devices.probe.cpu import FEATURES
@@ -76,8 +77,18 @@ def test_largest_context_is_the_edge() -> None:
 
 def test_ceiling_by_hand() -> None:
     found = fit(SMOL, PI5, 1000)
-    assert found.ceiling[0] == pytest.approx(17.1e9 / 84_190_464)
-    assert found.ceiling[1] == pytest.approx(17.1e9 / (84_190_464 + 46_080_000))
+    read = 84_190_464 * 18 / 20  # scales of 16 bits
+    assert found.ceiling[0] == pytest.approx(17.1e9 / read)
+    assert found.ceiling[1] == pytest.approx(17.1e9 / (read + 46_080_000))
+
+
+def test_bytes_that_are_read_by_hand() -> None:
+    """Of four bits with a float scale for 32: 20 bytes in the file."""
+    assert read_share(SMOL, X86) == pytest.approx(24 / 20)
+    assert read_share(replace(SMOL, block=128), X86) == pytest.approx((64 + 4 + 4) / (64 + 4))
+    assert read_share(SMOL8, PI5) == read_share(SMOL8, X86) == pytest.approx((32 + 4 + 4) / (32 + 4))
+    assert read_share(SMOL, PI5) == pytest.approx(18 / 20)
+    assert read_share(SMOL, PI4) == read_share(replace(SMOL, accuracy_level=0), X86) == read_share(SMOL32, X86) == 1
 
 
 def test_ceiling_that_is_not_known_says_why() -> None:
