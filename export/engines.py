@@ -18,6 +18,8 @@ from export.gguf.write import BITS as GGUF_TYPES
 from export.gguf.write import write_gguf
 from export.options import ExportOptions
 from export.source import ModelSource
+from saap.models.architectures import shape_of
+from saap.models.checkpoint import read_config
 from saap.system.device_names import AUTO
 from saap.system.errors import UserError
 
@@ -39,6 +41,7 @@ def engines_of(directory: Path, options: ExportOptions) -> list[str]:
     with suppress(UserError):
         if options.kv_bits == 32:
             python_of(OPENVINO)
+            check_operators(directory)
             found.append(OPENVINO)
     return found
 
@@ -54,12 +57,19 @@ def check_engines(directory: Path, options: ExportOptions) -> None:
     llama.cpp need not be here, for its file is written without it.
     """
     if OPENVINO in options.engines:
+        check_operators(directory)
         python_of(OPENVINO)
     if LLAMA_CPP in options.engines:
         try:
             GGUFSource(directory, None, None)
         except UserError as error:
             raise UserError(f"--engines {LLAMA_CPP}: {error}") from None
+
+
+def check_operators(directory: Path) -> None:
+    """Raise UserError for a model whose graph has an operator that OpenVINO does not read."""
+    if shape_of(read_config(directory)).delta is not None:
+        raise UserError(f"--engines {OPENVINO}: it does not read the operator of gated delta nets: leave it out")
 
 
 def write_engine(

@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from export.bundle.manifest import BundleManifest, LayerSizes
+from export.bundle.manifest import BundleManifest, DeltaHeads, LayerSizes
 from saap.models.architectures import Architecture, ModelConfig, architecture_of, positions_of, shape_of
 from saap.models.checkpoint import read_config, transformers_config
 from saap.models.modeling_slim import unpack_zero_points
@@ -54,10 +54,23 @@ class StackedLinear:
 
 @dataclass(frozen=True)
 class Kernel:
-    """The kernels of a short convolution, one for each channel."""
+    """The kernels of a convolution, one for each channel."""
 
     weight: torch.Tensor  # [channels, 1, tokens] float32
     bias: torch.Tensor | None  # [channels] or None
+
+
+@dataclass(frozen=True)
+class DeltaRates:
+    """What a gated delta net computes its rates and its norm with, all float32.
+
+    A value head writes the share sigmoid(b) of a value, and keeps exp(scale * softplus(a + bias)) of its state.
+    """
+
+    matrix: torch.Tensor  # of b and a, stacked, [2 * value heads, hidden]
+    scale: torch.Tensor  # -exp(A_log), [value heads]
+    bias: torch.Tensor  # [value heads]
+    norm: torch.Tensor  # of each value head, [elements of a value]
 
 
 class WeightSource(Protocol):
@@ -81,7 +94,10 @@ class WeightSource(Protocol):
         """The factors of a norm, [width] float32, by its field of :class:`Architecture`."""
 
     def kernel(self, layer: int) -> Kernel:
-        """Of a layer's short convolution."""
+        """Of a layer's convolution."""
+
+    def rates(self, layer: int) -> DeltaRates:
+        """Of a layer's gated delta net."""
 
 
 class ModelSource:
@@ -150,9 +166,21 @@ class ModelSource:
         return self.read(f"{name}.weight").float() + float(self.architecture.offset_norms)
 
     def kernel(self, layer: int) -> Kernel:
-        """Of a layer's short convolution: too small for integers."""
-        module = f"{self.architecture.layers}.{layer}.{self.architecture.conv_kernel}"
+        """Of a layer's convolution: too small for integers."""
+        arch = self.architecture
+        module = f"{arch.layers}.{layer}.{arch.delta.kernel if arch.delta else arch.conv_kernel}"
         return Kernel(self.read(f"{module}.weight").float(), self.bias(module))
+
+    def rates(self, layer: int) -> DeltaRates:
+        """Of a layer's gated delta net."""
+        names = self.architecture.delta
+        assert names is not None, "the family has delta nets"
+
+        def read(name: str) -> torch.Tensor:
+            return self.read(f"{self.architecture.layers}.{layer}.{name}").float()
+
+        matrix = torch.cat([read(f"{module}.weight") for module in (names.beta, names.decay)])
+        return DeltaRates(matrix, -read(names.log_decay).exp(), read(names.decay_bias), read(f"{names.norm}.weight"))
 
     def bias(self, module: str) -> torch.Tensor | None:
         name = f"{module}.bias"
@@ -195,7 +223,17 @@ class ModelSource:
         biases, bias = [self.bias(module) for module in modules], None
         if any(b is not None for b in biases):
             bias = torch.cat([b if b is not None else torch.zeros(n) for b, n in zip(biases, rows, strict=True)])
+        if part == "qkv" and arch.gated_queries:
+            order = self._gates_last(layer)
+            return StackedLinear(matrix[order], None if bias is None else bias[order])
         return StackedLinear(matrix, bias)
+
+    def _gates_last(self, layer: int) -> torch.Tensor:
+        """Rows of ``qkv`` with the gates, which stand behind each head's query, behind all of it."""
+        heads, dim = self.shape.layers[layer].query_heads, self.shape.head_dim
+        mixed = torch.arange(heads * 2 * dim).view(heads, 2, dim)
+        rest = torch.arange(2 * self.shape.layers[layer].kv_heads * dim) + mixed.numel()
+        return torch.cat([mixed[:, 0].flatten(), rest, mixed[:, 1].flatten()])
 
 
 def is_symmetric(matrix: QuantMatrix) -> bool:
@@ -228,4 +266,5 @@ def sized_manifest(shape: ModelShape, precision: Precision, config: ModelConfig)
         eos_token_ids=[],
         onnxruntime_min="",
         conv_kernel=shape.conv_kernel,
+        delta=None if shape.delta is None else DeltaHeads(**asdict(shape.delta)),
     )

@@ -212,7 +212,7 @@ def tiny_family(tmp_path: Path, families: _Made) -> Callable[..., Path]:
     import transformers
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from saap.models.architectures import FAMILIES
+    from saap.models.architectures import FAMILIES, LAYER_TYPES
 
     def make(model_type: str, name: str = "", seed: int = 0, **overrides: Any) -> Path:
         fields: dict[str, Any] = {
@@ -241,9 +241,15 @@ def tiny_family(tmp_path: Path, families: _Made) -> Callable[..., Path]:
                 "mamba_n_heads": 4,  # which has to divide, also where there is none
             }
             fields = dense | fields
-        if FAMILIES[model_type].conv_in:
-            kinds = [("conv", "full_attention")[i % 2] for i in range(fields["num_hidden_layers"])]
+        if (rare := FAMILIES[model_type].rare) is not None:
+            kinds = [(LAYER_TYPES[rare], "full_attention")[i % 2] for i in range(fields["num_hidden_layers"])]
             fields = {"layer_types": kinds, "block_auto_adjust_ff_dim": False} | fields
+        if FAMILIES[model_type].delta:
+            heads = {"linear_num_key_heads": 3, "linear_num_value_heads": 6}
+            fields = {**heads, "linear_key_head_dim": 24, "linear_value_head_dim": 16, "head_dim": 32} | fields
+            fields = {
+                "rope_parameters": {"rope_theta": 1e4, "rope_type": "default", "partial_rotary_factor": 0.5}
+            } | fields
 
         def build() -> Any:
             model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **fields))

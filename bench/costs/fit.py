@@ -82,6 +82,14 @@ class ConvCost:
 
 
 @dataclass(frozen=True)
+class DeltaCost:
+    """Milliseconds of one gated delta net with its norm."""
+
+    heads: int
+    ms: float
+
+
+@dataclass(frozen=True)
 class ThreadCosts:
     """The costs at one thread count. ``constant_ms``: embedding, final norm, head and choice of the token."""
 
@@ -95,6 +103,7 @@ class ThreadCosts:
     bandwidth: Bandwidth
     processes: list[CostProcess]
     conv: list[ConvCost] = field(default_factory=list)  # of a model that has such layers
+    delta: list[DeltaCost] = field(default_factory=list)  # likewise
 
 
 def read_stacks(manifests: Sequence[BundleManifest]) -> list[Stack]:
@@ -122,15 +131,17 @@ def costs_from(
     full = stacks[0].option
     ratios = fit_ratios(processes, len(stacks))
     saved = {i: base * (1 - ratios[i]) / stacks[i].changed for i in range(1, len(stacks))}
-    no_attention = next(i for i in saved if not (stacks[i].option.query_heads or stacks[i].option.conv))
+    no_attention = next(i for i in saved if not _mixes(stacks[i].option))
     no_ffn = next(i for i in saved if not stacks[i].option.ffn)
     attention, ffn = [AttentionCost(full.query_heads, full.kv_heads, saved[no_attention])], []
     ffn.append(FfnCost(full.ffn, saved[no_ffn]))
-    conv = []  # each in the place of an attention block
+    conv, delta = [], []  # each in the place of an attention block
     for i in saved.keys() - {no_attention, no_ffn}:
         option = stacks[i].option
         if option.conv:
             conv.append(ConvCost(option.conv, saved[no_attention] - saved[i]))
+        elif option.delta:
+            delta.append(DeltaCost(option.delta, saved[no_attention] - saved[i]))
         elif option.ffn == full.ffn:
             attention.append(AttentionCost(option.query_heads, option.kv_heads, saved[no_attention] - saved[i]))
         else:
@@ -147,7 +158,12 @@ def costs_from(
         bandwidth=bandwidth,
         processes=list(processes),
         conv=sorted(conv, key=lambda cost: cost.channels),
+        delta=sorted(delta, key=lambda cost: cost.heads),
     )
+
+
+def _mixes(sizes: LayerSizes) -> bool:
+    return bool(sizes.query_heads or sizes.conv or sizes.delta)
 
 
 def fit_ratios(processes: Sequence[CostProcess], count: int) -> list[float]:

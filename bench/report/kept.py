@@ -17,9 +17,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 ROWS = (("query_heads", "query heads"), ("kv_heads", "KV groups"), ("ffn", "FFN width"))
-CONV_ROW = ("conv", "conv channels")  # of families that have short convolutions
-# A blue, an orange and a green, which every eye tells apart.
-BLOCKS = (("attention", "attention", 5), ("ffn", "FFN", 2), ("conv", "convolution", 3))
+RARE_ROWS = (("conv", "conv channels"), ("delta", "delta heads"))  # of families that have such blocks
+# A blue, an orange and a green, which every eye tells apart; no family has both of the last two.
+BLOCKS = (
+    ("attention", "attention", 5),
+    ("ffn", "FFN", 2),
+    ("conv", "convolution", 3),
+    ("delta", "delta net", 3),
+)
 KEPT = 1  # series colour of what is kept; how much is told by how full it is
 SCALES = {"weights": (1e6, "million weights"), "parameters": (1e6, "million parameters"), "bytes": (1e6, "MB"),
           "ms": (1.0, "millisecond")}  # fmt: skip
@@ -41,7 +46,7 @@ def kept_of(plan: Mapping[str, object]) -> Kept | None:
     layers, dense = ([as_dict(layer) for layer in as_list(plan.get(key))] for key in ("layers", "dense_layers"))
     if not layers or len(layers) != len(dense):
         return None
-    rows = (*ROWS, CONV_ROW) if any(layer.get("conv") for layer in dense) else ROWS
+    rows = (*ROWS, *(row for row in RARE_ROWS if any(layer.get(row[0]) for layer in dense)))
     counts = [[[as_float(layer.get(name)) or 0.0 for layer in of] for name, _ in rows] for of in (layers, dense)]
     left, had = np.array(counts)
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -124,7 +129,7 @@ def _fullness(share: float) -> float:
 def _draw_prices(axes: Axes, prices: Array) -> None:
     below = np.zeros(prices.shape[1])
     for (kind, name, colour), heights in zip(BLOCKS, prices, strict=True):
-        if kind == CONV_ROW[0] and not heights.any():
+        if kind in dict(RARE_ROWS) and not heights.any():
             continue
         axes.bar(range(len(heights)), heights, width=0.74, bottom=below, color=series_colour(colour), label=name)
         below = below + heights

@@ -58,6 +58,8 @@ class Placed:
 
 def check_openvino(manifest: BundleManifest, where: str) -> None:
     """Raise BundleError: OpenVINO does not read the graph."""
+    if manifest.delta is not None:
+        raise BundleError(f"{where} has gated delta nets, whose operator OpenVINO does not read: leave openvino out")
     if manifest.target != "cpu" or manifest.kv_dtype != "float32":
         made = f"{manifest.target} with a {manifest.kv_dtype} cache"
         raise BundleError(f"{where} is for {made}; OpenVINO reads bundles of --target cpu with --kv 32")

@@ -33,6 +33,7 @@ class Inputs(Struct, frozen=True):
     past_key_names: Name | UnsetType = UNSET
     past_value_names: Name | UnsetType = UNSET
     past_conv_names: Name | UnsetType = UNSET
+    past_recurrent_names: Name | UnsetType = UNSET
 
 
 class Outputs(Struct, frozen=True):
@@ -42,6 +43,7 @@ class Outputs(Struct, frozen=True):
     present_key_names: Name | UnsetType = UNSET
     present_value_names: Name | UnsetType = UNSET
     present_conv_names: Name | UnsetType = UNSET
+    present_recurrent_names: Name | UnsetType = UNSET
 
 
 class SlidingWindow(Struct, frozen=True):
@@ -67,7 +69,7 @@ class Decoder(Struct, frozen=True):
     inputs: Inputs
     outputs: Outputs
     sliding_window: SlidingWindow | UnsetType | None = UNSET
-    layer_types: list[str] | UnsetType = UNSET  # where some layers convolve
+    layer_types: list[str] | UnsetType = UNSET  # where some layers keep states
 
 
 class Model(Struct, frozen=True, kw_only=True):
@@ -93,15 +95,18 @@ def genai_model(manifest: BundleManifest) -> Model:
     are the largest ones. ``num_hidden_layers`` counts the layers that have a KV cache, since genai makes one pair of
     ``past_key_values.N`` for each.
 
-    A bundle with short convolutions is of genai's own type for them, which takes one shape for all caches and one for
-    all states; where layers differ in them genai refuses the graph.
+    A bundle with short convolutions, or with gated delta nets, is of genai's own type for them, which takes one shape
+    for all caches and one for all states; where layers differ in them genai refuses the graph.
     """
     cached, mixing = manifest.kv_layers, manifest.mixing_layers
-    kinds = ["conv" if layer.conv else "full_attention" for layer in mixing]
-    states = "conv" in kinds
+    types = ("full_attention", "conv", "linear_attention")
+    kinds = [types[1 if layer.conv else 2 if layer.delta else 0] for layer in mixing]
+    recurs = "linear_attention" in kinds
+    states = recurs or "conv" in kinds
     pad = manifest.eos_token_ids[0] if manifest.eos_token_ids else 0  # nothing is padded in a single stream
     return Model(
-        type="lfm2" if states else "decoder",  # genai's name for any decoder-only model with these inputs
+        # genai's names for any decoder-only model with these inputs
+        type="qwen3_5_text" if recurs else "lfm2" if states else "decoder",
         vocab_size=manifest.vocab_size,
         context_length=manifest.context_length,
         # genai insists on a number; it adds no BOS by itself, the tokenizer's template does.
@@ -122,8 +127,15 @@ def genai_model(manifest: BundleManifest) -> Model:
                 "past_key_values.%d.key",
                 "past_key_values.%d.value",
                 "past_conv.%d" if states else UNSET,
+                "past_recurrent.%d" if recurs else UNSET,
             ),
-            outputs=Outputs("logits", "present.%d.key", "present.%d.value", "present_conv.%d" if states else UNSET),
+            outputs=Outputs(
+                "logits",
+                "present.%d.key",
+                "present.%d.value",
+                "present_conv.%d" if states else UNSET,
+                "present_recurrent.%d" if recurs else UNSET,
+            ),
             layer_types=kinds if states else UNSET,
         ),
     )

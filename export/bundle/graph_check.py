@@ -1,9 +1,9 @@
 """What a graph may hold that a runtime will load: checked before it does. Standard library only, for a board.
 
 A graph names its data files by relative paths, and a runtime opens whatever they name. It allocates what a tensor
-claims to be, and runs loops as long as they like. The file is read as protobuf wire format
-(https://protobuf.dev/programming-guides/encoding), descending only to where a tensor may stand; the field numbers are
-those of onnx.proto. Weights inside the file are passed over, not read.
+claims to be, and runs loops as long as they like; a Scan alone ends with the sequence that it is given. The file is
+read as protobuf wire format (https://protobuf.dev/programming-guides/encoding), descending only to where a tensor may
+stand; the field numbers are those of onnx.proto. Weights inside the file are passed over, not read.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ _PATHS = {
     "Tensor": {13: "Entry"},
 }
 _KEY, _VALUE = 1, 2  # of an Entry
-_DIMENSIONS, _DOMAIN = 1, 7  # of a Tensor, of a Node
+_DIMENSIONS, _KIND, _DOMAIN = 1, 4, 7  # of a Tensor, of a Node
+_SCAN = b"Scan"
 _VARINT, _EIGHT_BYTES, _LENGTH, _FOUR_BYTES = 0, 1, 2, 5  # wire types
 _DOMAINS = {b"", b"ai.onnx", b"ai.onnx.ml", b"com.microsoft"}  # what ONNX Runtime brings itself
 MOST_NODES = 200_000
@@ -42,8 +43,8 @@ def check_graph(graph: str | Path, nested: bool = False) -> list[Path]:
         nested: whether functions and graphs in attributes are allowed, as other exporters write them.
 
     Raises:
-        BundleError: not an ONNX file, a data file that is missing or outside the graph's folder, functions or graphs
-            within the graph, operators of somebody's library, or tensors that claim to be larger than the files.
+        BundleError: not an ONNX file, a data file that is missing or outside the graph's folder, functions, branches or
+            loops, operators of somebody's library, or tensors that claim to be larger than the files.
     """
     path = Path(graph)
     if not path.is_file():
@@ -59,7 +60,7 @@ def check_graph(graph: str | Path, nested: bool = False) -> list[Path]:
     for problem, there in (
         (f"more than {MOST_NODES} nodes", found.nodes > MOST_NODES),
         (
-            "functions, or graphs within the graph (If, Loop, Scan), which no decoder needs",
+            "functions, branches or loops (If, Loop), which no decoder needs",
             found.nested and not nested,
         ),
         (f"operators of {min(found.domains, default='')!r}, which ONNX Runtime does not have", bool(found.domains)),
@@ -77,7 +78,7 @@ class Contents:
     Attributes:
         locations: what tensors call their data files, each once, in order of appearance.
         domains: of operators that ONNX Runtime does not bring.
-        nested: whether there are functions, or graphs in a node's attributes.
+        nested: whether there are functions, or graphs in attributes of another node than Scan.
         largest: elements of the largest tensor.
     """
 
@@ -116,12 +117,16 @@ def _inside(graph: Path, location: str) -> Path:
     return file
 
 
-def _read(data: mmap.mmap, message: str, start: int, end: int, found: Contents, depth: int) -> None:
-    """Note what a message and those below it hold."""
+def _read(
+    data: mmap.mmap, message: str, start: int, end: int, found: Contents, depth: int, scans: bool = False
+) -> None:
+    """Note what a message and those below it hold; ``scans``: it is an attribute of a Scan."""
     if depth > DEEPEST:
         raise ValueError("graphs within graphs within graphs")
     leads = _PATHS[message]
     dimensions = []
+    if message == "Node":
+        scans = any(n == _KIND and w == _LENGTH and data[c:d] == _SCAN for n, w, c, d in _fields(data, start, end))
     for number, wire, a, b in _fields(data, start, end):
         if message == "Tensor" and number == _DIMENSIONS:
             dimensions += [_varint(data, a)[0]] if wire == _VARINT else _packed(data, a, b)
@@ -132,13 +137,13 @@ def _read(data: mmap.mmap, message: str, start: int, end: int, found: Contents, 
                 found.domains.add(domain.decode(errors="replace")[:40])
         elif kind := leads.get(number):
             found.nodes += kind == "Node"
-            found.nested |= kind == "Function" or (message == "Attribute" and kind == "Graph")
+            found.nested |= kind == "Function" or (message == "Attribute" and kind == "Graph" and not scans)
             if kind == "Entry":
                 parts = {n: data[c:d] for n, w, c, d in _fields(data, a, b) if w == _LENGTH}
                 if parts.get(_KEY) == b"location":
                     found.locations[parts.get(_VALUE, b"").decode()] = None
             else:
-                _read(data, kind, a, b, found, depth + (kind == "Graph"))
+                _read(data, kind, a, b, found, depth + (kind == "Graph"), scans and message == "Node")
     if len(dimensions) > MOST_DIMENSIONS:
         raise ValueError("a tensor of too many dimensions")
     found.largest = max(found.largest, prod(dimensions))

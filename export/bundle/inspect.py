@@ -28,6 +28,7 @@ class Layer:
     kv_heads: int
     ffn: int
     conv: int
+    delta: int
     parameters: int | None
     bytes: int | None
 
@@ -160,7 +161,7 @@ def inspect_bundle(path: str | Path) -> Inspection:
     for index, sizes in enumerate(manifest.layers):
         tensors = [t for t in graph.tensors.values() if t.layer == index]
         counts = (sum(t.parameters for t in tensors) or None, sum(t.bytes for t in tensors) or None)
-        layers.append(Layer(index, sizes.query_heads, sizes.kv_heads, sizes.ffn, sizes.conv, *counts))
+        layers.append(Layer(index, sizes.query_heads, sizes.kv_heads, sizes.ffn, sizes.conv, sizes.delta, *counts))
     files = [FileState(name, e.bytes, _state(directory / name, e)) for name, e in sorted(manifest.files.items())]
     return Inspection(directory, manifest, graph, layers, files, data_files)
 
@@ -198,16 +199,21 @@ def _provenance_lines(manifest: BundleManifest) -> list[str]:
 
 
 def _layer_columns(layers: list[Layer]) -> list[str]:
-    convolves = ["convolution"] if any(layer.conv for layer in layers) else []
-    return ["layers", "query heads", "KV heads", *convolves, "FFN", "M params", "MB"]
+    return ["layers", "query heads", "KV heads", *(title for _, title in _rare(layers)), "FFN", "M params", "MB"]
+
+
+def _rare(layers: list[Layer]) -> list[tuple[str, str]]:
+    """Field and title of the sizes that only some families have."""
+    titles = {"conv": "convolution", "delta": "delta heads"}
+    return [(name, title) for name, title in titles.items() if any(getattr(layer, name) for layer in layers)]
 
 
 def _layer_rows(layers: list[Layer]) -> list[list[str]]:
     """One row for each run of layers that are alike."""
-    convolves = any(layer.conv for layer in layers)
+    rare = [name for name, _ in _rare(layers)]
 
     def cells(layer: Layer) -> list[str]:
-        sizes = (layer.query_heads, layer.kv_heads, *((layer.conv,) if convolves else ()), layer.ffn)
+        sizes = (layer.query_heads, layer.kv_heads, *(getattr(layer, name) for name in rare), layer.ffn)
         counts = [str(count) for count in sizes]
         return counts + ["-" if n is None else f"{n / 1e6:.3f}" for n in (layer.parameters, layer.bytes)]
 

@@ -10,8 +10,9 @@ A bundle holds::
 
 Inputs and outputs follow the ecosystem: ``input_ids`` [batch, sequence] int64, ``attention_mask`` [batch, total] int64,
 ``past_key_values.N.key/value`` [batch, kv_heads_N, past, head_dim] -> ``logits``, ``present.N.key/value``; of a short
-convolution ``past_conv.N`` [batch, channels_N, kernel - 1] -> ``present_conv.N``, as onnxruntime-genai names them. N
-counts the layers that mix tokens, from 0. Past and present may share one buffer.
+convolution ``past_conv.N`` [batch, channels_N, kernel - 1] -> ``present_conv.N``, as onnxruntime-genai names them; of a
+gated delta net the same of its convolution, and ``past_recurrent.N`` [batch, value_heads_N, key, value] ->
+``present_recurrent.N``. N counts the layers that mix tokens, from 0. Past and present may share one buffer.
 """
 
 from __future__ import annotations
@@ -59,12 +60,22 @@ Bytes = Annotated[int, Meta(ge=0, le=2**62)]
 
 @dataclass(frozen=True)
 class LayerSizes:
-    """Sizes of one decoder layer; 0 of query heads, ffn or conv: no attention, feed-forward block or convolution."""
+    """Sizes of one decoder layer; 0 of query heads, ffn, conv or delta: no such block."""
 
     query_heads: Count
     kv_heads: Count
     ffn: Count
     conv: Count = 0  # channels of the short convolution
+    delta: Count = 0  # key heads of the gated delta net
+
+
+@dataclass(frozen=True)
+class DeltaHeads:
+    """A key head of a gated delta net, with the value heads that it serves."""
+
+    key: Annotated[int, Meta(ge=1, le=65_536)]  # elements of a query, and of a key
+    value: Annotated[int, Meta(ge=1, le=65_536)]
+    values: Annotated[int, Meta(ge=1, le=65_536)]  # value heads for each key head
 
 
 @dataclass(frozen=True)
@@ -181,7 +192,8 @@ class BundleManifest:
     lineage: dict[str, Any] = field(default_factory=dict)
     parity: Parity | None = None  # None where it was not checked
     files: dict[str, FileEntry] = field(default_factory=dict)  # of all files but ``bundle.json``
-    conv_kernel: Annotated[int, Meta(ge=0, le=1024)] = 0  # tokens that a short convolution sees; 0 where there is none
+    conv_kernel: Annotated[int, Meta(ge=0, le=1024)] = 0  # tokens that a convolution sees; 0 where there is none
+    delta: DeltaHeads | None = None  # of the gated delta nets; None where there is none
     format: int = FORMAT
 
     @property
@@ -192,7 +204,7 @@ class BundleManifest:
     @property
     def mixing_layers(self) -> list[LayerSizes]:
         """The layers that mix tokens, and so remember something: N of the graph's names counts them."""
-        return [layer for layer in self.layers if layer.query_heads or layer.conv]
+        return [layer for layer in self.layers if layer.query_heads or layer.conv or layer.delta]
 
     @property
     def cache(self) -> list[CachePart]:
@@ -207,16 +219,20 @@ class BundleManifest:
                     )
                     for part in ("key", "value")
                 ]  # fmt: skip
-            else:
-                floats = "float32" if self.kv_dtype == "int8" else self.kv_dtype
-                parts.append(
-                    CachePart(f"past_conv.{n}", f"present_conv.{n}", (layer.conv, self.conv_kernel - 1), floats)
-                )
+                continue
+            floats = "float32" if self.kv_dtype == "int8" else self.kv_dtype
+            channels, state = layer.conv, self.delta
+            if layer.delta and state:
+                channels = layer.delta * (2 * state.key + state.values * state.value)
+            parts.append(CachePart(f"past_conv.{n}", f"present_conv.{n}", (channels, self.conv_kernel - 1), floats))
+            if layer.delta and state:
+                heads = (layer.delta * state.values, state.key, state.value)
+                parts.append(CachePart(f"past_recurrent.{n}", f"present_recurrent.{n}", heads, floats))
         return parts
 
     @property
     def can_forget(self) -> bool:
-        """Whether the last positions of a sequence can be taken back: not out of a convolution's state."""
+        """Whether the last positions of a sequence can be taken back: not out of a state."""
         return all(part.grows for part in self.cache)
 
     @property
@@ -243,8 +259,11 @@ def _check(manifest: BundleManifest) -> None:
         heads, groups = layer.query_heads, layer.kv_heads
         if bool(heads) != bool(groups) or (groups and heads % groups):
             raise ValueError(f"layer {index} has {heads} query heads in {groups} KV groups: groups are of equal size")
-        if layer.conv and (heads or manifest.conv_kernel < 2):
+        states = bool(layer.conv) + bool(layer.delta)
+        if states and (heads or states > 1 or manifest.conv_kernel < 2):
             raise ValueError(f"layer {index} has a convolution beside attention, or one of fewer than 2 tokens")
+        if layer.delta and manifest.delta is None:
+            raise ValueError(f"layer {index} has a delta net, of heads that are not described")
     msgspec.convert(manifest.lineage, Lineage)
     for name, ids in (("eos_token_ids", manifest.eos_token_ids), ("bos_token_id", [manifest.bos_token_id or 0])):
         if beyond := [each for each in ids if each >= manifest.vocab_size]:

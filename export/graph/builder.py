@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import onnx_ir as ir
 from onnx_ir.tape import Tape
 
 from export.bundle.manifest import FIRST_LOGIT
 
-Attribute = int | float | str | Sequence[int]
+Attribute = int | float | str | Sequence[int] | ir.Graph
+Step = Callable[["GraphBuilder", ir.Value, list[ir.Value]], tuple[ir.Value, ir.Value]]
 
 
 class GraphBuilder:
@@ -33,6 +34,29 @@ class GraphBuilder:
     ) -> list[ir.Value]:
         return list(self._tape.op_multi_out(kind, inputs, attributes, domain=domain, num_outputs=outputs))
 
+    def scan(self, name: str, step: Step, state: ir.Value, sequences: Sequence[ir.Value]) -> tuple[ir.Value, ir.Value]:
+        """A loop over the first axis of ``sequences`` that carries a state.
+
+        Args:
+            name: of the loop, before those of its values, which differ from all others of the graph.
+            step: (builder of the body, state, what each of the sequences is now) -> what is read, and the next state.
+
+        Returns what was read, along the first axis, and the last state.
+        """
+        inner = GraphBuilder(self.tensors)
+        given = [inner.input(f"{name}.given{n}", ir.DataType.FLOAT, []) for n in range(1 + len(sequences))]
+        for value in given:
+            value.shape = None
+        read, last = step(inner, given[0], given[1:])
+        nodes = list(inner._tape.nodes)
+        for number, value in enumerate(value for node in nodes for value in node.outputs):
+            value.name = f"{name}.{number}"
+        for value in (read, last):
+            value.type = ir.TensorType(ir.DataType.FLOAT)
+        body = ir.Graph(given, [last, read], nodes=nodes, name=name)
+        outputs = self.multi("Scan", [state, *sequences], 2, body=body, num_scan_inputs=len(sequences))
+        return outputs[1], outputs[0]
+
     def split(self, x: ir.Value, sizes: Sequence[int]) -> list[ir.Value]:
         """Pieces of the last axis, of the given sizes."""
         name = "split." + ".".join(map(str, sizes))
@@ -42,7 +66,9 @@ class GraphBuilder:
         """A tensor of the data file."""
         return self._initializer(name, self.tensors[name])
 
-    def constant(self, name: str, value: int | float | list[int], dtype: ir.DataType | None = None) -> ir.Value:
+    def constant(
+        self, name: str, value: int | float | list[int] | list[float], dtype: ir.DataType | None = None
+    ) -> ir.Value:
         """A small tensor inside the graph, int64 or float32 where no dtype is given; the name says its value."""
         name = f"constant.{name}"
         if name in self._initializers:

@@ -33,6 +33,7 @@ from saap.system.errors import UserError
 MICROSOFT = "com.microsoft"
 OPSET = 17  # known to ONNX Runtime 1.23 and older; all the rest comes from com.microsoft
 IR_VERSION = 10
+UNIT_EPSILON = 1e-6  # added to the squared length of a query or key of a delta net
 KV_SCALES = 12  # place of the cache's scales among GroupQueryAttention's inputs
 
 
@@ -90,9 +91,9 @@ class DecoderGraph(ABC):
         mixer = 0
         for index, sizes in enumerate(self.shape.layers):
             name = f"layers.{index}"
-            if sizes.query_heads or sizes.conv:
+            if sizes.query_heads or sizes.conv or sizes.delta:
                 normed, residual = self._entered(residual, delta, f"{name}.attention_norm")
-                mix = self.attention if sizes.query_heads else self.convolution
+                mix = self.attention if sizes.query_heads else self.convolution if sizes.conv else self.delta_net
                 delta = self._left(mix(normed, index, mixer), f"{name}.attention_post_norm")
                 mixer += 1
             if sizes.ffn:
@@ -131,12 +132,74 @@ class DecoderGraph(ABC):
         g, name, channels = self.graph, f"layers.{index}", self.shape.layers[index].conv
         both = self.matrix_product(self.real(x), f"{name}.conv_in", self.shape.hidden, 3 * channels)
         gate_in, gate_out, signal = g.split(both, [channels] * 3)
+        mixed = self._convolved(g.op("Mul", gate_in, signal), name, channels, mixer)
+        product = g.op("Mul", gate_out, mixed)
+        return self.matrix_product(product, f"{name}.conv_out", channels, self.shape.hidden)
+
+    def delta_net(self, x: ir.Value, index: int, mixer: int) -> ir.Value:
+        """A gated delta net (Yang et al., arXiv 2412.06464), as Qwen3.5 has it.
+
+        Queries, keys and values pass a convolution and SiLU, queries and keys are made as long as 1, and what comes out
+        of the recurrence is normed head by head and gated.
+        """
+        g, name, heads, keys = self.graph, f"layers.{index}", self.shape.delta, self.shape.layers[index].delta
+        assert heads is not None, "a layer has a delta net of heads that are described"
+        key, value, count = keys * heads.key, keys * heads.width, keys * heads.values
+        x = self.real(x)
+        both = self.matrix_product(x, f"{name}.delta_in", self.shape.hidden, 2 * key + 2 * value)
+        mixed, gate = g.split(both, [2 * key + value, value])
+        mixed = self.sigmoid_times(self._convolved(mixed, name, 2 * key + value, mixer))
+        query, keyed, valued = g.split(mixed, [key, key, value])
+        query, keyed = (self._flat(self.unit(self._heads(part, keys, heads.key), heads.key), key)
+                        for part in (query, keyed))  # fmt: skip
+        beta, decay = g.split(g.op("MatMul", x, g.weight(f"{name}.rates.weight")), [count] * 2)
+        softened = g.op("Softplus", g.op("Add", decay, g.weight(f"{name}.rates.bias")))
+        rates = g.op("Sigmoid", beta), g.op("Mul", softened, g.weight(f"{name}.rates.scale"))
+        shape: list[int | str] = ["batch", count, heads.key, heads.value]
+        past = g.input(f"past_recurrent.{mixer}", self.floats, shape)
+        mixed, state = self.recurrence((query, keyed, valued), rates, past, keys)
+        g.output(state, f"present_recurrent.{mixer}", self.floats, shape)
+        normed, _ = self.norm(self._heads(mixed, count, heads.value), None, f"{name}.rates.norm")
+        product = g.op("Mul", self._flat(normed, value), self.sigmoid_times(gate))
+        return self.matrix_product(product, f"{name}.delta_out", value, self.shape.hidden)
+
+    def _heads(self, x: ir.Value, count: int, size: int) -> ir.Value:
+        """x [batch, sequence, count * size] by heads."""
+        return self.graph.op("Reshape", x, self.constant(f"heads{count}.{size}", [0, 0, count, size]))
+
+    def _flat(self, x: ir.Value, width: int) -> ir.Value:
+        """x [batch, sequence, heads, size] as [batch, sequence, width]."""
+        return self.graph.op("Reshape", x, self.constant(f"flat{width}", [0, 0, width]))
+
+    @abstractmethod
+    def unit(self, x: ir.Value, size: int) -> ir.Value:
+        """Vectors x [batch, sequence, heads, size] of length 1."""
+
+    @abstractmethod
+    def recurrence(
+        self, mixed: tuple[ir.Value, ir.Value, ir.Value], rates: tuple[ir.Value, ir.Value], past: ir.Value, keys: int
+    ) -> tuple[ir.Value, ir.Value]:
+        """The gated delta rule over the sequence.
+
+        Args:
+            mixed: queries and keys [batch, sequence, keys * key] and values [batch, sequence, value heads * value].
+            rates: shares that are written, and logarithms of what is kept, [batch, sequence, value heads].
+            past: the state before, [batch, value heads, key, value].
+            keys: how many key heads there are.
+
+        Returns what is read, as values are laid out, and the state after.
+        """
+
+    def _convolved(self, x: ir.Value, name: str, channels: int, mixer: int) -> ir.Value:
+        """A convolution of x [batch, sequence, channels] with what was seen before, each channel by itself."""
+        g = self.graph
         state: list[int | str] = ["batch", channels, self.shape.conv_kernel - 1]
         past = g.op("Transpose", g.input(f"past_conv.{mixer}", self.floats, state), perm=[0, 2, 1])
-        seen = g.op("Concat", past, g.op("Mul", gate_in, signal), axis=1)
+        seen = g.op("Concat", past, x, axis=1)
         last = g.op("Transpose", self._from(seen, 1 - self.shape.conv_kernel), perm=[0, 2, 1])
         g.output(last, f"present_conv.{mixer}", self.floats, state)
-        # One product for each token that is seen: Conv with as many groups as channels takes ten times as long.
+        # One product for each token that is seen: Conv with as many groups as channels takes ten times as long, and
+        # CausalConvWithState two to five times.
         mixed = None
         for tap in range(self.shape.conv_kernel):
             place = self._from(seen, tap, tap + 1 - self.shape.conv_kernel)
@@ -144,8 +207,8 @@ class DecoderGraph(ABC):
             mixed = term if mixed is None else g.op("Add", mixed, term)
         if f"{name}.conv_kernel.bias" in self.tensors:
             mixed = g.op("Add", mixed, g.weight(f"{name}.conv_kernel.bias"))
-        product = g.op("Mul", gate_out, mixed)
-        return self.matrix_product(product, f"{name}.conv_out", channels, self.shape.hidden)
+        assert mixed is not None, "a kernel sees tokens"
+        return mixed
 
     def _from(self, x: ir.Value, start: int, end: int = 0) -> ir.Value:
         """Positions of x [batch, positions, ...] from ``start`` to ``end``, which 0 leaves open."""
@@ -153,14 +216,14 @@ class DecoderGraph(ABC):
         return self.graph.op("Slice", x, self.constant(f"start{start}", [start]), ends, self.constant("axis1", [1]))
 
     def queries_and_gate(self, x: ir.Value, name: str, sizes: LayerSizes) -> tuple[ir.Value, ir.Value | None]:
-        """Queries, keys and values in one, and the gate of each head, [batch, sequence, heads, 1]."""
+        """Queries, keys and values in one, and the gate of each head, [batch, sequence, heads, elements]."""
         g, width = self.graph, (sizes.query_heads + 2 * sizes.kv_heads) * self.shape.head_dim
-        gates = sizes.query_heads * self.shape.head_gates
+        gates = sizes.query_heads * self.shape.gate_width
         qkv = self.matrix_product(x, f"{name}.qkv", self.shape.hidden, width + gates)
         if not gates:
             return qkv, None
         qkv, gate = g.split(qkv, [width, gates])
-        return qkv, g.op("Unsqueeze", g.op("Sigmoid", gate), self.constant("axis3", [3]))
+        return qkv, self._heads(g.op("Sigmoid", gate), sizes.query_heads, self.shape.gate_width)
 
     def real(self, x: ir.Value) -> ir.Value:
         """x [batch, sequence, hidden] where padding is 0; a graph that is given none leaves it as it is."""
@@ -178,9 +241,10 @@ class DecoderGraph(ABC):
     def head(self, x: ir.Value) -> ir.Value:
         """Logits, in the graph's own type."""
 
-    def constant(self, name: str, value: float | list[int]) -> ir.Value:
-        """A float of the graph's type or, for integers, an int64 tensor."""
-        return self.graph.constant(name, value, self.floats if isinstance(value, float) else None)
+    def constant(self, name: str, value: float | list[int] | list[float]) -> ir.Value:
+        """Floats of the graph's type or, for integers, an int64 tensor."""
+        first = value[0] if isinstance(value, list) else value
+        return self.graph.constant(name, value, self.floats if isinstance(first, float) else None)
 
     def sigmoid_times(self, x: ir.Value) -> ir.Value:
         """SiLU, written as x * sigmoid(x): ONNX Runtime fuses the pair to one QuickGelu."""
@@ -291,6 +355,25 @@ class MicrosoftGraph(DecoderGraph):
             heads, _ = self.norm(heads, None, f"{name}.{norm}")
             normed.append(self.graph.op("Reshape", heads, self.constant(f"flat{count * dim}", [0, 0, count * dim])))
         return [*normed, parts[2]]
+
+    def unit(self, x: ir.Value, size: int) -> ir.Value:
+        """By the fused norm, whose mean of squares is 1 / size of the squared length."""
+        scale = self.constant(f"unit{size}", [size**-0.5] * size)
+        return self.graph.op(
+            "SimplifiedLayerNormalization", x, scale, axis=-1, epsilon=UNIT_EPSILON / size
+        )  # fmt: skip
+
+    def recurrence(
+        self, mixed: tuple[ir.Value, ir.Value, ir.Value], rates: tuple[ir.Value, ir.Value], past: ir.Value, keys: int
+    ) -> tuple[ir.Value, ir.Value]:
+        heads = self.shape.delta
+        assert heads is not None, "a layer has a delta net of heads that are described"
+        written, kept = rates
+        read, state = self.graph.multi(
+            "LinearAttention", [*mixed, past, kept, written], 2, MICROSOFT, q_num_heads=keys,
+            kv_num_heads=keys * heads.values, update_rule="gated_delta", scale=heads.key**-0.5,
+        )  # fmt: skip
+        return read, state
 
     def _attention_options(self, traits: LayerTraits) -> dict[str, Attribute]:
         options: dict[str, Attribute] = {}

@@ -9,9 +9,18 @@ from typing import cast
 from export.bundle.manifest import MANIFEST, BundleManifest, read_manifest
 from export.graph.targets import CPU
 from export.source import Precision
-from saap.models.architectures import SLIM, Architecture, ModelConfig, Traits, architecture_of, shape_of, traits_of
+from saap.models.architectures import (
+    LAYER_TYPES,
+    SLIM,
+    Architecture,
+    ModelConfig,
+    Traits,
+    architecture_of,
+    shape_of,
+    traits_of,
+)
 from saap.models.checkpoint import read_config, transformers_config
-from saap.models.shape import LayerSizes, ModelShape
+from saap.models.shape import DeltaHeads, LayerSizes, ModelShape
 from saap.models.slim_quant import SlimQuant, quant_of
 from saap.quantize.groups import check_groups
 from saap.system.errors import UserError
@@ -30,7 +39,7 @@ class ProbeModel:
     architecture: Architecture
     precision: Precision
     config: ModelConfig
-    conv: int = 0  # channels of its largest short convolution
+    largest: LayerSizes  # of its largest short convolution or delta net
 
 
 def read_probe_model(
@@ -55,18 +64,21 @@ def read_probe_model(
     groups = max(sizes.kv_heads for sizes in dense.layers)
     per_group = max(sizes.heads_per_group for sizes in dense.layers)
     largest = LayerSizes(groups * per_group, groups, max(sizes.ffn for sizes in dense.layers))
-    conv = max(sizes.conv for sizes in dense.layers)
+    rare = LayerSizes(conv=max(s.conv for s in dense.layers), delta=max(s.delta for s in dense.layers))
     count = _layer_count(dense.with_layers((largest,)), precision, len(dense.layers), weight_limit)
     if precision.group_size:
         check_groups(dense.hidden, precision.group_size, "the hidden state")
         check_groups(largest.query_heads * dense.head_dim, precision.group_size, "o_proj")
         check_groups(largest.ffn, precision.group_size, "down_proj")
-        check_groups(conv, precision.group_size, "out_proj of a convolution")
+        for kind in rare.blocks:
+            check_groups(dense.inner_width(kind, rare), precision.group_size, f"out_proj of {kind.said}")
     traits = traits_of(config)
-    attending = [traits.layers[i] for i, sizes in enumerate(dense.layers) if not sizes.conv] or list(traits.layers)
+    attending = [traits.layers[i] for i, sizes in enumerate(dense.layers) if not (sizes.conv or sizes.delta)] or list(
+        traits.layers
+    )
     traits = replace(traits, layers=tuple(attending[i % len(attending)] for i in range(count)))
     config.max_position_embeddings = min(config.max_position_embeddings, CONTEXT)
-    return ProbeModel(dense.with_layers((largest,) * count), traits, architecture_of(config), precision, config, conv)
+    return ProbeModel(dense.with_layers((largest,) * count), traits, architecture_of(config), precision, config, rare)
 
 
 def _of_model(directory: Path) -> tuple[ModelConfig, SlimQuant | None]:
@@ -87,9 +99,17 @@ def _of_bundle(directory: Path) -> tuple[ModelConfig, SlimQuant]:
         kinds = ["full_attention"] * len(manifest.layers)
         dense = {"num_local_experts": 0, "layer_types": kinds, "position_embedding_type": "rope"}
         dense["mamba_n_heads"] = 2  # which has to divide, also where there is none
-    if convolves := bool(manifest.conv_kernel):
-        dense["layer_types"] = ["conv" if layer.conv else "full_attention" for layer in manifest.layers]
+    architecture = architecture_of({"model_type": family})
+    if (rare := architecture.rare) is not None:
+        kinds = [getattr(layer, rare.sizes[0]) for layer in manifest.layers]
+        dense["layer_types"] = [LAYER_TYPES[rare] if count else "full_attention" for count in kinds]
+    if architecture.conv_in:
         dense["conv_L_cache"] = manifest.conv_kernel
+    if (heads := manifest.delta) is not None:
+        dense |= {
+            "linear_conv_kernel_dim": manifest.conv_kernel, "linear_key_head_dim": heads.key,
+            "linear_value_head_dim": heads.value, "linear_num_key_heads": 1, "linear_num_value_heads": heads.values,
+        }  # fmt: skip
     layers = [LayerSizes(**asdict(sizes)) for sizes in manifest.layers]
     config = AutoConfig.for_model(
         family,
@@ -101,7 +121,7 @@ def _of_bundle(directory: Path) -> tuple[ModelConfig, SlimQuant]:
         num_attention_heads=1,  # which divides any hidden size, as transformers wants it; slim_layers has the counts
         num_key_value_heads=1,
         tie_word_embeddings=_tied(manifest),
-        slim_layers=[sizes.entry(convolves) for sizes in layers],
+        slim_layers=[sizes.entry(rare) for sizes in layers],
         **dense,
     )
     head_bits = manifest.lineage.get("head_bits", manifest.bits)
@@ -116,7 +136,8 @@ def _of_bundle(directory: Path) -> tuple[ModelConfig, SlimQuant]:
 def _tied(manifest: BundleManifest) -> bool:
     """Whether the head is the embedding, told from the count of parameters."""
     layers = tuple(LayerSizes(**asdict(sizes)) for sizes in manifest.layers)
-    shape = ModelShape(manifest.hidden_size, manifest.head_dim, manifest.vocab_size, False, layers)
+    delta = None if manifest.delta is None else DeltaHeads(**asdict(manifest.delta))
+    shape = ModelShape(manifest.hidden_size, manifest.head_dim, manifest.vocab_size, False, layers, delta=delta)
     return manifest.parameters < shape.parameters
 
 

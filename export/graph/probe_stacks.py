@@ -30,12 +30,12 @@ from export.graph.probe_model import ProbeModel
 from export.graph.rotary import all_rotary_tables
 from export.graph.targets import CPU
 from export.graph.weights import Array, MicrosoftLayout, WeightFile, write_model
-from export.source import Kernel, Precision, StackedLinear, sized_manifest
-from saap.models.shape import LayerSizes, ModelShape
+from export.source import DeltaRates, Kernel, Precision, StackedLinear, sized_manifest
+from saap.models.shape import DELTA, DeltaHeads, LayerSizes, ModelShape
 from saap.quantize.groups import QuantMatrix
 
 FFN_WIDTHS = 8
-CONV_WIDTHS = 4
+RARE_SIZES = 4  # of short convolutions, or of delta nets
 HEAD_COUNTS = 3  # of KV groups, and of query heads in each
 FAST_ROWS = 64  # widths in multiples of it suit the fast kernels
 EPSILON = 1e-5
@@ -51,9 +51,13 @@ def stack_layers(model: ProbeModel) -> list[tuple[LayerSizes, ...]]:
             columns = groups * per_group * model.shape.head_dim
             if not (model.precision.group_size and columns % model.precision.group_size):
                 options.append(LayerSizes(groups * per_group, groups, full.ffn))
-    if model.conv:
-        widths = [*_widths(model.conv, model.precision, CONV_WIDTHS), model.conv]
-        options += [LayerSizes(ffn=full.ffn, conv=width) for width in widths]
+    if conv := model.largest.conv:
+        options += [LayerSizes(ffn=full.ffn, conv=w) for w in (*_widths(conv, model.precision, RARE_SIZES), conv)]
+    if delta := model.largest.delta:
+        columns, groups = model.shape.width_of(DELTA.writes), model.precision.group_size or 1
+        counts = [count for count in range(1, delta + 1) if count == delta or not count * columns % groups]
+        few = [counts[n - 1] for n in _spread(len(counts), RARE_SIZES)]
+        options += [LayerSizes(ffn=full.ffn, delta=count) for count in few]
     stacks = [tuple(option if i % 2 else full for i in range(count)) for option in options if option != full]
     return [(full,) * count, *stacks]
 
@@ -81,7 +85,10 @@ def write_probe_stacks(
     rotary = all_rotary_tables(model.config, model.traits)
     check_attention(model.shape, model.traits, {name: 2 * table.shape[1] for name, table in rotary.items()})
     whole = WeightFile(out, model.precision.floats)
-    everything = model.shape.with_layers(tuple(replace(sizes, conv=model.conv) for sizes in model.shape.layers))
+    rare = model.largest
+    everything = model.shape.with_layers(
+        tuple(replace(sizes, conv=rare.conv, delta=rare.delta) for sizes in model.shape.layers)
+    )
     write_model(_MadeUp(model, everything, "cpu"), model.precision, MicrosoftLayout(whole), rotary)
     whole.close()
     wanted, written = stack_layers(model) if stacks is None else stacks, []
@@ -107,15 +114,18 @@ class _MadeUp:
 
     def linear(self, layer: int, part: str, precision: Precision) -> StackedLinear:
         shape, sizes, dim = self.shape, self.shape.layers[layer], self.shape.head_dim
+        delta = shape.delta or DeltaHeads(0, 0, 0)
         rows, columns, biased = {
             "qkv": (
-                (sizes.query_heads + 2 * sizes.kv_heads) * dim + sizes.query_heads * shape.head_gates,
+                (sizes.query_heads + 2 * sizes.kv_heads) * dim + sizes.query_heads * shape.gate_width,
                 shape.hidden,
                 shape.attention_bias,
             ),
             "o": (shape.hidden, sizes.query_heads * dim, shape.attention_bias and shape.output_bias),
             "conv_in": (3 * sizes.conv, shape.hidden, shape.conv_bias),
             "conv_out": (shape.hidden, sizes.conv, shape.conv_bias),
+            "delta_in": (2 * sizes.delta * (delta.key + delta.width), shape.hidden, False),
+            "delta_out": (shape.hidden, sizes.delta * delta.width, False),
             "gate_up": (2 * sizes.ffn, shape.hidden, shape.mlp_bias),
             "down": (shape.hidden, sizes.ffn, shape.mlp_bias),
         }[part]
@@ -134,9 +144,20 @@ class _MadeUp:
 
     def kernel(self, layer: int) -> Kernel:
         """Kernels that give the mean of what they see."""
-        shape, channels = self.shape, self.shape.layers[layer].conv
+        shape, sizes, heads = self.shape, self.shape.layers[layer], self.shape.delta
+        channels = sizes.delta * (2 * heads.key + heads.width) if heads else sizes.conv
         bias = self._filled(0.01, channels) if shape.conv_bias else None
         return Kernel(self._filled(1 / shape.conv_kernel, channels, 1, shape.conv_kernel), bias)
+
+    def rates(self, layer: int) -> DeltaRates:
+        """Rates that write half of each value and keep half of the state."""
+        heads = self.shape.delta
+        assert heads is not None, "a layer has a delta net"
+        count = self.shape.layers[layer].delta * heads.values
+        matrix = self._matrix(2 * count, self.shape.hidden, 32, 0)
+        assert isinstance(matrix, torch.Tensor), "the rates are floats"
+        vectors = self._filled(-1.0, count), self._filled(0.01, count), self._filled(1.0, heads.value)
+        return DeltaRates(matrix, *vectors)
 
     def _matrix(self, rows: int, columns: int, bits: int, group_size: int) -> torch.Tensor | QuantMatrix:
         if bits == 32:
@@ -183,7 +204,7 @@ def _write_stack(
     manifest = replace(
         sized_manifest(shape, model.precision, model.config),
         weight_bytes_per_token=file.bytes_per_token("embedding" if shape.tied else "head"),
-        onnxruntime_min=CPU.oldest_runtime(model.precision, windows=False),
+        onnxruntime_min=CPU.oldest_runtime(model.shape, model.precision, windows=False),
         lineage={"method": "probe", "head_bits": model.precision.head_bits, "nodes": len(graph.graph)},
     )
     write_manifest(directory, manifest)

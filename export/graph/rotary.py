@@ -57,7 +57,9 @@ def _embedding(config: ModelConfig, table: Table) -> nn.Module:
     if table == "local" and base is not None:  # transformers 4
         config = copy.deepcopy(config)
         config.update({"rope_theta": base, "rope_scaling": {"rope_type": "default"}})
-    embedding: nn.Module = getattr(module, f"{family}RotaryEmbedding")(config=config)
+    name = f"{family}RotaryEmbedding"
+    kind = getattr(module, name, None) or getattr(module, f"{family}TextRotaryEmbedding")  # beside one for pictures
+    embedding: nn.Module = kind(config=config)
     return embedding
 
 

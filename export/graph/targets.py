@@ -17,6 +17,7 @@ from saap.system.errors import UserError
 ONNXRUNTIME_MIN = "1.23"  # GatherBlockQuantized on packed uint8
 ONNXRUNTIME_WINDOWS = "1.24"  # before, GroupQueryAttention on a CPU gets sliding windows wrong
 ONNXRUNTIME_INT8_CACHE = "1.27"  # GroupQueryAttention with an int8 cache on a CPU
+ONNXRUNTIME_LINEAR = "1.32"  # LinearAttention; older ones were not tried
 CUDA_STEP = 8
 
 
@@ -47,16 +48,21 @@ class Target:
             )
         return replace(precision, accuracy_level=level, kv="int8" if kv_bits == 8 else "float32")
 
-    def oldest_runtime(self, precision: Precision, windows: bool) -> str:
-        """The oldest ONNX Runtime that runs a graph of this precision, with sliding windows or without."""
+    def oldest_runtime(self, shape: ModelShape, precision: Precision, windows: bool) -> str:
+        """The oldest ONNX Runtime that runs a graph of these blocks and this precision, with sliding windows or not."""
+        if shape.delta is not None:
+            return ONNXRUNTIME_LINEAR
         if precision.kv == "int8":
             return ONNXRUNTIME_INT8_CACHE
         return ONNXRUNTIME_WINDOWS if windows and self.name == "cpu" else ONNXRUNTIME_MIN
 
     def check(self, shape: ModelShape, precision: Precision, windows: bool) -> None:
         """Refuse sizes that the target's kernels refuse, and versions that lack what the graph uses."""
-        oldest = self.oldest_runtime(precision, windows)
-        check_runtime(self.onnxruntime, oldest, " for sliding windows" if oldest == ONNXRUNTIME_WINDOWS else "")
+        oldest = self.oldest_runtime(shape, precision, windows)
+        why = {ONNXRUNTIME_WINDOWS: " for sliding windows", ONNXRUNTIME_LINEAR: " for gated delta nets"}
+        check_runtime(self.onnxruntime, oldest, why.get(oldest, ""))
+        if self.name == "cuda" and shape.delta is not None:
+            raise UserError("gated delta nets are not exported for cuda: give --target cpu or portable")
         if self.name != "cuda" or precision.bits == 32:
             return
         for index, sizes in enumerate(shape.layers):

@@ -19,13 +19,13 @@ from numpy.typing import NDArray
 
 from devices.common.progress import Progress
 from export.bundle.manifest import WEIGHTS
-from export.source import Precision, WeightSource, is_symmetric
+from export.source import DeltaRates, Precision, WeightSource, is_symmetric
 from saap.models.shape import LayerSizes
 from saap.quantize.groups import QuantMatrix
 
 # Fields of Architecture, and the names of their tensors; a family has some of them.
 ATTENTION_NORMS = ("attention_norm", "query_norm", "key_norm", "attention_post_norm")
-CONV_NORMS = ("attention_norm", "attention_post_norm")
+STATE_NORMS = ("attention_norm", "attention_post_norm")
 FFN_NORMS = ("ffn_norm", "ffn_post_norm")
 NORMS = (*ATTENTION_NORMS, *FFN_NORMS)
 ALIGNMENT = 4096  # ONNX Runtime maps external data in pages
@@ -107,6 +107,8 @@ def write_model(
                     layout.file.add(f"{name}.{tap}", factors)
                 if kernel.bias is not None:
                     layout.file.add(f"{name}.bias", kernel.bias)
+            elif piece == "rates":
+                _add_rates(layout.file, name, source.rates(index))
             elif piece not in NORMS:
                 linear = source.linear(index, piece, precision)
                 layout.add_matrix(name, linear.matrix)
@@ -122,10 +124,18 @@ def write_model(
         progress("writing weights (layers)", count, count)
 
 
+def _add_rates(file: WeightFile, name: str, rates: DeltaRates) -> None:
+    """Of a gated delta net: the matrix of its rates as [hidden, 2 * value heads], and vectors."""
+    file.add(f"{name}.weight", rates.matrix.t().contiguous())
+    for part in ("scale", "bias", "norm"):
+        file.add(f"{name}.{part}", getattr(rates, part))
+
+
 def _pieces(sizes: LayerSizes, norms_last: bool) -> list[str]:
     """Matrices and norms of a layer in the order of the file."""
     pieces = ["qkv", "o", *ATTENTION_NORMS] if sizes.query_heads else []
-    pieces += ["conv_in", "conv_kernel", "conv_out", *CONV_NORMS] if sizes.conv else []
+    pieces += ["conv_in", "conv_kernel", "conv_out", *STATE_NORMS] if sizes.conv else []
+    pieces += ["delta_in", "conv_kernel", "rates", "delta_out", *STATE_NORMS] if sizes.delta else []
     pieces += ["gate_up", "down", *FFN_NORMS] if sizes.ffn else []
     return sorted(pieces, key=lambda piece: piece in NORMS) if norms_last else pieces
 

@@ -36,7 +36,7 @@ class MicrosoftWriter:
         traits = traits_of(config)
         windows = any(layer.window for layer in traits.layers)
         target.check(source.shape, self.precision, windows)
-        self.onnxruntime_min = target.oldest_runtime(self.precision, windows)
+        self.onnxruntime_min = target.oldest_runtime(source.shape, self.precision, windows)
         self._tables = all_rotary_tables(config, traits)
         check_attention(source.shape, traits, {name: 2 * table.shape[1] for name, table in self._tables.items()})
         if self.precision.kv == "int8" and calibration is None:

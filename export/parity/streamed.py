@@ -51,6 +51,7 @@ class StreamedModel:
             self._model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
         move_buffers(self._model, self._device)
         self._linears = {name for name, child in self._model.named_modules() if isinstance(child, nn.Linear)}
+        self._linears = {name for name in self._linears if not source.architecture.is_float(name)}
 
     def hidden_states(self, ids: torch.Tensor, progress: Progress | None = None) -> torch.Tensor:
         """States after the final norm, [rows, tokens, hidden], of ids [rows, tokens]."""

@@ -16,7 +16,8 @@ from collections.abc import Mapping
 
 import onnx_ir as ir
 
-from export.graph.decoder import DecoderGraph, GraphModel
+from export.graph.builder import GraphBuilder
+from export.graph.decoder import UNIT_EPSILON, DecoderGraph, GraphModel
 from export.graph.rotary import Table, rotary_names
 from saap.models.shape import LayerSizes
 
@@ -200,6 +201,52 @@ class StandardGraph(DecoderGraph):
             mask = g.op("Cast", g.op("Slice", self._mask, start, *ends), to=FLOAT.value)
             self._new = g.op("Unsqueeze", mask, g.constant("2", [2]))
         return g.op("Mul", x, self._new)
+
+    def unit(self, x: ir.Value, size: int) -> ir.Value:
+        g = self.graph
+        squares = g.op("ReduceSum", g.op("Mul", x, x), g.constant("-1", [-1]), keepdims=1)
+        return g.op("Div", x, g.op("Sqrt", g.op("Add", squares, g.constant("unit_epsilon", UNIT_EPSILON))))
+
+    def recurrence(
+        self, mixed: tuple[ir.Value, ir.Value, ir.Value], rates: tuple[ir.Value, ir.Value], past: ir.Value, keys: int
+    ) -> tuple[ir.Value, ir.Value]:
+        """Token by token: of the state S and its rest R = e^g S comes R + k (b (v - R^T k))^T, read by q."""
+        g, heads = self.graph, self.shape.delta
+        assert heads is not None, "a layer has a delta net of heads that are described"
+        query, key, value = mixed
+        written, kept = rates
+        scaled = g.op("Mul", query, g.constant(f"delta_scale{heads.key}", heads.key**-0.5))
+        sequences = [
+            *(self._served(self._heads(part, keys, heads.key), keys) for part in (scaled, key)),
+            self._heads(value, keys * heads.values, heads.value), written, g.op("Exp", kept),
+        ]  # fmt: skip
+        row, column, last = (g.constant(f"{axes}", [int(axes)]) for axes in ("2", "3", "-1"))
+
+        def step(inner: GraphBuilder, state: ir.Value, given: list[ir.Value]) -> tuple[ir.Value, ir.Value]:
+            q, k, v, share, left = given
+
+            def per_head(x: ir.Value) -> ir.Value:
+                return inner.op("Unsqueeze", inner.op("Unsqueeze", x, last), last)
+
+            state = inner.op("Mul", state, per_head(left))
+            known = inner.op("MatMul", inner.op("Unsqueeze", k, row), state)
+            news = inner.op("Mul", inner.op("Sub", inner.op("Unsqueeze", v, row), known), per_head(share))
+            state = inner.op("Add", state, inner.op("MatMul", inner.op("Unsqueeze", k, column), news))
+            return inner.op("Squeeze", inner.op("MatMul", inner.op("Unsqueeze", q, row), state), row), state
+
+        by_token = [g.op("Transpose", x, perm=[1, 0, 2, 3][: 4 if n < 3 else 3]) for n, x in enumerate(sequences)]
+        read, state = g.scan(f"scan.{past.name}", step, past, by_token)
+        return self._flat(g.op("Transpose", read, perm=[1, 0, 2, 3]), keys * heads.width), state
+
+    def _served(self, x: ir.Value, keys: int) -> ir.Value:
+        """Key heads [batch, sequence, keys, size], each repeated for the value heads that it serves."""
+        g, heads = self.graph, self.shape.delta
+        assert heads is not None, "a layer has a delta net of heads that are described"
+        if heads.values == 1:
+            return x
+        each = g.op("Unsqueeze", x, g.constant("3", [3]))
+        many = g.op("Expand", each, self._shape(1, 1, keys, heads.values, heads.key))
+        return g.op("Reshape", many, self._shape(0, 0, keys * heads.values, heads.key))
 
     def matrix_product(self, x: ir.Value, name: str, k: int, n: int) -> ir.Value:
         return self._linear(x, name)

@@ -14,7 +14,7 @@ from typing import Literal, Protocol
 
 import msgspec
 
-from saap.models.shape import ATTENTION, CONV, FFN, MIXERS, BlockKind, LayerSizes, ModelShape
+from saap.models.shape import ATTENTION, CONV, DELTA, FFN, MIXERS, BlockKind, DeltaHeads, LayerSizes, ModelShape
 from saap.system.errors import UserError, first_line
 
 
@@ -34,6 +34,21 @@ class ModelConfig(Protocol):
 
 
 @dataclass(frozen=True)
+class DeltaNames:
+    """Modules of a gated delta net (arXiv 2412.06464), relative to a decoder layer; two of them are parameters."""
+
+    mixed: str = "linear_attn.in_proj_qkv"  # queries, keys and values, in this order
+    kernel: str = "linear_attn.conv1d"  # of the convolution that these pass
+    gate: str = "linear_attn.in_proj_z"  # what the output is multiplied by
+    beta: str = "linear_attn.in_proj_b"  # how much of a value is written
+    decay: str = "linear_attn.in_proj_a"  # how much of the state is kept
+    log_decay: str = "linear_attn.A_log"
+    decay_bias: str = "linear_attn.dt_bias"
+    norm: str = "linear_attn.norm"  # of each value head
+    output: str = "linear_attn.out_proj"
+
+
+@dataclass(frozen=True)
 class Architecture:
     """One family: module names, relative to a decoder layer or to the model, and what sets it apart from LLaMA.
 
@@ -49,6 +64,7 @@ class Architecture:
     key: str = "self_attn.k_proj"
     value: str = "self_attn.v_proj"
     head_gate: str = ""  # a number for each query head, whose sigmoid its output is multiplied by
+    gated_queries: bool = False  # behind each head's query stand rows whose sigmoid its output is multiplied by
     packed_qkv: str = ""  # one module that holds query, key and value, in this order; empty where they are three
     output: str = "self_attn.o_proj"
     gate: str = "mlp.gate_proj"
@@ -60,6 +76,7 @@ class Architecture:
     )
     conv_kernel: str = ""
     conv_out: str = ""
+    delta: DeltaNames | None = None  # None: no gated delta nets
     attention_norm: str = "input_layernorm"  # of what the block reads that mixes tokens, a convolution too
     query_norm: str = ""  # before the rotary embedding
     key_norm: str = ""
@@ -101,11 +118,36 @@ class Architecture:
     def matrices(self) -> dict[str, tuple[str, ...]]:
         """What one matrix of a graph is made of: ``qkv``, ``o``, ``gate_up``, ``down``, of a convolution its two."""
         parts = {"qkv": self.qkv, "o": (self.output,), "gate_up": self.gate_up, "down": (self.down,)}
+        if self.delta is not None:
+            parts |= {"delta_in": (self.delta.mixed, self.delta.gate), "delta_out": (self.delta.output,)}
         return parts | ({"conv_in": (self.conv_in,), "conv_out": (self.conv_out,)} if self.conv_in else {})
+
+    @property
+    def floats(self) -> tuple[str, ...]:
+        """Matrices that stay floats, as they are small and what they make is touchy."""
+        return (self.delta.beta, self.delta.decay) if self.delta else ()
+
+    def is_float(self, module: str) -> bool:
+        """Whether a module, by its name in a layer or in the model, stays floats."""
+        return module.endswith(self.floats)
+
+    @property
+    def rare(self) -> BlockKind | None:
+        """The kind of block that mixes tokens in layers without attention; None where there are no such layers."""
+        return CONV if self.conv_in else DELTA if self.delta else None
+
+    @property
+    def beside(self) -> dict[str, tuple[str, ...]]:
+        """What is no matrix and has rows as matrices have: its name, and the roles whose rows it has, stacked."""
+        if self.delta is None:
+            return {self.conv_kernel: ("signal",)} if self.conv_in else {}
+        decay = (self.delta.log_decay, self.delta.decay_bias)
+        return {self.delta.kernel: DELTA.roles[:3]} | dict.fromkeys(decay, ("delta_decay",))
 
     def writing(self, kind: BlockKind) -> str:
         """The module by which a kind of block writes to the residual stream; empty where the family has no such."""
-        return {ATTENTION.name: self.output, CONV.name: self.conv_out, FFN.name: self.down}[kind.name]
+        delta = self.delta.output if self.delta else ""
+        return {ATTENTION: self.output, CONV: self.conv_out, DELTA: delta, FFN: self.down}[kind]
 
     def norm_before(self, kind: BlockKind) -> str:
         """The norm of what a kind of block reads; empty where it has none."""
@@ -115,7 +157,7 @@ class Architecture:
         """The block that a module goes with, by its name relative to a layer that had these sizes."""
         for kind in MIXERS:
             writes = self.writing(kind)
-            if writes and module.startswith(writes.rpartition(".")[0] + "."):
+            if writes and f"{module}.".startswith(writes.rpartition(".")[0] + "."):
                 return kind
         return sizes.mixer if module in (self.attention_norm, self.attention_post_norm) else FFN
 
@@ -127,7 +169,7 @@ DTYPES = ("float32", "float16", "bfloat16", "auto")
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "su", "llama3", "proportional")
 MOST_NUMBER = 1e15  # of a base, an epsilon or a factor
 MOST_KERNEL = 64  # tokens that a short convolution sees
-CONVOLVES = "conv"  # the type of a layer that mixes tokens by a short convolution
+LAYER_TYPES = {CONV: "conv", DELTA: "linear_attention"}  # of layers that mix tokens otherwise than by attention
 POSITIONS = 2048  # what transformers takes where a LLaMA config names none
 UNREAD = "time_step_limit"  # of state space layers; it holds an infinity, for which JSON has only ways around
 PER_LAYER = ("layer_types", "no_rope_layers")  # fields of a config that have one entry for each layer
@@ -170,6 +212,10 @@ FAMILIES = {
         head_gate="self_attn.g_proj", stored_as=("self_attn.gate_proj", "self_attn.g_proj"),
         attention_post_norm="post_operator_norm", ffn_post_norm="post_ffn_norm", local_rotary=True,
         always=("use_sandwich_norm", "use_attention_gate"),
+    ),
+    "qwen3_5_text": Architecture(  # gated delta nets, and attention in every fourth layer
+        "Qwen3_5", query_norm=QUERY_NORM, key_norm=KEY_NORM, gated_queries=True, delta=DeltaNames(), offset_norms=True,
+        window="by layer", transformers=5,
     ),
 }  # fmt: skip
 ARCHITECTURES = FAMILIES | {SLIM + name: row for name, row in FAMILIES.items()}
@@ -235,18 +281,23 @@ def shape_of(config: object) -> ModelShape:
     heads, hidden = _count(config, "num_attention_heads"), _count(config, "hidden_size")
     count = _count(config, "num_hidden_layers", most=MOST_LAYERS)
     if slim := field_of(config, "slim_layers"):
-        numbers = 4 if architecture.conv_in else 3
+        rare = architecture.rare
+        numbers = 3 if rare is None else 4
         try:
             sizes_of_layers = msgspec.convert(slim, list[list[object]])
         except ValueError:
             sizes_of_layers = [[]]
         if any(len(sizes) != numbers for sizes in sizes_of_layers):
             raise UserError(f"config.json has slim_layers that are not {numbers} sizes per layer: make it again")
-        layers = tuple(LayerSizes(*(_checked("slim_layers", n, 0) for n in sizes)) for sizes in sizes_of_layers)
+        layers = tuple(_layer_of([_checked("slim_layers", n, 0) for n in sizes], rare) for sizes in sizes_of_layers)
     else:
         attends = LayerSizes(heads, _count(config, "num_key_value_heads", heads), _ffn_width(config, architecture))
-        convolves = LayerSizes(ffn=attends.ffn, conv=hidden)
-        layers = tuple(convolves if _convolves(config, architecture, i) else attends for i in range(count))
+        other = LayerSizes(ffn=attends.ffn)
+        if architecture.conv_in:
+            other = replace(other, conv=hidden)
+        elif architecture.delta:
+            other = replace(other, delta=_count(config, "linear_num_key_heads"))
+        layers = tuple(other if _is_rare(config, architecture, i) else attends for i in range(count))
     for index, sizes in enumerate(layers):
         if sizes.query_heads and (not sizes.kv_heads or sizes.query_heads % sizes.kv_heads):
             raise UserError(
@@ -254,9 +305,10 @@ def shape_of(config: object) -> ModelShape:
                 "mend config.json"
             )
     quant = field_of(config, "slim_quant")
+    head_dim = _count(config, "head_dim", max(1, hidden // heads))
     return ModelShape(
         hidden=hidden,
-        head_dim=_count(config, "head_dim", max(1, hidden // heads)),
+        head_dim=head_dim,
         vocab=_count(config, "vocab_size", most=MOST_WORDS),
         tied=bool(quant.get("tied") if isinstance(quant, dict) else field_of(config, "tie_word_embeddings", False)),
         layers=layers,
@@ -266,10 +318,37 @@ def shape_of(config: object) -> ModelShape:
         qk_norm="all" if architecture.qk_norm_spans_heads else "head" if architecture.query_norm else "none",
         norms=bool(architecture.attention_norm) + bool(architecture.attention_post_norm),
         added_bias=bool(field_of(config, "slim_bias")),
-        conv_kernel=_count(config, "conv_L_cache", most=MOST_KERNEL) if architecture.conv_in else 0,
+        conv_kernel=_kernel(config, architecture),
         conv_bias=bool(architecture.conv_in and field_of(config, "conv_bias")),
-        head_gates=bool(architecture.head_gate),
+        gate_width=1 if architecture.head_gate else head_dim if architecture.gated_queries else 0,
+        gated_queries=architecture.gated_queries,
+        delta=_delta_heads(config) if architecture.delta else None,
     )
+
+
+def _layer_of(entry: list[int], rare: BlockKind | None) -> LayerSizes:
+    """The sizes that an entry of ``slim_layers`` holds."""
+    sizes = LayerSizes(*entry[:3])
+    return sizes if rare is None else replace(sizes, **{rare.sizes[0]: entry[3]})
+
+
+def _kernel(config: object, architecture: Architecture) -> int:
+    """Tokens that a convolution sees; 0 where the family has none."""
+    if architecture.rare is None:
+        return 0
+    return _count(config, "linear_conv_kernel_dim" if architecture.delta else "conv_L_cache", most=MOST_KERNEL)
+
+
+def _delta_heads(config: object) -> DeltaHeads:
+    """Sizes of a key head and of its value heads. Raises UserError: value heads that are not a multiple."""
+    keys, values = _count(config, "linear_num_key_heads"), _count(config, "linear_num_value_heads")
+    if values % keys:
+        raise UserError(
+            f"config.json has {values} value heads on {keys} key heads (linear_num_value_heads): must be a multiple; "
+            "get it again"
+        )
+    key, value = (_count(config, f"linear_{part}_head_dim") for part in ("key", "value"))
+    return DeltaHeads(key, value, values // keys)
 
 
 def _ffn_width(config: object, architecture: Architecture) -> int:
@@ -284,9 +363,10 @@ def _ffn_width(config: object, architecture: Architecture) -> int:
     return -(-int(number_of(config, "block_ffn_dim_multiplier") * width) // step) * step
 
 
-def _convolves(config: object, architecture: Architecture, index: int) -> bool:
-    kinds = entries_of(config, "layer_types") if architecture.conv_in else []
-    return bool(kinds) and kinds[index] == CONVOLVES
+def _is_rare(config: object, architecture: Architecture, index: int) -> bool:
+    """Whether a layer mixes tokens otherwise than by attention."""
+    kinds = entries_of(config, "layer_types") if architecture.rare else []
+    return bool(kinds) and kinds[index] == LAYER_TYPES.get(architecture.rare)  # type: ignore[arg-type]
 
 
 def traits_of(config: object) -> Traits:
@@ -323,10 +403,10 @@ def traits_of(config: object) -> Traits:
 def _layer_traits(config: object, architecture: Architecture, index: int) -> LayerTraits:
     kinds = entries_of(config, "layer_types")
     kind = kinds[index] if architecture.window == "by layer" and kinds else "full_attention"
-    known = ("full_attention", "sliding_attention", *([CONVOLVES] if architecture.conv_in else []))
+    known = ("full_attention", "sliding_attention", *([LAYER_TYPES[architecture.rare]] if architecture.rare else []))
     if kind not in known:
         raise UserError(f"layers of type {kind!r} are not supported; supported: {', '.join(known)}")
-    if kind == CONVOLVES:
+    if architecture.rare and kind == LAYER_TYPES[architecture.rare]:
         return LayerTraits(rotary=None)
     slides = architecture.window == "all" or kind == "sliding_attention"
     rotary: Literal["default", "local"] | None = "local" if architecture.local_rotary and slides else "default"

@@ -214,7 +214,7 @@ def slim_config(
             "AutoConfig": f"modeling_slim.{classes.config.__name__}",
             "AutoModelForCausalLM": f"modeling_slim.{classes.model.__name__}",
         },
-        "slim_layers": [sizes.entry(bool(shape.conv_kernel)) for sizes in shape.layers],
+        "slim_layers": [sizes.entry(architecture.rare) for sizes in shape.layers],
     }
     if biased:
         slim["slim_bias"] = True

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from saap.models.architectures import Architecture, architecture_of
-from saap.models.shape import ATTENTION, CONV, FFN, KINDS, LayerSizes, ModelShape
+from saap.models.shape import ATTENTION, CONV, DELTA, FFN, KINDS, LayerSizes, ModelShape
 from saap.system.errors import UserError
 
 ROLES = tuple(role for kind in KINDS.values() for role in kind.roles)
@@ -54,15 +54,22 @@ def matrices_of(model: nn.Module, shape: ModelShape) -> list[Matrix]:
 def placed_roles(sizes: LayerSizes, shape: ModelShape, architecture: Architecture) -> Iterator[tuple[str, str, slice]]:
     """(role, module relative to the layer, rows of its weight) of what a layer of these sizes holds."""
     if sizes.query_heads:
-        queries, keys = sizes.query_heads * shape.head_dim, sizes.kv_heads * shape.head_dim
+        queries, keys = sizes.query_heads * shape.width_of("query"), sizes.kv_heads * shape.head_dim
         attention = (architecture.query, architecture.key, architecture.value)
         yield from _stacked(ATTENTION.roles[:3], attention, architecture.packed_qkv, (queries, keys, keys))
-        if shape.head_gates:
+        if architecture.head_gate:
             yield "head_gate", architecture.head_gate, slice(0, sizes.query_heads)
         yield "output", architecture.output, slice(0, shape.hidden)
     if sizes.conv:
         yield from _stacked(CONV.roles[:3], ("",) * 3, architecture.conv_in, (sizes.conv,) * 3)
         yield "conv_out", architecture.conv_out, slice(0, shape.hidden)
+    if sizes.delta and (names := architecture.delta):
+        widths = {role: sizes.delta * shape.width_of(role) for role in DELTA.roles}
+        mixed = DELTA.roles[:3]
+        yield from _stacked(mixed, ("",) * 3, names.mixed, tuple(widths[role] for role in mixed))
+        for role, module in zip(DELTA.roles[3:6], (names.gate, names.beta, names.decay), strict=True):
+            yield role, module, slice(0, widths[role])
+        yield DELTA.writes, names.output, slice(0, shape.hidden)
     if sizes.ffn:
         feed_forward = (architecture.gate, architecture.up)
         yield from _stacked(FFN.roles[:2], feed_forward, architecture.packed_gate_up, (sizes.ffn,) * 2)

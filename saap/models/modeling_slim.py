@@ -3,8 +3,9 @@
 This file is shipped inside every slim directory that plain transformers cannot build, so it imports torch and
 transformers only. Three keys of ``config.json`` drive it:
 
-* ``slim_layers``: one ``[query_heads, kv_heads, ffn]`` per layer, and a fourth number, the channels of its short
-  convolution, in families that have such layers; 0 query heads means no attention, 0 ffn no MLP.
+* ``slim_layers``: one ``[query_heads, kv_heads, ffn]`` per layer, and a fourth number in families that have such
+  layers: the channels of its short convolution, or the key heads of its gated delta net; 0 query heads means no
+  attention, 0 ffn no MLP.
 * ``slim_bias``: true where what writes to the residual stream has biases that its family does not have.
 * ``slim_quant``: ``{"bits", "block", "embedding_bits", "tied"}`` when linears and embedding hold group-wise integers;
   ``"matrices"`` are the bits, ``"blocks"`` the group sizes, of matrices that differ, by name.
@@ -19,6 +20,9 @@ import torch
 import transformers
 from torch import nn
 from torch.nn import functional as F
+
+# Linears that are never integers: what they make is a handful of numbers, which rule a whole state.
+FLOATS = ("in_proj_a", "in_proj_b")
 
 
 def unpack_codes(packed: torch.Tensor, bits: int, block: int) -> torch.Tensor:
@@ -125,7 +129,7 @@ class NoAttention(nn.Module):
 
 
 class NoBlock(nn.Module):
-    """Stands where a layer lost its MLP or its convolution: adds nothing to the residual stream."""
+    """Stands where a layer lost its MLP, its convolution or its delta net: adds nothing to the residual stream."""
 
     def forward(self, hidden_states: torch.Tensor, **_: object) -> torch.Tensor:
         """[b, s, hidden] -> zeros of that shape."""
@@ -192,19 +196,19 @@ def resize_layers(model: Any, sizes: list[tuple[int, ...]], added_bias: bool = F
     if len(sizes) != len(layers):
         raise ValueError(f"slim_layers has {len(sizes)} entries, the model has {len(layers)} layers")
     places = cache_places(getattr(model.config, "layer_types", None) or [""] * len(sizes), sizes)
-    for index, (layer, (query_heads, kv_heads, ffn, *channels)) in enumerate(zip(layers, sizes, strict=True)):
+    for index, (layer, (query_heads, kv_heads, ffn, *rare)) in enumerate(zip(layers, sizes, strict=True)):
         mixer_norms, ffn_norms = _norms(layer)
         if query_heads:
             _resize_attention(layer.self_attn, query_heads, kv_heads, added_bias)
             layer.self_attn.layer_idx = places[index]
-        elif any(channels):
-            _resize_conv(layer.conv, channels[0], added_bias)
-            layer.conv.layer_idx = places[index]
+        elif any(rare):
+            mixer = _present(layer, "conv", "linear_attn")
+            resize = _resize_conv if mixer == "conv" else _resize_delta
+            resize(getattr(layer, mixer), rare[0], added_bias)
+            getattr(layer, mixer).layer_idx = places[index]
         else:
-            if hasattr(layer, "conv"):
-                layer.conv = NoBlock()
-            else:
-                layer.self_attn = NoAttention()
+            mixer = _present(layer, "conv", "linear_attn", "self_attn")
+            setattr(layer, mixer, NoAttention() if mixer == "self_attn" else NoBlock())
             _remove(layer, mixer_norms)
         mlp = _present(layer, "mlp", "shared_mlp", "feed_forward")
         if ffn:
@@ -246,23 +250,53 @@ def _remove(layer: nn.Module, names: tuple[str, ...]) -> None:
 
 def _resize_attention(attention: Any, query_heads: int, kv_heads: int, added_bias: bool) -> None:
     queries, keys = query_heads * attention.head_dim, kv_heads * attention.head_dim
+    output = _present(attention, "o_proj", "out_proj")
+    if hasattr(attention, "q_proj"):  # whose rows may hold gates, too
+        gated = attention.q_proj.out_features // getattr(attention, output).in_features
+    else:
+        gated = 1
     attention.num_key_value_groups, attention.num_key_value_heads = query_heads // kv_heads, kv_heads
     if hasattr(attention, "qkv_proj"):  # where its packed rows end is asked of the config
         attention.config = LayerConfig(attention.config, query_heads)
-    rows = {"q_proj": queries, "k_proj": keys, "v_proj": keys, "qkv_proj": queries + 2 * keys, "g_proj": query_heads}
+    rows = {
+        "q_proj": gated * queries,
+        "k_proj": keys,
+        "v_proj": keys,
+        "qkv_proj": queries + 2 * keys,
+        "g_proj": query_heads,
+    }
     _resize_rows(attention, rows)
-    _resize_columns(attention, _present(attention, "o_proj", "out_proj"), queries, added_bias)
+    _resize_columns(attention, output, queries, added_bias)
 
 
 def _resize_conv(conv: Any, channels: int, added_bias: bool) -> None:
     """LFM2's short convolution: ``in_proj`` makes two gates and a signal for each channel."""
-    old, biased = conv.conv, conv.conv.bias is not None
-    place = {"device": old.weight.device, "dtype": old.weight.dtype}
-    conv.conv = nn.Conv1d(
-        channels, channels, old.kernel_size, groups=channels, bias=biased, padding=old.padding, **place
-    )  # fmt: skip
+    conv.conv = _conv_like(conv.conv, channels)
     _resize_rows(conv, {"in_proj": 3 * channels})
     _resize_columns(conv, "out_proj", channels, added_bias)
+
+
+def _resize_delta(net: Any, key_heads: int, added_bias: bool) -> None:
+    """A gated delta net: queries, keys and values pass one convolution; each value head has two rates and a decay."""
+    value_heads = key_heads * (net.num_v_heads // net.num_k_heads)
+    net.num_k_heads, net.num_v_heads = key_heads, value_heads
+    net.key_dim, net.value_dim = key_heads * net.head_k_dim, value_heads * net.head_v_dim
+    net.conv_dim = 2 * net.key_dim + net.value_dim
+    net.conv1d = _conv_like(net.conv1d, net.conv_dim)
+    for name in ("A_log", "dt_bias"):
+        setattr(net, name, nn.Parameter(getattr(net, name).new_zeros(value_heads)))
+    rows = {"in_proj_qkv": net.conv_dim, "in_proj_z": net.value_dim, "in_proj_a": value_heads, "in_proj_b": value_heads}
+    _resize_rows(net, rows)
+    _resize_columns(net, "out_proj", net.value_dim, added_bias)
+
+
+def _conv_like(old: Any, channels: int) -> nn.Conv1d:
+    """A convolution of each of so many channels by itself."""
+    weight, biased = old.weight, old.bias is not None
+    return nn.Conv1d(
+        channels, channels, old.kernel_size, groups=channels, bias=biased, padding=old.padding, device=weight.device,
+        dtype=weight.dtype,
+    )  # fmt: skip
 
 
 def _resize_mlp(mlp: Any, ffn: int, added_bias: bool) -> None:
@@ -301,7 +335,7 @@ def quantize_modules(model: Any, quant: Mapping[str, Any]) -> None:
         raise ValueError("the model was tuned with a branch, which this version does not compute: tune it again")
     own_bits, own_blocks = quant.get("matrices", {}), quant.get("blocks", {})
     for path, child in list(model.model.layers.named_modules(prefix="model.layers")):
-        if isinstance(child, nn.Linear):
+        if isinstance(child, nn.Linear) and not path.endswith(FLOATS):
             bits, biased = own_bits.get(path, quant["bits"]), child.bias is not None
             block = own_blocks.get(path, quant["block"])
             fresh = GroupQuantLinear(child.in_features, child.out_features, bits, block, biased)

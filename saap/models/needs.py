@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from saap.models.shape import ATTENTION, CONV, FFN, LayerSizes, ModelShape
+from saap.models.shape import ATTENTION, CONV, DELTA, FFN, LayerSizes, ModelShape
 from saap.system.needs import PROCESS, Needs
 
 # Activations that a backward pass through a layer keeps, in float32 numbers per token: of every hidden channel, and of
 # every channel of what a kind of block writes with.
 PER_HIDDEN = 7
-PER_CHANNEL = {ATTENTION.name: 5, CONV.name: 6, FFN.name: 5}
+PER_CHANNEL = {ATTENTION.name: 5, CONV.name: 6, DELTA.name: 16, FFN.name: 5}
 PER_LOGIT = 3  # logits, their softmax and its gradient
 LOGIT_COPIES = 3.3  # logits of both, and their softmax
 SQUARES = 6  # copies of X^T X at the peak of a refit: of both parts and their sum, scaled, damped and factored

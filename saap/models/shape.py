@@ -4,7 +4,7 @@ Worked example, a LLaMA layer with hidden 576, 9 query heads of 64 in 3 KV group
 
 * FFN channel 7: row 7 of gate_proj and up_proj [1536, 576], column 7 of down_proj [576, 1536]: 3 * 576 weights.
 * query head 4 (KV group 1): rows 256:320 of q_proj [576, 576], columns 256:320 of o_proj: 2 * 64 * 576 weights; in
-  LFM3 also row 4 of g_proj, which makes its gate.
+  LFM3 also row 4 of g_proj, which makes its gate. Qwen3.5 keeps a gate of 64 behind each query: rows 512:640 of q_proj.
 * KV group 1: rows 64:128 of k_proj and v_proj [192, 576] and its query heads 3, 4, 5.
 * module: a whole attention or a whole FFN with the norm before it; layer: both.
 
@@ -12,6 +12,12 @@ In LFM2 most layers mix tokens by a short convolution instead of attention, with
 
 * channel 7 of a short convolution: rows 7, 1031 and 2055 of in_proj [3072, 1024], which make its input gate, its output
   gate and its signal, row 7 of the kernels [1024, 1, 3], column 7 of out_proj [1024, 1024]: 4 * 1024 + 3 weights.
+
+In Qwen3.5 three of four layers mix by a gated delta net, whose 16 key heads of 128 serve one value head of 128 each:
+
+* key head 4 of a delta net: rows 512:640 of the queries, of the keys and of the values in in_proj_qkv [6144, 1024] and
+  the same rows of the kernels, rows 512:640 of in_proj_z, row 4 of in_proj_a, in_proj_b, A_log and dt_bias, columns
+  512:640 of out_proj. Where a key head serves r value heads, all of them: r times as many of the others.
 
 GQA maps query head i to KV head i // (query_heads / kv_heads), so inside a layer every KV group keeps the same number
 of query heads. Layers may differ from one another.
@@ -29,7 +35,7 @@ QueryNorm = Literal["none", "head", "all"]
 class BlockKind:
     """A kind of block: what stands between one addition to the residual stream and the next.
 
-    A layer has one block that mixes tokens, attention or a short convolution, and a feed-forward block after it.
+    A layer has one block that mixes tokens, such as attention, and a feed-forward block after it.
     """
 
     name: str
@@ -48,9 +54,14 @@ ATTENTION = BlockKind(
     ("query", "key", "value", "head_gate", "output"),
 )  # fmt: skip
 CONV = BlockKind("conv", "the convolution", ("conv",), ("conv",), ("in_gate", "out_gate", "signal", "conv_out"))
+DELTA = BlockKind(
+    "delta", "the delta net", ("delta",), ("delta",),
+    ("delta_query", "delta_key", "delta_value", "delta_gate", "delta_beta", "delta_decay", "delta_out"),
+)  # fmt: skip
 FFN = BlockKind("ffn", "the FFN", ("ffn",), ("ffn",), ("gate", "up", "down"))
-KINDS = {kind.name: kind for kind in (ATTENTION, CONV, FFN)}  # in the order in which a layer runs them
-MIXERS = (ATTENTION, CONV)
+KINDS = {kind.name: kind for kind in (ATTENTION, CONV, DELTA, FFN)}  # in the order in which a layer runs them
+MIXERS = (ATTENTION, CONV, DELTA)
+RARE = (CONV, DELTA)  # kinds of which a family has at most one, and most have none
 
 Layer = TypeVar("Layer", bound="OfBlocks")
 
@@ -78,7 +89,8 @@ class OfBlocks:
 
     def told(self) -> dict[str, object]:
         """For a file: all fields but those of kinds of block that only some families have, where they are empty."""
-        return {name: value for name, value in asdict(self).items() if value or name not in CONV.sizes}
+        rare = [name for kind in RARE for name in kind.sizes]
+        return {name: value for name, value in asdict(self).items() if value or name not in rare}
 
 
 @dataclass(frozen=True)
@@ -89,6 +101,7 @@ class LayerSizes(OfBlocks):
     kv_heads: int = 0
     ffn: int = 0
     conv: int = 0  # channels of the short convolution
+    delta: int = 0  # key heads of the gated delta net
 
     @property
     def heads_per_group(self) -> int:
@@ -97,11 +110,26 @@ class LayerSizes(OfBlocks):
     @property
     def mixer(self) -> BlockKind:
         """How the layer mixes tokens, or did before that went."""
-        return CONV if self.conv else ATTENTION
+        return next((kind for kind in RARE if self.has(kind)), ATTENTION)
 
-    def entry(self, convolves: bool) -> list[int]:
-        """The layer's entry in ``slim_layers``; the fourth number where the family has short convolutions."""
-        return [self.query_heads, self.kv_heads, self.ffn, *([self.conv] if convolves else [])]
+    def entry(self, rare: BlockKind | None) -> list[int]:
+        """The layer's entry in ``slim_layers``; the fourth number is of the family's rare kind of block."""
+        fourth = [] if rare is None else [int(getattr(self, rare.sizes[0]))]
+        return [self.query_heads, self.kv_heads, self.ffn, *fourth]
+
+
+@dataclass(frozen=True)
+class DeltaHeads:
+    """A key head of a gated delta net, with the value heads that it serves."""
+
+    key: int  # elements of a query, and of a key
+    value: int  # elements of a value
+    values: int  # value heads for each key head
+
+    @property
+    def width(self) -> int:
+        """Elements of all its values."""
+        return self.values * self.value
 
 
 @dataclass(frozen=True)
@@ -119,9 +147,11 @@ class ModelShape:
     qk_norm: QueryNorm = "none"  # norms of queries and of keys: none, one of each head, or one over all heads
     norms: int = 1  # norms of the hidden width that each block owns
     added_bias: bool = False  # whether pruning gave the matrices that write biases that their family lacks
-    conv_kernel: int = 0  # tokens that a short convolution sees; 0: the family has none
+    conv_kernel: int = 0  # tokens that a convolution sees, a short one or a delta net's; 0: the family has none
     conv_bias: bool = False  # whether its matrices and kernels have biases
-    head_gates: bool = False  # whether a gate is computed for each query head
+    gate_width: int = 0  # elements of the gate of each query head; 0: there is none
+    gated_queries: bool = False  # whether the rows of a head's gate stand behind those of its query
+    delta: DeltaHeads | None = None  # of its gated delta nets
 
     @property
     def separable_heads(self) -> bool:
@@ -146,11 +176,18 @@ class ModelShape:
             return 0
         if kind is ATTENTION:
             rows = (layer.query_heads + 2 * layer.kv_heads) * self.head_dim
-            biases = rows * self.attention_bias + self.hidden * self.biased_output
+            gates = layer.query_heads * self.gate_width * self.gated_queries
+            biases = (rows + gates) * self.attention_bias + self.hidden * self.biased_output
             norms = sum(self.attention_norms(layer))
-            matrices = rows + layer.query_heads * (self.head_dim + self.head_gates)
+            matrices = rows + layer.query_heads * (self.head_dim + self.gate_width)
             return matrices * self.hidden + norms + biases
         norms = self.norms * self.hidden
+        if kind is DELTA:
+            assert self.delta is not None, "a family with delta nets says how large their heads are"
+            key, width, values = self.delta.key, self.delta.width, self.delta.values
+            rows, kernels = 2 * key + 2 * width + 2 * values, (2 * key + width) * self.conv_kernel
+            each = (rows + width) * self.hidden + kernels + 2 * values
+            return layer.delta * each + self.delta.value + norms + self.hidden * self.added_bias
         if kind is CONV:
             biases = 4 * layer.conv * self.conv_bias + self.hidden * self.biased_conv
             return 4 * layer.conv * self.hidden + layer.conv * self.conv_kernel + norms + biases
@@ -163,7 +200,18 @@ class ModelShape:
 
     def inner_width(self, kind: BlockKind, layer: LayerSizes) -> int:
         """Columns of the matrix by which a block writes to the residual stream."""
-        return layer.query_heads * self.head_dim if kind is ATTENTION else int(getattr(layer, kind.sizes[0]))
+        return int(getattr(layer, kind.sizes[0])) * self.width_of(kind.writes)
+
+    def width_of(self, role: str) -> int:
+        """Rows that one coupled structure has of the matrix with this role; of one that writes, columns."""
+        if role in ATTENTION.roles:
+            gate = self.gate_width if self.gated_queries else 0
+            return {"head_gate": self.gate_width, "query": self.head_dim + gate}.get(role, self.head_dim)
+        if role not in DELTA.roles or self.delta is None:
+            return 1
+        sizes = self.delta
+        widths = {"delta_query": sizes.key, "delta_key": sizes.key, "delta_beta": sizes.values}
+        return widths.get(role, sizes.values if role == "delta_decay" else sizes.width)
 
     def attention_norms(self, layer: LayerSizes) -> list[int]:
         """Widths of the norms of one attention block."""

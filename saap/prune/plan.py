@@ -19,6 +19,7 @@ class LayerPlan(OfBlocks):
     kv_heads: tuple[int, ...] = ()
     ffn: tuple[int, ...] = ()
     conv: tuple[int, ...] = ()  # channels of the short convolution
+    delta: tuple[int, ...] = ()  # key heads of the delta net
 
     @property
     def sizes(self) -> LayerSizes:
@@ -129,8 +130,13 @@ def whole_layer(sizes: LayerSizes) -> LayerPlan:
     return LayerPlan(*(tuple(range(getattr(sizes, each.name))) for each in fields(LayerPlan)))
 
 
-def widths_of(channels: int, group_size: int) -> list[int]:
-    """How many of its channels a block may keep, fewest first: multiples of the grid, and as many as it has."""
+def widths_of(channels: int, group_size: int, step: int = 1) -> list[int]:
+    """How many of its channels a block may keep, fewest first: multiples of the grid, and as many as it has.
+
+    ``step``: columns that each is of the matrix that writes; of more than one there are few, and no grid but groups.
+    """
+    if step > 1:
+        return [count for count in range(1, channels + 1) if count == channels or not count * step % group_size]
     # Rows in multiples of 64 suit the fast kernels, and the quantised matrix that writes needs whole groups.
     grid = max(group_size, 64) if channels >= 512 else group_size
     return [*range(grid, channels, grid), channels]
@@ -157,6 +163,7 @@ def check_plan(plan: PrunePlan, dense: ModelShape) -> None:
             (keep.kv_heads, sizes.kv_heads, "KV head"),
             (keep.ffn, sizes.ffn, "FFN channel"),
             (keep.conv, sizes.conv, "channel of the convolution"),
+            (keep.delta, sizes.delta, "key head of the delta net"),
         ):
             if list(kept) != sorted(set(kept)) or any(not 0 <= i < count for i in kept):
                 raise UserError(f"layer {index}: the kept {what}s are not distinct sorted indices below {count}")

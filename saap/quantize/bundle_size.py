@@ -7,7 +7,8 @@ maps it in pages. With groups of b columns:
 * a matrix [N, K] at 32 bit: 4 N K
 * zero points, where a tuned matrix has its own: a number of its bits per row and group, whole bytes per row
 * a bias 4 N, a norm 4 times its width, a rotary table twice 4 times positions times half the rotated width
-* the kernels of a short convolution, for each token that one sees, 4 times its channels
+* the kernels of a convolution, for each token that one sees, 4 times its channels
+* of a gated delta net besides, in floats, the matrix of its two rates, a scale and a bias of each value head, a norm
 
 Queries, keys and values are one matrix, gate and up are one, and a tied head is the embedding.
 """
@@ -28,7 +29,7 @@ from saap.models.architectures import (
     traits_of,
     with_defaults,
 )  # fmt: skip
-from saap.models.shape import ATTENTION, CONV, BlockKind, LayerSizes, ModelShape
+from saap.models.shape import ATTENTION, CONV, DELTA, BlockKind, LayerSizes, ModelShape
 from saap.models.slim_quant import MatrixForm, SlimQuant, module_form, quant_of, stacked_form
 from saap.system.errors import UserError
 
@@ -53,13 +54,12 @@ class BundleSize:
         """Bytes of one block with its norms, 0 where there is none of the kind. ``layer``: which, of a tuned model."""
         if not sizes.has(kind):
             return 0
-        if kind is ATTENTION:
-            return self._attention(shape, sizes, layer)
-        return self._convolution(shape, sizes, layer) if kind is CONV else self._ffn(shape, sizes, layer)
+        of_kind = {ATTENTION: self._attention, CONV: self._convolution, DELTA: self._delta}.get(kind, self._ffn)
+        return of_kind(shape, sizes, layer)
 
     def _attention(self, shape: ModelShape, sizes: LayerSizes, layer: int | None) -> int:
         queries, both = sizes.query_heads * shape.head_dim, 2 * sizes.kv_heads * shape.head_dim
-        rows = queries + both + sizes.query_heads * shape.head_gates
+        rows = queries + both + sizes.query_heads * shape.gate_width
         arrays = self._linear(rows, shape.hidden, layer, "qkv")
         arrays += self._linear(shape.hidden, queries, layer, "o")
         arrays += [FLOAT * width for width in shape.attention_norms(sizes)]
@@ -76,6 +76,18 @@ class BundleSize:
         if shape.conv_bias:
             arrays += [FLOAT * 3 * sizes.conv, FLOAT * sizes.conv]
         if shape.biased_conv:
+            arrays.append(FLOAT * shape.hidden)
+        return sum(map(paged, arrays))
+
+    def _delta(self, shape: ModelShape, sizes: LayerSizes, layer: int | None) -> int:
+        heads = shape.delta
+        assert heads is not None, "a family with delta nets says how large their heads are"
+        key, value, rates = (sizes.delta * width for width in (heads.key, heads.width, heads.values))
+        arrays = self._linear(2 * key + 2 * value, shape.hidden, layer, "delta_in")
+        arrays += self._linear(shape.hidden, value, layer, "delta_out")
+        arrays += [FLOAT * shape.hidden] * shape.norms + [FLOAT * (2 * key + value)] * shape.conv_kernel
+        arrays += [FLOAT * 2 * rates * shape.hidden, FLOAT * rates, FLOAT * rates, FLOAT * heads.value]
+        if shape.added_bias:
             arrays.append(FLOAT * shape.hidden)
         return sum(map(paged, arrays))
 

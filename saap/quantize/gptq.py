@@ -160,6 +160,7 @@ def compensated_matrices(
             progress("choosing integers (layers)", index, len(layers))
         with present(layer):
             linears = {name: m for name, m in layer.named_modules() if isinstance(m, nn.Linear)}
+            linears = {name: linear for name, linear in linears.items() if not architecture.is_float(name)}
             batches = [(x, batch.given[index]) for x, batch in zip(hidden, walk, strict=True)]
             for alike, hessian in _hessians(layer, linears, batches):
                 called = {f"{architecture.layers}.{index}.{name}": linears[name] for name in alike}

@@ -101,7 +101,7 @@ def check_widths(shape: ModelShape, group_size: int) -> None:
     check_groups(shape.hidden, group_size, "the hidden size")
     for index, sizes in enumerate(shape.layers):
         for kind in sizes.blocks:
-            name = {"attention": "o_proj", "conv": "out_proj of the convolution", "ffn": "down_proj"}[kind.name]
+            name = {"attention": "o_proj", "ffn": "down_proj"}.get(kind.name, f"out_proj of {kind.said}")
             check_groups(shape.inner_width(kind, sizes), group_size, f"{name} of layer {index}")
 
 
@@ -192,7 +192,7 @@ def nearest_matrices(model: PreTrainedModel, form: IntegerForm) -> dict[str, Qua
     for index, layer in enumerate(layers_of(model)):
         with present(layer):
             for name, linear in layer.named_modules():
-                if isinstance(linear, nn.Linear):
+                if isinstance(linear, nn.Linear) and not architecture.is_float(name):
                     full = f"{architecture.layers}.{index}.{name}"
                     found[full] = quantize(linear.weight, *form.linear(full), form.symmetric)
     for name in (architecture.head, architecture.embedding):
@@ -222,7 +222,8 @@ def quantize_model(
         ValueError: a matrix of other bits or groups than its module is to hold.
     """
     architecture = architecture_of(model.config)
-    originals = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    originals = {name: linear for name, linear in linears.items() if not architecture.is_float(name)}
     table, head = (model.get_submodule(name) for name in (architecture.embedding, architecture.head))
     quant: SlimQuant = {
         "bits": bits, "block": group_size, "embedding_bits": embedding_bits, "tied": head.weight is table.weight,

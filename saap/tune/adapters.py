@@ -259,11 +259,12 @@ def _holders(model: PreTrainedModel) -> dict[str, GroupQuantLinear]:
     """The decoder layers' linears by name, all of integers and untouched."""
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise UserError("the model has an adapter already: fold or detach it first")
-    inside = architecture_of(model.config).layers
+    architecture = architecture_of(model.config)
+    inside = architecture.layers
     linears = {
         f"{inside}.{name}": module
         for name, module in model.get_submodule(inside).named_modules()
-        if isinstance(module, nn.Linear | GroupQuantLinear)
+        if isinstance(module, nn.Linear | GroupQuantLinear) and not architecture.is_float(name)
     }
     holders = {name: module for name, module in linears.items() if isinstance(module, GroupQuantLinear)}
     if not linears or len(holders) < len(linears):

@@ -279,7 +279,7 @@ def test_options_of_all_types_and_depths_are_priced_and_measured(judged):
         assert {p["layer"] for p in record["points"] if p["type"] == kind} >= {0, 2}
     point = next(p for p in record["points"] if p["type"] == "no attention" and p["layer"] == 1)
     base = mean_nll(model, HELD)
-    with masked(model, {1: LayerPlan((), (), whole_layer(shape.layers[1]).ffn)}, 32):
+    with masked(model, {1: LayerPlan((), (), whole_layer(shape.layers[1]).ffn)}):
         assert point["alone"] == pytest.approx(mean_nll(model, HELD) - base, abs=1e-4)
     assert abs(point["alone"]) > 1e-3
 
@@ -292,7 +292,7 @@ def test_on_a_plan_a_module_counts_from_whole(tiny_model):
     plan = PrunePlan((prices.with_module(whole[0], "ffn", kept[64]), *whole[1:]))
     drawn = [("FFN width", Block(0, "ffn", ()), Option(kept[width], 1.0, 1.0)) for width in (32, 128)]
     base = mean_nll(model, HELD)
-    with masked(model, {0: prices.with_module(whole[0], "ffn", kept[32])}, 16):
+    with masked(model, {0: prices.with_module(whole[0], "ffn", kept[32])}):
         quarter = mean_nll(model, HELD)
     found = prices.increases(model, shape, plan, drawn, HELD)
     assert found == pytest.approx([quarter - base, 0], abs=1e-5) and abs(quarter - base) > 1e-3

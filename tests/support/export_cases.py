@@ -64,6 +64,11 @@ FAMILIES = {
     "granite 4 without positions": ("granitemoehybrid", {**MULTIPLIERS, "position_embedding_type": None}),
     "ministral 3": ("ministral3", {"rope_parameters": {**YARN, "rope_theta": 10000.0, "llama_4_scaling_beta": 0.1}}),
     "lfm3": ("lfm3", {"layer_types": ["conv", "sliding_attention", "full_attention"], "sliding_window": WINDOW}),
+    "qwen3.5": ("qwen3_5_text", {"layer_types": ["linear_attention", "full_attention", "linear_attention"]}),
+    "qwen3.5 with one value head": ("qwen3_5_text", {
+        "layer_types": ["full_attention", "linear_attention", "linear_attention"], "tie_word_embeddings": True,
+        "attention_bias": True, "linear_num_key_heads": 4, "linear_num_value_heads": 4, "linear_conv_kernel_dim": 3,
+    }),
     "lfm2": ("lfm2", {"layer_types": ["conv", "full_attention", "conv"]}),
     "lfm2 with biases": ("lfm2", {"layer_types": ["full_attention", "conv", "full_attention"], "conv_bias": True,
                                   "conv_L_cache": 4, "tie_word_embeddings": False,

@@ -14,6 +14,7 @@ import torch
 from export.generate.ort_model import CACHE
 from saap.models.architectures import LLAMA, architecture_of, shape_of
 from saap.models.checkpoint import load_model, read_config, slim_config, write_slim
+from saap.models.shape import ATTENTION, CONV
 from saap.models.weight_files import tensor_reader
 from saap.prune.cut.surgery import cut_tensors
 from saap.prune.plan import LayerPlan, PrunePlan, whole_layer
@@ -41,6 +42,9 @@ CASES = {
     "ministral 3": ("ministral3", {"sliding_window": WINDOW}),
     "lfm2": ("lfm2", {"layer_types": ["conv", "full_attention", "conv", "full_attention", "conv", "full_attention"],
                       "block_auto_adjust_ff_dim": False, "conv_bias": True}),
+    "qwen3.5": ("qwen3_5_text", {"head_dim": 32, "layer_types": [
+        "linear_attention", "full_attention", "linear_attention", "linear_attention", "full_attention",
+        "linear_attention"]}),
     "lfm3": ("lfm3", {"layer_types": ["conv", "full_attention", "sliding_attention", "conv", "sliding_attention",
                                       "full_attention"], "sliding_window": WINDOW, "attention_bias": True}),
 }  # fmt: skip
@@ -85,10 +89,10 @@ EXPORTED = PrunePlan(
 
 
 def fitting(path, plan):
-    """The plan, with all heads or none where a norm spans them, and channels for heads where a layer convolves."""
+    """The plan, with all heads or none where a norm spans them, and of another mixer as much as of the heads."""
     shape = shape_of(read_config(path))
     if shape.conv_kernel:
-        layers = [*map(_convolved, plan.layers, shape.layers)]
+        layers = [*map(_mixed, plan.layers, shape.layers)]
         if not any(keep.query_heads for keep in layers):  # some layer has to attend
             last = max(i for i, sizes in enumerate(shape.layers) if sizes.query_heads)
             layers[last] = whole_layer(shape.layers[last])
@@ -100,11 +104,13 @@ def fitting(path, plan):
     return PrunePlan(tuple(replace(w, ffn=k.ffn) if k.query_heads else k for k, w in pairs))
 
 
-def _convolved(keep, sizes):
-    if not sizes.conv or keep.conv:
+def _mixed(keep, sizes):
+    kind = sizes.mixer
+    if kind is ATTENTION or keep.has(kind):
         return keep
-    channels = range(0, sizes.conv, 1 if len(keep.query_heads) == HEADS else 3)
-    return LayerPlan(ffn=keep.ffn, conv=tuple(channels) if keep.query_heads else ())
+    (field,) = kind.sizes
+    some = range(0, getattr(sizes, field), 1 if len(keep.query_heads) == HEADS else 3 if kind is CONV else 2)
+    return LayerPlan(ffn=keep.ffn, **{field: tuple(some) if keep.query_heads else ()})
 
 
 @pytest.fixture
@@ -134,7 +140,7 @@ def logits(model, ids=IDS):
 
 def masked_logits(path, plan):
     dense = load_model(path)
-    with masked(dense, dict(enumerate(plan.layers)), shape_of(dense.config).head_dim):
+    with masked(dense, dict(enumerate(plan.layers))):
         return logits(dense)
 
 
@@ -192,7 +198,7 @@ def compensated(dense_dir, tmp_path):
         changed = dense.model.layers[0].get_parameter(f"{down}.weight")
         changed.data += 0.05 * torch.randn(changed.shape, generator=generator)
         replaced[f"model.layers.0.{down}.weight"] = changed.detach()[:, list(plan.layers[0].ffn)].clone()
-        with masked(dense, dict(enumerate(plan.layers)), 16):
+        with masked(dense, dict(enumerate(plan.layers))):
             for (old, _, module), bias in biases.items():
                 dense.model.layers[old].get_submodule(module).bias = torch.nn.Parameter(bias)
             expected = logits(dense)

@@ -221,6 +221,15 @@ GRAPHS: dict[str, Callable[[onnx.ModelProto], object]] = {
     "if": lambda m: m.graph.node.append(helper.make_node("If", ["x"], ["y"], then_branch=_branch())),
     "loop": lambda m: m.graph.node.append(helper.make_node("Loop", ["x", ""], ["y"], body=_branch())),
     "scan": lambda m: m.graph.node.append(helper.make_node("Scan", ["x"], ["y"], body=_branch(), num_scan_inputs=1)),
+    "loop-in-scan": lambda m: m.graph.node.append(
+        helper.make_node(
+            "Scan",
+            ["x"],
+            ["y"],
+            num_scan_inputs=1,
+            body=helper.make_graph([helper.make_node("Loop", ["x", ""], ["y"], body=_branch())], "b", [], []),
+        )
+    ),
     "function": lambda m: m.functions.append(
         helper.make_function("d", "f", [], ["c"], [], [helper.make_opsetid("", 17)])
     ),

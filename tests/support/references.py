@@ -30,7 +30,7 @@ def round_model(model: Any, bits: int, group_size: int, embedding_bits: int) -> 
     vocabulary = (architecture.embedding, architecture.head)
     for name, module in model.named_modules():
         tied = name == architecture.head and module.weight is model.get_input_embeddings().weight
-        if tied or not isinstance(module, torch.nn.Linear | torch.nn.Embedding):
+        if tied or architecture.is_float(name) or not isinstance(module, torch.nn.Linear | torch.nn.Embedding):
             continue
         own_bits = embedding_bits if name in vocabulary else bits
         module.weight.data = quantize(module.weight, own_bits, group_size).dequantize()

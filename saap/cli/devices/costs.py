@@ -123,6 +123,7 @@ def show_costs(costs: Costs) -> None:
         attention = [(f"{c.query_heads} query, {c.kv_heads} KV heads", c.ms) for c in table.attention]
         ffn = [(f"FFN {c.width}", c.ms) for c in table.ffn]
         ffn += [(f"convolution {c.channels}", c.ms) for c in table.conv]
+        ffn += [(f"delta net of {c.heads} key heads", c.ms) for c in table.delta]
         print_table("", ["part", "us"], [[name, f"{1000 * ms:.1f}"] for name, ms in [*attention, *ffn]])
         node = "an unknown time" if table.node_ms is None else f"{1000 * table.node_ms:.1f} us"
         tell(

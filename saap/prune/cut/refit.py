@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 from devices.common.progress import Progress
 from saap.models.architectures import Architecture, architecture_of, shape_of
 from saap.models.layer_walk import ROWS, batches_of, inputs_of, layers_of, loss_after, run_layer, run_until
-from saap.models.shape import ATTENTION, KINDS
+from saap.models.shape import ATTENTION, KINDS, ModelShape
 from saap.models.streaming import is_streamed, present
 from saap.prune.cut.ridge import regression
 from saap.prune.cut.surgery import kept_columns
@@ -94,11 +94,11 @@ def compensate(
     """
     if kind == "none":
         return
-    architecture, head_dim = architecture_of(model.config), shape_of(model.config).head_dim
+    architecture, shape = architecture_of(model.config), shape_of(model.config)
     walk = _Walk(kind, model, ids, last)
     number = 0
     for index, (layer, keep) in enumerate(zip(layers_of(model), plan.layers, strict=True)):
-        with present(layer), _restored(blocks := _blocks(layer, keep, head_dim, architecture)):
+        with present(layer), _restored(blocks := _blocks(layer, keep, shape, architecture)):
             new = walk.enter(index, layer, blocks)
         if keep.blocks:
             if shares().main:
@@ -123,13 +123,13 @@ def losses_compensated(
     Returns:
         nats per token of each judged sequence, [sequences] float64; the same bits in all processes.
     """
-    architecture, head_dim = architecture_of(model.config), shape_of(model.config).head_dim
+    architecture, shape = architecture_of(model.config), shape_of(model.config)
     walk = _Walk(kind, model, ids, last=True)
     parts = shares().mine(list(enumerate(judged.split(ROWS))))
     batches = batches_of(model, [rows for _, rows in parts])
     stream = [batch.hidden for batch in batches]
     for index, (layer, keep) in enumerate(zip(layers_of(model), plan.layers, strict=True)):
-        with present(layer), _restored(blocks := _blocks(layer, keep, head_dim, architecture)):
+        with present(layer), _restored(blocks := _blocks(layer, keep, shape, architecture)):
             new = walk.enter(index, layer, blocks) if kind != "none" else {}
             for block in blocks:
                 block.cut(new)
@@ -176,11 +176,11 @@ def _parts(ids: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     return list(ids[:first_held].split(size)) if first_held else [], list(ids[first_held:].split(size))
 
 
-def _blocks(layer: nn.Module, keep: LayerPlan, head_dim: int, architecture: Architecture) -> list[_Block]:
+def _blocks(layer: nn.Module, keep: LayerPlan, shape: ModelShape, architecture: Architecture) -> list[_Block]:
     modules = {name: module for name, module in layer.named_modules() if name}  # the layer itself has none
     named = [(kind, architecture.writing(kind), architecture.norm_before(kind)) for kind in KINDS.values()]
     return [
-        _Block(name, modules[name], modules.get(norm), kept_columns(kind, keep, head_dim), kind is ATTENTION)
+        _Block(name, modules[name], modules.get(norm), kept_columns(kind, keep, shape), kind is ATTENTION)
         for kind, name, norm in named
         if name in modules
     ]

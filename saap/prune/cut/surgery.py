@@ -9,7 +9,7 @@ import torch
 
 from saap.models.architectures import Architecture
 from saap.models.matrices import placed_roles
-from saap.models.shape import ATTENTION, CONV, KINDS, BlockKind, ModelShape
+from saap.models.shape import KINDS, BlockKind, ModelShape
 from saap.prune.plan import LayerPlan, PrunePlan, check_plan
 
 Read = Callable[[str], torch.Tensor]
@@ -21,10 +21,15 @@ def head_rows(heads: tuple[int, ...], head_dim: int) -> torch.Tensor:
     return (starts.unsqueeze(1) + torch.arange(head_dim)).flatten()
 
 
-def kept_columns(kind: BlockKind, keep: LayerPlan, head_dim: int) -> torch.Tensor:
+def kept_columns(kind: BlockKind, keep: LayerPlan, shape: ModelShape) -> torch.Tensor:
     """The columns that are kept of the matrix by which a block writes to the residual stream."""
-    kept = getattr(keep, kind.sizes[0])
-    return head_rows(kept, head_dim) if kind is ATTENTION else torch.tensor(kept, dtype=torch.long)
+    return kept_of_role(kind.writes, kind, keep, shape)
+
+
+def kept_of_role(role: str, kind: BlockKind, keep: LayerPlan, shape: ModelShape) -> torch.Tensor:
+    """The rows that are kept of a matrix of a block, by its role; columns of the one that writes."""
+    kept = keep.kv_heads if role in ("key", "value") else getattr(keep, kind.sizes[0])
+    return head_rows(kept, shape.width_of(role))
 
 
 def cut_tensors(
@@ -81,22 +86,23 @@ def cut_layer_tensor(
 ) -> torch.Tensor:
     """One tensor of dense layer ``index``, ``name`` relative to it, cut to what the plan keeps; norms stay whole."""
     module, kind = name.rsplit(".", 1)
-    columns = {kind.name: kept_columns(kind, keep, shape.head_dim) for kind in KINDS.values()}
-    kept = {role: columns[kind.name] for kind in KINDS.values() for role in kind.roles[:-1]}
-    kept["key"] = kept["value"] = head_rows(keep.kv_heads, shape.head_dim)
-    kept["head_gate"] = torch.tensor(keep.query_heads, dtype=torch.long)
-    placed = [
-        rows.start + kept[role]
-        for role, place, rows in placed_roles(shape.layers[index], shape, architecture)
-        if place == module and role in kept
-    ]
+    kept = {
+        role: kept_of_role(role, block, keep, shape) for block in KINDS.values() for role in block.roles[:-1]
+    }  # fmt: skip
+    roles = list(placed_roles(shape.layers[index], shape, architecture))
+    placed = [rows.start + kept[role] for role, place, rows in roles if place == module and role in kept]
     if placed:
         return read().index_select(0, torch.cat(placed))
-    if module == architecture.conv_kernel:  # one row per channel, and one number of its bias
-        return read().index_select(0, columns[CONV.name])
-    writing = {architecture.writing(block): columns[block.name] for block in KINDS.values()}
+    beside = architecture.beside.get(module) or architecture.beside.get(name)
+    if beside:  # rows as its matrices have, from 0 on
+        starts, counts = 0, {role: rows.stop - rows.start for role, _, rows in roles}
+        for role in beside:
+            placed.append(starts + kept[role])
+            starts += counts[role]
+        return read().index_select(0, torch.cat(placed))
+    writing = {architecture.writing(block): block for block in KINDS.values()}
     if module in writing and kind == "weight":
-        return read().index_select(1, writing[module])
+        return read().index_select(1, kept_columns(writing[module], keep, shape))
     return read().clone()
 
 

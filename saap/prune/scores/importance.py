@@ -37,14 +37,13 @@ from transformers import PreTrainedModel
 from devices.common.progress import Progress
 from saap.models.layer_walk import removed_hooks
 from saap.models.matrices import Matrix, matrices_of
-from saap.models.shape import CONV, FFN, KINDS, ModelShape
+from saap.models.shape import ATTENTION, KINDS, ModelShape
 from saap.prune.options import Element, Slices
 from saap.system.errors import UserError
 
 TYPES = tuple(type_ for kind in KINDS.values() for type_ in kind.types)
 ROWS = 2  # sequences of a pass that needs no gradient of a weight: a quarter faster than one, on AVX2
 WRITES = tuple(kind.writes for kind in KINDS.values())  # roles of which a structure has columns, of the others rows
-INPUT_WIDE = (*FFN.roles, *CONV.roles, "head_gate")  # one structure per row or column; the others have one per head
 
 
 @dataclass(frozen=True)
@@ -128,12 +127,12 @@ def per_structure(
     for index, layer in enumerate(shape.layers):
         if not layer.has(block):
             result.append(torch.zeros(*lead, 0))
-        elif block in (FFN, CONV):
+        elif block is not ATTENTION:
             roles = block.roles if slices == "all" else (block.writes,)
             result.append(torch.stack([sums[index, role] for role in roles]).sum(0))
         else:
             heads = sums[index, "output"] if slices == "output" else sums[index, "query"] + sums[index, "output"]
-            if slices == "all" and shape.head_gates:
+            if slices == "all" and (index, "head_gate") in sums:
                 heads = heads + sums[index, "head_gate"]
             if kind == "group":
                 heads = heads.unflatten(-1, (layer.kv_heads, layer.heads_per_group)).sum(-1)
@@ -164,7 +163,7 @@ def estimate(
         UserError: the loss is not finite on a sequence.
     """
     c = float(ids.shape[1]) if c is None else c
-    sums = Sums(shape.head_dim, c, element)
+    sums = Sums(shape, c, element)
     with watched(model, matrices_of(model, shape), sums):
         losses = backward(model, ids, progress, ROWS if element == "none" else 1)
     return sums.scores(len(ids), sum(losses) / len(losses))
@@ -199,7 +198,7 @@ def check_loss(loss: float, index: int) -> float:
 class Sums:
     """Collects, per logical matrix, sums over each structure's slice."""
 
-    head_dim: int
+    shape: ModelShape
     c: float
     kind: Element
     vector: dict[tuple[int, str], list[torch.Tensor]] = field(default_factory=dict)
@@ -229,9 +228,7 @@ class Sums:
 
     def consume_input(self, matrix: Matrix, inputs: torch.Tensor, gradient: torch.Tensor) -> None:
         """Products of what structures put into output or down and its gradient, both [sequences, tokens, K]."""
-        product = inputs * gradient
-        if matrix.role == "output":
-            product = product.unflatten(-1, (-1, self.head_dim)).sum(-1)
+        product = self._by_structure(inputs * gradient, matrix.role)
         key = (matrix.layer, matrix.role)
         self.token[key] = self.token.get(key, 0) + product.shape[1] / 2 * product.square().sum((0, 1))
         if self.kind == "none":
@@ -245,7 +242,8 @@ class Sums:
             self.vector.setdefault((matrix.layer, matrix.role), []).extend(summed)
 
     def _by_structure(self, numbers: torch.Tensor, role: str) -> torch.Tensor:
-        return numbers if role in INPUT_WIDE else numbers.unflatten(-1, (-1, self.head_dim)).sum(-1)
+        width = self.shape.width_of(role)
+        return numbers if width == 1 else numbers.unflatten(-1, (-1, width)).sum(-1)
 
     def scores(self, sequences: int, loss: float) -> Scores:
         """What was collected over so many sequences, whose mean loss is given; on the CPU."""

@@ -31,7 +31,7 @@ def estimate_layerwise(
 ) -> Scores:
     """Score every structure, layer by layer; arguments and result as of
     :func:`saap.prune.scores.importance.estimate`."""
-    sums, steps = Sums(shape.head_dim, c, element), 2 * len(shape.layers)
+    sums, steps = Sums(shape, c, element), 2 * len(shape.layers)
 
     def say(step: int) -> None:
         if progress:

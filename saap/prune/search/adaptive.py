@@ -59,7 +59,7 @@ def adaptive_plan(scores: Scores, losses: Losses, budget: Budget, options: Prune
         found = _searched(prices, budget, options)
     plan = found.plan
     if options.adaptive.corrections:
-        with masked(losses.model, plan.cut_layers(shape), shape.head_dim):
+        with masked(losses.model, plan.cut_layers(shape)):
             plan = plan if mean_nll(losses.model, losses.priced) < least else best
     cuts = any(len(keep.query_heads) < sizes.query_heads for keep, sizes in zip(plan.layers, shape.layers, strict=True))
     if options.heads is not None or not cuts:

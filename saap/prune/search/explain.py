@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from saap.models.shape import ATTENTION, CONV, KINDS
+from saap.models.shape import ATTENTION, KINDS, RARE
 from saap.prune.options import TAYLOR
 from saap.prune.plan import Move, PrunePlan, Reason, Reasons
 from saap.prune.search.budget import Budget
@@ -39,7 +39,10 @@ DECIDES = {
     "shortgpt": "shortgpt drops whole layers, those first that turn the hidden state least",
 }
 SAME_SHARE = "; every layer loses the same share, but for the first and last, which are kept"
-COLUMNS = {"query_heads": "query heads", "kv_heads": "KV groups", "conv": "conv channels", "ffn": "FFN channels"}
+COLUMNS = {
+    "query_heads": "query heads", "kv_heads": "KV groups", "conv": "conv channels", "delta": "delta heads",
+    "ffn": "FFN channels",
+}  # fmt: skip
 MOST_NAMED = 3  # layers that lost most, by name
 ALIKE = 0.005  # shares that are told as the same
 CHEAPER = 0.95  # times the price elsewhere, and less, is called cheap
@@ -152,8 +155,9 @@ def layer_table(reasons: Reasons) -> tuple[str, list[str], list[list[str]]]:
 
 def _fields(reasons: Reasons) -> list[str]:
     """The sizes that are told of: of attention and FFN always, of what else some layer had."""
-    convolves = any(block.kind == CONV.name for block in reasons.blocks)
-    return [field for field in COLUMNS if field not in CONV.sizes or convolves]
+    had = {block.kind for block in reasons.blocks}
+    absent = [field for kind in RARE if kind.name not in had for field in kind.sizes]
+    return [field for field in COLUMNS if field not in absent]
 
 
 def _row(layer: _Layer, fields: list[str], scale: float, priced: bool) -> list[str]:

@@ -1,9 +1,9 @@
 """What a decoder layer of some sizes costs on a device: milliseconds, read from the table that was measured there.
 
 A decode step is taken as a sum: a constant (embedding, final norm, head), and for each layer an attention block that
-depends on its heads, or a short convolution on its channels, and a feed-forward block on its width. What lies between
-those that were measured is interpolated. ``saap devices costs`` measures a table; one table is of one model's hidden
-size, head size and vocabulary, one precision, one thread count and one depth of the cache.
+depends on its heads, a short convolution on its channels or a delta net on its heads, and a feed-forward block on its
+width. What lies between those that were measured is interpolated. ``saap devices costs`` measures a table; one table is
+of one model's hidden size, head size and vocabulary, one precision, one thread count and one depth of the cache.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 from msgspec import Meta
 
 from devices.common.documents import Document
-from saap.models.shape import ATTENTION, CONV, BlockKind, LayerSizes, ModelShape
+from saap.models.shape import ATTENTION, CONV, DELTA, BlockKind, LayerSizes, ModelShape
 from saap.system.errors import UserError
 
 MOST = 1_000_000_000  # milliseconds, heads, channels: what is above is damage
@@ -60,6 +60,14 @@ class ConvCost:
 
 
 @dataclass(frozen=True)
+class DeltaCost:
+    """Of the gated delta net with its norm."""
+
+    heads: Count  # key heads
+    ms: Milliseconds
+
+
+@dataclass(frozen=True)
 class ThreadCosts:
     """With one thread count of ONNX Runtime."""
 
@@ -68,6 +76,7 @@ class ThreadCosts:
     attention: Annotated[list[AttentionCost], Meta(min_length=1)]
     ffn: Annotated[list[FfnCost], Meta(min_length=1)]
     conv: list[ConvCost] = field(default_factory=list)  # of families that have such layers
+    delta: list[DeltaCost] = field(default_factory=list)  # likewise
 
 
 @dataclass(frozen=True)
@@ -103,6 +112,7 @@ class CostTable:
     attention: dict[tuple[int, int], float]  # (query heads, KV heads) -> ms of the attention block with its norm
     ffn: dict[int, float]  # width -> ms of the feed-forward block with its norm
     conv: dict[int, float] = field(default_factory=dict)  # channels -> ms of the short convolution with its norm
+    delta: dict[int, float] = field(default_factory=dict)  # key heads -> ms of the delta net with its norm
 
     def attention_ms(self, query_heads: int, kv_heads: int) -> float:
         """Milliseconds of an attention block, interpolated over the query heads per group, then over the groups.
@@ -143,6 +153,8 @@ class CostTable:
         """Milliseconds of one block of a layer, 0 where it has none; CostError where it is larger than measured."""
         if kind is ATTENTION:
             return self.attention_ms(sizes.query_heads, sizes.kv_heads)
+        if kind is DELTA:
+            return _interpolated(self.delta, sizes.delta, "delta nets of")
         return self.conv_ms(sizes.conv) if kind is CONV else self.ffn_ms(sizes.ffn)
 
     def layer_ms(self, sizes: LayerSizes) -> float:
@@ -210,4 +222,5 @@ def _table(path: Path, found: CostFile, threads: int | None) -> CostTable:
     attention = {(cost.query_heads, cost.kv_heads): cost.ms for cost in table.attention}
     ffn = {cost.width: cost.ms for cost in table.ffn}
     conv = {cost.channels: cost.ms for cost in table.conv}
-    return CostTable(threads, found.depth, table.constant_ms, attention, ffn, conv)
+    delta = {cost.heads: cost.ms for cost in table.delta}
+    return CostTable(threads, found.depth, table.constant_ms, attention, ffn, conv, delta)

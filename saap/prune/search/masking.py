@@ -16,7 +16,7 @@ from functools import partial
 import torch
 from transformers import PreTrainedModel
 
-from saap.models.architectures import architecture_of
+from saap.models.architectures import architecture_of, shape_of
 from saap.models.layer_walk import layer_inputs, layers_of, loss_after, removed_hooks, states_after
 from saap.models.shape import KINDS, ModelShape
 from saap.prune.cut.surgery import kept_columns
@@ -25,15 +25,15 @@ from saap.prune.shares import shares
 
 
 @contextmanager
-def masked(model: PreTrainedModel, plans: dict[int, LayerPlan], head_dim: int) -> Iterator[None]:
+def masked(model: PreTrainedModel, plans: dict[int, LayerPlan]) -> Iterator[None]:
     """Silence everything that the plans of the given layers do not keep, inside the block; no weight is written."""
-    architecture = architecture_of(model.config)
+    architecture, shape = architecture_of(model.config), shape_of(model.config)
     layers = layers_of(model)
     with removed_hooks() as handles:
         for index, keep in plans.items():
             modules = {name: module for name, module in layers[index].named_modules() if name}
             for kind in KINDS.values():
-                linear, kept = modules.get(architecture.writing(kind)), kept_columns(kind, keep, head_dim)
+                linear, kept = modules.get(architecture.writing(kind)), kept_columns(kind, keep, shape)
                 if linear is None or len(kept) == linear.in_features:
                     continue
                 mask = torch.zeros(linear.in_features)
@@ -74,7 +74,7 @@ class WorkingPoint:
         with torch.inference_mode():
             self._batches = layer_inputs(self.model, self.ids)
             self._hidden = [[batch.hidden for batch in self._batches]]
-            with masked(self.model, self.plans, self.shape.head_dim):
+            with masked(self.model, self.plans):
                 self._hidden += states_after(self.model, self._batches, self._hidden[0])
                 self.loss = loss_after(self.model, self._hidden[-1], self.ids)
             yield self
@@ -83,6 +83,6 @@ class WorkingPoint:
     def loss_with(self, index: int, keep: LayerPlan) -> float:
         """Loss where layer ``index`` keeps this instead, nats per token."""
         plans = {**self.plans, index: keep}
-        with masked(self.model, {i: plan for i, plan in plans.items() if i >= index}, self.shape.head_dim):
+        with masked(self.model, {i: plan for i, plan in plans.items() if i >= index}):
             last = deque(states_after(self.model, self._batches, self._hidden[index], index), maxlen=1).pop()
         return loss_after(self.model, last, self.ids)

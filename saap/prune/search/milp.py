@@ -101,7 +101,8 @@ def blocks_of(shape: ModelShape, prices: Prices, budget: Budget, options: PruneO
                 offers = [_cheapest_heads(sizes, prices, index, *count) for count in counts]
             else:
                 channels = getattr(sizes, kind.sizes[0])
-                widths = [channels] if whole else widths_of(channels, options.group_size)
+                step = shape.width_of(kind.writes)
+                widths = [channels] if whole else widths_of(channels, options.group_size, step)
                 offers = _cheapest_channels(kind, prices, index, widths)
             plans = [Option(keep, price, budget.cost(kind, keep.sizes)) for keep, price in offers]
             gone = None if whole else prices.gone[kind.name][index]

@@ -95,7 +95,7 @@ class Losses:
         """The loss where what these layers' plans do not keep is silenced."""
 
         def measure() -> float:
-            with masked(self.model, plans, self.shape.head_dim):
+            with masked(self.model, plans):
                 return mean_nll(self.model, self.priced)
 
         return self._counted(plans, measure)
@@ -176,7 +176,7 @@ def _cheapest(
     """The structures that go at a level: channels by share, one or two heads of each group, one or two groups."""
     order = torch.argsort(scores, stable=True).tolist()
     if type_ not in ATTENTION.types:
-        return order[: round(levels[level] * len(order))]
+        return order[: min(max(round(levels[level] * len(order)), level + 1), max(len(order) - 1, 0))]
     if type_ == "group":
         return order[: min(level + 1, max(sizes.kv_heads - 1, 0))]
     each = min(level + 1, max(sizes.heads_per_group - 1, 0))

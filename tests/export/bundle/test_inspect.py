@@ -194,7 +194,7 @@ def test_a_graph_that_takes_more_than_its_files_hold_is_refused(tmp_path):
     for _ in range(12):
         deep = helper.make_graph([helper.make_node("If", ["x"], ["y"], then_branch=deep)], "d", [], [])
     for content, problem in (
-        (written(loop), "graphs within the graph"),
+        (written(loop), r"branches or loops \(If, Loop\)"),
         (written(functions=[function]), "holds functions"),
         (written(tensors=[huge]), "more elements than its files have bits"),
         (written(helper.make_node("Run", ["x"], ["y"], domain="evil\u2028ops")), r"operators of 'evil\\u2028ops'"),

@@ -1,6 +1,7 @@
 """The table of families, what is read from a config, and what is refused."""
 
 import json
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -28,7 +29,10 @@ def test_every_name_of_a_row_is_a_module_of_the_model(tiny_family, family):
         assert model.get_submodule(name).weight.shape[-1] == 96
     layers = model.get_submodule(row.layers)
     norms = (row.attention_norm, row.query_norm, row.key_norm, row.attention_post_norm, row.ffn_norm, row.ffn_post_norm)
-    some = (*norms, row.conv_in, row.conv_kernel, row.conv_out)
+    some = [*norms, row.conv_in, row.conv_kernel, row.conv_out]
+    if row.delta:  # two of whose names are parameters of the net itself
+        some += [name for name in asdict(row.delta).values() if name not in (row.delta.log_decay, row.delta.decay_bias)]
+        some.append("linear_attn")
     assert {*row.qkv, row.output, *row.gate_up, row.down, *filter(None, some)} == {
         name
         for layer in layers
@@ -37,7 +41,7 @@ def test_every_name_of_a_row_is_a_module_of_the_model(tiny_family, family):
     }
     attends = layers[1]  # where some layers convolve, the second does not
     rows = sum(attends.get_submodule(name).weight.shape[0] for name in row.qkv)
-    assert rows == (3 + 2 * 1) * 32 + (3 if row.head_gate else 0)
+    assert rows == (3 + 2 * 1) * 32 + (3 if row.head_gate else 3 * 32 if row.gated_queries else 0)
     assert sum(attends.get_submodule(name).weight.shape[0] for name in row.gate_up) == 2 * 128
 
 

@@ -16,14 +16,19 @@ def test_every_layer_has_the_roles_of_its_blocks(tiny_family, family):
     model = load_model(tiny_family(family))
     shape = shape_of(model.config)
     matrices = matrices_of(model, shape)
-    gated = ROLES if shape.head_gates else [role for role in ROLES if role != "head_gate"]
+    architecture = FAMILIES[family]
+    gated = ROLES if architecture.head_gate else [role for role in ROLES if role != "head_gate"]
     wanted = [[r for kind in sizes.blocks for r in kind.roles if r in gated] for sizes in shape.layers]
     assert [(m.layer, m.role) for m in matrices] == [(i, role) for i, roles in enumerate(wanted) for role in roles]
     assert {role for roles in wanted for role in roles} >= {"query", "key", "value", "output", "gate", "up", "down"}
     sizes = {
         "query": (96, 96), "key": (32, 96), "value": (32, 96), "output": (96, 96), "gate": (128, 96), "up": (128, 96),
         "down": (96, 128), "head_gate": (3, 96), **dict.fromkeys(CONV.roles, (96, 96)),
+        **dict.fromkeys(("delta_query", "delta_key"), (3 * 24, 96)), "delta_out": (96, 6 * 16),
+        **dict.fromkeys(("delta_value", "delta_gate"), (6 * 16, 96)), "delta_beta": (6, 96), "delta_decay": (6, 96),
     }  # fmt: skip
+    if architecture.gated_queries:
+        sizes["query"] = (192, 96)
     assert all(tuple(m.linear.weight[m.rows].shape) == sizes[m.role] for m in matrices)
     linears = {id(m.linear): m.linear for m in matrices}.values()
     assert {id(m) for m in model.model.layers.modules() if isinstance(m, nn.Linear)} == {id(m) for m in linears}

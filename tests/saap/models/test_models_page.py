@@ -14,8 +14,9 @@ def table():
         attention = "heads of a layer together" if row.qk_norm_spans_heads else "query heads, KV groups"
         release = "5" if row.transformers > 4 else "4.57 and 5"
         gguf = "yes" if row.gguf else "no"
-        channels = "channels of FFN and convolution" if row.conv_in else "FFN channels"
-        windows = "-" if row is LFM2 else WINDOWS[row.window]
+        rare = {"conv": "channels of FFN and convolution", "delta": "FFN channels, key heads of delta nets"}
+        channels = rare[row.rare.name] if row.rare else "FFN channels"
+        windows = "-" if row is LFM2 or row.delta else WINDOWS[row.window]
         parts = [f"`{name}`", release, f"{channels}, {attention}, blocks, layers", windows, gguf]
         lines.append(f"| {' | '.join(parts)} |")
     return "\n".join(lines)

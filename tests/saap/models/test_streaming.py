@@ -57,7 +57,9 @@ def check_scores(both, ids, element):
         ours, theirs = getattr(found, part), getattr(expected, part)
         assert ours.keys() == theirs.keys()
         for key, numbers in theirs.items():
-            assert torch.allclose(ours[key], numbers, rtol=1e-3, atol=1e-4 * float(numbers.abs().max())), (part, key)
+            # A head that is normed whole cannot change what is read of it: its product is 0, but for rounding.
+            least = max(1e-4 * float(numbers.abs().max()), 1e-7)
+            assert torch.allclose(ours[key], numbers, rtol=1e-3, atol=least), (part, key)
     assert nothing_is_left(streamed)
     counts = [done for _, done, _ in said]
     assert counts == sorted(counts) and said[-1][1] == said[-1][2] == 2 * len(shape.layers)
@@ -75,7 +77,7 @@ def check_silencing_activations_and_refits(both, ids):
     cut = dict(enumerate(plan.layers))
     losses = []
     for model in both:
-        with masked(model, cut, shape.head_dim):
+        with masked(model, cut):
             losses.append(mean_nll(model, ids))
     assert losses[0] == losses[1] != mean_nll(whole, ids)
     for kind in ("bias", "refit"):

@@ -23,6 +23,34 @@ KINDS = {
         "Gemma3",
         {"text_config": {**TEXT, "sliding_window": 8}, "vision_config": VISION, "mm_tokens_per_image": 4},
     ),
+    **(
+        {
+            "qwen3_5": (
+                "Qwen3_5",
+                {
+                    "text_config": {
+                        **TEXT,
+                        "linear_num_key_heads": 2,
+                        "linear_num_value_heads": 4,
+                        "linear_key_head_dim": 16,
+                        "linear_value_head_dim": 16,
+                        "layer_types": ["linear_attention", "full_attention"],
+                    },
+                    "vision_config": {
+                        "hidden_size": 32,
+                        "intermediate_size": 48,
+                        "depth": 1,
+                        "num_heads": 2,
+                        "patch_size": 14,
+                        "out_hidden_size": 96,
+                    },
+                    "tie_word_embeddings": True,
+                },
+            )
+        }
+        if NEW
+        else {}
+    ),
     "mistral3": (
         "Mistral3",
         {

@@ -123,7 +123,7 @@ def test_a_refit_brings_what_the_model_says_closer_to_the_dense_one(dense, tmp_p
     with torch.inference_mode():
         target = model(input_ids=unseen).logits
     refit = dict(compensate("refit", model, plan, IDS))
-    with masked(model, dict(enumerate(plan.layers)), 16), torch.inference_mode():
+    with masked(model, dict(enumerate(plan.layers))), torch.inference_mode():
         plain = model(input_ids=unseen).logits
         for name, tensor in refit.items():
             model.get_parameter(name).data[:, list(every_other.ffn)] = tensor
@@ -189,14 +189,15 @@ def test_what_is_kept_between_runs_changes_no_bit(family, blocks, tiny_family, m
         if blocks == "both" and sizes.query_heads:  # the first query head of each group
             keep = replace(keep, query_heads=keep.query_heads[:: sizes.heads_per_group])
         elif blocks == "both":
-            keep = replace(keep, conv=keep.conv[::3])
+            keep = replace(keep, conv=keep.conv[::3], delta=keep.delta[::2])
         layers.append(keep)
     plan = PrunePlan(tuple(layers))
     runs, found = [], []
     for streamed in (False, True):
         monkeypatch.setattr(module, "is_streamed", lambda _, streamed=streamed: streamed)
         architecture = architecture_of(model.config)
-        first = architecture.conv_in or architecture.packed_qkv or architecture.query
+        delta = architecture.delta.mixed if architecture.delta else ""
+        first = delta or architecture.conv_in or architecture.packed_qkv or architecture.query
         counted = layers_of(model)[0].get_submodule(first)
         handle = counted.register_forward_hook(lambda *_: runs.append(1))
         found.append(dict(compensate("refit", model, plan, IDS)))

@@ -27,7 +27,7 @@ def logits(model, ids):
 def test_slim_equals_masked_dense(tiny_model, tmp_path, layers):
     path = tiny_model()
     dense, ids = load_model(path), torch.randint(320, (2, 24), generator=torch.Generator().manual_seed(0))
-    with masked(dense, dict(enumerate(layers)), head_dim=16):
+    with masked(dense, dict(enumerate(layers))):
         expected = logits(dense, ids)
     slim = load_model(cut(path, tmp_path / "slim", PrunePlan(layers)))
     assert (logits(slim, ids) - expected).abs().max() <= 1e-5

@@ -37,7 +37,7 @@ def test_module_prices_are_measured_losses(scored):
     model, shape, fused = scored
     prices = fitted(model, fused, modules=True)
     base = mean_nll(model, IDS[2:])
-    with masked(model, {1: LayerPlan(ffn=whole_layer(shape.layers[1]).ffn)}, 16):
+    with masked(model, {1: LayerPlan(ffn=whole_layer(shape.layers[1]).ffn)}):
         increase = mean_nll(model, IDS[2:]) - base
     # Single prices share one factor, at least 1, for what removing several together costs more.
     assert prices.gone["attention"][1] >= max(increase, 1e-4) - 1e-6

@@ -1,4 +1,4 @@
-"""Short convolutions in a bundle: what they remember is carried over as transformers carries it."""
+"""Short convolutions and delta nets in a bundle: what they remember is carried over as transformers carries it."""
 
 import json
 
@@ -16,29 +16,36 @@ from export.generate.loop import HeldSequence
 from export.generate.ort_model import BundleForCausalLM
 from export.graph.probe_model import read_probe_model
 from export.graph.probe_stacks import write_probe_stacks
+from saap.models.architectures import FAMILIES, LAYER_TYPES
 from saap.models.checkpoint import load_model
 from saap.prune.plan import LayerPlan, PrunePlan
 
-KINDS = ["conv", "full_attention", "conv", "full_attention"]
-LAYERS = (
-    LayerPlan(conv=tuple(range(0, 96, 3)), ffn=tuple(range(64))),
-    LayerPlan((0, 2), (0,), tuple(range(0, 128, 2))),
-    LayerPlan(conv=tuple(range(64))),
-    LayerPlan((0, 1, 2), (0,), tuple(range(128))),
-)
+CUTS = {  # two layers of each family's own kind
+    "lfm2": (LayerPlan(conv=tuple(range(0, 96, 3)), ffn=tuple(range(64))), LayerPlan(conv=tuple(range(64)))),
+    "qwen3_5_text": (LayerPlan(delta=(0, 2), ffn=tuple(range(64))), LayerPlan(delta=(1,))),
+}
+ATTENDING = LayerPlan((0, 2), (0,), tuple(range(0, 128, 2))), LayerPlan((0, 1, 2), (0,), tuple(range(128)))
+KINDS = {family: [LAYER_TYPES[FAMILIES[family].rare], "full_attention"] * 2 for family in CUTS}
 IDS = torch.randint(3, 300, (3, 9), generator=torch.Generator().manual_seed(2))
 MASK = torch.tensor([[1] * 9, [0] * 4 + [1] * 5, [0] * 7 + [1] * 2])
 
 
+@pytest.fixture(params=CUTS)
+def family(request):
+    return request.param
+
+
 @pytest.fixture
-def dense(tiny_family):
-    return tiny_family("lfm2", num_hidden_layers=4, layer_types=KINDS, block_auto_adjust_ff_dim=False)
+def dense(tiny_family, family):
+    return tiny_family(family, num_hidden_layers=4, layer_types=KINDS[family])
 
 
 @pytest.fixture(params=["cpu", "portable"])
-def slim(request, dense, tmp_path):
+def slim(request, dense, family, tmp_path):
     """(slim directory, its bundle)."""
-    path, bundle = cut(dense, tmp_path / "slim", PrunePlan(LAYERS)), tmp_path / "bundle"
+    (first, third), (second, last) = CUTS[family], ATTENDING
+    plan = PrunePlan((first, second, third, last))
+    path, bundle = cut(dense, tmp_path / "slim", plan), tmp_path / "bundle"
     (export_bundle if request.param == "cpu" else export_portable)(path, bundle, bits=32)
     if request.param == "portable":
         check_standard(bundle)
@@ -74,14 +81,15 @@ def test_batches_padded_on_the_left_and_beams_are_as_in_transformers(slim):
         assert bundle.generate(IDS, **options).tolist() == model.generate(IDS, **options).tolist()
 
 
-def test_an_int8_cache_leaves_states_as_floats(dense, tmp_path):
+def test_an_int8_cache_leaves_states_as_floats(dense, family, tmp_path):
     ids = torch.randint(320, (4, 40), generator=torch.Generator().manual_seed(5))
     manifest = export_bundle(dense, tmp_path / "bundle", bits=8, kv_bits=8, ids=ids)
-    assert [part.dtype for part in manifest.cache] == ["float32", "int8", "int8", "float32", "int8", "int8"]
+    states = ["float32"] * (2 if family == "qwen3_5_text" else 1)
+    assert [part.dtype for part in manifest.cache] == [*states, "int8", "int8"] * 2
     assert manifest.parity.perplexity_ratio == pytest.approx(1, abs=0.02)
 
 
-def test_genai_runs_layers_that_are_alike_in_their_states(dense, tmp_path):
+def test_genai_runs_layers_that_are_alike_in_their_states(dense, family, tmp_path):
     genai = pytest.importorskip("onnxruntime_genai")
     bundle = tmp_path / "bundle"
     export_bundle(dense, bundle, bits=32)
@@ -95,16 +103,18 @@ def test_genai_runs_layers_that_are_alike_in_their_states(dense, tmp_path):
     expected = load_model(dense).generate(IDS[:1], max_length=24, do_sample=False, pad_token_id=2)[0].tolist()
     assert found[: len(expected)] == expected
     told = json.loads((bundle / "genai_config.json").read_text())["model"]
-    assert told["type"] == "lfm2" and told["decoder"]["layer_types"] == KINDS
+    assert told["decoder"]["layer_types"] == KINDS[family]
 
 
-def test_stacks_for_costs_have_convolutions_in_the_place_of_attention(dense, tmp_path):
+def test_stacks_for_costs_have_other_mixers_in_the_place_of_attention(dense, family, tmp_path):
     out = tmp_path / "stacks"
     out.mkdir()
     stacks = write_probe_stacks(read_probe_model(dense), out)
     options = [stack.option for stack in read_stacks([read_manifest(stack) for stack in stacks])]
-    widths = [option.conv for option in options if option.conv]
-    assert (options[0].query_heads, options[0].conv, widths) == (3, 0, [32, 64, 96])
+    (field,) = FAMILIES[family].rare.sizes
+    sizes = [getattr(option, field) for option in options]
+    assert (options[0].query_heads, sizes[0]) == (3, 0)
+    assert [size for size in sizes if size] == ([32, 64, 96] if field == "conv" else [1, 2, 3])
     for stack, option in zip(stacks, options, strict=True):
         decoder = OrtDecoder(stack, 1, 16)
         assert np.isfinite(decoder.prefill(np.array([3, 4]))).all(), option
