@@ -68,8 +68,11 @@ def check_engines(directory: Path, options: ExportOptions) -> None:
 
 def check_operators(directory: Path) -> None:
     """Raise UserError for a model whose graph has an operator that OpenVINO does not read."""
-    if shape_of(read_config(directory)).delta is not None:
+    shape = shape_of(read_config(directory))
+    if shape.delta is not None:
         raise UserError(f"--engines {OPENVINO}: it does not read the operator of gated delta nets: leave it out")
+    if shape.per_layer:
+        raise UserError(f"--engines {OPENVINO}: keys and values that later layers read were not tried: leave it out")
 
 
 def write_engine(

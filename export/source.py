@@ -99,6 +99,12 @@ class WeightSource(Protocol):
     def rates(self, layer: int) -> DeltaRates:
         """Of a layer's gated delta net."""
 
+    def outside(self, module: str, precision: Precision) -> torch.Tensor | QuantMatrix:
+        """A matrix [N, K] that is in no layer, by its name in the model."""
+
+    def numbers(self, name: str) -> torch.Tensor:
+        """A tensor that is no matrix, float32, by its name in the model."""
+
 
 class ModelSource:
     """A dense, slim or tuned directory, as a :class:`WeightSource`."""
@@ -152,7 +158,7 @@ class ModelSource:
                     "directory again"
                 )
             return QuantMatrix(qweight, scales, zero_points, *form)
-        in_vocabulary = module in (self.architecture.embedding, self.architecture.head)
+        in_vocabulary = module in self.architecture.tables
         bits, weight = precision.head_bits if in_vocabulary else precision.bits, self.read(f"{module}.weight").float()
         if bits == 32:
             return weight
@@ -182,6 +188,14 @@ class ModelSource:
         matrix = torch.cat([read(f"{module}.weight") for module in (names.beta, names.decay)])
         return DeltaRates(matrix, -read(names.log_decay).exp(), read(names.decay_bias), read(f"{names.norm}.weight"))
 
+    def outside(self, module: str, precision: Precision) -> torch.Tensor | QuantMatrix:
+        """A matrix [N, K] that is in no layer, by its name in the model."""
+        return self.matrix(module, precision)
+
+    def numbers(self, name: str) -> torch.Tensor:
+        """A tensor that is no matrix, float32, by its name in the model."""
+        return self.read(name).float()
+
     def bias(self, module: str) -> torch.Tensor | None:
         name = f"{module}.bias"
         return self.read(name).float() if name in self.names else None
@@ -210,7 +224,8 @@ class ModelSource:
         arch = self.architecture
         if self.quant:
             stacked_form(self.quant, arch, layer, part)
-        modules = [f"{arch.layers}.{layer}.{module}" for module in arch.matrices[part]]
+        names = arch.matrices[part][: 1 if part == "qkv" and self.shape.layers[layer].reads else None]
+        modules = [f"{arch.layers}.{layer}.{module}" for module in names]
         parts = [self.matrix(module, precision) for module in modules]
         packed = [p for p in parts if isinstance(p, QuantMatrix)]
         rows = [p.qweight.shape[0] if isinstance(p, QuantMatrix) else p.shape[0] for p in parts]
@@ -246,7 +261,7 @@ def is_symmetric(matrix: QuantMatrix) -> bool:
 
 def sized_manifest(shape: ModelShape, precision: Precision, config: ModelConfig) -> BundleManifest:
     """The manifest of a bundle as far as sizes and precision tell it."""
-    kv_heads = sum(sizes.kv_heads for sizes in shape.layers)
+    kept = sum(sizes.kv_heads * shape.head_of(sizes) for sizes in shape.layers if not sizes.reads)
     return BundleManifest(
         target="cpu",
         model_type=config.model_type,
@@ -260,7 +275,7 @@ def sized_manifest(shape: ModelShape, precision: Precision, config: ModelConfig)
         accuracy_level=precision.accuracy_level,
         parameters=shape.parameters,
         weight_bytes_per_token=0,
-        kv_bytes_per_token=2 * np.dtype(precision.kv).itemsize * kv_heads * shape.head_dim,
+        kv_bytes_per_token=2 * np.dtype(precision.kv).itemsize * kept,
         kv_dtype=precision.kv,
         bos_token_id=None,
         eos_token_ids=[],

@@ -244,6 +244,12 @@ def tiny_family(tmp_path: Path, families: _Made) -> Callable[..., Path]:
         if (rare := FAMILIES[model_type].rare) is not None:
             kinds = [(LAYER_TYPES[rare], "full_attention")[i % 2] for i in range(fields["num_hidden_layers"])]
             fields = {"layer_types": kinds, "block_auto_adjust_ff_dim": False} | fields
+        if FAMILIES[model_type].per_layer:
+            count = fields["num_hidden_layers"]
+            kinds = [("sliding_attention", "full_attention")[i % 2 or i == count - 1] for i in range(count)]
+            others = {"layer_types": kinds, "global_head_dim": 64, "num_kv_shared_layers": 1, "sliding_window": 8}
+            others |= {"hidden_size_per_layer_input": 32, "vocab_size_per_layer_input": fields["vocab_size"]}
+            fields = {"use_double_wide_mlp": True, **others} | fields
         if FAMILIES[model_type].delta:
             heads = {"linear_num_key_heads": 3, "linear_num_value_heads": 6}
             fields = {**heads, "linear_key_head_dim": 24, "linear_value_head_dim": 16, "head_dim": 32} | fields

@@ -58,6 +58,8 @@ class Placed:
 
 def check_openvino(manifest: BundleManifest, where: str) -> None:
     """Raise BundleError: OpenVINO does not read the graph."""
+    if any(layer.reads for layer in manifest.layers):
+        raise BundleError(f"{where} has layers that read others' keys and values, which was not tried in OpenVINO")
     if manifest.delta is not None:
         raise BundleError(f"{where} has gated delta nets, whose operator OpenVINO does not read: leave openvino out")
     if manifest.target != "cpu" or manifest.kv_dtype != "float32":

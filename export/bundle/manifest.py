@@ -67,6 +67,8 @@ class LayerSizes:
     ffn: Count
     conv: Count = 0  # channels of the short convolution
     delta: Count = 0  # key heads of the gated delta net
+    head_dim: Count = 0  # elements of a head of attention; 0: as the manifest's
+    reads: bool = False  # whether its keys and values are those of an earlier layer
 
 
 @dataclass(frozen=True)
@@ -199,12 +201,12 @@ class BundleManifest:
     @property
     def kv_layers(self) -> list[LayerSizes]:
         """The layers that own a KV cache, in the order of the graph's ``past_key_values.N``."""
-        return [layer for layer in self.layers if layer.query_heads]
+        return [layer for layer in self.layers if layer.query_heads and not layer.reads]
 
     @property
     def mixing_layers(self) -> list[LayerSizes]:
         """The layers that mix tokens, and so remember something: N of the graph's names counts them."""
-        return [layer for layer in self.layers if layer.query_heads or layer.conv or layer.delta]
+        return [each for each in self.layers if not each.reads and (each.query_heads or each.conv or each.delta)]
 
     @property
     def cache(self) -> list[CachePart]:
@@ -214,8 +216,8 @@ class BundleManifest:
             if layer.query_heads:
                 parts += [
                     CachePart(
-                        f"past_key_values.{n}.{part}", f"present.{n}.{part}", (layer.kv_heads, None, self.head_dim),
-                        self.kv_dtype,
+                        f"past_key_values.{n}.{part}", f"present.{n}.{part}",
+                        (layer.kv_heads, None, layer.head_dim or self.head_dim), self.kv_dtype,
                     )
                     for part in ("key", "value")
                 ]  # fmt: skip

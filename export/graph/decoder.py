@@ -43,10 +43,11 @@ def check_attention(shape: ModelShape, traits: Traits, rotary_dims: Mapping[str,
     ``rotary_dims``: elements of a head that each of the rotary tables turns.
     """
     step = 16 if any(layer.rotary for layer in traits.layers) else 8
-    if shape.head_dim % step:
-        raise UserError(
-            f"a head size of {shape.head_dim} cannot be exported: ONNX Runtime's attention takes multiples of {step}"
-        )
+    for dim in {shape.head_of(sizes) for sizes in shape.layers if sizes.query_heads}:
+        if dim % step:
+            raise UserError(
+                f"a head size of {dim} cannot be exported: ONNX Runtime's attention takes multiples of {step}"
+            )
     for dims in rotary_dims.values():
         if dims % 16:
             raise UserError(
@@ -62,6 +63,7 @@ class GraphModel:
     traits: Traits
     precision: Precision
     epsilon: float
+    value_norm: bool = False  # whether values are normed head by head
 
 
 class DecoderGraph(ABC):
@@ -74,11 +76,12 @@ class DecoderGraph(ABC):
 
     def __init__(self, model: GraphModel, tensors: Mapping[str, ir.ExternalTensor]) -> None:
         self.shape, self.traits = model.shape, model.traits
-        self.precision, self.epsilon = model.precision, model.epsilon
+        self.precision, self.epsilon, self.value_norm = model.precision, model.epsilon, model.value_norm
         self.tensors = tensors
         self.floats = ir.DataType.from_numpy(np.dtype(model.precision.floats))
         self.kv = ir.DataType.from_numpy(np.dtype(model.precision.kv))
         self.graph = GraphBuilder(tensors)
+        self._left_kv: dict[bool, list[ir.Value | None]] = {}  # what later layers read, by whether the layer slides
 
     def build(self, scoring: bool) -> ir.Model:
         """The decode graph, or the scoring graph with the logits of all positions."""
@@ -88,17 +91,19 @@ class DecoderGraph(ABC):
         residual, delta, scale = self.embedding(ids), None, self.traits.embedding_scale
         if scale is not None:
             residual = self.graph.op("Mul", residual, self.constant("embedding_scale", scale))
-        mixer = 0
+        for_layers, mixer = self.per_layer(ids, residual), 0
         for index, sizes in enumerate(self.shape.layers):
             name = f"layers.{index}"
             if sizes.query_heads or sizes.conv or sizes.delta:
                 normed, residual = self._entered(residual, delta, f"{name}.attention_norm")
                 mix = self.attention if sizes.query_heads else self.convolution if sizes.conv else self.delta_net
                 delta = self._left(mix(normed, index, mixer), f"{name}.attention_post_norm")
-                mixer += 1
+                mixer += not sizes.reads
             if sizes.ffn:
                 normed, residual = self._entered(residual, delta, f"{name}.ffn_norm")
                 delta = self._left(self.feed_forward(normed, name, sizes), f"{name}.ffn_post_norm")
+            if for_layers:
+                residual, delta = self._with_embedding(residual, delta, for_layers[index], name), None
         normed, _ = self.norm(residual, delta, "norm")
         logits = self._finished(self.head(self.graph.last_positions(normed, scoring)))
         if self.floats != ir.DataType.FLOAT:
@@ -110,6 +115,36 @@ class DecoderGraph(ABC):
     @abstractmethod
     def begin(self, ids: ir.Value, mask: ir.Value) -> None:
         """What all layers read, from the ids [batch, sequence] and the mask [batch, total]."""
+
+    def per_layer(self, ids: ir.Value, embedded: ir.Value) -> list[ir.Value]:
+        """The embedding of each layer, [batch, sequence, elements]: looked up, and made of the token's own."""
+        size, count = self.shape.per_layer, len(self.shape.layers)
+        if not size:
+            return []
+        g = self.graph
+        made = self.matrix_product(embedded, "per_layer_in", self.shape.hidden, count * size)
+        made = g.op("Mul", made, self.constant("per_layer_scale", self.shape.hidden**-0.5))
+        normed, _ = self.norm(self._heads(made, count, size), None, "per_layer_norm")
+        looked_up = g.op("Mul", self.lookup("per_layer", ids, count * size), self.constant("table_scale", size**0.5))
+        both = g.op("Add", self._flat(normed, count * size), looked_up)
+        return g.split(g.op("Mul", both, self.constant("half", 2**-0.5)), [size] * count)
+
+    def _with_embedding(self, residual: ir.Value, delta: ir.Value | None, own: ir.Value, name: str) -> ir.Value:
+        """The residual stream behind a layer's blocks, with what its own embedding adds, scaled."""
+        g, size = self.graph, self.shape.per_layer
+        stream = residual if delta is None else g.op("Add", residual, delta)
+        gate = self.activation(self.matrix_product(stream, f"{name}.layer_gate", self.shape.hidden, size))
+        added = self.matrix_product(g.op("Mul", gate, own), f"{name}.layer_out", size, self.shape.hidden)
+        normed, _ = self.norm(added, None, f"{name}.layer_norm")
+        return g.op("Mul", g.op("Add", stream, normed), g.weight(f"{name}.layer_scale"))
+
+    @abstractmethod
+    def lookup(self, name: str, ids: ir.Value, width: int) -> ir.Value:
+        """Rows [batch, sequence, width] of the table of this name."""
+
+    @abstractmethod
+    def activation(self, x: ir.Value) -> ir.Value:
+        """The family's activation."""
 
     @abstractmethod
     def embedding(self, ids: ir.Value) -> ir.Value:
@@ -165,7 +200,8 @@ class DecoderGraph(ABC):
 
     def _heads(self, x: ir.Value, count: int, size: int) -> ir.Value:
         """x [batch, sequence, count * size] by heads."""
-        return self.graph.op("Reshape", x, self.constant(f"heads{count}.{size}", [0, 0, count, size]))
+        name = f"heads{count}" if size == self.shape.head_dim else f"heads{count}.{size}"
+        return self.graph.op("Reshape", x, self.constant(name, [0, 0, count, size]))
 
     def _flat(self, x: ir.Value, width: int) -> ir.Value:
         """x [batch, sequence, heads, size] as [batch, sequence, width]."""
@@ -217,7 +253,8 @@ class DecoderGraph(ABC):
 
     def queries_and_gate(self, x: ir.Value, name: str, sizes: LayerSizes) -> tuple[ir.Value, ir.Value | None]:
         """Queries, keys and values in one, and the gate of each head, [batch, sequence, heads, elements]."""
-        g, width = self.graph, (sizes.query_heads + 2 * sizes.kv_heads) * self.shape.head_dim
+        own = sizes.query_heads + (0 if sizes.reads else 2 * sizes.kv_heads)
+        g, width = self.graph, own * self.shape.head_of(sizes)
         gates = sizes.query_heads * self.shape.gate_width
         qkv = self.matrix_product(x, f"{name}.qkv", self.shape.hidden, width + gates)
         if not gates:
@@ -289,15 +326,19 @@ class MicrosoftGraph(DecoderGraph):
         self._lengths = [g.op("Cast", last, to=int32), g.op("Cast", total, to=int32)]
 
     def embedding(self, ids: ir.Value) -> ir.Value:
+        return self.lookup("embedding", ids, self.shape.hidden)
+
+    def lookup(self, name: str, ids: ir.Value, width: int) -> ir.Value:
         if self.precision.head_bits == 32:
-            return self.graph.op("Gather", self.graph.weight("embedding.weight"), ids, axis=0)
-        inputs = [self.graph.weight("embedding.qweight"), ids, self.graph.weight("embedding.scales3")]
-        form = self._form("embedding", self.shape.hidden)
+            return self.graph.op("Gather", self.graph.weight(f"{name}.weight"), ids, axis=0)
+        inputs = [self.graph.weight(f"{name}.qweight"), ids, self.graph.weight(f"{name}.scales3")]
+        form = self._form(name, width)
         groups = self.graph.op(
             "GatherBlockQuantized", *inputs, domain=MICROSOFT, gather_axis=0, quantize_axis=2,
             block_size=form.group_size, bits=form.bits,
         )  # fmt: skip
-        return self.graph.op("Reshape", groups, self.constant("hidden_shape", [0, 0, self.shape.hidden]))
+        name = "hidden_shape" if width == self.shape.hidden else f"table_shape{width}"
+        return self.graph.op("Reshape", groups, self.constant(name, [0, 0, width]))
 
     def norm(self, residual: ir.Value, delta: ir.Value | None, weight: str) -> tuple[ir.Value, ir.Value]:
         gamma = self.graph.weight(weight)
@@ -310,39 +351,42 @@ class MicrosoftGraph(DecoderGraph):
         return outputs[0], outputs[3]
 
     def attention(self, x: ir.Value, index: int, mixer: int) -> ir.Value:
-        name, dim = f"layers.{index}", self.shape.head_dim
         sizes, traits = self.shape.layers[index], self.traits.layers[index]
+        name, dim, slides = f"layers.{index}", self.shape.head_of(sizes), bool(traits.window)
         qkv, gate = self.queries_and_gate(x, name, sizes)
-        past = [
-            self.graph.input(f"past_key_values.{mixer}.{part}", self.kv, ["batch", sizes.kv_heads, "past", dim])
-            for part in ("key", "value")
-        ]
+        normed = self._normed_heads(qkv, name, sizes)
+        if not sizes.reads:
+            shape: list[int | str] = ["batch", sizes.kv_heads, "past", dim]
+            past = [self.graph.input(f"past_key_values.{mixer}.{part}", self.kv, shape) for part in ("key", "value")]
+            scales = [self.graph.weight(f"{name}.{part}_scale") for part in ("key", "value")] if self._int8 else []
+            self._left_kv[slides] = [*normed[1:], *past, *scales]
+        # A layer that reads others' keys and values is given what their layer is, and its copies are let go.
+        keys, values, *kept = self._left_kv[slides]
         tables = [] if traits.rotary is None else [self.graph.weight(table) for table in rotary_names(traits.rotary)]
-        inputs = [*self._normed_heads(qkv, name, sizes), *past, *self._lengths, *tables]
-        if self.kv == ir.DataType.INT8:
-            unused = [None] * (KV_SCALES - len(inputs))
-            inputs += [*unused, *(self.graph.weight(f"{name}.{part}_scale") for part in ("key", "value"))]
+        inputs = [normed[0], keys, values, *kept[:2], *self._lengths, *tables]
+        if self._int8:
+            inputs += [*[None] * (KV_SCALES - len(inputs)), *kept[2:]]
         outputs = self.graph.multi(
             "GroupQueryAttention", inputs, 3, MICROSOFT, num_heads=sizes.query_heads, kv_num_heads=sizes.kv_heads,
             do_rotary=int(traits.rotary is not None), rotary_interleaved=0, **self._attention_options(traits),
         )  # fmt: skip
-        for part, value in zip(("key", "value"), outputs[1:], strict=True):
+        for part, value in zip(("key", "value"), () if sizes.reads else outputs[1:], strict=not sizes.reads):
             self.graph.output(
                 value, f"present.{mixer}.{part}", self.kv, ["batch", sizes.kv_heads, "total_or_past", dim]
             )
         mixed, width = outputs[0], sizes.query_heads * dim
         if gate is not None:
-            heads = self.graph.op("Reshape", mixed, self.constant(f"heads{sizes.query_heads}", [0, 0, -1, dim]))
-            mixed = self.graph.op(
-                "Reshape", self.graph.op("Mul", heads, gate), self.constant(f"flat{width}", [0, 0, width])
-            )
+            mixed = self._flat(self.graph.op("Mul", self._heads(mixed, sizes.query_heads, dim), gate), width)
         return self.matrix_product(mixed, f"{name}.o", width, self.shape.hidden)
 
     def _normed_heads(self, qkv: ir.Value, name: str, sizes: LayerSizes) -> list[ir.Value | None]:
         """The op's first three inputs: all in one where there are no norms, else queries, keys and values."""
         if f"{name}.query_norm" not in self.tensors:
             return [qkv, None, None]
-        dim, counts = self.shape.head_dim, (sizes.query_heads, sizes.kv_heads, sizes.kv_heads)
+        dim, counts = self.shape.head_of(sizes), (sizes.query_heads, sizes.kv_heads, sizes.kv_heads)
+        if sizes.reads:
+            heads, _ = self.norm(self._heads(qkv, sizes.query_heads, dim), None, f"{name}.query_norm")
+            return [self._flat(heads, sizes.query_heads * dim)]
         widths = [count * dim for count in counts]
         split = self.constant("split" + "_".join(map(str, widths)), widths)
         parts = self.graph.multi("Split", [qkv, split], 3, axis=-1)
@@ -351,10 +395,18 @@ class MicrosoftGraph(DecoderGraph):
         if self.shape.qk_norm == "all":
             return [*(self.norm(parts[i], None, f"{name}.{norm}")[0] for i, norm in enumerate(norms)), parts[2]]
         for part, count, norm in zip(parts[:2], counts[:2], norms, strict=True):
-            heads = self.graph.op("Reshape", part, self.constant(f"heads{count}", [0, 0, count, dim]))
-            heads, _ = self.norm(heads, None, f"{name}.{norm}")
-            normed.append(self.graph.op("Reshape", heads, self.constant(f"flat{count * dim}", [0, 0, count * dim])))
-        return [*normed, parts[2]]
+            heads, _ = self.norm(self._heads(part, count, dim), None, f"{name}.{norm}")
+            normed.append(self._flat(heads, count * dim))
+        if not self.value_norm:
+            return [*normed, parts[2]]
+        ones = self.constant(f"ones{dim}", [1.0] * dim)
+        heads = self._heads(parts[2], sizes.kv_heads, dim)
+        values = self.graph.op("SimplifiedLayerNormalization", heads, ones, axis=-1, epsilon=self.epsilon)
+        return [*normed, self._flat(values, sizes.kv_heads * dim)]
+
+    @property
+    def _int8(self) -> bool:
+        return self.kv == ir.DataType.INT8
 
     def unit(self, x: ir.Value, size: int) -> ir.Value:
         """By the fused norm, whose mean of squares is 1 / size of the squared length."""
@@ -377,7 +429,7 @@ class MicrosoftGraph(DecoderGraph):
 
     def _attention_options(self, traits: LayerTraits) -> dict[str, Attribute]:
         options: dict[str, Attribute] = {}
-        if self.kv == ir.DataType.INT8:
+        if self._int8:
             options |= {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
         if traits.window:
             options["local_window_size"] = traits.window
@@ -388,10 +440,10 @@ class MicrosoftGraph(DecoderGraph):
     def feed_forward(self, x: ir.Value, name: str, sizes: LayerSizes) -> ir.Value:
         both = self.matrix_product(x, f"{name}.gate_up", self.shape.hidden, 2 * sizes.ffn)
         gate, up = self.graph.multi("Split", [both, self.constant(f"split{sizes.ffn}", [sizes.ffn] * 2)], 2, axis=-1)
-        product = self.graph.op("Mul", self._activation(gate), up)
+        product = self.graph.op("Mul", self.activation(gate), up)
         return self.matrix_product(product, f"{name}.down", sizes.ffn, self.shape.hidden)
 
-    def _activation(self, x: ir.Value) -> ir.Value:
+    def activation(self, x: ir.Value) -> ir.Value:
         if self.traits.activation == "gelu_pytorch_tanh":
             return self.graph.op("FastGelu", x, domain=MICROSOFT)
         return self.sigmoid_times(x)

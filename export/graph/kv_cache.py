@@ -41,7 +41,7 @@ def cache_scales(graph: Path, manifest: BundleManifest, ids: np.ndarray) -> dict
             ranges[name] = np.maximum(ranges[name], np.abs(cache).max(axis=(0, 2)).flatten())
     if not all(np.isfinite(largest).all() for largest in ranges.values()):
         raise UserError("the KV cache is not finite on the calibration text: export with a float cache")
-    attending = [index for index, sizes in enumerate(manifest.layers) if sizes.query_heads]
+    attending = [index for index, sizes in enumerate(manifest.layers) if sizes.query_heads and not sizes.reads]
     places = [f"layers.{index}.{part}_scale" for index in attending for part in ("key", "value")]
     scales = (np.maximum(ranges[name] * MARGIN, 1e-6).astype(np.float32) / LARGEST for name in names)
     return dict(zip(places, scales, strict=True))

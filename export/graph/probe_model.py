@@ -60,7 +60,7 @@ def read_probe_model(
     """
     config, own = _of_bundle(directory) if (directory / MANIFEST).is_file() else _of_model(directory)
     precision = _precision(own, bits, group_size)
-    dense = shape_of(config)
+    dense = replace(shape_of(config), per_layer=0, fixed_attention=False)  # what is looked up takes no time to speak of
     groups = max(sizes.kv_heads for sizes in dense.layers)
     per_group = max(sizes.heads_per_group for sizes in dense.layers)
     largest = LayerSizes(groups * per_group, groups, max(sizes.ffn for sizes in dense.layers))
@@ -100,6 +100,8 @@ def _of_bundle(directory: Path) -> tuple[ModelConfig, SlimQuant]:
         dense = {"num_local_experts": 0, "layer_types": kinds, "position_embedding_type": "rope"}
         dense["mamba_n_heads"] = 2  # which has to divide, also where there is none
     architecture = architecture_of({"model_type": family})
+    if architecture.per_layer:
+        raise UserError(f"{directory} has layers of several kinds of attention: give the model that it was made of")
     if (rare := architecture.rare) is not None:
         kinds = [getattr(layer, rare.sizes[0]) for layer in manifest.layers]
         dense["layer_types"] = [LAYER_TYPES[rare] if count else "full_attention" for count in kinds]

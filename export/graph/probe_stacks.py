@@ -54,7 +54,7 @@ def stack_layers(model: ProbeModel) -> list[tuple[LayerSizes, ...]]:
     if conv := model.largest.conv:
         options += [LayerSizes(ffn=full.ffn, conv=w) for w in (*_widths(conv, model.precision, RARE_SIZES), conv)]
     if delta := model.largest.delta:
-        columns, groups = model.shape.width_of(DELTA.writes), model.precision.group_size or 1
+        columns, groups = model.shape.width_of(DELTA.writes, model.largest), model.precision.group_size or 1
         counts = [count for count in range(1, delta + 1) if count == delta or not count * columns % groups]
         few = [counts[n - 1] for n in _spread(len(counts), RARE_SIZES)]
         options += [LayerSizes(ffn=full.ffn, delta=count) for count in few]
@@ -149,6 +149,12 @@ class _MadeUp:
         bias = self._filled(0.01, channels) if shape.conv_bias else None
         return Kernel(self._filled(1 / shape.conv_kernel, channels, 1, shape.conv_kernel), bias)
 
+    def outside(self, module: str, precision: Precision) -> torch.Tensor | QuantMatrix:
+        raise NotImplementedError("a probe has no matrices outside its layers")
+
+    def numbers(self, name: str) -> torch.Tensor:
+        raise NotImplementedError("a probe has no further tensors")
+
     def rates(self, layer: int) -> DeltaRates:
         """Rates that write half of each value and keep half of the state."""
         heads = self.shape.delta
@@ -195,7 +201,9 @@ def _write_stack(
     directory.mkdir()
     file = _StackFile(whole, directory)
     write_model(_MadeUp(model, shape, "meta"), model.precision, MicrosoftLayout(file), tables)
-    graph = MicrosoftGraph(GraphModel(shape, model.traits, model.precision, EPSILON), file.tensors).build(scoring=False)
+    graph = MicrosoftGraph(
+        GraphModel(shape, model.traits, model.precision, EPSILON, model.architecture.value_norm), file.tensors
+    ).build(scoring=False)
     ir.save(graph, directory / DECODE_GRAPH)
     try:
         os.link(whole.directory / WEIGHTS, directory / WEIGHTS)

@@ -63,6 +63,8 @@ class Target:
         check_runtime(self.onnxruntime, oldest, why.get(oldest, ""))
         if self.name == "cuda" and shape.delta is not None:
             raise UserError("gated delta nets are not exported for cuda: give --target cpu or portable")
+        if self.name == "cuda" and shape.per_layer:
+            raise UserError("embeddings for each layer are not exported for cuda: give --target cpu")
         if self.name != "cuda" or precision.bits == 32:
             return
         for index, sizes in enumerate(shape.layers):

@@ -61,7 +61,8 @@ class WeightFile:
 
     def bytes_per_token(self, head: str) -> int:
         """Bytes of layers, norms and the tensors below ``head``, which every token reads; others are looked up in."""
-        read = [t for name, t in self.tensors.items() if name.startswith(("layers.", f"{head}.")) or name == "norm"]
+        each = ("layers.", f"{head}.", "per_layer_")
+        read = [t for name, t in self.tensors.items() if name.startswith(each) or name == "norm"]
         return sum({tensor.offset: tensor.nbytes for tensor in read}.values())  # two names of one tensor count once
 
     def flush(self) -> None:
@@ -86,6 +87,9 @@ class Layout(Protocol):
     def add_vocabulary(self, source: WeightSource, precision: Precision) -> None:
         """Write embedding and head."""
 
+    def add_table(self, name: str, table: torch.Tensor | QuantMatrix) -> None:
+        """Write a matrix of which rows are looked up."""
+
 
 def write_model(
     source: WeightSource,
@@ -95,11 +99,12 @@ def write_model(
     progress: Progress | None = None,
 ) -> None:
     """Write all tensors of a decoder, one layer at a time, and then the rotary ``tables``."""
-    count = len(source.shape.layers)
+    count, names = len(source.shape.layers), source.architecture.per_layer
+    beside = {"layer_norm": f"{names.output_norm}.weight", "layer_scale": names.scale} if names else {}
     for index, sizes in enumerate(source.shape.layers):
         if progress:
             progress("writing weights (layers)", index, count)
-        for piece in _pieces(sizes, layout.norms_last):
+        for piece in _pieces(sizes, layout.norms_last, bool(source.shape.per_layer)):
             name = f"layers.{index}.{piece}"
             if piece == "conv_kernel":
                 kernel = source.kernel(index)
@@ -107,6 +112,8 @@ def write_model(
                     layout.file.add(f"{name}.{tap}", factors)
                 if kernel.bias is not None:
                     layout.file.add(f"{name}.bias", kernel.bias)
+            elif piece in ("layer_norm", "layer_scale"):
+                layout.file.add(name, source.numbers(f"{source.architecture.layers}.{index}.{beside[piece]}"))
             elif piece == "rates":
                 _add_rates(layout.file, name, source.rates(index))
             elif piece not in NORMS:
@@ -114,10 +121,14 @@ def write_model(
                 layout.add_matrix(name, linear.matrix)
                 if linear.bias is not None:
                     layout.file.add(f"{name}.bias", linear.bias)
-            elif getattr(source.architecture, piece):
+            elif getattr(source.architecture, piece) and not (piece == "key_norm" and sizes.reads):
                 layout.file.add(name, source.norm(piece, index))
     layout.file.add("norm", source.norm("final_norm"))
     layout.add_vocabulary(source, precision)
+    if names is not None:
+        layout.add_table("per_layer", source.table(names.table, precision))
+        layout.add_matrix("per_layer_in", source.outside(names.matrix, precision))
+        layout.file.add("per_layer_norm", source.numbers(f"{names.norm}.weight"))
     for name, table in tables.items():
         layout.file.add(name, table)
     if progress:
@@ -131,12 +142,13 @@ def _add_rates(file: WeightFile, name: str, rates: DeltaRates) -> None:
         file.add(f"{name}.{part}", getattr(rates, part))
 
 
-def _pieces(sizes: LayerSizes, norms_last: bool) -> list[str]:
+def _pieces(sizes: LayerSizes, norms_last: bool, per_layer: bool) -> list[str]:
     """Matrices and norms of a layer in the order of the file."""
     pieces = ["qkv", "o", *ATTENTION_NORMS] if sizes.query_heads else []
     pieces += ["conv_in", "conv_kernel", "conv_out", *STATE_NORMS] if sizes.conv else []
     pieces += ["delta_in", "conv_kernel", "rates", "delta_out", *STATE_NORMS] if sizes.delta else []
     pieces += ["gate_up", "down", *FFN_NORMS] if sizes.ffn else []
+    pieces += ["layer_gate", "layer_out", "layer_norm", "layer_scale"] if per_layer else []
     return sorted(pieces, key=lambda piece: piece in NORMS) if norms_last else pieces
 
 
@@ -163,10 +175,13 @@ class MicrosoftLayout:
         for name, module in (("embedding", arch.embedding), ("head", arch.head)):
             if name == "head" and source.shape.tied:
                 continue
-            table = source.table(module, precision)
-            if isinstance(table, QuantMatrix):
-                self.add_matrix(name, table)
-                # The gather wants one more axis on the same numbers.
-                self.file.alias(f"{name}.scales3", f"{name}.scales", (*table.scales.shape, 1))
-            else:
-                self.file.add(f"{name}.weight", table)
+            self.add_table(name, source.table(module, precision))
+
+    def add_table(self, name: str, table: torch.Tensor | QuantMatrix) -> None:
+        """Write a matrix of which rows are looked up."""
+        if isinstance(table, QuantMatrix):
+            self.add_matrix(name, table)
+            # The gather wants one more axis on the same numbers.
+            self.file.alias(f"{name}.scales3", f"{name}.scales", (*table.scales.shape, 1))
+        else:
+            self.file.add(f"{name}.weight", table)

@@ -42,7 +42,9 @@ class MicrosoftWriter:
         if self.precision.kv == "int8" and calibration is None:
             raise UserError("an int8 cache needs text to find its scales: give --text FILE")
         self._source, self._calibration = source, calibration
-        self._model = GraphModel(source.shape, traits, self.precision, epsilon_of(config))
+        self._model = GraphModel(
+            source.shape, traits, self.precision, epsilon_of(config), source.architecture.value_norm
+        )
 
     def write(self, out: Path, progress: Progress | None = None) -> int:
         file = WeightFile(out, self.precision.floats)

@@ -57,7 +57,10 @@ class StreamedModel:
         """States after the final norm, [rows, tokens, hidden], of ids [rows, tokens]."""
         arch = self._source.architecture
         layers = list(self._model.get_submodule(arch.layers).children())
-        hooks = [self._hook_embedding(self._model.get_submodule(arch.embedding))]
+        hooks = [self._hook_embedding(name) for name in arch.tables if name != arch.head]
+        for name in (arch.per_layer.matrix, arch.per_layer.norm) if arch.per_layer else ():
+            module = self._model.get_submodule(name)
+            LayerWeights(module, name, self._parameter, torch.float32, self._device).enter()
         for index, layer in enumerate(layers):
             weights = LayerWeights(layer, f"{arch.layers}.{index}", self._parameter, torch.float32, self._device)
             hooks += [
@@ -89,15 +92,16 @@ class StreamedModel:
                 logits = finished_logits(logits, self._traits).cpu()
             yield from logits
 
-    def _hook_embedding(self, table: nn.Module) -> RemovableHandle:
-        """Give the embedding only the rows that occur, and ids that count these rows."""
+    def _hook_embedding(self, name: str) -> RemovableHandle:
+        """Give an embedding only the rows that occur, and ids that count these rows."""
 
         def before(module: nn.Embedding, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
             present, places = args[0].unique(return_inverse=True)
-            weight = self._vocabulary(self._source.architecture.embedding)(present.cpu()).to(places.device)
+            weight = self._vocabulary(name)(present.cpu()).to(places.device)
             module.weight, module.padding_idx = nn.Parameter(weight, requires_grad=False), None
             return (places,)
 
+        table: nn.Module = self._model.get_submodule(name)
         return table.register_forward_pre_hook(before)
 
     def _parameter(self, name: str) -> torch.Tensor:

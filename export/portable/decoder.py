@@ -100,6 +100,9 @@ class StandardGraph(DecoderGraph):
         values = g.op("Sub", g.op("Cast", unsigned, to=FLOAT.value), g.constant("8.0", 8.0))
         return self._scaled(values, scales)
 
+    def lookup(self, name: str, ids: ir.Value, width: int) -> ir.Value:
+        raise NotImplementedError("families with further tables are refused for this target")
+
     def _columns(self, name: str, indices: ir.Value) -> ir.Value:
         """Columns of a matrix [n, vocab] as [batch, sequence, n]."""
         g = self.graph
@@ -182,9 +185,9 @@ class StandardGraph(DecoderGraph):
 
     def feed_forward(self, x: ir.Value, name: str, sizes: LayerSizes) -> ir.Value:
         gate, up = self.graph.split(self._linear(x, f"{name}.gate_up"), [sizes.ffn, sizes.ffn])
-        return self._linear(self.graph.op("Mul", self._activation(gate), up), f"{name}.down")
+        return self._linear(self.graph.op("Mul", self.activation(gate), up), f"{name}.down")
 
-    def _activation(self, x: ir.Value) -> ir.Value:
+    def activation(self, x: ir.Value) -> ir.Value:
         if self.traits.activation == "gelu_pytorch_tanh":
             return self.graph.op("Gelu", x, approximate="tanh")
         return self.sigmoid_times(x)

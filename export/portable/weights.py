@@ -59,6 +59,10 @@ class StandardLayout:
         else:
             self.file.add("embedding.weight", table)
 
+    def add_table(self, name: str, table: torch.Tensor | QuantMatrix) -> None:
+        """No table but the embedding is looked up in standard operators."""
+        raise NotImplementedError("families with further tables are refused for this target")
+
     def _name_for_gather(self, hidden: int, vocab: int, bits: int) -> None:
         """Second names for what the embedding reads: a matrix is fused only if nothing else uses its tensors."""
         if bits == 4 and vocab % 2:

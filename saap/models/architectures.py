@@ -7,10 +7,10 @@ without rotary embedding, scales, caps). Both are data: a row of the table, and 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
 from importlib.metadata import version
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import msgspec
 
@@ -49,6 +49,22 @@ class DeltaNames:
 
 
 @dataclass(frozen=True)
+class PerLayerNames:
+    """Modules of embeddings that each layer has of its own (Gemma 3n and 4), relative to the model and to a layer.
+
+    What a layer looks up, and what a matrix makes of the embedding, enter its residual stream behind a gate.
+    """
+
+    table: str = "model.embed_tokens_per_layer"  # of all layers, side by side
+    matrix: str = "model.per_layer_model_projection"
+    norm: str = "model.per_layer_projection_norm"
+    gate: str = "per_layer_input_gate"  # of a layer
+    output: str = "per_layer_projection"
+    output_norm: str = "post_per_layer_input_norm"
+    scale: str = "layer_scalar"  # a number that the residual stream is multiplied by behind all blocks
+
+
+@dataclass(frozen=True)
 class Architecture:
     """One family: module names, relative to a decoder layer or to the model, and what sets it apart from LLaMA.
 
@@ -77,6 +93,7 @@ class Architecture:
     conv_kernel: str = ""
     conv_out: str = ""
     delta: DeltaNames | None = None  # None: no gated delta nets
+    per_layer: PerLayerNames | None = None  # None: no embeddings for each layer
     attention_norm: str = "input_layernorm"  # of what the block reads that mixes tokens, a convolution too
     query_norm: str = ""  # before the rotary embedding
     key_norm: str = ""
@@ -85,6 +102,8 @@ class Architecture:
     ffn_norm: str = "post_attention_layernorm"
     ffn_post_norm: str = ""
     offset_norms: bool = False  # the norms' weights are stored minus one
+    value_norm: bool = False  # values are normed head by head, without weights
+    attention_scale: float | None = None  # factor of the attention scores; None: as the config says
     scaled_embedding: bool = False  # the embedding is multiplied by the square root of the hidden size
     qkv_bias: bool = False  # query, key and value always have a bias, the output projection never
     activation: str = "silu"
@@ -120,7 +139,14 @@ class Architecture:
         parts = {"qkv": self.qkv, "o": (self.output,), "gate_up": self.gate_up, "down": (self.down,)}
         if self.delta is not None:
             parts |= {"delta_in": (self.delta.mixed, self.delta.gate), "delta_out": (self.delta.output,)}
+        if self.per_layer is not None:
+            parts |= {"layer_gate": (self.per_layer.gate,), "layer_out": (self.per_layer.output,)}
         return parts | ({"conv_in": (self.conv_in,), "conv_out": (self.conv_out,)} if self.conv_in else {})
+
+    @property
+    def tables(self) -> tuple[str, ...]:
+        """The embedding, the head, and what else is looked up by token, by their names in the model."""
+        return (self.embedding, self.head, *([self.per_layer.table] if self.per_layer else []))
 
     @property
     def floats(self) -> tuple[str, ...]:
@@ -153,8 +179,10 @@ class Architecture:
         """The norm of what a kind of block reads; empty where it has none."""
         return self.ffn_norm if kind is FFN else self.attention_norm
 
-    def kind_of(self, module: str, sizes: LayerSizes) -> BlockKind:
-        """The block that a module goes with, by its name relative to a layer that had these sizes."""
+    def kind_of(self, module: str, sizes: LayerSizes) -> BlockKind | None:
+        """The block that a module goes with, by its name relative to a layer that had these sizes; None: with none."""
+        if self.per_layer and module in asdict(self.per_layer).values():
+            return None
         for kind in MIXERS:
             writes = self.writing(kind)
             if writes and f"{module}.".startswith(writes.rpartition(".")[0] + "."):
@@ -212,6 +240,12 @@ FAMILIES = {
         head_gate="self_attn.g_proj", stored_as=("self_attn.gate_proj", "self_attn.g_proj"),
         attention_post_norm="post_operator_norm", ffn_post_norm="post_ffn_norm", local_rotary=True,
         always=("use_sandwich_norm", "use_attention_gate"),
+    ),
+    "gemma4_text": Architecture(  # embeddings for each layer; the last layers read keys and values of earlier ones
+        "Gemma4", query_norm=QUERY_NORM, key_norm=KEY_NORM, attention_post_norm="post_attention_layernorm",
+        ffn_norm="pre_feedforward_layernorm", ffn_post_norm="post_feedforward_layernorm", scaled_embedding=True,
+        value_norm=True, attention_scale=1.0, activation="gelu_pytorch_tanh", activation_key="hidden_activation",
+        window="by layer", local_rotary=True, per_layer=PerLayerNames(), transformers=5,
     ),
     "qwen3_5_text": Architecture(  # gated delta nets, and attention in every fourth layer
         "Qwen3_5", query_norm=QUERY_NORM, key_norm=KEY_NORM, gated_queries=True, delta=DeltaNames(), offset_norms=True,
@@ -276,7 +310,10 @@ def shape_of(config: object) -> ModelShape:
     config = with_defaults(config)
     if off := [key for key in architecture.always if not field_of(config, key)]:
         raise UserError(f"config.json has {off[0]} off, which is not supported; supported: {off[0]} true")
-    if experts := field_of(config, "num_local_experts"):
+    experts = field_of(config, "num_local_experts")
+    if field_of(config, "enable_moe_block"):
+        experts = field_of(config, "num_experts") or "some"
+    if experts:
         raise UserError(f"the model is a mixture of {experts} experts, which is not supported; supported: dense models")
     heads, hidden = _count(config, "num_attention_heads"), _count(config, "hidden_size")
     count = _count(config, "num_hidden_layers", most=MOST_LAYERS)
@@ -298,6 +335,8 @@ def shape_of(config: object) -> ModelShape:
         elif architecture.delta:
             other = replace(other, delta=_count(config, "linear_num_key_heads"))
         layers = tuple(other if _is_rare(config, architecture, i) else attends for i in range(count))
+    if architecture.per_layer:
+        layers = _of_gemma4(config, layers, whole=not slim)
     for index, sizes in enumerate(layers):
         if sizes.query_heads and (not sizes.kv_heads or sizes.query_heads % sizes.kv_heads):
             raise UserError(
@@ -323,13 +362,48 @@ def shape_of(config: object) -> ModelShape:
         gate_width=1 if architecture.head_gate else head_dim if architecture.gated_queries else 0,
         gated_queries=architecture.gated_queries,
         delta=_delta_heads(config) if architecture.delta else None,
+        fixed_attention=architecture.per_layer is not None,
+        per_layer=_per_layer(config) if architecture.per_layer else 0,
     )
+
+
+def _of_gemma4(config: object, layers: tuple[LayerSizes, ...], whole: bool) -> tuple[LayerSizes, ...]:
+    """Layers with their own head sizes and KV heads, and which of them read those of others.
+
+    ``whole``: they have the widths of the config, some of them twice.
+
+    Raises UserError: keys that are values, or layers that were left out.
+    """
+    own, sharing = config.per_layer_config, config.kv_sharing_modes  # type: ignore[attr-defined]
+    if len(layers) != len(sharing):
+        raise UserError(f"slim_layers has {len(layers)} entries for {len(sharing)} layers: make it again")
+    if field_of(config, "attention_k_eq_v"):
+        raise UserError("config.json has attention_k_eq_v on: keys that are values are not supported")
+    found, dim = [], _count(config, "head_dim")
+    for index, sizes in enumerate(layers):
+        reads = sharing[index] == "reuse"
+        if whole:
+            doubled = reads and bool(field_of(config, "use_double_wide_mlp"))
+            sizes = replace(sizes, kv_heads=own[index].num_key_value_heads, ffn=sizes.ffn * (2 if doubled else 1))
+        head_dim = 0 if own[index].head_dim == dim else own[index].head_dim
+        found.append(replace(sizes, head_dim=head_dim, reads=reads))
+    return tuple(found)
+
+
+def _per_layer(config: object) -> int:
+    """Elements of a token's embedding for each layer. Raises UserError: none, or a vocabulary of its own."""
+    if not field_of(config, "hidden_size_per_layer_input"):
+        raise UserError("config.json has no embeddings for each layer (hidden_size_per_layer_input), as others expect")
+    if field_of(config, "vocab_size_per_layer_input") != field_of(config, "vocab_size"):
+        raise UserError("config.json has vocab_size_per_layer_input other than vocab_size, which is not supported")
+    return _count(config, "hidden_size_per_layer_input")
 
 
 def _layer_of(entry: list[int], rare: BlockKind | None) -> LayerSizes:
     """The sizes that an entry of ``slim_layers`` holds."""
-    sizes = LayerSizes(*entry[:3])
-    return sizes if rare is None else replace(sizes, **{rare.sizes[0]: entry[3]})
+    sizes = LayerSizes(entry[0], entry[1], entry[2])
+    fourth: dict[str, Any] = {} if rare is None else {rare.sizes[0]: entry[3]}
+    return replace(sizes, **fourth)
 
 
 def _kernel(config: object, architecture: Architecture) -> int:
@@ -378,14 +452,14 @@ def traits_of(config: object) -> Traits:
     """
     architecture = architecture_of(config)
     config = with_defaults(config)
-    if field_of(config, "use_bidirectional_attention"):
+    if field_of(config, "use_bidirectional_attention") not in (None, False, "vision"):  # text sees what is before it
         raise UserError("attention in both directions is not supported; supported: causal attention")
     scalar, cap = "query_pre_attn_scalar", "final_logit_softcapping"
     count = _count(config, "num_hidden_layers", most=MOST_LAYERS)
     traits = Traits(
         layers=tuple(_layer_traits(config, architecture, i) for i in range(count)),
         activation=architecture.activation,
-        attention_scale=number_of(config, scalar) ** -0.5 if field_of(config, scalar) else None,
+        attention_scale=number_of(config, scalar) ** -0.5 if field_of(config, scalar) else architecture.attention_scale,
         embedding_scale=_count(config, "hidden_size") ** 0.5 if architecture.scaled_embedding else None,
         logit_cap=number_of(config, cap) if field_of(config, cap) else None,
     )
@@ -529,8 +603,14 @@ def number_of(config: object, key: str) -> float:
 
 
 def field_of(config: object, key: str, default: object = None) -> object:
-    """A field of a transformers config or of its dict."""
-    return config.get(key, default) if isinstance(config, dict) else getattr(config, key, default)
+    """A field of a transformers config or of its dict.
+
+    Where layers differ in it, transformers gives no value of a config by name: then it is the one of the other layers.
+    """
+    if isinstance(config, dict):
+        return config.get(key, default)
+    own = vars(config) if hasattr(config, "__dict__") else {}
+    return own[key] if key in own else getattr(config, key, default)
 
 
 def rope_of(config: object) -> dict[str, object]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
+from collections import UserDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,6 +32,12 @@ class Batch:
 
     hidden: torch.Tensor  # what reaches the first layer, [sequences, tokens, hidden]
     given: list[Given] = field(default_factory=list)  # each layer's masks and rotary tables
+
+    @property
+    def shared(self) -> UserDict[str, tuple[torch.Tensor, ...]] | None:
+        """Keys and values that layers leave for later ones, by the kind of layer; None in a family that has none."""
+        found = (value for value in self.given[0].values() if isinstance(value, UserDict)) if self.given else iter(())
+        return next(found, None)
 
 
 def layers_of(model: PreTrainedModel) -> nn.ModuleList:
@@ -58,14 +67,16 @@ def _idle_layers(model: PreTrainedModel, found: list[Batch]) -> Iterator[None]:
     """Layers that note what they are given in the last batch, and pass the hidden states on."""
     layers = layers_of(model)
     first = layers[0].forward
+    names = list(inspect.signature(first).parameters)
     in_tuple: list[bool] = []  # families differ in what a layer gives back
 
     def idle(*args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor]:
-        hidden = args[0] if args else kwargs["hidden_states"]
+        given: dict[str, Any] = {**dict(zip(names, args, strict=False)), **kwargs}
+        hidden = given.pop("hidden_states")
         batch = found[-1]
         if not batch.given:
             batch.hidden = hidden
-        batch.given.append({k: v for k, v in kwargs.items() if k != "hidden_states"})
+        batch.given.append(given)
         if not in_tuple:
             in_tuple.append(isinstance(first(*args, **kwargs), tuple))
         return (hidden,) if in_tuple[0] else hidden

@@ -54,9 +54,11 @@ def matrices_of(model: nn.Module, shape: ModelShape) -> list[Matrix]:
 def placed_roles(sizes: LayerSizes, shape: ModelShape, architecture: Architecture) -> Iterator[tuple[str, str, slice]]:
     """(role, module relative to the layer, rows of its weight) of what a layer of these sizes holds."""
     if sizes.query_heads:
-        queries, keys = sizes.query_heads * shape.width_of("query"), sizes.kv_heads * shape.head_dim
-        attention = (architecture.query, architecture.key, architecture.value)
-        yield from _stacked(ATTENTION.roles[:3], attention, architecture.packed_qkv, (queries, keys, keys))
+        queries, keys = (sizes.query_heads * shape.width_of("query", sizes), sizes.kv_heads * shape.head_of(sizes))
+        own = 1 if sizes.reads else 3
+        attention = (architecture.query, architecture.key, architecture.value)[:own]
+        counts = (queries, keys, keys)[:own]
+        yield from _stacked(ATTENTION.roles[:own], attention, architecture.packed_qkv, counts)
         if architecture.head_gate:
             yield "head_gate", architecture.head_gate, slice(0, sizes.query_heads)
         yield "output", architecture.output, slice(0, shape.hidden)
@@ -64,7 +66,7 @@ def placed_roles(sizes: LayerSizes, shape: ModelShape, architecture: Architectur
         yield from _stacked(CONV.roles[:3], ("",) * 3, architecture.conv_in, (sizes.conv,) * 3)
         yield "conv_out", architecture.conv_out, slice(0, shape.hidden)
     if sizes.delta and (names := architecture.delta):
-        widths = {role: sizes.delta * shape.width_of(role) for role in DELTA.roles}
+        widths = {role: sizes.delta * shape.width_of(role, sizes) for role in DELTA.roles}
         mixed = DELTA.roles[:3]
         yield from _stacked(mixed, ("",) * 3, names.mixed, tuple(widths[role] for role in mixed))
         for role, module in zip(DELTA.roles[3:6], (names.gate, names.beta, names.decay), strict=True):

@@ -334,7 +334,8 @@ def quantize_modules(model: Any, quant: Mapping[str, Any]) -> None:
     if quant.get("branch"):
         raise ValueError("the model was tuned with a branch, which this version does not compute: tune it again")
     own_bits, own_blocks = quant.get("matrices", {}), quant.get("blocks", {})
-    for path, child in list(model.model.layers.named_modules(prefix="model.layers")):
+    outside = [(f"model.{name}", child) for name, child in model.model.named_children() if name.startswith("per_layer")]
+    for path, child in [*model.model.layers.named_modules(prefix="model.layers"), *outside]:
         if isinstance(child, nn.Linear) and not path.endswith(FLOATS):
             bits, biased = own_bits.get(path, quant["bits"]), child.bias is not None
             block = own_blocks.get(path, quant["block"])
@@ -349,3 +350,10 @@ def quantize_modules(model: Any, quant: Mapping[str, Any]) -> None:
     block = own_blocks.get("lm_head", quant["block"])
     head = TiedHead(embedding) if quant["tied"] else GroupQuantLinear(columns, rows, bits, block)
     model.lm_head = head.to(device)
+    for name, other in list(model.model.named_children()):
+        if isinstance(other, nn.Embedding) and name != "embed_tokens":  # of each layer
+            block = own_blocks.get(f"model.{name}", quant["block"])
+            words, width = other.weight.shape
+            of_layers = GroupQuantEmbedding(words, width, bits, block).to(device)
+            of_layers.factor = float(getattr(other, "scalar_embed_scale", 1.0))
+            setattr(model.model, name, of_layers)

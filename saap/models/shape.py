@@ -43,6 +43,7 @@ class BlockKind:
     sizes: tuple[str, ...]  # fields of :class:`LayerSizes` (and of a plan's layers) that are its own, the first leading
     types: tuple[str, ...]  # of the coupled structures that may go from it
     roles: tuple[str, ...]  # of its matrices; the last one writes to the residual stream
+    facts: tuple[str, ...] = ()  # further fields that are its own, which no cut changes
 
     @property
     def writes(self) -> str:
@@ -51,7 +52,7 @@ class BlockKind:
 
 ATTENTION = BlockKind(
     "attention", "attention", ("query_heads", "kv_heads"), ("head", "group"),
-    ("query", "key", "value", "head_gate", "output"),
+    ("query", "key", "value", "head_gate", "output"), ("head_dim", "reads"),
 )  # fmt: skip
 CONV = BlockKind("conv", "the convolution", ("conv",), ("conv",), ("in_gate", "out_gate", "signal", "conv_out"))
 DELTA = BlockKind(
@@ -76,11 +77,11 @@ class OfBlocks:
 
     def only(self: Layer, kind: BlockKind) -> Layer:
         """The fields of one kind of block; the others are as they are by default."""
-        return type(self)(**{name: getattr(self, name) for name in kind.sizes})
+        return type(self)(**{name: getattr(self, name) for name in (*kind.sizes, *kind.facts)})
 
     def with_block(self: Layer, kind: BlockKind, other: Layer) -> Layer:
         """This, but for one kind of block, of which it says what ``other`` says."""
-        return replace(self, **{name: getattr(other, name) for name in kind.sizes})
+        return replace(self, **{name: getattr(other, name) for name in (*kind.sizes, *kind.facts)})
 
     @property
     def blocks(self) -> list[BlockKind]:
@@ -89,7 +90,7 @@ class OfBlocks:
 
     def told(self) -> dict[str, object]:
         """For a file: all fields but those of kinds of block that only some families have, where they are empty."""
-        rare = [name for kind in RARE for name in kind.sizes]
+        rare = [*ATTENTION.facts, *(name for kind in RARE for name in kind.sizes)]
         return {name: value for name, value in asdict(self).items() if value or name not in rare}
 
 
@@ -102,6 +103,8 @@ class LayerSizes(OfBlocks):
     ffn: int = 0
     conv: int = 0  # channels of the short convolution
     delta: int = 0  # key heads of the gated delta net
+    head_dim: int = 0  # elements of a head of attention; 0: as the model's
+    reads: bool = False  # whether its keys and values are those of an earlier layer
 
     @property
     def heads_per_group(self) -> int:
@@ -152,11 +155,17 @@ class ModelShape:
     gate_width: int = 0  # elements of the gate of each query head; 0: there is none
     gated_queries: bool = False  # whether the rows of a head's gate stand behind those of its query
     delta: DeltaHeads | None = None  # of its gated delta nets
+    fixed_attention: bool = False  # whether attention and layers stay whole, as later layers read keys and values
+    per_layer: int = 0  # elements of a token's embedding for each layer; 0: there is none
 
     @property
     def separable_heads(self) -> bool:
-        """Whether what a head computes is the same without the others: not where a norm spans all of them."""
-        return self.qk_norm != "all"
+        """Whether heads may go one by one: not where a norm spans all of them, nor where later layers read keys."""
+        return self.qk_norm != "all" and not self.fixed_attention
+
+    def head_of(self, layer: OfBlocks) -> int:
+        """Elements of a head of attention in a layer, by its sizes or its plan."""
+        return int(getattr(layer, "head_dim", 0)) or self.head_dim
 
     @property
     def biased_output(self) -> bool:
@@ -175,11 +184,12 @@ class ModelShape:
         if not layer.has(kind):
             return 0
         if kind is ATTENTION:
-            rows = (layer.query_heads + 2 * layer.kv_heads) * self.head_dim
+            dim = self.head_of(layer)
+            rows = (layer.query_heads + (0 if layer.reads else 2 * layer.kv_heads)) * dim
             gates = layer.query_heads * self.gate_width * self.gated_queries
             biases = (rows + gates) * self.attention_bias + self.hidden * self.biased_output
             norms = sum(self.attention_norms(layer))
-            matrices = rows + layer.query_heads * (self.head_dim + self.gate_width)
+            matrices = rows + layer.query_heads * (dim + self.gate_width)
             return matrices * self.hidden + norms + biases
         norms = self.norms * self.hidden
         if kind is DELTA:
@@ -200,13 +210,13 @@ class ModelShape:
 
     def inner_width(self, kind: BlockKind, layer: LayerSizes) -> int:
         """Columns of the matrix by which a block writes to the residual stream."""
-        return int(getattr(layer, kind.sizes[0])) * self.width_of(kind.writes)
+        return int(getattr(layer, kind.sizes[0])) * self.width_of(kind.writes, layer)
 
-    def width_of(self, role: str) -> int:
-        """Rows that one coupled structure has of the matrix with this role; of one that writes, columns."""
+    def width_of(self, role: str, layer: OfBlocks) -> int:
+        """Rows that one coupled structure of a layer has of the matrix with this role; of one that writes, columns."""
         if role in ATTENTION.roles:
-            gate = self.gate_width if self.gated_queries else 0
-            return {"head_gate": self.gate_width, "query": self.head_dim + gate}.get(role, self.head_dim)
+            gate, dim = self.gate_width if self.gated_queries else 0, self.head_of(layer)
+            return {"head_gate": self.gate_width, "query": dim + gate}.get(role, dim)
         if role not in DELTA.roles or self.delta is None:
             return 1
         sizes = self.delta
@@ -216,7 +226,8 @@ class ModelShape:
     def attention_norms(self, layer: LayerSizes) -> list[int]:
         """Widths of the norms of one attention block."""
         heads = {"none": (), "head": (1, 1), "all": (layer.query_heads, layer.kv_heads)}[self.qk_norm]
-        return [self.hidden] * self.norms + [count * self.head_dim for count in heads]
+        own = heads[:1] if layer.reads else heads
+        return [self.hidden] * self.norms + [count * self.head_of(layer) for count in own]
 
     @property
     def layer_weights(self) -> int:
@@ -225,8 +236,17 @@ class ModelShape:
 
     @property
     def parameters(self) -> int:
-        """All weights: layers, embedding, final norm, and the head where it is not tied."""
-        return self.layer_weights + self.vocab * self.hidden * (1 if self.tied else 2) + self.hidden
+        """All weights: layers, embeddings, final norm, and the head where it is not tied."""
+        outside = self.vocab * self.hidden * (1 if self.tied else 2) + self.hidden
+        return self.layer_weights + outside + self.per_layer_weights
+
+    @property
+    def per_layer_weights(self) -> int:
+        """Weights of the embeddings for each layer, and of what brings them there."""
+        if not self.per_layer:
+            return 0
+        table = (self.vocab + self.hidden) * len(self.layers) * self.per_layer + self.per_layer
+        return table + len(self.layers) * (2 * self.per_layer * self.hidden + self.hidden)
 
     def with_layers(self, layers: tuple[LayerSizes, ...]) -> ModelShape:
         return replace(self, layers=layers)

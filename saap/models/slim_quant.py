@@ -59,7 +59,7 @@ def quant_of(config: Mapping[str, object]) -> SlimQuant | None:
 
 def module_form(quant: SlimQuant, architecture: Architecture, module: str) -> MatrixForm:
     """The form of a linear, the embedding or the head, by its name in the model."""
-    if module in (architecture.embedding, architecture.head):
+    if module in architecture.tables:
         bits = quant["embedding_bits"]
     else:
         bits = quant.get("matrices", {}).get(module, quant["bits"])

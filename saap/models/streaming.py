@@ -44,9 +44,9 @@ class LayerWeights:
                 name: checked_shape(f"{self._prefix}.{name}", self._read(f"{self._prefix}.{name}"), parameter).to(
                     self._device, self._dtype
                 )
-                for name, parameter in self._layer.named_parameters()
+                for name, parameter in (*self._layer.named_parameters(), *self._layer.named_buffers(recurse=False))
             }
-            self._layer.load_state_dict(state, strict=False, assign=True)  # buffers are not in the files
+            self._layer.load_state_dict(state, strict=False, assign=True)
             self._layer.requires_grad_(False)
         self._users += 1
 
@@ -95,8 +95,9 @@ def load_streamed(
         model = AutoModelForCausalLM.from_config(transformers_config(directory), dtype=dtype)
     prefix = architecture.layers + "."
     own = dict(model.named_parameters(remove_duplicate=False))
+    looked_up = f"{architecture.per_layer.table}.weight" if architecture.per_layer else ""  # stays in its file
     outside = {
-        name: checked_shape(name, read(name), own[name]).to(device, dtype)
+        name: checked_shape(name, read(name), own[name]).to(device, None if name == looked_up else dtype)
         for name in names
         if name in own and not name.startswith(prefix)
     }

@@ -59,7 +59,8 @@ def tensor_reader(directory: str | Path) -> tuple[list[str], Callable[[str], tor
 
 def _check_names(directory: Path, row: Architecture, layers: int, names: list[str]) -> None:
     """Refuse a tensor that the model of ``config.json`` has no place for."""
-    roots = (row.embedding, row.final_norm, row.head, *(f"{row.layers}.{n}" for n in range(layers)))
+    outside = (row.per_layer.matrix, row.per_layer.norm) if row.per_layer else ()
+    roots = (*row.tables, row.final_norm, *outside, *(f"{row.layers}.{n}" for n in range(layers)))
     for name in names:
         root = name if (layer := LAYER.match(name)) is None else layer[0]
         if not NOT_NEEDED.search(name) and not any(root == known or root.startswith(f"{known}.") for known in roots):

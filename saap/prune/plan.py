@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
+from typing import Any
 
-from saap.models.shape import LayerSizes, ModelShape, OfBlocks
+from saap.models.shape import ATTENTION, LayerSizes, ModelShape, OfBlocks
 from saap.system.errors import UserError
 
 Amount = int | float  # in the budget's unit; what is counted stays whole, on disk too
@@ -20,10 +21,15 @@ class LayerPlan(OfBlocks):
     ffn: tuple[int, ...] = ()
     conv: tuple[int, ...] = ()  # channels of the short convolution
     delta: tuple[int, ...] = ()  # key heads of the delta net
+    head_dim: int = 0  # as in LayerSizes
+    reads: bool = False
 
     @property
     def sizes(self) -> LayerSizes:
-        return LayerSizes(*(len(getattr(self, each.name)) for each in fields(self)))
+        kept: dict[str, Any] = {each.name: getattr(self, each.name) for each in fields(self)}
+        for name in kept.keys() - set(ATTENTION.facts):
+            kept[name] = len(kept[name])
+        return LayerSizes(**kept)
 
 
 @dataclass(frozen=True)
@@ -127,7 +133,15 @@ class PrunePlan:
 
 
 def whole_layer(sizes: LayerSizes) -> LayerPlan:
-    return LayerPlan(*(tuple(range(getattr(sizes, each.name))) for each in fields(LayerPlan)))
+    counts: dict[str, Any] = {each.name: getattr(sizes, each.name) for each in fields(LayerPlan)}
+    for name in counts.keys() - set(ATTENTION.facts):
+        counts[name] = tuple(range(counts[name]))
+    return LayerPlan(**counts)
+
+
+def whole_attention(sizes: LayerSizes) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Query heads and KV heads, none of which goes."""
+    return tuple(range(sizes.query_heads)), tuple(range(sizes.kv_heads))
 
 
 def widths_of(channels: int, group_size: int, step: int = 1) -> list[int]:
@@ -147,9 +161,11 @@ def composed(first: PrunePlan, second: PrunePlan) -> PrunePlan:
     layers = [LayerPlan()] * len(first.layers)
     for index, keep in zip(first.kept_layers, second.layers, strict=True):
         before = first.layers[index]
-        layers[index] = LayerPlan(
-            *(tuple(getattr(before, each.name)[i] for i in getattr(keep, each.name)) for each in fields(keep))
-        )
+        kept: dict[str, Any] = {each.name: getattr(keep, each.name) for each in fields(keep)}
+        for name, which in kept.items():
+            if isinstance(which, tuple):
+                kept[name] = tuple(getattr(before, name)[i] for i in which)
+        layers[index] = LayerPlan(**kept)
     return PrunePlan(tuple(layers), first.price + second.price)
 
 
@@ -167,6 +183,8 @@ def check_plan(plan: PrunePlan, dense: ModelShape) -> None:
         ):
             if list(kept) != sorted(set(kept)) or any(not 0 <= i < count for i in kept):
                 raise UserError(f"layer {index}: the kept {what}s are not distinct sorted indices below {count}")
+        if dense.fixed_attention and (keep.query_heads, keep.kv_heads) != whole_attention(sizes):
+            raise UserError(f"layer {index}: later layers read keys and values, so attention stays whole")
         per_group = sizes.heads_per_group
         counts = {sum(head // per_group == group for head in keep.query_heads) for group in keep.kv_heads}
         owners = {head // per_group for head in keep.query_heads} if per_group else set()

@@ -213,6 +213,12 @@ def budget_of(model_dir: str | Path, options: PruneOptions) -> Budget:
         raise UserError(f"{model_dir} holds tuned integers, which cannot be pruned: prune the model it was tuned from")
     check_sizes(model_dir)
     shape = shape_of(config)
+    if shape.fixed_attention and (options.heads or options.drop_layers or options.method == "shortgpt"):
+        asked = "--heads" if options.heads else "--drop-layers" if options.drop_layers else "--method shortgpt"
+        raise UserError(
+            f"{model_dir} has layers that read keys and values of earlier ones, so attention and layers stay whole: "
+            f"leave {asked} out"
+        )
     if options.heads and not shape.separable_heads:
         raise UserError(f"{model_dir} has a norm over all heads, so they are not pruned one by one: leave --heads out")
     wrong = sorted(i for i in options.kept_layers if not 0 <= i < len(shape.layers))

@@ -43,8 +43,7 @@ class BundleSize:
 
     bits: int  # of all matrices, embedding and head included where ``head_bits`` says nothing else: 4, 8 or 32
     group_size: int  # weights per scale; means nothing at 32 bit
-    rotary_tables: int  # pairs of cos and sin
-    rotary_bytes: int  # of one cos or sin
+    rotary: tuple[int, ...]  # bytes of a cos, which has a sin beside it, of each pair of tables
     head_bits: int = 0  # of embedding and head; 0 is ``bits``
     quant: SlimQuant | None = None  # of a tuned model, for forms by matrix; only :meth:`total` asks it
     architecture: Architecture | None = None
@@ -58,7 +57,8 @@ class BundleSize:
         return of_kind(shape, sizes, layer)
 
     def _attention(self, shape: ModelShape, sizes: LayerSizes, layer: int | None) -> int:
-        queries, both = sizes.query_heads * shape.head_dim, 2 * sizes.kv_heads * shape.head_dim
+        queries = sizes.query_heads * shape.head_of(sizes)
+        both = 0 if sizes.reads else 2 * sizes.kv_heads * shape.head_of(sizes)
         rows = queries + both + sizes.query_heads * shape.gate_width
         arrays = self._linear(rows, shape.hidden, layer, "qkv")
         arrays += self._linear(shape.hidden, queries, layer, "o")
@@ -107,14 +107,17 @@ class BundleSize:
             FLOAT * shape.hidden,
             *([] if shape.tied else self._embedding(shape)),
             *self._embedding(shape, head=True),
+            *self._per_layer(shape),
         ]
-        arrays += [self.rotary_bytes] * (2 * self.rotary_tables)
+        arrays += [each for each in self.rotary for _ in range(2)]
         return sum(map(paged, arrays)) - (paged(arrays[-1]) - arrays[-1])  # the file ends with its last array
 
     def looked_up(self, shape: ModelShape) -> int:
         """Bytes of tables of which a token reads single rows: rotary tables, and an embedding that is not the head."""
         table = [] if shape.tied else self._embedding(shape)
-        return sum(table) + 2 * self.rotary_tables * self.rotary_bytes
+        width = len(shape.layers) * shape.per_layer
+        per_layer = self._table(shape.vocab, width, "per_layer") if width else []
+        return sum(table) + sum(per_layer) + 2 * sum(self.rotary)
 
     def total(self, shape: ModelShape) -> int:
         blocks = (self.block(kind, shape, s, i) for i, s in enumerate(shape.layers) for kind in s.blocks)
@@ -143,12 +146,25 @@ class BundleSize:
 
     def _embedding(self, shape: ModelShape, head: bool = False) -> list[int]:
         """Integers and scales of the embedding or the head, or its floats."""
-        form = MatrixForm(self.head_bits or self.bits, self.group_size)
-        if self.quant is not None and self.architecture is not None:
-            form = module_form(
-                self.quant, self.architecture, self.architecture.head if head else self.architecture.embedding
-            )
-        return matrix_bytes(shape.vocab, shape.hidden, form)
+        return self._table(shape.vocab, shape.hidden, "head" if head else "embedding")
+
+    def _table(self, rows: int, columns: int, which: str) -> list[int]:
+        form, arch = MatrixForm(self.head_bits or self.bits, self.group_size), self.architecture
+        if self.quant is not None and arch is not None:
+            names = {"head": arch.head, "embedding": arch.embedding}
+            module = names.get(which, arch.per_layer.table if arch.per_layer else "")
+            form = module_form(self.quant, arch, module)
+        return matrix_bytes(rows, columns, form)
+
+    def _per_layer(self, shape: ModelShape) -> list[int]:
+        """Of embeddings for each layer: the table, the matrix and norm beside it, and what each layer has of them."""
+        if not shape.per_layer:
+            return []
+        count, width = len(shape.layers), len(shape.layers) * shape.per_layer
+        arrays = [*self._table(shape.vocab, width, "per_layer"), *self._linear(width, shape.hidden, None, "")]
+        each = self._linear(shape.per_layer, shape.hidden, None, "")
+        each += [*self._linear(shape.hidden, shape.per_layer, None, ""), FLOAT * shape.hidden, FLOAT]
+        return [*arrays, FLOAT * shape.per_layer, *each * count]
 
 
 def matrix_bytes(rows: int, columns: int, form: MatrixForm) -> list[int]:
@@ -162,9 +178,10 @@ def bundle_size(config: Mapping[str, object], bits: int, group_size: int) -> Bun
     """What the bundle of a model with this ``config.json`` takes."""
     full, partial = with_defaults(dict(config)), "partial_rotary_factor"
     share = next((number_of(place, partial) for place in (full, rope_of(full)) if field_of(place, partial)), 1.0)
-    half = -(-int(shape_of(full).head_dim * share) // 2)
-    tables = len({layer.rotary for layer in traits_of(full).layers if layer.rotary})
-    return BundleSize(bits, group_size, tables, FLOAT * positions_of(full) * half)
+    shape, layers = shape_of(full), traits_of(full).layers
+    dims = {traits.rotary: shape.head_of(sizes) for traits, sizes in zip(layers, shape.layers, strict=True)}
+    halves = [-(-int(dim * share) // 2) for rotary, dim in dims.items() if rotary]
+    return BundleSize(bits, group_size, tuple(FLOAT * positions_of(full) * half for half in halves))
 
 
 def tuned_bundle_size(config: Mapping[str, object], quant: SlimQuant | None = None, zero_points: bool = False) -> int:

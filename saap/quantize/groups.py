@@ -195,7 +195,7 @@ def nearest_matrices(model: PreTrainedModel, form: IntegerForm) -> dict[str, Qua
                 if isinstance(linear, nn.Linear) and not architecture.is_float(name):
                     full = f"{architecture.layers}.{index}.{name}"
                     found[full] = quantize(linear.weight, *form.linear(full), form.symmetric)
-    for name in (architecture.head, architecture.embedding):
+    for name in architecture.tables:
         found[name] = quantize(model.get_parameter(f"{name}.weight"), *form.vocabulary(name))
     return found
 
@@ -228,9 +228,11 @@ def quantize_model(
     quant: SlimQuant = {
         "bits": bits, "block": group_size, "embedding_bits": embedding_bits, "tied": head.weight is table.weight,
     }  # fmt: skip
+    tables: dict[str, nn.Module] = {name: model.get_submodule(name) for name in architecture.tables}
+    tables.pop(architecture.head)
     inside = {name for name in originals if name.startswith(architecture.layers)}
     given = {name: matrix.form for name, matrix in sorted((matrices or {}).items())} | dict(own or {})
-    in_vocabulary = (architecture.embedding, architecture.head)
+    in_vocabulary = architecture.tables
     if own_bits := {name: form.bits for name, form in given.items() if form.bits != bits and name not in in_vocabulary}:
         quant["matrices"] = own_bits
     if blocks := {name: form.group_size for name, form in given.items() if form.group_size != group_size}:
@@ -242,7 +244,7 @@ def quantize_model(
     for name, holder in model.named_modules():
         if isinstance(holder, TiedHead) or not isinstance(holder, GroupQuantTable):
             continue
-        source: nn.Module = table if name == architecture.embedding else originals[name]
+        source: nn.Module = tables.get(name) or originals[name]
         known = (matrices or {}).get(name)
         fill(holder, quantize(source.get_parameter("weight"), holder.bits, holder.block) if known is None else known)
         if getattr(source, "bias", None) is not None:

@@ -64,6 +64,8 @@ FAMILIES = {
     "granite 4 without positions": ("granitemoehybrid", {**MULTIPLIERS, "position_embedding_type": None}),
     "ministral 3": ("ministral3", {"rope_parameters": {**YARN, "rope_theta": 10000.0, "llama_4_scaling_beta": 0.1}}),
     "lfm3": ("lfm3", {"layer_types": ["conv", "sliding_attention", "full_attention"], "sliding_window": WINDOW}),
+    "gemma4": ("gemma4_text", {"final_logit_softcapping": 3.0, "num_hidden_layers": 4, "num_kv_shared_layers": 2}),
+    "gemma4 untied": ("gemma4_text", {"tie_word_embeddings": False, "use_double_wide_mlp": False, "sliding_window": 5}),
     "qwen3.5": ("qwen3_5_text", {"layer_types": ["linear_attention", "full_attention", "linear_attention"]}),
     "qwen3.5 with one value head": ("qwen3_5_text", {
         "layer_types": ["full_attention", "linear_attention", "linear_attention"], "tie_word_embeddings": True,

@@ -42,6 +42,7 @@ CASES = {
     "ministral 3": ("ministral3", {"sliding_window": WINDOW}),
     "lfm2": ("lfm2", {"layer_types": ["conv", "full_attention", "conv", "full_attention", "conv", "full_attention"],
                       "block_auto_adjust_ff_dim": False, "conv_bias": True}),
+    "gemma4": ("gemma4_text", {"num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 3}),
     "qwen3.5": ("qwen3_5_text", {"head_dim": 32, "layer_types": [
         "linear_attention", "full_attention", "linear_attention", "linear_attention", "full_attention",
         "linear_attention"]}),
@@ -91,6 +92,9 @@ EXPORTED = PrunePlan(
 def fitting(path, plan):
     """The plan, with all heads or none where a norm spans them, and of another mixer as much as of the heads."""
     shape = shape_of(read_config(path))
+    if shape.fixed_attention:  # channels alone go
+        whole = map(whole_layer, shape.layers)
+        return PrunePlan(tuple(replace(w, ffn=k.ffn) for k, w in zip(plan.layers, whole, strict=True)))
     if shape.conv_kernel:
         layers = [*map(_mixed, plan.layers, shape.layers)]
         if not any(keep.query_heads for keep in layers):  # some layer has to attend

@@ -29,7 +29,7 @@ def kept_columns(kind: BlockKind, keep: LayerPlan, shape: ModelShape) -> torch.T
 def kept_of_role(role: str, kind: BlockKind, keep: LayerPlan, shape: ModelShape) -> torch.Tensor:
     """The rows that are kept of a matrix of a block, by its role; columns of the one that writes."""
     kept = keep.kv_heads if role in ("key", "value") else getattr(keep, kind.sizes[0])
-    return head_rows(kept, shape.width_of(role))
+    return head_rows(kept, shape.width_of(role, keep))
 
 
 def cut_tensors(
@@ -64,7 +64,8 @@ def cut_tensors(
             index_text, rest = name[len(prefix) :].split(".", 1)
             index = int(index_text)
             keep = plan.layers[index]
-            if not keep.has(architecture.kind_of(rest.rsplit(".", 1)[0], shape.layers[index])):
+            kind = architecture.kind_of(rest.rpartition(".")[0] or rest, shape.layers[index])
+            if kind is not None and not keep.has(kind):
                 continue  # with its module
             slim_name = f"{prefix}{renumbered[index]}.{rest}"
             cut = partial(cut_layer_tensor, rest, cut, keep, index, shape, architecture)
@@ -85,7 +86,7 @@ def cut_layer_tensor(
     architecture: Architecture,
 ) -> torch.Tensor:
     """One tensor of dense layer ``index``, ``name`` relative to it, cut to what the plan keeps; norms stay whole."""
-    module, kind = name.rsplit(".", 1)
+    module, _, kind = name.rpartition(".")
     kept = {
         role: kept_of_role(role, block, keep, shape) for block in KINDS.values() for role in block.roles[:-1]
     }  # fmt: skip

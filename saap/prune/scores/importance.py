@@ -136,7 +136,7 @@ def per_structure(
                 heads = heads + sums[index, "head_gate"]
             if kind == "group":
                 heads = heads.unflatten(-1, (layer.kv_heads, layer.heads_per_group)).sum(-1)
-                if slices == "all":
+                if slices == "all" and not layer.reads:
                     heads = heads + sums[index, "key"] + sums[index, "value"]
             result.append(heads)
     return result
@@ -220,15 +220,15 @@ class Sums:
             first, second, _ = self.whole.get(key) or (torch.zeros_like(weight), torch.zeros_like(weight), weight)
             self.whole[key] = (first.add_(gradient), second.addcmul_(gradient, gradient), weight)
         product = gradient.mul_(weight)
-        self.vector.setdefault(key, []).append(self._by_structure(product.sum(axis), matrix.role))
+        self.vector.setdefault(key, []).append(self._by_structure(product.sum(axis), *key))
         if self.kind == "streamed":
             # Few passes over memory: they cost as much as the backward pass itself.
             fine = torch.linalg.vector_norm(torch.addcmul(product, product, product, value=-self.c / 2), 1, dim=axis)
-            self.element[key] = self.element.get(key, 0) + self._by_structure(fine, matrix.role)
+            self.element[key] = self.element.get(key, 0) + self._by_structure(fine, *key)
 
     def consume_input(self, matrix: Matrix, inputs: torch.Tensor, gradient: torch.Tensor) -> None:
         """Products of what structures put into output or down and its gradient, both [sequences, tokens, K]."""
-        product = self._by_structure(inputs * gradient, matrix.role)
+        product = self._by_structure(inputs * gradient, matrix.layer, matrix.role)
         key = (matrix.layer, matrix.role)
         self.token[key] = self.token.get(key, 0) + product.shape[1] / 2 * product.square().sum((0, 1))
         if self.kind == "none":
@@ -238,11 +238,11 @@ class Sums:
         """t_j of the rows of a linear, whose outputs without bias and their gradient are [sequences, tokens, N]."""
         product = (outputs * gradient).sum(1)
         for matrix in matrices:
-            summed = self._by_structure(product[:, matrix.rows], matrix.role)
+            summed = self._by_structure(product[:, matrix.rows], matrix.layer, matrix.role)
             self.vector.setdefault((matrix.layer, matrix.role), []).extend(summed)
 
-    def _by_structure(self, numbers: torch.Tensor, role: str) -> torch.Tensor:
-        width = self.shape.width_of(role)
+    def _by_structure(self, numbers: torch.Tensor, layer: int, role: str) -> torch.Tensor:
+        width = self.shape.width_of(role, self.shape.layers[layer])
         return numbers if width == 1 else numbers.unflatten(-1, (-1, width)).sum(-1)
 
     def scores(self, sequences: int, loss: float) -> Scores:
@@ -250,7 +250,7 @@ class Sums:
         for key, (first, second, weight) in self.whole.items():
             taylor = first.mul_(weight).sub_(second.mul_(weight).mul_(weight), alpha=self.c / 2)
             total = torch.linalg.vector_norm(taylor, 1, dim=summed_axis(key[1]))
-            self.element[key] = self._by_structure(total, key[1])
+            self.element[key] = self._by_structure(total, *key)
         return Scores(
             products={key: torch.stack(rows).cpu() for key, rows in self.vector.items()},
             element={key: (total / sequences).cpu() for key, total in self.element.items()},

@@ -6,17 +6,20 @@ way up, and a layer runs once more on the way down, which is one forward pass mo
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
+
 import torch
 from transformers import PreTrainedModel
 
 from devices.common.progress import Progress
-from saap.models.layer_walk import layer_inputs, layers_of, logits_after, run_layer
+from saap.models.layer_walk import Batch, layer_inputs, layers_of, logits_after, run_layer
 from saap.models.matrices import matrices_of
 from saap.models.shape import ModelShape
 from saap.models.streaming import present
 from saap.prune.options import Element
 from saap.prune.scores.importance import Scores, Sums, check_loss, watched
 
+Tensors = tuple[torch.Tensor, ...]
 STATE_BYTES = 2 << 30  # of states before every layer; more sequences should go through in another portion
 
 
@@ -44,6 +47,7 @@ def estimate_layerwise(
             say(index)
             with present(layer):
                 states.append([run_layer(layer, x, b.given[index]) for x, b in zip(states[-1], batches, strict=True)])
+    left = [SharedGradients(batch) for batch in batches]
     losses, gradients = [], []
     for index, (hidden, row) in enumerate(zip(states.pop(), ids, strict=True)):
         loss, gradient = _loss(model, hidden, row)
@@ -55,11 +59,43 @@ def estimate_layerwise(
         with present(layers[index]), watched(model, [m for m in matrices if m.layer == index], sums):
             for number, (hidden, batch) in enumerate(zip(states.pop(), batches, strict=True)):
                 x = hidden.detach().requires_grad_(True)
-                run_layer(layers[index], x, batch.given[index]).backward(gradients[number])
+                left[number].begin()
+                left[number].backward(run_layer(layers[index], x, batch.given[index]), gradients[number])
                 assert x.grad is not None
                 gradients[number] = x.grad
         say(steps - index)
     return sums.scores(len(ids), sum(losses) / len(losses))
+
+
+class SharedGradients:
+    """Gradients of keys and values that later layers read, on their way down to the layer that made them."""
+
+    def __init__(self, batch: Batch) -> None:
+        self._shared: MutableMapping[str, Tensors] = {} if batch.shared is None else batch.shared
+        self._made: dict[str, Tensors] = dict(self._shared)
+        self._read: dict[str, Tensors] = {}
+        self._gradients: dict[str, Tensors] = {}
+
+    def begin(self) -> None:
+        """Before a layer runs: it reads copies that take a gradient, or puts others in their place."""
+        self._read = {
+            kind: tuple(each.detach().requires_grad_(True) for each in made) for kind, made in self._made.items()
+        }
+        self._shared.update(self._read)
+
+    def backward(self, output: torch.Tensor, gradient: torch.Tensor) -> None:
+        """Through the layer that has run, from its output and from the keys and values that it made."""
+        outputs, gradients = [output], [gradient]
+        for kind, now in self._shared.items():
+            if now is not self._read.get(kind) and kind in self._gradients:
+                outputs += now
+                gradients += self._gradients.pop(kind)
+        torch.autograd.backward(outputs, gradients)
+        for kind, read in self._read.items():
+            if self._shared.get(kind) is read and read[0].grad is not None:
+                new = tuple(each.grad for each in read if each.grad is not None)
+                old = self._gradients.get(kind)
+                self._gradients[kind] = tuple(a + b for a, b in zip(new, old, strict=True)) if old else new
 
 
 def rows_at_once(shape: ModelShape, tokens: int) -> int:

@@ -67,6 +67,7 @@ class WorkingPoint:
         self.model, self.shape, self.plans, self.ids = model, shape, plans, ids
         self.loss = 0.0
         self._hidden: list[list[torch.Tensor]] = []
+        self._shared: list[dict[str, tuple[torch.Tensor, ...]]] = []
 
     @contextmanager
     def entered(self) -> Iterator[WorkingPoint]:
@@ -77,12 +78,16 @@ class WorkingPoint:
             with masked(self.model, self.plans):
                 self._hidden += states_after(self.model, self._batches, self._hidden[0])
                 self.loss = loss_after(self.model, self._hidden[-1], self.ids)
+            self._shared = [dict(batch.shared or {}) for batch in self._batches]
             yield self
-            self._hidden, self._batches = [], []
+            self._hidden, self._batches, self._shared = [], [], []
 
     def loss_with(self, index: int, keep: LayerPlan) -> float:
         """Loss where layer ``index`` keeps this instead, nats per token."""
         plans = {**self.plans, index: keep}
+        for batch, left in zip(self._batches, self._shared, strict=True):  # what layers before this one leave
+            if batch.shared is not None:
+                batch.shared.update(left)
         with masked(self.model, {i: plan for i, plan in plans.items() if i >= index}):
             last = deque(states_after(self.model, self._batches, self._hidden[index], index), maxlen=1).pop()
         return loss_after(self.model, last, self.ids)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -98,14 +99,17 @@ def blocks_of(shape: ModelShape, prices: Prices, budget: Budget, options: PruneO
                 counts = _head_counts(sizes, shape.head_dim, options.group_size)
                 if whole or not prices.heads:
                     counts = [(sizes.kv_heads, sizes.heads_per_group)]
-                offers = [_cheapest_heads(sizes, prices, index, *count) for count in counts]
+                heads = [_cheapest_heads(sizes, prices, index, *count) for count in counts]
+                facts = {name: getattr(sizes, name) for name in ATTENTION.facts}
+                offers = [(replace(keep, **facts), price) for keep, price in heads]
             else:
                 channels = getattr(sizes, kind.sizes[0])
-                step = shape.width_of(kind.writes)
+                step = shape.width_of(kind.writes, sizes)
                 widths = [channels] if whole else widths_of(channels, options.group_size, step)
                 offers = _cheapest_channels(kind, prices, index, widths)
             plans = [Option(keep, price, budget.cost(kind, keep.sizes)) for keep, price in offers]
-            gone = None if whole else prices.gone[kind.name][index]
+            fixed = whole or (kind is ATTENTION and shape.fixed_attention)
+            gone = None if fixed else prices.gone[kind.name][index]
             if gone is not None:
                 plans.append(Option(LayerPlan(), gone, 0.0))
             found.append(Block(index, kind.name, tuple(plans)))
@@ -124,7 +128,8 @@ def _cheapest_channels(kind: BlockKind, prices: Prices, index: int, widths: list
         gone = len(order) - width
         kept = tuple(sorted(ranked[gone:]))  # every width shares the numbers: there are hundreds
         price = float(lost[gone]) * (1 + prices.alpha[type_] * gone / len(order))
-        offers.append((LayerPlan(**{kind.sizes[0]: kept}), price))
+        only: dict[str, Any] = {kind.sizes[0]: kept}
+        offers.append((LayerPlan(**only), price))
     return offers
 
 

@@ -16,6 +16,7 @@ import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -131,7 +132,8 @@ def fit_prices(losses: Losses, fused: dict[str, list[torch.Tensor]], options: Pr
     priced = {type_: [(curves[type_].kappa * p).double().numpy() for p in fused[type_]] for type_ in TYPES}
     gone: dict[str, list[float | None]] = {name: [None] * len(shape.layers) for name in KINDS}
     if options.modules:  # each silenced by itself: two forward passes per layer
-        gone |= {kind.name: _block_prices(losses, base, kind, free) for kind in blocks}
+        may_go = [kind for kind in blocks if not (kind is ATTENTION and shape.fixed_attention)]
+        gone |= {kind.name: _block_prices(losses, base, kind, free) for kind in may_go}
     losses.end()
     return Prices(priced, gone, {type_: curve.alpha for type_, curve in curves.items()}, heads)
 
@@ -192,7 +194,8 @@ def _without(type_: str, sizes: LayerSizes, lost: set[int]) -> LayerPlan:
     for kind in KINDS.values():
         if kind is not ATTENTION and type_ in kind.types:
             (field,) = kind.sizes
-            return replace(whole, **{field: tuple(i for i in getattr(whole, field) if i not in lost)})
+            left: dict[str, Any] = {field: tuple(i for i in getattr(whole, field) if i not in lost)}
+            return replace(whole, **left)
     if type_ == "group":
         lost = {head for head in whole.query_heads if head // sizes.heads_per_group in lost}
     return replace(whole, query_heads=tuple(h for h in whole.query_heads if h not in lost))

@@ -21,7 +21,9 @@ def test_every_family_equals_transformers(family, tiny_family, tmp_path):
     assert shape.parameters == sum(p.numel() for p in model.parameters())
     manifest = export_bundle(path, bundle, bits=32, ids=IDS)
     embedding = 0 if shape.tied else model.get_input_embeddings().weight.numel()
-    assert manifest.weight_bytes_per_token == 4 * (shape.parameters - embedding)
+    count = len(shape.layers)
+    for_layers = count * (shape.vocab * shape.per_layer - 1) if shape.per_layer else 0  # a table, and a scale for each
+    assert manifest.weight_bytes_per_token == 4 * (shape.parameters - embedding - for_layers)
     assert manifest.model_type == model.config.model_type and manifest.parity.tokens == IDS.numel()
     dense = logits_of(model, IDS)
     assert dense.std() > 0.3 and sum(PIECES) == IDS.shape[1]

@@ -93,7 +93,12 @@ def check_fused(bundle, optimised):
     assert not [n for n in nodes if n.op_type == "DequantizeLinear"]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+def test_embeddings_for_each_layer_are_refused(tiny_family, tmp_path):
+    with pytest.raises(UserError, match=r"not written in standard operators: give --target cpu"):
+        export(tiny_family("gemma4_text"), tmp_path / "bundle")
+
+
+@pytest.mark.parametrize("family", [name for name, (kind, _) in FAMILIES.items() if kind != "gemma4_text"])
 def test_every_family_equals_transformers(family, tiny_family, tmp_path):
     model_type, overrides = FAMILIES[family]
     path = tiny_family(model_type, **overrides)

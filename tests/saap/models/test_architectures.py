@@ -33,6 +33,8 @@ def test_every_name_of_a_row_is_a_module_of_the_model(tiny_family, family):
     if row.delta:  # two of whose names are parameters of the net itself
         some += [name for name in asdict(row.delta).values() if name not in (row.delta.log_decay, row.delta.decay_bias)]
         some.append("linear_attn")
+    if row.per_layer:
+        some += [row.per_layer.gate, row.per_layer.output, row.per_layer.output_norm]
     assert {*row.qkv, row.output, *row.gate_up, row.down, *filter(None, some)} == {
         name
         for layer in layers
@@ -41,7 +43,8 @@ def test_every_name_of_a_row_is_a_module_of_the_model(tiny_family, family):
     }
     attends = layers[1]  # where some layers convolve, the second does not
     rows = sum(attends.get_submodule(name).weight.shape[0] for name in row.qkv)
-    assert rows == (3 + 2 * 1) * 32 + (3 if row.head_gate else 3 * 32 if row.gated_queries else 0)
+    dim = 64 if row.per_layer else 32
+    assert rows == (3 + 2 * 1) * dim + (3 if row.head_gate else 3 * 32 if row.gated_queries else 0)
     assert sum(attends.get_submodule(name).weight.shape[0] for name in row.gate_up) == 2 * 128
 
 

@@ -58,7 +58,7 @@ def check_scores(both, ids, element):
         assert ours.keys() == theirs.keys()
         for key, numbers in theirs.items():
             # A head that is normed whole cannot change what is read of it: its product is 0, but for rounding.
-            least = max(1e-4 * float(numbers.abs().max()), 1e-7)
+            least = max(1e-4 * float(numbers.abs().max()), 2e-6 if key[1] in ("query", "key", "value") else 1e-7)
             assert torch.allclose(ours[key], numbers, rtol=1e-3, atol=least), (part, key)
     assert nothing_is_left(streamed)
     counts = [done for _, done, _ in said]

@@ -25,6 +25,35 @@ KINDS = {
     ),
     **(
         {
+            "gemma4": (
+                "Gemma4",
+                {
+                    "text_config": {
+                        **TEXT,
+                        "layer_types": ["sliding_attention", "full_attention"],
+                        "global_head_dim": 64,
+                        "sliding_window": 8,
+                        "hidden_size_per_layer_input": 32,
+                        "vocab_size_per_layer_input": 320,
+                    },
+                    "vision_config": {
+                        "hidden_size": 32,
+                        "intermediate_size": 48,
+                        "num_hidden_layers": 1,
+                        "num_attention_heads": 2,
+                        "num_key_value_heads": 2,
+                        "head_dim": 16,
+                        "patch_size": 14,
+                    },
+                    "audio_config": None,
+                },
+            )
+        }
+        if NEW
+        else {}
+    ),
+    **(
+        {
             "qwen3_5": (
                 "Qwen3_5",
                 {

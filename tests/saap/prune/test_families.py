@@ -38,6 +38,7 @@ from saap.system.errors import UserError
 
 __all__ = ["dense_dir"]
 HYBRID = {"lfm2": LayerSizes(conv=96), "lfm3": LayerSizes(conv=96), "qwen3.5": LayerSizes(delta=3)}
+LOSING_LAYERS = [case for case in CASES if case != "gemma4"]  # whose later layers read keys of earlier ones
 
 
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS.keys())
@@ -49,14 +50,14 @@ def test_slim_equals_masked_dense(dense_dir, tmp_path, case, plan):
     assert expected.std() > 0.2
     directory = cut(path, tmp_path / "slim", plan)
     slim = load_model(directory)
-    most = 5e-5 if case in ("lfm3", "qwen3.5") else 1e-5  # norms behind small outputs make rounding larger
+    most = 5e-5 if case in ("lfm3", "qwen3.5", "gemma4") else 1e-5  # norms behind small outputs make rounding larger
     assert (logits(slim) - expected).abs().max() <= most
     assert (logits(shipped(directory)) - expected).abs().max() <= most
     assert shape_of(read_config(directory)).parameters == sum(p.numel() for p in slim.parameters())
     check_generation(slim)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", LOSING_LAYERS)
 def test_each_kept_layer_does_what_it_did(dense_dir, tmp_path, case):
     path = dense_dir(case)
     plan = fitting(path, PLANS["a layer dropped"])
@@ -69,7 +70,7 @@ def test_each_kept_layer_does_what_it_did(dense_dir, tmp_path, case):
         assert len(config["layer_types"]) == 5
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", LOSING_LAYERS)
 def test_uniform_cuts_are_plain_directories_of_their_family(dense_dir, tmp_path, case):
     layer = LayerPlan((0, 2, 4), (0, 1, 2), tuple(range(32)))
     path = dense_dir(case, **({"layer_types": ["full_attention"] * 6} if case in HYBRID else {}))
@@ -86,7 +87,7 @@ def test_uniform_cuts_are_plain_directories_of_their_family(dense_dir, tmp_path,
     check_generation(slim)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", LOSING_LAYERS)
 def test_a_slim_model_is_pruned_again(dense_dir, tmp_path, case):
     path = dense_dir(case)
     first = cut(path, tmp_path / "first", fitting(path, PLANS["first layers without attention"]))
@@ -133,10 +134,12 @@ def test_an_uneven_bundle_passes_parity_and_is_probed(dense_dir, tmp_path, case)
     planned = [plan.layers[i].sizes for i in plan.kept_layers]
     assert [LayerSizes(**asdict(sizes)) for sizes in manifest.layers] == planned
     heads = (4, 2) if case == "qwen3.5" else (6, 3)  # whose first layer, which stays whole, does not attend
-    for directory in (path, bundle):
+    for directory in (path,) if case == "gemma4" else (path, bundle):
         probed = read_probe_model(directory)
         assert probed.architecture is ROWS[CASES[case][0]]
-        assert probed.shape.layers == (LayerSizes(*heads, 64),) * 5 and probed.largest == HYBRID.get(case, LayerSizes())
+        assert probed.shape.layers == (LayerSizes(*heads, 64),) * len(planned) and probed.largest == HYBRID.get(
+            case, LayerSizes()
+        )
         assert probed.config.model_type == f"saap_{CASES[case][0]}"
 
 

@@ -51,7 +51,7 @@ def test_a_compensated_model_is_what_was_asked(compensated, tmp_path, case):
     assert (tmp_path / "again/model.safetensors").read_bytes() == (directory / "model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [case for case in CASES if case != "gemma4"])  # which loses no layers
 def test_a_compensated_model_is_pruned_again(compensated, tmp_path, case):
     directory, _ = compensated(case)
     half = LayerPlan((0, 1), (0,), tuple(range(0, 64, 2)))
@@ -70,7 +70,8 @@ def test_a_compensated_model_is_pruned_again(compensated, tmp_path, case):
 @pytest.mark.parametrize("case", CASES)
 def test_bundles_carry_the_biases(compensated, tmp_path, case):
     directory, expected = compensated(case)
-    for name, write in {"cpu": export_bundle, "portable": export_portable}.items():
+    writers = {"cpu": export_bundle, **({} if case == "gemma4" else {"portable": export_portable})}
+    for name, write in writers.items():
         manifest = write(directory, tmp_path / name, bits=32, ids=IDS)
         assert np.abs(BundleScorer(tmp_path / name).logits(IDS.numpy()) - expected.numpy()).max() <= 1e-4
         assert manifest.parameters == shape_of(read_config(directory)).parameters
