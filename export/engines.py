@@ -13,7 +13,7 @@ from devices.common.progress import Progress
 from export.bundle.engine_logits import logits_of
 from export.bundle.engines import ENGINES, EXTRAS, FILES, LLAMA_CPP, ONNXRUNTIME, OPENVINO, PACKAGES
 from export.bundle.manifest import Parity
-from export.gguf.layout import GGUFSource
+from export.gguf.families import open_source
 from export.gguf.write import BITS as GGUF_TYPES
 from export.gguf.write import write_gguf
 from export.options import ExportOptions
@@ -36,7 +36,7 @@ def engines_of(directory: Path, options: ExportOptions) -> list[str]:
     with suppress(UserError):
         if options.integers != "nearest":
             python_of(LLAMA_CPP)
-            GGUFSource(directory, None, None)
+            open_source(directory, None, None)
             found.append(LLAMA_CPP)
     with suppress(UserError):
         if options.kv_bits == 32:
@@ -61,7 +61,7 @@ def check_engines(directory: Path, options: ExportOptions) -> None:
         python_of(OPENVINO)
     if LLAMA_CPP in options.engines:
         try:
-            GGUFSource(directory, None, None)
+            open_source(directory, None, None)
         except UserError as error:
             raise UserError(f"--engines {LLAMA_CPP}: {error}") from None
 

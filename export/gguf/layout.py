@@ -8,13 +8,14 @@ and drops the attention of a layer whose FFN width is 0. So layer 0 without atte
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
+from export.gguf.rotary import RotaryFields
 from export.gguf.tensors import BLOCK, natural_kind
 from export.source import ModelSource
 from saap.models.architectures import FAMILIES, SLIM
@@ -58,12 +59,12 @@ class GGUFSource(ModelSource):
     """
 
     def __init__(self, directory: Path, kind: str | None, head_kind: str | None) -> None:
-        model_type = str(read_config(directory).get("model_type"))
-        *others, last = (name for name, row in FAMILIES.items() if row.gguf)
-        if model_type.removeprefix(SLIM) not in (*others, last):
+        model_type = model_type_of(directory)
+        *others, last = (name for name, row in FAMILIES.items() if row.gguf != "no")
+        if not self.holds(model_type):
             raise UserError(
-                f"{directory} is of type {model_type!r}: llama.cpp's 'deci' architecture holds {', '.join(others)} and "
-                f"{last} models (no q/k norm, no extra norms, no packed projections); export it for the cpu target"
+                f"{directory} is of type {model_type!r}: GGUF files are written of {', '.join(others)} and {last} "
+                "models; export it for the cpu target"
             )
         super().__init__(directory)
         self.kind = kind or (None if self.quant else "Q4_1")
@@ -77,6 +78,15 @@ class GGUFSource(ModelSource):
                 f"{directory} has a hidden size of {self.shape.hidden}, not a multiple of the {BLOCK} columns of a "
                 "quantised GGUF block: choose F16 or F32"
             )
+
+    @classmethod
+    def holds(cls, model_type: str) -> bool:
+        """Whether a family, without the mark of slim models, is written so."""
+        return model_type in FAMILIES and FAMILIES[model_type].gguf != "no"
+
+    def fields(self, rotary: RotaryFields) -> Mapping[str, int | float | bool | list[int] | list[bool]]:
+        """Fields of this architecture alone, below its name; they win over those of all."""
+        return {}
 
     @property
     def uniform(self) -> bool:
@@ -104,7 +114,7 @@ class GGUFSource(ModelSource):
         arch, hidden, vocab = self.architecture, self.shape.hidden, self.shape.vocab
         yield self._matrix("token_embd", arch.embedding, vocab, hidden, self.head_kind)
         if rope_factors is not None:
-            yield _vector("rope_freqs.weight", rope_factors)
+            yield vector("rope_freqs.weight", rope_factors)
         for index, (old, sizes) in enumerate(self.layers):
             prefix, block = f"{arch.layers}.{old}.", f"blk.{index}."
             yield from self._attention(prefix, block, sizes, index == 0)
@@ -133,7 +143,7 @@ class GGUFSource(ModelSource):
             yield from self._linear(block + "attn_v", prefix + arch.value, keys, hidden)
             yield from self._linear(block + "attn_output", prefix + arch.output, hidden, queries)
         elif first:
-            yield _vector(block + "attn_norm.weight", torch.ones(hidden))
+            yield vector(block + "attn_norm.weight", torch.ones(hidden))
             yield self._zeros(block + "attn_output", hidden, hidden)
 
     def _feed_forward(self, prefix: str, block: str, sizes: LayerSizes) -> Iterator[Tensor]:
@@ -144,10 +154,14 @@ class GGUFSource(ModelSource):
             yield from self._linear(block + "ffn_up", prefix + arch.up, sizes.ffn, hidden)
             yield from self._linear(block + "ffn_down", prefix + arch.down, hidden, sizes.ffn)
         else:
-            yield _vector(block + "ffn_norm.weight", torch.ones(hidden))
-            yield self._zeros(block + "ffn_gate", BLOCK, hidden)
-            yield self._zeros(block + "ffn_up", BLOCK, hidden)
-            yield self._zeros(block + "ffn_down", hidden, BLOCK)
+            yield vector(block + "ffn_norm.weight", torch.ones(hidden))
+            yield from self._no_feed_forward(block)
+
+    def _no_feed_forward(self, block: str) -> Iterator[Tensor]:
+        """Zeros in the place of an FFN that went."""
+        yield self._zeros(block + "ffn_gate", BLOCK, self.shape.hidden)
+        yield self._zeros(block + "ffn_up", BLOCK, self.shape.hidden)
+        yield self._zeros(block + "ffn_down", self.shape.hidden, BLOCK)
 
     def _linear(self, name: str, module: str, rows: int, columns: int, heads: int = 0) -> Iterator[Tensor]:
         """A matrix and its bias; ``heads``: reordered for llama.cpp's rotary, which turns neighbouring pairs."""
@@ -156,7 +170,7 @@ class GGUFSource(ModelSource):
         bias = f"{module}.bias"
         if bias in self.names:
             self._written.add(bias)
-            yield _vector(f"{name}.bias", self._reordered(bias, order).float())
+            yield vector(f"{name}.bias", self._reordered(bias, order).float())
 
     def _reordered(self, name: str, order: torch.Tensor | None) -> torch.Tensor:
         tensor = self.read(name)
@@ -198,10 +212,15 @@ class GGUFSource(ModelSource):
 
     def _norm(self, name: str, module: str) -> Tensor:
         self._written.add(f"{module}.weight")
-        return _vector(f"{name}.weight", self.read(f"{module}.weight").float())
+        return vector(f"{name}.weight", self.read(f"{module}.weight").float())
 
     def _zeros(self, name: str, rows: int, columns: int) -> Tensor:
         return Tensor(f"{name}.weight", (rows, columns), self.kind or "Q8_0", lambda: torch.zeros(rows, columns))
+
+
+def model_type_of(directory: Path) -> str:
+    """The family of a directory, by its config."""
+    return str(read_config(directory).get("model_type")).removeprefix(SLIM)
 
 
 def rotary_order(rows: int, heads: int) -> torch.Tensor:
@@ -209,5 +228,6 @@ def rotary_order(rows: int, heads: int) -> torch.Tensor:
     return torch.arange(rows).view(heads, 2, rows // heads // 2).transpose(1, 2).flatten()
 
 
-def _vector(name: str, values: torch.Tensor) -> Tensor:
+def vector(name: str, values: torch.Tensor) -> Tensor:
+    """A tensor that is written as float32, of any number of axes."""
     return Tensor(name, tuple(values.shape), "F32", lambda: values)

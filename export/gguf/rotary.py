@@ -9,8 +9,10 @@ import torch
 
 from saap.models.architectures import ModelConfig, field_of, number_of, rope_of
 from saap.models.checkpoint import transformers_config
+from saap.models.shape import ModelShape
 from saap.system.errors import UserError
 
+STILL = 1e30  # a divisor of a frequency, by which it is 0
 TYPES = ("default", "linear", "llama3", "yarn")  # the others change with the length of the input
 
 
@@ -37,6 +39,8 @@ def rotary_fields(directory: Path) -> RotaryFields:
 
     config = transformers_config(directory)
     scaling = rope_of(config)
+    if "full_attention" in scaling:  # of several kinds of layers, whose fields the family writes itself
+        return RotaryFields({}, {"rope.scaling.type": "none"}, None, config.max_position_embeddings, [])
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind not in TYPES:
         raise UserError(f"rope type {kind!r} cannot be written as GGUF; allowed: {', '.join(TYPES)}")
@@ -54,6 +58,15 @@ def rotary_fields(directory: Path) -> RotaryFields:
             floats["rope.scaling.attn_factor"] = float(rotary.attention_scaling)
     context, notes = _context(config)
     return RotaryFields(floats, strings, factors, context, notes)
+
+
+def partial_factors(config: ModelConfig, shape: ModelShape) -> torch.Tensor:
+    """What llama.cpp divides the frequencies of layers with full attention by: so much of what is not turned that it
+    stands still, [head size / 2] float32."""
+    own = rope_of(config)["full_attention"]
+    half = max(map(shape.head_of, shape.layers)) // 2
+    turned = round(half * number_of(own, "partial_rotary_factor")) if field_of(own, "partial_rotary_factor") else half
+    return torch.tensor([1.0] * turned + [STILL] * (half - turned))
 
 
 def _context(config: ModelConfig) -> tuple[int, list[str]]:

@@ -14,6 +14,7 @@ import torch
 
 from devices.common.outputs import GGUF, check_place
 from devices.common.progress import Progress
+from export.gguf.families import open_source
 from export.gguf.layout import GGUFSource, Tensor
 from export.gguf.rotary import RotaryFields, rotary_fields
 from export.gguf.tensors import KINDS, encode
@@ -86,7 +87,7 @@ def write_gguf(
     for asked in (kind, head_kind):
         if asked is not None and asked not in KINDS:
             raise UserError(f"GGUF type {asked!r} is not written; allowed: {', '.join(KINDS)}")
-    source = GGUFSource(model_dir, kind, head_kind)
+    source = open_source(model_dir, kind, head_kind)
     rotary = rotary_fields(source.directory)
     tensors = list(source.tensors(rotary.factors))
     source.check_all_written()
@@ -101,7 +102,7 @@ def _writer(path: Path, source: GGUFSource, rotary: RotaryFields, tokenizer: Tok
     from gguf import GGUFWriter
 
     writer, name = GGUFWriter(path, source.name), source.name
-    shape, epsilon = source.shape, source.config.get("rms_norm_eps", 1e-6)
+    shape, epsilon = source.shape, source.config.get(source.architecture.epsilon, 1e-6)
     for key, values in source.counts().items():
         if source.uniform:
             writer.add_uint32(f"{name}.{key}", values[0])
@@ -117,10 +118,20 @@ def _writer(path: Path, source: GGUFSource, rotary: RotaryFields, tokenizer: Tok
         "attention.value_length": shape.head_dim,
         "rope.dimension_count": shape.head_dim,
     }
+    own = source.fields(rotary)
     for key, value in sizes.items():
-        writer.add_uint32(f"{name}.{key}", value)
+        if key not in own:
+            writer.add_uint32(f"{name}.{key}", value)
     for key, number in {"attention.layer_norm_rms_epsilon": float(epsilon), **rotary.floats}.items():
-        writer.add_float32(f"{name}.{key}", number)
+        if key not in own:
+            writer.add_float32(f"{name}.{key}", number)
+    for key, told in own.items():
+        if isinstance(told, list):
+            writer.add_array(f"{name}.{key}", told)
+        elif isinstance(told, float):
+            writer.add_float32(f"{name}.{key}", told)
+        else:
+            writer.add_uint32(f"{name}.{key}", told)
     for key, text in rotary.strings.items():
         writer.add_string(f"{name}.{key}", text)
     tokenizer.write(writer)
@@ -172,7 +183,7 @@ def _write_tensors(writer: GGUFWriter, tensors: list[Tensor], progress: Progress
             progress("writing GGUF (tensors)", index, len(tensors))
         values = tensor.load()
         tensor.check(values)
-        if isinstance(values, torch.Tensor) and values.dim() == 1:
+        if isinstance(values, torch.Tensor) and (values.dim() == 1 or (not tensor.measured and tensor.kind == "F32")):
             writer.write_tensor_data(values.float().numpy())
             continue
         matrix = encode(values, tensor.kind)

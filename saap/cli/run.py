@@ -399,11 +399,11 @@ def check_model(source: Path, options: RunOptions) -> None:
 
 def check_peer(source: Path) -> str | None:
     """Why the dense model is not measured in llama.cpp too; None where it is."""
-    from export.gguf.layout import GGUFSource
+    from export.gguf.families import open_source
     from export.gguf.llama_cpp import quantizer
 
     try:
-        GGUFSource(source, "F16", None)
+        open_source(source, "F16", None)
         quantizer()
     except UserError as error:
         return str(error)

@@ -118,7 +118,7 @@ class Architecture:
     always: tuple[str, ...] = ()  # fields of the config that no graph of ours does without
     switched_rotary: bool = False  # ``config.position_embedding_type`` is rope, or there is no rotary embedding at all
     transformers: int = 4  # the oldest release whose classes are what we read
-    gguf: bool = False  # llama.cpp's architectures ``llama`` and ``deci`` hold it
+    gguf: Literal["no", "any widths", "one width"] = "no"  # whether llama.cpp holds it, and FFNs of many widths
     optimum: bool = False  # optimum may write its portable graph; the others' windows and norms are tried in ours only
 
     @property
@@ -202,18 +202,21 @@ POSITIONS = 2048  # what transformers takes where a LLaMA config names none
 UNREAD = "time_step_limit"  # of state space layers; it holds an infinity, for which JSON has only ways around
 PER_LAYER = ("layer_types", "no_rope_layers")  # fields of a config that have one entry for each layer
 QUERY_NORM, KEY_NORM = "self_attn.q_norm", "self_attn.k_norm"
-LLAMA = Architecture(gguf=True, optimum=True)
+LLAMA = Architecture(gguf="any widths", optimum=True)
 LFM2 = Architecture(  # short convolutions, and attention in every third layer or so
     "Lfm2", final_norm="model.embedding_norm", output="self_attn.out_proj", gate="feed_forward.w1",
     up="feed_forward.w3", down="feed_forward.w2", conv_in="conv.in_proj", conv_kernel="conv.conv",
     conv_out="conv.out_proj", attention_norm="operator_norm", query_norm="self_attn.q_layernorm",
     key_norm="self_attn.k_layernorm", ffn_norm="ffn_norm", window="by layer", epsilon="norm_eps", transformers=5,
+    gguf="one width",
 )  # fmt: skip
 FAMILIES = {
     "llama": LLAMA,
-    "mistral": Architecture("Mistral", window="all", gguf=True),
-    "qwen2": Architecture("Qwen2", qkv_bias=True, window="by layer", gguf=True),
-    "qwen3": Architecture("Qwen3", query_norm=QUERY_NORM, key_norm=KEY_NORM, window="by layer"),
+    "mistral": Architecture("Mistral", window="all", gguf="any widths"),
+    "qwen2": Architecture("Qwen2", qkv_bias=True, window="by layer", gguf="any widths"),
+    "qwen3": Architecture(
+        "Qwen3", query_norm=QUERY_NORM, key_norm=KEY_NORM, window="by layer", gguf="one width"
+    ),
     "phi3": Architecture(
         "Phi3", packed_qkv="self_attn.qkv_proj", packed_gate_up="mlp.gate_up_proj", window="all"
     ),
@@ -236,7 +239,7 @@ FAMILIES = {
     "ministral3": Architecture("Ministral3", window="all", transformers=5),
     "lfm2": LFM2,
     "lfm3": replace(
-        LFM2, family="Lfm3", output="self_attn.o_proj", query_norm=QUERY_NORM, key_norm=KEY_NORM,
+        LFM2, family="Lfm3", gguf="no", output="self_attn.o_proj", query_norm=QUERY_NORM, key_norm=KEY_NORM,
         head_gate="self_attn.g_proj", stored_as=("self_attn.gate_proj", "self_attn.g_proj"),
         attention_post_norm="post_operator_norm", ffn_post_norm="post_ffn_norm", local_rotary=True,
         always=("use_sandwich_norm", "use_attention_gate"),
@@ -245,11 +248,11 @@ FAMILIES = {
         "Gemma4", query_norm=QUERY_NORM, key_norm=KEY_NORM, attention_post_norm="post_attention_layernorm",
         ffn_norm="pre_feedforward_layernorm", ffn_post_norm="post_feedforward_layernorm", scaled_embedding=True,
         value_norm=True, attention_scale=1.0, activation="gelu_pytorch_tanh", activation_key="hidden_activation",
-        window="by layer", local_rotary=True, per_layer=PerLayerNames(), transformers=5,
+        window="by layer", local_rotary=True, per_layer=PerLayerNames(), transformers=5, gguf="any widths",
     ),
     "qwen3_5_text": Architecture(  # gated delta nets, and attention in every fourth layer
         "Qwen3_5", query_norm=QUERY_NORM, key_norm=KEY_NORM, gated_queries=True, delta=DeltaNames(), offset_norms=True,
-        window="by layer", transformers=5,
+        window="by layer", transformers=5, gguf="one width",
     ),
 }  # fmt: skip
 ARCHITECTURES = FAMILIES | {SLIM + name: row for name, row in FAMILIES.items()}

@@ -153,6 +153,10 @@ class PruneOptions:
     group_size: Annotated[
         Literal[32, 64, 128], Option("Its weights per scale; every width is a multiple of it.", _FOR, old=("--group",))
     ] = 32
+    engine: Annotated[
+        Literal["any", "llama.cpp"],
+        Option("What shall run it: llama.cpp wants one FFN width in some families.", _FOR, flags=("--for",)),
+    ] = "any"
     onnxruntime: str | None = None  # version that the table of costs must be of; None accepts any
     method: Annotated[Method, Option("saap, flap, wanda_sp, ... (--help-all).", _HOW, metavar="NAME")] = "saap"
     compensate: Annotated[

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -97,6 +98,8 @@ def prune(
     check_output(output, model, calibration, record=RECORD)
     source = resolve(model, progress=progress)
     budget = budget_of(source, options)
+    if budget.one_width:
+        options = replace(options, heads=False)
     stages = stages_of(budget, options)
     rows = calibration
     if rows is None and not options.reads_text:
@@ -225,11 +228,34 @@ def budget_of(model_dir: str | Path, options: PruneOptions) -> Budget:
     if wrong:
         raise UserError(f"--keep-layers names layer {wrong[0]}; the model has layers 0 to {len(shape.layers) - 1}")
     cut = replace(shape, added_bias=True) if options.compensation == "bias" else shape
-    budget = budget_for(options, shape, config, cut=cut)
+    budget = replace(budget_for(options, shape, config, cut=cut), one_width=_one_width(options, config))
     if options.method == "saap":
         check_reachable(budget, options)
         stages_of(budget, options)
     return budget
+
+
+def _one_width(options: PruneOptions, config: Mapping[str, object]) -> bool:
+    """Whether the engine that is planned for wants one FFN width for all layers, and all else as it is.
+
+    Raises UserError: it does not hold the family, or options ask for something else.
+    """
+    if options.engine == "any":
+        return False
+    holds = architecture_of(dict(config)).gguf
+    if holds == "no":
+        raise UserError(f"no GGUF file is written of {config['model_type']} models: leave --for {options.engine} out")
+    if holds == "any widths":
+        return False
+    asked = {"--heads": options.heads, "--modules": options.modules, "--drop-layers": options.drop_layers,
+             "--keep-layers": options.kept_layers, "--method": options.method != "saap",
+             "--compensate bias": options.compensation == "bias"}  # fmt: skip
+    if other := [name for name, value in asked.items() if value]:
+        raise UserError(
+            f"llama.cpp has one FFN width for all layers of {config['model_type']} models: leave {other[0]} or "
+            f"--for {options.engine} out"
+        )
+    return True
 
 
 def streamed(model_dir: str | Path, budget: Budget, options: PruneOptions, sequences: int, tokens: int) -> bool:

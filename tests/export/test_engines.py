@@ -138,7 +138,7 @@ def test_a_path_may_have_an_at_of_its_own(tmp_path):
 
 
 def test_what_llama_cpp_cannot_hold_is_refused_before_integers_are_chosen(tiny_family, tmp_path):
-    model = tiny_family("qwen3")
+    model = tiny_family("phi3")
     told = refused("export", model, "-o", tmp_path / "out", "--engines", "onnxruntime,llama.cpp")
     assert told.startswith("saap: --engines llama.cpp: ") and not (tmp_path / "out").exists()
 
@@ -161,7 +161,7 @@ def test_auto_takes_the_engines_that_are_here_and_hold_the_model(tiny_model, tin
     monkeypatch.setattr("export.engines.python_with", lambda *_: "python")
     monkeypatch.setattr("export.engines.logits_of", lambda *_: torch.zeros(4, 256, 320).numpy())
     options = ExportOptions(engines=("auto",), text=str(text), parity="none")
-    for model, expected in ((tiny_model(), [*BOTH, "openvino"]), (tiny_family("qwen3"), ["onnxruntime", "openvino"])):
+    for model, expected in ((tiny_model(), [*BOTH, "openvino"]), (tiny_family("phi3"), ["onnxruntime", "openvino"])):
         made = export(model, options, output=tmp_path / f"out-{len(expected)}")
         assert engines_in(made.manifest) == expected
 

@@ -84,6 +84,7 @@ class Budget:
     table: CostTable | None = None  # milliseconds; None without a table of costs
     costs: Costs | None = None  # what a record says about the table
     further: tuple[str, ...] = ()  # options that would let more go, as a person is told of them
+    one_width: bool = False  # whether all FFNs keep the same number of channels, and all else stays
 
     @property
     def fixed(self) -> float:

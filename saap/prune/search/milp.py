@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from saap.models.shape import ATTENTION, KINDS, BlockKind, LayerSizes, ModelShape
+from saap.models.shape import ATTENTION, FFN, KINDS, BlockKind, LayerSizes, ModelShape
 from saap.prune.options import PruneOptions
 from saap.prune.plan import LayerPlan, PrunePlan, widths_of
 from saap.prune.search.budget import Budget
@@ -97,7 +97,7 @@ def blocks_of(shape: ModelShape, prices: Prices, budget: Budget, options: PruneO
         for kind in sizes.blocks:
             if kind is ATTENTION:
                 counts = _head_counts(sizes, shape.head_dim, options.group_size)
-                if whole or not prices.heads:
+                if whole or budget.one_width or not prices.heads:
                     counts = [(sizes.kv_heads, sizes.heads_per_group)]
                 heads = [_cheapest_heads(sizes, prices, index, *count) for count in counts]
                 facts = {name: getattr(sizes, name) for name in ATTENTION.facts}
@@ -105,10 +105,11 @@ def blocks_of(shape: ModelShape, prices: Prices, budget: Budget, options: PruneO
             else:
                 channels = getattr(sizes, kind.sizes[0])
                 step = shape.width_of(kind.writes, sizes)
-                widths = [channels] if whole else widths_of(channels, options.group_size, step)
+                stays = whole or (budget.one_width and kind is not FFN)
+                widths = [channels] if stays else widths_of(channels, options.group_size, step)
                 offers = _cheapest_channels(kind, prices, index, widths)
             plans = [Option(keep, price, budget.cost(kind, keep.sizes)) for keep, price in offers]
-            fixed = whole or (kind is ATTENTION and shape.fixed_attention)
+            fixed = whole or budget.one_width or (kind is ATTENTION and shape.fixed_attention)
             gone = None if fixed else prices.gone[kind.name][index]
             if gone is not None:
                 plans.append(Option(LayerPlan(), gone, 0.0))
@@ -195,6 +196,8 @@ def solve(blocks: list[Block], budget: Budget) -> list[Option]:
         UserError: even the smallest options exceed the budget; the floor is named.
     """
     _check_floor(blocks, budget)
+    if budget.one_width:
+        return _of_one_width(blocks, budget)
     limit = budget.limit
     for _ in range(RETRIES):
         chosen = _least_price(blocks, limit, budget)
@@ -203,6 +206,16 @@ def solve(blocks: list[Block], budget: Budget) -> list[Option]:
             return _use_up(blocks, chosen, -excess)
         limit -= 2 * excess  # HiGHS holds a constraint to a tolerance only
     raise UserError(f"no choice of options was found within {budget.in_words(budget.most)}: require a little less")
+
+
+def _of_one_width(blocks: list[Block], budget: Budget) -> list[Option]:
+    """The largest width that fits, of the FFN of every layer."""
+    widths = sorted({len(option.keep.ffn) for block in blocks for option in block.options if option.keep.ffn})
+    for width in reversed(widths):
+        chosen = [next((o for o in block.options if len(o.keep.ffn) == width), block.whole) for block in blocks]
+        if budget.fits(budget.fixed + sum(option.cost for option in chosen)):
+            return chosen
+    raise UserError(f"no width of all FFNs meets {budget.in_words(budget.most)}: require less, or leave --for out")
 
 
 def _least_price(blocks: list[Block], limit: float, budget: Budget) -> list[Option]:

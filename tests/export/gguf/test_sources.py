@@ -108,7 +108,7 @@ def edit_weights(path, change):
 
 
 REFUSED = {
-    "q/k norm by type": (lambda p: edit_config(p, model_type="qwen3"), {}, "'qwen3'.*no q/k norm.*cpu target"),
+    "another family": (lambda p: edit_config(p, model_type="granite"), {}, "'granite': GGUF files.*cpu target"),
     "q/k norm by tensor": (
         lambda p: edit_weights(p, lambda t: t.update({"model.layers.1.self_attn.q_norm.weight": torch.ones(16)})),
         {},

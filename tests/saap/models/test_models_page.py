@@ -13,7 +13,7 @@ def table():
     for name, row in FAMILIES.items():
         attention = "heads of a layer together" if row.qk_norm_spans_heads else "query heads, KV groups"
         release = "5" if row.transformers > 4 else "4.57 and 5"
-        gguf = "yes" if row.gguf else "no"
+        gguf = row.gguf
         rare = {"conv": "channels of FFN and convolution", "delta": "FFN channels, key heads of delta nets"}
         channels = rare[row.rare.name] if row.rare else "FFN channels"
         windows = "-" if row is LFM2 or row.delta else WINDOWS[row.window]

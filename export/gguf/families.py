@@ -1,0 +1,268 @@
+"""Families for which llama.cpp has an architecture of its own, as the fields and tensors of a GGUF file.
+
+llama.cpp reads sizes by layer in few of them: ``gemma4`` takes an FFN width for each layer; ``lfm2``, ``qwen3`` and
+``qwen35`` have one for all. None of them permutes queries and keys, as ``llama`` and ``deci`` do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from export.gguf.layout import GGUFSource, Tensor, model_type_of, vector
+from export.gguf.rotary import RotaryFields, partial_factors
+from export.gguf.tensors import BLOCK
+from saap.models.architectures import PerLayerNames, entries_of, field_of, number_of, rope_of, traits_of
+from saap.models.checkpoint import transformers_config
+from saap.models.shape import ATTENTION, CONV, DELTA, FFN, LayerSizes
+from saap.system.errors import UserError
+
+Field = int | float | bool | list[int] | list[bool]
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture of llama.cpp: its name, what may differ by layer, and the names of norms."""
+
+    name: str
+    output_norm: str = "output_norm"
+    ffn_norm: str = "ffn_norm"
+    attention_post_norm: str = ""
+    ffn_post_norm: str = ""
+
+
+OWN = {
+    "qwen3": Family("qwen3"),
+    "lfm2": Family("lfm2", output_norm="token_embd_norm"),
+    "qwen3_5_text": Family("qwen35", ffn_norm="post_attention_norm"),
+    "gemma4_text": Family("gemma4", attention_post_norm="post_attention_norm", ffn_post_norm="post_ffw_norm"),
+}
+
+
+class FamilySource(GGUFSource):
+    """A model directory of such a family."""
+
+    def __init__(self, directory: Path, kind: str | None, head_kind: str | None) -> None:
+        super().__init__(directory, kind, head_kind)
+        self._family = OWN[model_type_of(directory)]
+        self._uneven, self._traits = self.architecture.gguf == "any widths", traits_of(self.config)
+        self._full = transformers_config(directory)
+        self._check_alike()
+
+    @property
+    def name(self) -> str:
+        return self._family.name
+
+    @property
+    def uniform(self) -> bool:
+        return False
+
+    @classmethod
+    def holds(cls, model_type: str) -> bool:
+        return model_type in OWN
+
+    def _check_alike(self) -> None:
+        """Raise UserError: sizes that differ, in an architecture that has one for all layers."""
+        layers, heads = self.shape.layers, self.shape.delta
+        whole: dict[str, set[int]] = {
+            "width of the FFN": set() if self._uneven else {sizes.ffn for sizes in layers},
+            "number of query heads": {sizes.query_heads for sizes in layers if sizes.has(ATTENTION)},
+            "number of KV heads": {sizes.kv_heads for sizes in layers if sizes.has(ATTENTION)},
+            "number of channels of a convolution": {sizes.conv for sizes in layers if sizes.has(CONV)},
+            "number of key heads of a delta net": {sizes.delta for sizes in layers if sizes.has(DELTA)},
+        }
+        for what, found in whole.items():
+            if len(found) > 1 and not (self.name == "gemma4" and what == "number of KV heads"):
+                raise UserError(
+                    f"llama.cpp's {self.name!r} has one {what} for all layers, and {self.directory} has "
+                    f"{min(found)} to {max(found)}: prune it with --for llama.cpp, or export it for the cpu target"
+                )
+        mixing = [sizes.mixer for sizes in layers if any(map(sizes.has, (ATTENTION, CONV, DELTA)))]
+        if len(mixing) < len(layers) or (not self._uneven and 0 in whole["width of the FFN"]):
+            raise UserError(
+                f"llama.cpp's {self.name!r} has all blocks in every layer, and {self.directory} lacks some: prune it "
+                "with --for llama.cpp, or export it for the cpu target"
+            )
+        if heads is not None and (heads.values > 1 or heads.key != heads.value):
+            raise UserError(
+                f"{self.directory} has {heads.values} value heads of {heads.value} to a key head of {heads.key}, which "
+                "is not written as GGUF yet: export it for the cpu target"
+            )
+        attends = next(sizes for sizes in layers if sizes.has(ATTENTION))
+        if self.name == "lfm2":
+            hidden, conv = self.shape.hidden, max(whole["number of channels of a convolution"], default=0)
+            if attends.query_heads * self.shape.head_dim != hidden or conv not in (0, hidden):
+                raise UserError(
+                    f"llama.cpp's 'lfm2' has heads and channels that fill the hidden size of {hidden}: prune with "
+                    "--for llama.cpp, or export it for the cpu target"
+                )
+            if self.shape.conv_bias:
+                raise UserError("llama.cpp's 'lfm2' has no biases in convolutions: export it for the cpu target")
+
+    def counts(self) -> dict[str, list[int]]:
+        if self.name == "qwen35":  # which has one number of them
+            return {}
+        return {"attention.head_count_kv": [sizes.kv_heads for _, sizes in self.layers]}
+
+    def fields(self, rotary: RotaryFields) -> Mapping[str, Field]:
+        """What the architecture asks for beside the common fields."""
+        layers = [sizes for _, sizes in self.layers]
+        attends = next(sizes for sizes in layers if sizes.has(ATTENTION))
+        told: dict[str, Field] = {
+            "attention.head_count": attends.query_heads,
+            "feed_forward_length": [s.ffn or BLOCK for s in layers] if self._uneven else layers[0].ffn,
+        }
+        if self.name == "lfm2":
+            return told | {"shortconv.l_cache": self.shape.conv_kernel}
+        if self.name == "qwen35":
+            return told | self._of_delta(layers)
+        return told | self._of_gemma4(layers) if self.name == "gemma4" else told
+
+    def _of_delta(self, layers: list[LayerSizes]) -> dict[str, Field]:
+        heads = self.shape.delta
+        assert heads is not None, "the family has delta nets"
+        keys = next((sizes.delta for sizes in layers if sizes.has(DELTA)), 0)
+        share = number_of(rope_of(self._full), "partial_rotary_factor")
+        turned = int(self.shape.head_dim * share)
+        sections = field_of(rope_of(self._full), "mrope_section")
+        # Pairs take turns among three axes, whose positions are the same for text; each pair has to be of one of them.
+        split = (
+            list(map(int, sections)) if isinstance(sections, list) else [(turned // 2 + 2 - n) // 3 for n in range(3)]
+        )
+        return {
+            "attention.head_count_kv": max(sizes.kv_heads for sizes in layers),
+            "ssm.conv_kernel": self.shape.conv_kernel, "ssm.state_size": heads.key, "ssm.group_count": keys,
+            "ssm.time_step_rank": keys * heads.values, "ssm.inner_size": keys * heads.width,
+            "attention.recurrent_layers": [sizes.has(DELTA) for sizes in layers],
+            "rope.dimension_count": turned, "rope.dimension_sections": [*split, 0],
+        }  # fmt: skip
+
+    def _of_gemma4(self, layers: list[LayerSizes]) -> dict[str, Field]:
+        kinds, wide = entries_of(self._full, "layer_types"), max(map(self.shape.head_of, layers))
+        narrow, bases = self.shape.head_dim, rope_of(self._full)
+        told: dict[str, Field] = {
+            "attention.shared_kv_layers": sum(sizes.reads for sizes in layers),
+            "attention.sliding_window": max(layer.window for layer in self._traits.layers),
+            "attention.sliding_window_pattern": [kind == "sliding_attention" for kind in kinds],
+            "embedding_length_per_layer_input": self.shape.per_layer,
+            "attention.key_length_swa": narrow, "attention.value_length_swa": narrow,
+            "attention.key_length": wide, "attention.value_length": wide,
+            "rope.dimension_count": wide, "rope.dimension_count_swa": narrow,
+        }  # fmt: skip
+        for name, kind in (("freq_base", "full_attention"), ("freq_base_swa", "sliding_attention")):
+            told[f"rope.{name}"] = number_of(field_of(bases, kind), "rope_theta")
+        if self._traits.logit_cap is not None:
+            told["final_logit_softcapping"] = self._traits.logit_cap
+        return told
+
+    def tensors(self, rope_factors: torch.Tensor | None) -> Iterator[Tensor]:
+        arch, hidden, vocab = self.architecture, self.shape.hidden, self.shape.vocab
+        yield self._matrix("token_embd", arch.embedding, vocab, hidden, self.head_kind)
+        if self.name == "gemma4":
+            yield vector("rope_freqs.weight", partial_factors(self._full, self.shape))
+        elif rope_factors is not None:
+            yield vector("rope_freqs.weight", rope_factors)
+        if (names := arch.per_layer) is not None:
+            width = len(self.layers) * self.shape.per_layer
+            yield self._matrix("per_layer_token_embd", names.table, vocab, width, self.head_kind)
+            yield self._matrix("per_layer_model_proj", names.matrix, width, hidden, self.kind)
+            yield self._norm("per_layer_proj_norm", names.norm)
+        for index, (old, sizes) in enumerate(self.layers):
+            yield from self._layer(f"{arch.layers}.{old}.", f"blk.{index}.", sizes)
+        yield self._norm(self._family.output_norm, arch.final_norm)
+        if not self.shape.tied:
+            yield self._matrix("output", arch.head, vocab, hidden, self.head_kind)
+
+    def _layer(self, prefix: str, block: str, sizes: LayerSizes) -> Iterator[Tensor]:
+        arch, family = self.architecture, self._family
+        yield self._norm(block + "attn_norm", prefix + arch.attention_norm)
+        mix: Callable[[str, str, LayerSizes], Iterator[Tensor]] = {
+            ATTENTION: self._heads, CONV: self._convolution, DELTA: self._delta_net,
+        }[sizes.mixer]  # fmt: skip
+        yield from mix(prefix, block, sizes)
+        if family.attention_post_norm:
+            yield self._norm(block + family.attention_post_norm, prefix + arch.attention_post_norm)
+        if sizes.has(FFN):
+            yield self._norm(block + family.ffn_norm, prefix + arch.ffn_norm)
+            for name, module, rows, columns in (
+                ("ffn_gate", arch.gate, sizes.ffn, self.shape.hidden),
+                ("ffn_up", arch.up, sizes.ffn, self.shape.hidden),
+                ("ffn_down", arch.down, self.shape.hidden, sizes.ffn),
+            ):
+                yield from self._linear(block + name, prefix + module, rows, columns)
+            if family.ffn_post_norm:
+                yield self._norm(block + family.ffn_post_norm, prefix + arch.ffn_post_norm)
+        else:
+            ones = [family.ffn_norm, *([family.ffn_post_norm] if family.ffn_post_norm else [])]
+            yield from (vector(f"{block}{name}.weight", torch.ones(self.shape.hidden)) for name in ones)
+            yield from self._no_feed_forward(block)
+        if arch.per_layer is not None:
+            yield from self._per_layer(prefix, block, arch.per_layer)
+
+    def _heads(self, prefix: str, block: str, sizes: LayerSizes) -> Iterator[Tensor]:
+        arch, hidden, dim = self.architecture, self.shape.hidden, self.shape.head_of(sizes)
+        queries, keys = sizes.query_heads * dim, sizes.kv_heads * dim
+        rows = sizes.query_heads * self.shape.width_of("query", sizes)
+        yield from self._linear(block + "attn_q", prefix + arch.query, rows, hidden)
+        if not sizes.reads:
+            yield from self._linear(block + "attn_k", prefix + arch.key, keys, hidden)
+            yield from self._linear(block + "attn_v", prefix + arch.value, keys, hidden)
+            yield self._norm(block + "attn_k_norm", prefix + arch.key_norm)
+        yield self._norm(block + "attn_q_norm", prefix + arch.query_norm)
+        yield from self._linear(block + "attn_output", prefix + arch.output, hidden, queries)
+
+    def _convolution(self, prefix: str, block: str, sizes: LayerSizes) -> Iterator[Tensor]:
+        arch, hidden = self.architecture, self.shape.hidden
+        yield self._floats(block + "shortconv.conv.weight", prefix + arch.conv_kernel + ".weight", drop_axis=True)
+        yield from self._linear(block + "shortconv.in_proj", prefix + arch.conv_in, 3 * sizes.conv, hidden)
+        yield from self._linear(block + "shortconv.out_proj", prefix + arch.conv_out, hidden, sizes.conv)
+
+    def _delta_net(self, prefix: str, block: str, sizes: LayerSizes) -> Iterator[Tensor]:
+        names, heads, hidden = self.architecture.delta, self.shape.delta, self.shape.hidden
+        assert names is not None and heads is not None, "the family has delta nets"
+        value, mixed = sizes.delta * heads.width, sizes.delta * (2 * heads.key + heads.width)
+        yield from self._linear(block + "attn_qkv", prefix + names.mixed, mixed, hidden)
+        yield from self._linear(block + "attn_gate", prefix + names.gate, value, hidden)
+        yield self._floats(block + "ssm_conv1d.weight", prefix + names.kernel + ".weight", drop_axis=True)
+        yield self._floats(block + "ssm_dt.bias", prefix + names.decay_bias)
+        yield self._floats(block + "ssm_a", prefix + names.log_decay, lambda log: -log.exp())
+        yield self._floats(block + "ssm_beta.weight", prefix + names.beta + ".weight")
+        yield self._floats(block + "ssm_alpha.weight", prefix + names.decay + ".weight")
+        yield self._floats(block + "ssm_norm.weight", prefix + names.norm + ".weight")
+        yield from self._linear(block + "ssm_out", prefix + names.output, hidden, value)
+
+    def _per_layer(self, prefix: str, block: str, names: PerLayerNames) -> Iterator[Tensor]:
+        hidden, size = self.shape.hidden, self.shape.per_layer
+        yield from self._linear(block + "inp_gate", prefix + names.gate, size, hidden)
+        yield from self._linear(block + "proj", prefix + names.output, hidden, size)
+        yield self._norm(block + "post_norm", prefix + names.output_norm)
+        yield self._floats(block + "layer_output_scale.weight", prefix + names.scale)
+
+    def _floats(
+        self,
+        name: str,
+        stored: str,
+        change: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        drop_axis: bool = False,
+    ) -> Tensor:
+        """A tensor that stays floats; ``drop_axis``: kernels [channels, 1, tokens] as [channels, tokens]."""
+        self._written.add(stored)
+        values = self.numbers(stored)
+        values = values if change is None else change(values)
+        return vector(name, values[:, 0] if drop_axis else values)
+
+    def _norm(self, name: str, module: str) -> Tensor:
+        self._written.add(f"{module}.weight")
+        return vector(f"{name}.weight", self.numbers(f"{module}.weight") + float(self.architecture.offset_norms))
+
+
+def open_source(directory: Path, kind: str | None, head_kind: str | None) -> GGUFSource:
+    """A model directory as llama.cpp's architecture for it holds it.
+
+    Raises UserError: none does, or not with these sizes.
+    """
+    kinds = FamilySource if FamilySource.holds(model_type_of(directory)) else GGUFSource
+    return kinds(directory, kind, head_kind)

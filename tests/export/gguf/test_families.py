@@ -1,0 +1,80 @@
+"""Families for which llama.cpp has an architecture of its own: its logits are those of torch."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from support.family_cuts import cut
+from support.llama_cpp_run import run
+
+from export.gguf.write import export_gguf
+from saap.models.architectures import shape_of
+from saap.models.checkpoint import load_model, read_config
+from saap.prune.plan import PrunePlan, whole_layer
+from saap.system.errors import UserError
+
+IDS = torch.randint(3, 300, (24,), generator=torch.Generator().manual_seed(3)).tolist()  # beyond a window of 8
+KINDS = {
+    "qwen3": {},
+    "lfm2": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
+    "qwen3_5_text": {"layer_types": ["linear_attention"] * 3 + ["full_attention"], "linear_num_value_heads": 3,
+                     "linear_key_head_dim": 32, "linear_value_head_dim": 32},
+    "gemma4_text": {"num_kv_shared_layers": 2, "final_logit_softcapping": 3.0},
+}  # fmt: skip
+
+
+@pytest.fixture(params=KINDS)
+def family(request):
+    return request.param
+
+
+@pytest.fixture
+def dense(tiny_family, family):
+    return tiny_family(family, num_hidden_layers=4, **KINDS[family])
+
+
+def narrowed(dense, out, widths):
+    layers = [whole_layer(sizes) for sizes in shape_of(read_config(dense)).layers]
+    cut_layers = (replace(keep, ffn=keep.ffn[:width]) for keep, width in zip(layers, widths, strict=True))
+    return cut(dense, out, PrunePlan(tuple(cut_layers)))
+
+
+def check(directory, out):
+    model = load_model(directory)
+    export_gguf(directory, out, kind="F32")
+    found = run(out, ids=IDS, greedy=16)
+    with torch.inference_mode():
+        expected = model(input_ids=torch.tensor([IDS])).logits[0].numpy()
+        greedy = model.generate(torch.tensor([IDS]), max_new_tokens=16, do_sample=False, eos_token_id=None)
+    most = 1e-2 if found["architecture"] == "gemma4" else 2e-3  # ggml looks GELU up in a table of float16
+    assert np.abs(found["logits"] - expected).max() <= most
+    assert found["tokens"] == greedy[0, len(IDS) :].tolist()
+    return found["architecture"]
+
+
+def test_llama_cpp_computes_what_torch_does(dense, family, tmp_path):
+    names = {"qwen3_5_text": "qwen35", "gemma4_text": "gemma4"}
+    assert check(dense, tmp_path / "model.gguf") == names.get(family, family)
+
+
+def test_layers_of_one_width_are_held(dense, family, tmp_path):
+    widths = [64] * 4 if family != "gemma4_text" else [64, 32, 128, 0]
+    check(narrowed(dense, tmp_path / "slim", widths), tmp_path / "model.gguf")
+
+
+def test_layers_of_many_widths_are_refused_before_anything_is_written(dense, family, tmp_path):
+    if family == "gemma4_text":
+        pytest.skip("it has a width for each layer")
+    slim = narrowed(dense, tmp_path / "slim", [64, 32, 128, 64])
+    with pytest.raises(
+        UserError, match=r"one width of the FFN for all layers, and .* has 32 to 128: prune it with --for"
+    ):
+        export_gguf(slim, tmp_path / "model.gguf", kind="F32")
+    assert not (tmp_path / "model.gguf").exists()
+
+
+def test_value_heads_that_share_a_key_head_are_refused(tiny_family, tmp_path):
+    path = tiny_family("qwen3_5_text")
+    with pytest.raises(UserError, match="2 value heads of 16 to a key head of 24, which is not written as GGUF yet"):
+        export_gguf(path, tmp_path / "model.gguf", kind="F32")
