@@ -92,6 +92,13 @@ class FamilySource(GGUFSource):
                 "is not written as GGUF yet: export it for the cpu target"
             )
         attends = next(sizes for sizes in layers if sizes.has(ATTENTION))
+        kinds = [bool(layer.window) for layer in self._traits.layers]
+        own = [slides for slides, sizes in zip(kinds, layers, strict=True) if not sizes.reads]
+        if self.name == "gemma4" and len(own) < len(layers) and own[-2:] != [True, False]:
+            raise UserError(
+                "llama.cpp's 'gemma4' reads keys and values of the last layer with full attention and of a sliding one "
+                f"right before it, and {self.directory} has others there: export it for the cpu target"
+            )
         if self.name == "lfm2":
             hidden, conv = self.shape.hidden, max(whole["number of channels of a convolution"], default=0)
             if attends.query_heads * self.shape.head_dim != hidden or conv not in (0, hidden):

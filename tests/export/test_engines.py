@@ -250,3 +250,14 @@ def test_openvino_reads_the_graph_of_any_bundle(tiny_model, tmp_path, text, monk
     words = ["--raw", "--max-tokens", 8, "the quick"]
     assert here("generate", spec, *words).stdout == here("generate", tmp_path / "bundle", *words).stdout
     assert "only ONNX Runtime is asked zero-shot tasks" in refused("eval", spec, "--tasks", "piqa")
+
+
+@pytest.mark.parametrize("family", ["qwen3", "lfm2", "qwen3_5_text", "gemma4_text"])
+def test_families_with_an_architecture_of_their_own_keep_their_integers(family, tiny_family, tmp_path, text, llama_cpp):
+    heads = {"linear_num_value_heads": 3, "linear_key_head_dim": 32, "linear_value_head_dim": 32}
+    sizes = {"qwen3_5_text": heads, "gemma4_text": {"num_kv_shared_layers": 2}}.get(family, {})
+    model = tiny_family(family, num_hidden_layers=4, **sizes)
+    tune(model, TuneOptions(learning_rate=2e-2), output=tmp_path / "tuned", data=IDS.repeat(4, 1))
+    made = export(tmp_path / "tuned", ExportOptions(engines=BOTH, text=str(text)), output=tmp_path / "bundle")
+    told = made.manifest.lineage["engines"]["llama.cpp"]
+    assert told["exact"] is True and told["nll"] == pytest.approx(made.manifest.parity.nll_graph, abs=0.02)

@@ -74,6 +74,12 @@ def test_layers_of_many_widths_are_refused_before_anything_is_written(dense, fam
     assert not (tmp_path / "model.gguf").exists()
 
 
+def test_keys_are_read_where_llama_cpp_reads_them(tiny_family, tmp_path):
+    path = tiny_family("gemma4_text", num_hidden_layers=4)  # the last layer of its own slides
+    with pytest.raises(UserError, match="reads keys and values of the last layer with full attention"):
+        export_gguf(path, tmp_path / "model.gguf", kind="F32")
+
+
 def test_value_heads_that_share_a_key_head_are_refused(tiny_family, tmp_path):
     path = tiny_family("qwen3_5_text")
     with pytest.raises(UserError, match="2 value heads of 16 to a key head of 24, which is not written as GGUF yet"):
