@@ -9,6 +9,7 @@ registers their class with transformers, or the ``modeling_slim.py`` shipped in 
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -48,6 +49,8 @@ for _row in FAMILIES.values():
         # So that save_pretrained puts modeling_slim.py beside the config, whose auto_map names it.
         _classes.config.register_for_auto_class()
         _classes.model.register_for_auto_class("AutoModelForCausalLM")
+
+KERNELS = "transformers.integrations.hub_kernels"  # which speaks of optional ones
 
 
 def load_model(
@@ -98,6 +101,8 @@ def loading(directory: str | Path) -> Iterator[None]:
     """Transformers at work on a directory's files: whatever it finds wrong becomes a UserError, and it says nothing."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # its report on tensors would come before our one line about them
+    if not torch.cuda.is_available():  # it recommends kernels that there are none of for CPUs
+        logging.getLogger(KERNELS).setLevel(logging.ERROR)
     try:
         yield
     except UserError:

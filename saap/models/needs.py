@@ -20,7 +20,7 @@ def eval_needs(shape: ModelShape, tokens: int, *, streamed: bool) -> Needs:
     ``tokens``: that go through the model together.
     """
     layers = [shape.weights_of(s) for s in shape.layers]
-    outside = 4 * (shape.parameters - sum(layers))
+    outside = 4 * shape.held_outside
     weights = (
         {"embedding and head": outside, "a layer": 4 * max(layers)} if streamed else {"weights": 4 * shape.parameters}
     )

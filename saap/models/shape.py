@@ -241,6 +241,11 @@ class ModelShape:
         return self.layer_weights + outside + self.per_layer_weights
 
     @property
+    def held_outside(self) -> int:
+        """Weights that are in memory where layers are read one by one: in no layer, but for tables in their file."""
+        return self.parameters - self.layer_weights - self.vocab * len(self.layers) * self.per_layer
+
+    @property
     def per_layer_weights(self) -> int:
         """Weights of the embeddings for each layer, and of what brings them there."""
         if not self.per_layer:
