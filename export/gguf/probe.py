@@ -12,8 +12,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from export.gguf.families import OWN
 from export.gguf.write import BITS
 from export.graph.probe_model import CONTEXT, ProbeModel
+from saap.models.architectures import SLIM
 from saap.models.shape import LayerSizes
 from saap.system.errors import UserError
 
@@ -25,9 +27,13 @@ Matrix = tuple[str, int, int]  # name, rows, columns; 0 rows: a vector in float
 
 
 def check_probe(model: ProbeModel) -> None:
-    """Raise UserError for a family that llama.cpp's uneven architecture does not hold."""
-    if not model.architecture.gguf:
-        raise UserError("llama.cpp does not hold layers of different sizes of this family: leave --engine out")
+    """Raise UserError for a family that ``deci`` does not hold."""
+    family = str(model.config.model_type).removeprefix(SLIM)
+    if model.architecture.gguf == "no" or family in OWN:
+        raise UserError(
+            f"models of {family} are not timed in llama.cpp, whose 'deci' architecture does not hold them: "
+            "leave --engine out"
+        )
 
 
 def write_probe_gguf(model: ProbeModel, layers: Sequence[LayerSizes], out: Path) -> None:
