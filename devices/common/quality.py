@@ -43,6 +43,7 @@ class ModelQuality:
     kl: float | None = None  # mean KL(reference || model), nats per token
     top1: float | None = None  # share of the predictions whose likeliest token is the reference's
     window_nll: tuple[float, ...] | None = None
+    bits_per_byte: float | None = None  # of the text: what compares between tokenizers; None also where it is unknown
 
 
 @dataclass(frozen=True)

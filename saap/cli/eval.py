@@ -263,8 +263,8 @@ def show_quality(quality: Quality) -> None:
 
     rows = [
         [
-            row.name, cell(row.perplexity, ".2f"), cell(row.nll, ".4f"), cell(row.kl, ".4f"), cell(row.top1, ".2%"),
-            f"{row.parameters / 1e6:.1f}", f"{row.bytes / 1e6:.1f}",
+            row.name, cell(row.perplexity, ".2f"), cell(row.nll, ".4f"), cell(row.bits_per_byte, ".4f"),
+            cell(row.kl, ".4f"), cell(row.top1, ".2%"), f"{row.parameters / 1e6:.1f}", f"{row.bytes / 1e6:.1f}",
         ]
         for row in quality.rows
     ]  # fmt: skip
@@ -273,7 +273,7 @@ def show_quality(quality: Quality) -> None:
         f"{protocol.text}: {protocol.chunks} chunks of {protocol.chunk} tokens, {overlap}, "
         f"{'BOS' if protocol.bos else 'no BOS'}, lines {protocol.join}, {protocol.predictions} predictions"
     )
-    columns = ["model", "perplexity", "NLL", "KL to dense", "top-1", "M params", "MB"]
+    columns = ["model", "perplexity", "NLL", "bits/byte", "KL", "top-1", "M params", "MB"]
     print_table(title, columns, rows, ("M params", "MB"))
 
 

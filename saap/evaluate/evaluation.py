@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -202,6 +203,9 @@ def _on_text(
         row = replace(row, kl=scores.kl, top1=scores.top1)
         if not windows.protocol.self_written:  # a model's own text says nothing about how well it models language
             row = replace(row, nll=scores.nll, perplexity=scores.perplexity, window_nll=scores.window_nll)
+        if scores.nll is not None and windows.predicted_bytes:
+            bits = scores.nll * windows.protocol.predictions / math.log(2)
+            row = replace(row, bits_per_byte=bits / windows.predicted_bytes)
         rows.append(row)
     return replace(quality, protocol=windows.protocol, rows=tuple(rows))
 

@@ -6,11 +6,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from devices.common.tokenizer_file import tokenizing
 from saap.system.errors import UserError
 
 if TYPE_CHECKING:
     import torch
+    from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
 
 # Of a text's beginning, read to see whether a tokenizer knows its letters.
@@ -24,6 +27,21 @@ def encode(text: str, tokenizer: PreTrainedTokenizerBase, add_special_tokens: bo
     """
     with tokenizing(f"the tokenizer of {tokenizer.name_or_path} cannot be used", "get the model again"):
         return list(tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
+
+
+def bytes_of_tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> NDArray[np.int64] | None:
+    """How many UTF-8 bytes of a text each of its tokens ends, which add up to the text's: [t], as ``encode`` cuts it.
+
+    Where several tokens share a character, the first has its bytes. None: the tokenizer does not tell where tokens lie.
+    """
+    if not tokenizer.is_fast:
+        return None
+    places = tokenizer(text, add_special_tokens=False, verbose=False, return_offsets_mapping=True)["offset_mapping"]
+    characters = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
+    lengths = 1 + sum((characters >= first).astype(np.int64) for first in (0x80, 0x800, 0x10000))
+    before = np.concatenate([[0], np.cumsum(lengths)])
+    ends = np.maximum.accumulate(np.array([end for _, end in places], dtype=np.int64))
+    return np.diff(before[ends], prepend=0)
 
 
 def beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:

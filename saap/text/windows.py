@@ -18,7 +18,7 @@ from devices.common.quality import Protocol
 from devices.common.wording import counted
 from saap.system.errors import UserError
 from saap.text.documents import Documents, Sequences, load_documents
-from saap.text.encoding import beginning, encode, tokenizer_for
+from saap.text.encoding import beginning, bytes_of_tokens, encode, tokenizer_for
 from saap.text.self_written import self_written
 
 if TYPE_CHECKING:
@@ -69,11 +69,18 @@ class Cut:
 
 @dataclass(frozen=True)
 class Windows:
-    """What is read: ids [n, s] int64, and counted [n, s - 1] bool, which predictions enter the mean."""
+    """What is read.
+
+    Attributes:
+        ids: [n, s] int64.
+        counted: [n, s - 1] bool: which predictions enter the mean.
+        predicted_bytes: UTF-8 bytes that these stand for; None where that is not known.
+    """
 
     ids: torch.Tensor
     counted: torch.Tensor
     protocol: Protocol
+    predicted_bytes: int | None = None
 
 
 def joined(text: str, how: Join) -> str:
@@ -117,7 +124,7 @@ def windows_of(documents: Documents, tokenizer: PreTrainedTokenizerBase, cut: Cu
     import torch
 
     most = None if cut.max_chunks is None else cut.chunk + (cut.max_chunks - 1) * cut.step
-    ids = _first_ids(joined(documents.text, cut.join), tokenizer, most)
+    text, ids = _first_ids(joined(documents.text, cut.join), tokenizer, most)
     starts = range(0, len(ids) - cut.chunk + 1, cut.step)[: cut.max_chunks]
     if not starts:
         raise UserError(
@@ -131,11 +138,15 @@ def windows_of(documents: Documents, tokenizer: PreTrainedTokenizerBase, cut: Cu
         rows = torch.cat([torch.full((len(rows), 1), tokenizer.bos_token_id), rows], dim=1)
     counted = torch.ones(len(rows), rows.shape[1] - 1, dtype=torch.bool)
     counted[1:, : max(0, counted.shape[1] - cut.step)] = False
-    return given_windows(rows, documents.source, documents.sha256, tokenizer, cut, counted)
+    windows = given_windows(rows, documents.source, documents.sha256, tokenizer, cut, counted)
+    if (lengths := bytes_of_tokens(text, tokenizer)) is None:
+        return windows
+    predicted = torch.tensor(starts)[:, None] + torch.arange(cut.chunk)[not cut.bos :]
+    return replace(windows, predicted_bytes=int(lengths[predicted[counted].numpy()].sum()))
 
 
-def _first_ids(text: str, tokenizer: PreTrainedTokenizerBase, most: int | None) -> list[int]:
-    """The first ``most`` token ids of a text; what lies far behind them is not read.
+def _first_ids(text: str, tokenizer: PreTrainedTokenizerBase, most: int | None) -> tuple[str, list[int]]:
+    """The first ``most`` token ids of a text, and the part of it that was read; what lies far behind is not.
 
     Where a text ends changes the tokens there, not those before: the last ``MARGIN`` of a part are not taken.
     """
@@ -143,9 +154,9 @@ def _first_ids(text: str, tokenizer: PreTrainedTokenizerBase, most: int | None) 
     while most is not None and size < len(text):
         ids = encode(text[:size], tokenizer)
         if len(ids) >= most + MARGIN:
-            return ids[:most]
+            return text[:size], ids[:most]
         size *= 2
-    return encode(text, tokenizer)[:most]
+    return text, encode(text, tokenizer)[:most]
 
 
 def given_windows(

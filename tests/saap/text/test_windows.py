@@ -2,16 +2,20 @@
 
 import copy
 import json
+import math
 
 import pytest
 import torch
 from support.command_line import here, last_line
 
 from export.bundle.manifest import read_manifest
+from saap.evaluate.evaluation import evaluate
+from saap.evaluate.options import EvalOptions
 from saap.evaluate.perplexity import score_models, torch_scorer
 from saap.models.checkpoint import load_model
 from saap.system.errors import UserError
 from saap.text.documents import documents_of
+from saap.text.encoding import bytes_of_tokens
 from saap.text.windows import Cut, joined, tokenizer_hash, windows_of
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "dog", "ran", "home", "by", "day"]
@@ -59,6 +63,27 @@ def test_a_beginning_lets_the_first_token_count(tiny_tokenizer, beginning_tokeni
     assert torch.equal(without.ids, windows_of(TEXT, tiny_tokenizer, Cut(16, max_chunks=2)).ids)
     strided = windows_of(TEXT, tiny_tokenizer, Cut(16, stride=4, bos=True, max_chunks=3))
     assert strided.counted.sum(1).tolist() == [16, 4, 4]
+
+
+def test_tokens_stand_for_all_bytes_of_a_text(tiny_tokenizer):
+    text = "the cat saß on a 猫, 🐈‍⬛.  the dog\n\nran"
+    ids, lengths = tiny_tokenizer(text, add_special_tokens=False)["input_ids"], bytes_of_tokens(text, tiny_tokenizer)
+    assert len(lengths) == len(ids) and lengths.sum() == len(text.encode())
+    ascii_text = "the cat sat on a mat"
+    pieces = [len(tiny_tokenizer.decode([token])) for token in tiny_tokenizer(ascii_text)["input_ids"]]
+    assert bytes_of_tokens(ascii_text, tiny_tokenizer).tolist() == pieces
+
+
+@pytest.mark.parametrize("cut", [Cut(16, max_chunks=5), Cut(16, stride=5), Cut(8, stride=3, bos=True, max_chunks=7)])
+def test_bits_per_byte_are_of_the_bytes_that_are_predicted(tiny_model, tiny_tokenizer, cut, tmp_path):
+    windows, total = windows_of(TEXT, tiny_tokenizer, cut), 0
+    for row, place in windows.counted.nonzero().tolist():
+        total += len(tiny_tokenizer.decode(windows.ids[row, place + 1]))
+    assert windows.predicted_bytes == total
+    (tmp_path / "text.txt").write_text(TEXT.text)
+    options = EvalOptions(cut.chunk, cut.stride, cut.bos, max_chunks=cut.max_chunks)
+    (row,) = evaluate([tiny_model()], options, text=tmp_path / "text.txt").rows
+    assert row.bits_per_byte == pytest.approx(row.nll * windows.protocol.predictions / math.log(2) / total)
 
 
 def test_lines_are_joined_as_the_papers_do():
