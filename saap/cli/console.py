@@ -280,9 +280,12 @@ class _Column:
 
 
 def plan_chart(dense: Sequence[Counts], kept: Sequence[Kept]) -> str:
-    """A small picture of a plan: per layer what is left of KV groups, query heads (or a convolution) and the FFN."""
-    wide = 9 if any(sizes.get("conv") for sizes in dense) else 6
-    lines = ["layer  heads  kv  FFN kept"] if wide == 6 else ["layer     heads   kv  FFN kept"]
+    """A small picture of a plan: per layer what is left of KV groups, query heads and the FFN.
+
+    Where a layer has a convolution or a delta net instead of attention, its channels or key heads.
+    """
+    wide, narrow = (9, 5) if any(sizes.get("conv") or sizes.get("delta") for sizes in dense) else (6, 3)
+    lines = [f"layer {'heads':>{wide}} {'kv':>{narrow}}  FFN kept"]
     for index, (sizes, layer) in enumerate(zip(dense, kept, strict=True)):
         share = len(layer["ffn"]) / sizes["ffn"] if sizes["ffn"] else 0.0
         bar = "█" * round(24 * share) + "·" * (24 - round(24 * share))
@@ -290,5 +293,7 @@ def plan_chart(dense: Sequence[Counts], kept: Sequence[Kept]) -> str:
         groups = f"{len(layer['kv_heads'])}/{sizes['kv_heads']}"
         if channels := sizes.get("conv"):
             heads, groups = f"{len(layer.get('conv', []))}/{channels}", "conv"
-        lines.append(f"{index:>5} {heads:>{wide}} {groups:>{4 if wide > 6 else 3}}  {bar} {len(layer['ffn'])}")
+        if key_heads := sizes.get("delta"):
+            heads, groups = f"{len(layer.get('delta', []))}/{key_heads}", "delta"
+        lines.append(f"{index:>5} {heads:>{wide}} {groups:>{narrow}}  {bar} {len(layer['ffn'])}")
     return "\n".join(lines)

@@ -273,7 +273,7 @@ def show_quality(quality: Quality) -> None:
         f"{protocol.text}: {protocol.chunks} chunks of {protocol.chunk} tokens, {overlap}, "
         f"{'BOS' if protocol.bos else 'no BOS'}, lines {protocol.join}, {protocol.predictions} predictions"
     )
-    columns = ["model", "perplexity", "NLL", "bits/byte", "KL", "top-1", "M params", "MB"]
+    columns = ["model", "perplexity", "NLL", "bits/byte", "KL to dense", "top-1", "M params", "MB"]
     print_table(title, columns, rows, ("M params", "MB"))
 
 

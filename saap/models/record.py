@@ -24,13 +24,14 @@ class FileHash(TypedDict, total=False):
     sha256: str
 
 
-class ConvCount(TypedDict, total=False):
-    """Of a layer that has a short convolution."""
+class StateCounts(TypedDict, total=False):
+    """Of a layer that has a short convolution or a delta net."""
 
     conv: Count
+    delta: Count
 
 
-class Counts(ConvCount):
+class Counts(StateCounts):
     """Sizes of a layer."""
 
     query_heads: Count
@@ -38,13 +39,14 @@ class Counts(ConvCount):
     ffn: Count
 
 
-class KeptConv(TypedDict, total=False):
-    """Of a layer that has a short convolution."""
+class KeptStates(TypedDict, total=False):
+    """Of a layer that has a short convolution or a delta net."""
 
     conv: list[Count]
+    delta: list[Count]
 
 
-class Kept(KeptConv):
+class Kept(KeptStates):
     """What is kept of a layer of the base model: indices, ascending."""
 
     query_heads: list[Count]

@@ -12,7 +12,7 @@ import pytest
 
 from saap.cli import console
 from saap.cli import main as cli
-from saap.cli.console import Console, print_table, tell
+from saap.cli.console import Console, plan_chart, print_table, tell
 
 ODD = "ssh://pi@[fe80::1]:22 [/x] [bold]"
 
@@ -20,6 +20,28 @@ ODD = "ssh://pi@[fe80::1]:22 [/x] [bold]"
 def test_brackets_of_a_table_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
     print_table(ODD, ["board [/b]"], [[ODD]])
     assert capsys.readouterr().out.count(ODD) == 2
+
+
+def test_a_plan_shows_what_is_left_of_each_kind_of_block() -> None:
+    chart = plan_chart(
+        [
+            {"query_heads": 4, "kv_heads": 2, "ffn": 8},
+            {"query_heads": 0, "kv_heads": 0, "ffn": 8, "conv": 64},
+            {"query_heads": 0, "kv_heads": 0, "ffn": 8, "delta": 16},
+        ],
+        [
+            {"query_heads": [0, 1], "kv_heads": [0], "ffn": [0, 2]},
+            {"query_heads": [], "kv_heads": [], "ffn": list(range(8)), "conv": [1, 2, 3]},
+            {"query_heads": [], "kv_heads": [], "ffn": [], "delta": [0]},
+        ],
+    ).splitlines()
+    assert [line.split()[:3] for line in chart[1:]] == [
+        ["0", "2/4", "1/2"],
+        ["1", "3/64", "conv"],
+        ["2", "1/16", "delta"],
+    ]
+    assert [line.count("█") for line in chart[1:]] == [6, 24, 0] and chart[1].endswith(" 2")
+    assert len({line.find("█") for line in chart[1:3]}) == 1  # bars begin in one column
 
 
 @pytest.mark.parametrize("columns", [40, 60, 100])
