@@ -7,14 +7,14 @@ llama.cpp reads sizes by layer in few of them: ``gemma4`` takes an FFN width for
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from export.gguf.layout import GGUFSource, Tensor, model_type_of, vector
 from export.gguf.rotary import RotaryFields, partial_factors
-from export.gguf.tensors import BLOCK
+from export.gguf.tensors import BLOCK, take_columns
 from saap.models.architectures import PerLayerNames, entries_of, field_of, number_of, rope_of, traits_of
 from saap.models.checkpoint import transformers_config
 from saap.models.shape import ATTENTION, CONV, DELTA, FFN, LayerSizes
@@ -86,10 +86,10 @@ class FamilySource(GGUFSource):
                 f"llama.cpp's {self.name!r} has all blocks in every layer, and {self.directory} lacks some: prune it "
                 "with --for llama.cpp, or export it for the cpu target"
             )
-        if heads is not None and (heads.values > 1 or heads.key != heads.value):
+        if heads is not None and heads.key != heads.value:
             raise UserError(
-                f"{self.directory} has {heads.values} value heads of {heads.value} to a key head of {heads.key}, which "
-                "is not written as GGUF yet: export it for the cpu target"
+                f"llama.cpp's 'qwen35' has values as wide as keys, and {self.directory} has {heads.value} and "
+                f"{heads.key}: export it for the cpu target"
             )
         attends = next(sizes for sizes in layers if sizes.has(ATTENTION))
         kinds = [bool(layer.window) for layer in self._traits.layers]
@@ -223,7 +223,7 @@ class FamilySource(GGUFSource):
 
     def _convolution(self, prefix: str, block: str, sizes: LayerSizes) -> Iterator[Tensor]:
         arch, hidden = self.architecture, self.shape.hidden
-        yield self._floats(block + "shortconv.conv.weight", prefix + arch.conv_kernel + ".weight", drop_axis=True)
+        yield self._floats(block + "shortconv.conv.weight", prefix + arch.conv_kernel + ".weight", _without_axis)
         yield from self._linear(block + "shortconv.in_proj", prefix + arch.conv_in, 3 * sizes.conv, hidden)
         yield from self._linear(block + "shortconv.out_proj", prefix + arch.conv_out, hidden, sizes.conv)
 
@@ -231,15 +231,26 @@ class FamilySource(GGUFSource):
         names, heads, hidden = self.architecture.delta, self.shape.delta, self.shape.hidden
         assert names is not None and heads is not None, "the family has delta nets"
         value, mixed = sizes.delta * heads.width, sizes.delta * (2 * heads.key + heads.width)
-        yield from self._linear(block + "attn_qkv", prefix + names.mixed, mixed, hidden)
-        yield from self._linear(block + "attn_gate", prefix + names.gate, value, hidden)
-        yield self._floats(block + "ssm_conv1d.weight", prefix + names.kernel + ".weight", drop_axis=True)
-        yield self._floats(block + "ssm_dt.bias", prefix + names.decay_bias)
-        yield self._floats(block + "ssm_a", prefix + names.log_decay, lambda log: -log.exp())
-        yield self._floats(block + "ssm_beta.weight", prefix + names.beta + ".weight")
-        yield self._floats(block + "ssm_alpha.weight", prefix + names.decay + ".weight")
+        # llama.cpp repeats the key heads as a whole: all of their first value heads come first, then all second ones.
+        turns = torch.arange(sizes.delta * heads.values).view(sizes.delta, heads.values).t().flatten()
+        values = (turns[:, None] * heads.value + torch.arange(heads.value)).flatten()
+        keys = mixed - value  # and queries
+        channels = torch.cat([torch.arange(keys), keys + values])
+        yield from self._linear(block + "attn_qkv", prefix + names.mixed, mixed, hidden, channels)
+        yield from self._linear(block + "attn_gate", prefix + names.gate, value, hidden, values)
+        yield self._floats(
+            block + "ssm_conv1d.weight", prefix + names.kernel + ".weight", lambda kernel: kernel[channels, 0]
+        )
+        yield self._floats(block + "ssm_dt.bias", prefix + names.decay_bias, lambda bias: bias[turns])
+        yield self._floats(block + "ssm_a", prefix + names.log_decay, lambda log: -log.exp()[turns])
+        yield self._floats(block + "ssm_beta.weight", prefix + names.beta + ".weight", lambda rate: rate[turns])
+        yield self._floats(block + "ssm_alpha.weight", prefix + names.decay + ".weight", lambda rate: rate[turns])
         yield self._floats(block + "ssm_norm.weight", prefix + names.norm + ".weight")
-        yield from self._linear(block + "ssm_out", prefix + names.output, hidden, value)
+        for tensor in self._linear(block + "ssm_out", prefix + names.output, hidden, value):
+            yield self._with_columns(tensor, values) if heads.values > 1 else tensor
+
+    def _with_columns(self, tensor: Tensor, order: torch.Tensor) -> Tensor:
+        return replace(tensor, load=lambda: take_columns(tensor.load(), order))
 
     def _per_layer(self, prefix: str, block: str, names: PerLayerNames) -> Iterator[Tensor]:
         hidden, size = self.shape.hidden, self.shape.per_layer
@@ -248,22 +259,20 @@ class FamilySource(GGUFSource):
         yield self._norm(block + "post_norm", prefix + names.output_norm)
         yield self._floats(block + "layer_output_scale.weight", prefix + names.scale)
 
-    def _floats(
-        self,
-        name: str,
-        stored: str,
-        change: Callable[[torch.Tensor], torch.Tensor] | None = None,
-        drop_axis: bool = False,
-    ) -> Tensor:
-        """A tensor that stays floats; ``drop_axis``: kernels [channels, 1, tokens] as [channels, tokens]."""
+    def _floats(self, name: str, stored: str, change: Callable[[torch.Tensor], torch.Tensor] | None = None) -> Tensor:
+        """A tensor that stays floats."""
         self._written.add(stored)
         values = self.numbers(stored)
-        values = values if change is None else change(values)
-        return vector(name, values[:, 0] if drop_axis else values)
+        return vector(name, values if change is None else change(values))
 
     def _norm(self, name: str, module: str) -> Tensor:
         self._written.add(f"{module}.weight")
         return vector(f"{name}.weight", self.numbers(f"{module}.weight") + float(self.architecture.offset_norms))
+
+
+def _without_axis(kernel: torch.Tensor) -> torch.Tensor:
+    """[channels, 1, tokens] as [channels, tokens]."""
+    return kernel[:, 0]
 
 
 def open_source(directory: Path, kind: str | None, head_kind: str | None) -> GGUFSource:

@@ -138,8 +138,9 @@ class GGUFSource(ModelSource):
         queries, keys = sizes.query_heads * dim, sizes.kv_heads * dim
         if queries:
             yield self._norm(block + "attn_norm", prefix + arch.attention_norm)
-            yield from self._linear(block + "attn_q", prefix + arch.query, queries, hidden, sizes.query_heads)
-            yield from self._linear(block + "attn_k", prefix + arch.key, keys, hidden, sizes.kv_heads)
+            turned, turned_keys = rotary_order(queries, sizes.query_heads), rotary_order(keys, sizes.kv_heads)
+            yield from self._linear(block + "attn_q", prefix + arch.query, queries, hidden, turned)
+            yield from self._linear(block + "attn_k", prefix + arch.key, keys, hidden, turned_keys)
             yield from self._linear(block + "attn_v", prefix + arch.value, keys, hidden)
             yield from self._linear(block + "attn_output", prefix + arch.output, hidden, queries)
         elif first:
@@ -163,9 +164,10 @@ class GGUFSource(ModelSource):
         yield self._zeros(block + "ffn_up", BLOCK, self.shape.hidden)
         yield self._zeros(block + "ffn_down", self.shape.hidden, BLOCK)
 
-    def _linear(self, name: str, module: str, rows: int, columns: int, heads: int = 0) -> Iterator[Tensor]:
-        """A matrix and its bias; ``heads``: reordered for llama.cpp's rotary, which turns neighbouring pairs."""
-        order = rotary_order(rows, heads) if heads else None
+    def _linear(
+        self, name: str, module: str, rows: int, columns: int, order: torch.Tensor | None = None
+    ) -> Iterator[Tensor]:
+        """A matrix and its bias; ``order``: the old row of every new one."""
         yield self._matrix(name, module, rows, columns, self.kind, order)
         bias = f"{module}.bias"
         if bias in self.names:
@@ -224,7 +226,7 @@ def model_type_of(directory: Path) -> str:
 
 
 def rotary_order(rows: int, heads: int) -> torch.Tensor:
-    """Old row of every new one: two halves of each head become neighbouring pairs, [rows] int64."""
+    """Old row of every new one, for llama.cpp's rotary, which turns neighbouring pairs instead of halves: [rows]."""
     return torch.arange(rows).view(heads, 2, rows // heads // 2).transpose(1, 2).flatten()
 
 

@@ -10,13 +10,13 @@ is 32 columns with a float16 ``d`` of its own, so a wider group repeats its scal
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from saap.models.modeling_slim import unpack_codes, unpack_zero_points
-from saap.quantize.groups import QuantMatrix
+from saap.quantize.groups import QuantMatrix, pack_zero_points
 
 BLOCK = 32  # columns of a Q4_0, Q4_1 or Q8_0 block
 KINDS = ("F32", "F16", "Q8_0", "Q4_0", "Q4_1")
@@ -38,6 +38,25 @@ def natural_kind(zero_points: torch.Tensor, bits: int, groups: int) -> str:
         return "Q8_0"
     zeros = unpack_zero_points(zero_points, bits, groups)
     return "Q4_0" if bool((zeros == 8).all()) else "Q4_1"
+
+
+def take_columns(matrix: QuantMatrix | torch.Tensor, order: torch.Tensor) -> QuantMatrix | torch.Tensor:
+    """A matrix with its columns in another order, [K] int64; where that tears groups apart, as floats."""
+    if isinstance(matrix, torch.Tensor):
+        return matrix[:, order]
+    size = matrix.group_size
+    if len(order) % size or not torch.equal(
+        order.view(-1, size), order[::size, None] // size * size + torch.arange(size)
+    ):
+        return matrix.dequantize()[:, order]
+    groups = order[::size] // size
+    zeros = unpack_zero_points(matrix.zero_points, matrix.bits, len(groups))
+    return replace(
+        matrix,
+        qweight=matrix.qweight[:, groups],
+        scales=matrix.scales[:, groups],
+        zero_points=pack_zero_points(zeros[:, groups], matrix.bits),
+    )
 
 
 def encode(matrix: QuantMatrix | torch.Tensor, kind: str) -> Encoded:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from support.family_cuts import cut
 from support.llama_cpp_run import run
+from support.slim_integers import write_integers
 
 from export.gguf.write import export_gguf
 from saap.models.architectures import shape_of
@@ -80,7 +81,19 @@ def test_keys_are_read_where_llama_cpp_reads_them(tiny_family, tmp_path):
         export_gguf(path, tmp_path / "model.gguf", kind="F32")
 
 
-def test_value_heads_that_share_a_key_head_are_refused(tiny_family, tmp_path):
+def test_value_heads_may_share_a_key_head(tiny_family, tmp_path):
+    several = {**KINDS["qwen3_5_text"], "linear_num_value_heads": 6}
+    dense = tiny_family("qwen3_5_text", num_hidden_layers=4, **several)
+    check(dense, tmp_path / "dense.gguf")
+    layers = [whole_layer(sizes) for sizes in shape_of(read_config(dense)).layers]
+    kept = tuple(replace(keep, delta=keep.delta[1:]) for keep in layers)  # the second and third key head
+    slim = cut(dense, tmp_path / "slim", PrunePlan(kept))
+    check(slim, tmp_path / "slim.gguf")
+    report = export_gguf(write_integers(slim, tmp_path / "tuned"), tmp_path / "tuned.gguf")
+    assert {entry.carried for entry in report.tensors.values()} == {1.0} and report.worst_error_carried == 0
+
+
+def test_values_of_another_width_than_keys_are_refused(tiny_family, tmp_path):
     path = tiny_family("qwen3_5_text")
-    with pytest.raises(UserError, match="2 value heads of 16 to a key head of 24, which is not written as GGUF yet"):
+    with pytest.raises(UserError, match=r"'qwen35' has values as wide as keys, and .* has 16 and 24"):
         export_gguf(path, tmp_path / "model.gguf", kind="F32")
