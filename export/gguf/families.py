@@ -1,23 +1,25 @@
 """Families for which llama.cpp has an architecture of its own, as the fields and tensors of a GGUF file.
 
-llama.cpp reads sizes by layer in few of them: ``gemma4`` takes an FFN width for each layer; ``lfm2``, ``qwen3`` and
-``qwen35`` have one for all. None of them permutes queries and keys, as ``llama`` and ``deci`` do.
+llama.cpp reads sizes by layer in few of them: ``gemma4`` takes an FFN width for each layer; ``granite``, ``lfm2``,
+``qwen3`` and ``qwen35`` have one for all.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from export.gguf.layout import GGUFSource, Tensor, model_type_of, vector
+from export.gguf.layout import GGUFSource, Tensor, model_type_of, rotary_order, vector
 from export.gguf.rotary import RotaryFields, partial_factors
 from export.gguf.tensors import BLOCK, take_columns
 from saap.models.architectures import PerLayerNames, entries_of, field_of, number_of, rope_of, traits_of
 from saap.models.checkpoint import transformers_config
 from saap.models.shape import ATTENTION, CONV, DELTA, FFN, LayerSizes
+from saap.quantize.groups import QuantMatrix
 from saap.system.errors import UserError
 
 Field = int | float | bool | list[int] | list[bool]
@@ -32,9 +34,13 @@ class Family:
     ffn_norm: str = "ffn_norm"
     attention_post_norm: str = ""
     ffn_post_norm: str = ""
+    pairs: bool = False  # its rotary turns neighbours, as that of ``llama`` and ``deci``, not the two halves of a head
 
 
+GRANITE = Family("granite", pairs=True)
 OWN = {
+    "granite": GRANITE,
+    "granitemoehybrid": GRANITE,  # without experts and state spaces it is the same
     "qwen3": Family("qwen3"),
     "lfm2": Family("lfm2", output_norm="token_embd_norm"),
     "qwen3_5_text": Family("qwen35", ffn_norm="post_attention_norm"),
@@ -126,6 +132,8 @@ class FamilySource(GGUFSource):
             return told | {"shortconv.l_cache": self.shape.conv_kernel}
         if self.name == "qwen35":
             return told | self._of_delta(layers)
+        if self.name == "granite":
+            return told | self._of_granite()
         return told | self._of_gemma4(layers) if self.name == "gemma4" else told
 
     def _of_delta(self, layers: list[LayerSizes]) -> dict[str, Field]:
@@ -146,6 +154,16 @@ class FamilySource(GGUFSource):
             "attention.recurrent_layers": [sizes.has(DELTA) for sizes in layers],
             "rope.dimension_count": turned, "rope.dimension_sections": [*split, 0],
         }  # fmt: skip
+
+    def _of_granite(self) -> dict[str, Field]:
+        traits = self._traits
+        factors = {
+            "attention.scale": traits.attention_scale, "embedding_scale": traits.embedding_scale,
+            "residual_scale": traits.residual_scale, "logit_scale": traits.logit_scale and 1 / traits.logit_scale,
+        }  # fmt: skip
+        turns = traits.layers[0].rotary is not None
+        told: dict[str, Field] = {name: value for name, value in factors.items() if value}
+        return told | {"rope.scaling.finetuned": turns}
 
     def _of_gemma4(self, layers: list[LayerSizes]) -> dict[str, Field]:
         kinds, wide = entries_of(self._full, "layer_types"), max(map(self.shape.head_of, layers))
@@ -194,12 +212,12 @@ class FamilySource(GGUFSource):
             yield self._norm(block + family.attention_post_norm, prefix + arch.attention_post_norm)
         if sizes.has(FFN):
             yield self._norm(block + family.ffn_norm, prefix + arch.ffn_norm)
-            for name, module, rows, columns in (
-                ("ffn_gate", arch.gate, sizes.ffn, self.shape.hidden),
-                ("ffn_up", arch.up, sizes.ffn, self.shape.hidden),
-                ("ffn_down", arch.down, self.shape.hidden, sizes.ffn),
-            ):
-                yield from self._linear(block + name, prefix + module, rows, columns)
+            if arch.packed_gate_up:
+                yield from self._halves(block, prefix + arch.packed_gate_up, sizes.ffn)
+            else:
+                yield from self._linear(block + "ffn_gate", prefix + arch.gate, sizes.ffn, self.shape.hidden)
+                yield from self._linear(block + "ffn_up", prefix + arch.up, sizes.ffn, self.shape.hidden)
+            yield from self._linear(block + "ffn_down", prefix + arch.down, self.shape.hidden, sizes.ffn)
             if family.ffn_post_norm:
                 yield self._norm(block + family.ffn_post_norm, prefix + arch.ffn_post_norm)
         else:
@@ -213,13 +231,35 @@ class FamilySource(GGUFSource):
         arch, hidden, dim = self.architecture, self.shape.hidden, self.shape.head_of(sizes)
         queries, keys = sizes.query_heads * dim, sizes.kv_heads * dim
         rows = sizes.query_heads * self.shape.width_of("query", sizes)
-        yield from self._linear(block + "attn_q", prefix + arch.query, rows, hidden)
+        turned, turned_keys = (
+            (rotary_order(queries, sizes.query_heads), rotary_order(keys, sizes.kv_heads))
+            if self._family.pairs
+            else (None, None)
+        )
+        yield from self._linear(block + "attn_q", prefix + arch.query, rows, hidden, turned)
         if not sizes.reads:
-            yield from self._linear(block + "attn_k", prefix + arch.key, keys, hidden)
+            yield from self._linear(block + "attn_k", prefix + arch.key, keys, hidden, turned_keys)
             yield from self._linear(block + "attn_v", prefix + arch.value, keys, hidden)
+        if arch.query_norm:
+            yield self._norm(block + "attn_q_norm", prefix + arch.query_norm)
+        if arch.key_norm and not sizes.reads:
             yield self._norm(block + "attn_k_norm", prefix + arch.key_norm)
-        yield self._norm(block + "attn_q_norm", prefix + arch.query_norm)
         yield from self._linear(block + "attn_output", prefix + arch.output, hidden, queries)
+
+    def _halves(self, block: str, module: str, width: int) -> Iterator[Tensor]:
+        """The gate and the up matrix of one module that holds both."""
+        (whole,) = self._linear(block + "ffn_gate", module, 2 * width, self.shape.hidden)
+
+        def half(rows: slice) -> QuantMatrix | torch.Tensor:
+            values = whole.load()
+            whole.check(values)
+            return values[rows]
+
+        for name, start in (("ffn_gate", 0), ("ffn_up", width)):
+            rows = slice(start, start + width)
+            yield replace(
+                whole, name=f"{block}{name}.weight", shape=(width, self.shape.hidden), load=partial(half, rows)
+            )
 
     def _convolution(self, prefix: str, block: str, sizes: LayerSizes) -> Iterator[Tensor]:
         arch, hidden = self.architecture, self.shape.hidden

@@ -128,6 +128,8 @@ def _writer(path: Path, source: GGUFSource, rotary: RotaryFields, tokenizer: Tok
     for key, told in own.items():
         if isinstance(told, list):
             writer.add_array(f"{name}.{key}", told)
+        elif isinstance(told, bool):
+            writer.add_bool(f"{name}.{key}", told)
         elif isinstance(told, float):
             writer.add_float32(f"{name}.{key}", told)
         else:

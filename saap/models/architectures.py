@@ -231,10 +231,11 @@ FAMILIES = {
         "Olmo2", attention_norm="", query_norm=QUERY_NORM, key_norm=KEY_NORM, qk_norm_spans_heads=True,
         attention_post_norm="post_attention_layernorm", ffn_norm="", ffn_post_norm="post_feedforward_layernorm",
     ),
-    "granite": Architecture("Granite", multipliers=True),
+    "granite": Architecture("Granite", multipliers=True, gguf="one width"),
     "granitemoehybrid": Architecture(  # Granite 4: its dense models are layers of attention and the shared MLP
         "GraniteMoeHybrid", packed_gate_up="shared_mlp.input_linear", down="shared_mlp.output_linear",
         ffn_width="shared_intermediate_size", window="by layer", multipliers=True, switched_rotary=True, transformers=5,
+        gguf="one width",
     ),
     "ministral3": Architecture("Ministral3", window="all", transformers=5),
     "lfm2": LFM2,

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from support.export_cases import MULTIPLIERS
 from support.family_cuts import cut
 from support.llama_cpp_run import run
 from support.slim_integers import write_integers
@@ -21,6 +22,8 @@ KINDS = {
     "lfm2": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
     "qwen3_5_text": {"layer_types": ["linear_attention"] * 3 + ["full_attention"], "linear_num_value_heads": 3,
                      "linear_key_head_dim": 32, "linear_value_head_dim": 32},
+    "granite": {**MULTIPLIERS, "attention_bias": True, "mlp_bias": True},
+    "granitemoehybrid": {**MULTIPLIERS, "attention_bias": True, "tie_word_embeddings": False},
     "gemma4_text": {"num_kv_shared_layers": 2, "final_logit_softcapping": 3.0},
 }  # fmt: skip
 
@@ -55,7 +58,7 @@ def check(directory, out):
 
 
 def test_llama_cpp_computes_what_torch_does(dense, family, tmp_path):
-    names = {"qwen3_5_text": "qwen35", "gemma4_text": "gemma4"}
+    names = {"qwen3_5_text": "qwen35", "gemma4_text": "gemma4", "granitemoehybrid": "granite"}
     assert check(dense, tmp_path / "model.gguf") == names.get(family, family)
 
 
@@ -73,6 +76,20 @@ def test_layers_of_many_widths_are_refused_before_anything_is_written(dense, fam
     ):
         export_gguf(slim, tmp_path / "model.gguf", kind="F32")
     assert not (tmp_path / "model.gguf").exists()
+
+
+def test_fewer_heads_and_no_positions_are_held(tiny_family, tmp_path):
+    dense = tiny_family("granitemoehybrid", num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=3,
+                        position_embedding_type=None, **MULTIPLIERS)  # fmt: skip
+    layers = [whole_layer(sizes) for sizes in shape_of(read_config(dense)).layers]
+    fewer = [replace(each, query_heads=(1, 4), kv_heads=(0, 2)) for each in layers]
+    slim = cut(dense, tmp_path / "slim", PrunePlan(tuple(fewer)))
+    check(slim, tmp_path / "slim.gguf")
+    report = export_gguf(write_integers(slim, tmp_path / "tuned"), tmp_path / "tuned.gguf")
+    assert {entry.carried for entry in report.tensors.values()} == {1.0} and report.worst_error_carried == 0
+    uneven = cut(dense, tmp_path / "uneven", PrunePlan((*layers[:2], fewer[2])))
+    with pytest.raises(UserError, match=r"one number of query heads for all layers, and .* has 2 to 6"):
+        export_gguf(uneven, tmp_path / "uneven.gguf", kind="F32")
 
 
 def test_keys_are_read_where_llama_cpp_reads_them(tiny_family, tmp_path):
