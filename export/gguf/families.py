@@ -35,9 +35,10 @@ class Family:
     attention_post_norm: str = ""
     ffn_post_norm: str = ""
     pairs: bool = False  # its rotary turns neighbours, as that of ``llama`` and ``deci``, not the two halves of a head
+    biases: bool = False
 
 
-GRANITE = Family("granite", pairs=True)
+GRANITE = Family("granite", pairs=True, biases=True)
 OWN = {
     "granite": GRANITE,
     "granitemoehybrid": GRANITE,  # without experts and state spaces it is the same
@@ -86,6 +87,11 @@ class FamilySource(GGUFSource):
                     f"llama.cpp's {self.name!r} has one {what} for all layers, and {self.directory} has "
                     f"{min(found)} to {max(found)}: prune it with --for llama.cpp, or export it for the cpu target"
                 )
+        if not self._family.biases and (bias := next((name for name in self.names if name.endswith(".bias")), "")):
+            raise UserError(
+                f"llama.cpp's {self.name!r} has no biases, and {self.directory} has {bias}: "
+                "export it for the cpu target"
+            )
         mixing = [sizes.mixer for sizes in layers if any(map(sizes.has, (ATTENTION, CONV, DELTA)))]
         if len(mixing) < len(layers) or (not self._uneven and 0 in whole["width of the FFN"]):
             raise UserError(
@@ -112,8 +118,6 @@ class FamilySource(GGUFSource):
                     f"llama.cpp's 'lfm2' has heads and channels that fill the hidden size of {hidden}: prune with "
                     "--for llama.cpp, or export it for the cpu target"
                 )
-            if self.shape.conv_bias:
-                raise UserError("llama.cpp's 'lfm2' has no biases in convolutions: export it for the cpu target")
 
     def counts(self) -> dict[str, list[int]]:
         if self.name == "qwen35":  # which has one number of them

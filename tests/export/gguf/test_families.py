@@ -110,6 +110,13 @@ def test_value_heads_may_share_a_key_head(tiny_family, tmp_path):
     assert {entry.carried for entry in report.tensors.values()} == {1.0} and report.worst_error_carried == 0
 
 
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_5_text", "gemma4_text"])
+def test_biases_are_refused_where_llama_cpp_has_none(tiny_family, family, tmp_path):
+    path = tiny_family(family, num_hidden_layers=4, attention_bias=True, **KINDS[family])
+    with pytest.raises(UserError, match=r"has no biases, and .* has model\..*\.bias: export it for the cpu target"):
+        export_gguf(path, tmp_path / "model.gguf", kind="F32")
+
+
 def test_values_of_another_width_than_keys_are_refused(tiny_family, tmp_path):
     path = tiny_family("qwen3_5_text")
     with pytest.raises(UserError, match=r"'qwen35' has values as wide as keys, and .* has 16 and 24"):

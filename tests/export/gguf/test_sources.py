@@ -108,7 +108,7 @@ def edit_weights(path, change):
 
 
 REFUSED = {
-    "another family": (lambda p: edit_config(p, model_type="granite"), {}, "'granite': GGUF files.*cpu target"),
+    "another family": (lambda p: edit_config(p, model_type="olmo2"), {}, "'olmo2': GGUF files.*cpu target"),
     "q/k norm by tensor": (
         lambda p: edit_weights(p, lambda t: t.update({"model.layers.1.self_attn.q_norm.weight": torch.ones(16)})),
         {},

@@ -115,10 +115,10 @@ def test_gguf_carries_the_biases(compensated, tmp_path, case):
     assert np.abs(found - expected[0, :8].numpy()).max() <= 2e-3
 
 
-@pytest.mark.parametrize("case", ["qwen3", "phi3", "gemma3", "smollm3"])
+@pytest.mark.parametrize("case", ["phi3", "gemma3", "smollm3"])
 def test_gguf_refuses_what_it_cannot_hold(compensated, tmp_path, case):
     directory, _ = compensated(case)
-    with pytest.raises(UserError, match=f"is of type 'saap_{CASES[case][0]}': .* export it for the cpu target"):
+    with pytest.raises(UserError, match=f"is of type '{CASES[case][0]}': .* export it for the cpu target"):
         export_gguf(directory, tmp_path / "model.gguf")
 
 
