@@ -5,6 +5,7 @@ import pytest
 import torch
 from support.exported import export_bundle
 from support.family_cuts import cut
+from support.genai_run import greedy
 
 from export.bundle.decoder import OrtDecoder
 from export.generate.loop import HeldSequence
@@ -69,13 +70,6 @@ def test_an_int8_cache_is_read_by_later_layers_too(slim, tmp_path):
 
 
 def test_genai_runs_it(slim):
-    genai = pytest.importorskip("onnxruntime_genai")
-    params = genai.GeneratorParams(loaded := genai.Model(str(slim[1])))
-    params.set_search_options(max_length=24, do_sample=False)
-    generator = genai.Generator(loaded, params)
-    generator.append_tokens(IDS[0].numpy().astype(np.int32))
-    while not generator.is_done():
-        generator.generate_next_token()
-    found = list(generator.get_sequence(0))
+    found = greedy(slim[1], IDS[0], 24)
     expected = load_model(slim[0]).generate(IDS[:1], max_length=24, do_sample=False, pad_token_id=2)[0].tolist()
     assert found[: len(expected)] == expected

@@ -8,6 +8,7 @@ import torch
 from support.export_cases import check_standard
 from support.exported import export_bundle, export_portable
 from support.family_cuts import cut
+from support.genai_run import greedy
 
 from bench.costs.fit import read_stacks
 from export.bundle.decoder import OrtDecoder
@@ -90,16 +91,9 @@ def test_an_int8_cache_leaves_states_as_floats(dense, family, tmp_path):
 
 
 def test_genai_runs_layers_that_are_alike_in_their_states(dense, family, tmp_path):
-    genai = pytest.importorskip("onnxruntime_genai")
     bundle = tmp_path / "bundle"
     export_bundle(dense, bundle, bits=32)
-    params = genai.GeneratorParams(loaded := genai.Model(str(bundle)))
-    params.set_search_options(max_length=24, do_sample=False)
-    generator = genai.Generator(loaded, params)
-    generator.append_tokens(IDS[0].numpy().astype(np.int32))
-    while not generator.is_done():
-        generator.generate_next_token()
-    found = list(generator.get_sequence(0))
+    found = greedy(bundle, IDS[0], 24)
     expected = load_model(dense).generate(IDS[:1], max_length=24, do_sample=False, pad_token_id=2)[0].tolist()
     assert found[: len(expected)] == expected
     told = json.loads((bundle / "genai_config.json").read_text())["model"]
