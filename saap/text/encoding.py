@@ -30,9 +30,10 @@ def encode(text: str, tokenizer: PreTrainedTokenizerBase, add_special_tokens: bo
 
 
 def bytes_of_tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> NDArray[np.int64] | None:
-    """How many UTF-8 bytes of a text each of its tokens ends, which add up to the text's: [t], as ``encode`` cuts it.
+    """UTF-8 bytes that each token of a text stands for, [t]; the tokens are those of :func:`encode`.
 
-    Where several tokens share a character, the first has its bytes. None: the tokenizer does not tell where tokens lie.
+    Where several tokens share a character, the first one gets its bytes. None: the tokenizer does not say where its
+    tokens lie in the text.
     """
     if not tokenizer.is_fast:
         return None
