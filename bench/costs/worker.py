@@ -59,6 +59,8 @@ class PlacedDecoder(OrtDecoder):
 
     def place(self, length: int) -> None:
         self.length = length
+        if self._sliding:
+            self._sliding.skip(length)
 
 
 class PlacedLlamaCpp(LlamaCppDecoder):

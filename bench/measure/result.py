@@ -168,7 +168,7 @@ class Measurement:
     @property
     def kv_bytes(self) -> int | None:
         per_token = self.model.kv_bytes_per_token
-        return None if per_token is None else per_token * self.positions
+        return None if per_token is None else per_token * self.positions - self.model.sliding.saved(self.positions)
 
     @property
     def bytes_per_token(self) -> float | None:
@@ -176,7 +176,8 @@ class Measurement:
         weights, kv = self.model.weight_bytes_per_token, self.model.kv_bytes_per_token
         if weights is None or kv is None:
             return None
-        return weights + kv * (self.n_depth + self.n_prompt + (self.n_gen + 1) / 2)
+        mean = self.n_depth + self.n_prompt + (self.n_gen + 1) / 2
+        return weights + kv * mean - self.model.sliding.saved(round(mean))
 
     @property
     def joules_per_token(self) -> list[float]:

@@ -9,6 +9,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from devices.common.caches import GROWING, Sliding
 from export.bundle.graph_facts import CacheInput, Tensor, read_graph
 
 # A table that only these read gives up a few rows per token.
@@ -26,6 +27,7 @@ class ModelFacts:
     bits: int | None = None
     vocab_size: int | None = None
     unknown: dict[str, str] = field(default_factory=dict)
+    sliding: Sliding = GROWING  # of the cache
 
 
 SIZES = ("parameters", "model_bytes", "weight_bytes_per_token", "kv_bytes_per_token", "bits")

@@ -21,6 +21,7 @@ import msgspec
 
 from bench.runtimes.facts import SIZES, ModelFacts
 from bench.runtimes.genai import model_of
+from devices.common.caches import GROWING
 from devices.common.errors import UserError
 from devices.common.files import parse_json
 from devices.common.gguf_header import read_header
@@ -241,7 +242,11 @@ def _peer(
     spec: str, kind: str, path: Path, vocab: int, manifest: BundleManifest | None = None, python: str = sys.executable
 ) -> Peer:
     """With the facts of the manifest where there is one, else those that the worker will tell."""
-    untold = ModelFacts(vocab_size=vocab, unknown=dict.fromkeys(SIZES, "the worker gave no answer"))
+    model = ModelFacts(vocab_size=vocab, unknown=dict.fromkeys(SIZES, "the worker gave no answer"))
+    if manifest:
+        model = bundle_facts(manifest)
+    if kind != "onnx":  # other clients give all layers caches of full length
+        model = replace(model, sliding=GROWING)
     return Peer(
         name=f"{path.stem if path.is_file() else path.name} ({kind})",
         spec=spec,
@@ -250,7 +255,7 @@ def _peer(
         runtime=f"bench.runtimes.{kind.replace('.', '_')}",
         vocab_size=vocab,
         bundle_hash=manifest.content_hash if manifest else None,
-        model=bundle_facts(manifest) if manifest else untold,
+        model=model,
         unknown={} if manifest else {"bundle_hash": "it is not a bundle"},
         python=python,
     )
@@ -277,6 +282,7 @@ def bundle_facts(manifest: BundleManifest) -> ModelFacts:
         kv_bytes_per_token=manifest.kv_bytes_per_token,
         bits=manifest.bits,
         vocab_size=manifest.vocab_size,
+        sliding=manifest.sliding,
     )
 
 
@@ -288,7 +294,7 @@ def memory_needs(kind: str, model: ModelFacts, positions: int, path: Path) -> di
     """
     parts = {"weights": model.model_bytes or _weight_files(path), "runtime": RUNTIME_BYTES.get(kind, ONNXRUNTIME_BYTES)}
     kv = model.kv_bytes_per_token
-    return parts if kv is None else {**parts, "cache": kv * positions}
+    return parts if kv is None else {**parts, "cache": kv * positions - model.sliding.saved(positions)}
 
 
 def _weight_files(path: Path) -> int:

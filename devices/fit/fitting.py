@@ -9,7 +9,16 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 
-from devices.fit.memory import Device, Memory, Model, largest_context, memory_of, packed_share, read_share
+from devices.fit.memory import (
+    Device,
+    Memory,
+    Model,
+    cache_bytes,
+    largest_context,
+    memory_of,
+    packed_share,
+    read_share,
+)
 from devices.profiles.profile import DeviceError
 
 CACHES = 2  # a model below so many last-level caches may run from them, and memory is then no ceiling
@@ -91,7 +100,7 @@ def _ceiling(model: Model, device: Device, context: int) -> tuple[tuple[float | 
     if cache and empty <= CACHES * cache:
         why = f"{empty / 1e6:.0f} MB per token may be read from a cache of {cache / 1e6:.0f} MB"
         return (None, None), (f"ceiling unknown: {why}",)
-    full = empty + model.kv_bytes_per_token * context
+    full = empty + cache_bytes(model, context)
     return (device.bandwidth / empty, device.bandwidth / full), ()
 
 
@@ -197,7 +206,12 @@ def for_memory(model: Model, device: Device, context: int, largest: int) -> tupl
             found.append(Finding(f"weights of {bits} bit fit", f"{EXPORT} --bits {bits}"))
     newer = device.onnxruntime is None or _version(device.onnxruntime) >= KV8_RUNTIME
     # A byte for each of four; the scales are part of the graph.
-    small_cache = replace(model, kv_bytes_per_token=model.kv_bytes_per_token // 4, kv_dtype="int8")
+    small_cache = replace(
+        model,
+        kv_bytes_per_token=model.kv_bytes_per_token // 4,
+        kv_dtype="int8",
+        sliding=replace(model.sliding, bytes_per_token=model.sliding.bytes_per_token // 4),
+    )
     if model.kv_dtype == "float32" and model.target == "cpu" and newer and fits(small_cache):
         found.append(Finding("a cache of 8 bit fits", f"{EXPORT} --bits {model.bits} --kv 8"))
     if size := prune_to(model, device, context):

@@ -17,6 +17,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from devices.common.caches import GROWING, Sliding
+
 # Resident beside weights, cache and activations: 60 to 63 MB, of which 30 are pages of libraries; on another machine
 # these were 36.
 RUNTIME_BYTES = 68_000_000
@@ -49,6 +51,7 @@ class Model:
     widest_ffn: int  # channels of the widest feed-forward block
     file_bytes: int  # of the weights file
     onnxruntime_min: str
+    sliding: Sliding = GROWING  # of the cache
     attention: tuple[tuple[int, int], ...] = ()  # (query heads, KV heads) of the layers that have any
 
 
@@ -104,9 +107,14 @@ def memory_of(model: Model, device: Device, context: int) -> Memory:
     return Memory(
         runtime=RUNTIME_BYTES,
         weights=round(model.weight_bytes_per_token * packed_share(model, device)),
-        cache=copies * model.kv_bytes_per_token * context,
+        cache=copies * cache_bytes(model, context),
         work=round(HELD_SHARE * activation_bytes(model)) * min(context, PIECE),
     )
+
+
+def cache_bytes(model: Model, context: int) -> int:
+    """Bytes of the cache behind so many positions."""
+    return model.kv_bytes_per_token * context - model.sliding.saved(context)
 
 
 def activation_bytes(model: Model) -> int:

@@ -24,9 +24,18 @@ from numpy.typing import NDArray
 from devices.common.cores import allowed_cores
 from devices.common.errors import first_line
 from devices.common.wording import counted
-from export.bundle.manifest import DECODE_GRAPH, PREFILL_CHUNK, BundleManifest, CachePart, read_manifest, verify_files
+from export.bundle.manifest import (
+    DECODE_GRAPH,
+    PREFILL_CHUNK,
+    WINDOW_START,
+    BundleManifest,
+    CachePart,
+    read_manifest,
+    verify_files,
+)
 from export.bundle.prepacked import prepack
 from export.bundle.session import DecoderError, check_provider, open_session
+from export.bundle.sliding import SlidingCaches
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession, OrtValue
@@ -99,8 +108,7 @@ class BundleDecoder:
         return with_room(self.length + count, self.max_length)
 
     def _zero_cache(self, positions: int, put: Callable[[NDArray[np.generic]], OrtValue]) -> Cache:
-        parts = self.manifest.cache
-        return [(part, put(np.zeros(part.sized(1, positions), np.dtype(part.dtype)))) for part in parts]
+        return [(part, put(_zeros(part, positions))) for part in self.manifest.cache]
 
     def _bind_cache(self, cache: Cache) -> None:
         self._past = cache
@@ -119,6 +127,10 @@ class BundleDecoder:
         # when the next run no longer needs them, not when they are carried over.
         for part, _ in self._past:
             self._binding.bind_output(part.present, self.device)
+
+
+def _zeros(part: CachePart, positions: int) -> NDArray[np.generic]:
+    return np.zeros(part.sized(1, positions), np.dtype(part.dtype))
 
 
 def check_ids(ids: Ids, manifest: BundleManifest) -> None:
@@ -190,26 +202,50 @@ class OrtDecoder(BundleDecoder):
         self._positions = np.arange(max_length, dtype=np.int64).reshape(1, -1)
         self._logits: Logits = np.empty((1, 1, self.manifest.vocab_size), np.float32)
         self._bound: Ids | None = None  # the array of ids that the binding points to
-        self._kv = self._zero_cache(max_length if self._shared else 0, OrtValue.ortvalue_from_numpy)
+        self._sliding = self._sliding_caches()
+        self._kv = [(part, OrtValue.ortvalue_from_numpy(self._buffer(part))) for part in manifest.cache]
         self.reset()
         if not self._shared:
             self._free_outputs()
         # Bound after the cache: _carry_cache counts on it.
         self._binding.bind_output("logits", "cpu", 0, np.float32, self._logits.shape, self._logits.ctypes.data)
 
+    def _sliding_caches(self) -> SlidingCaches | None:
+        """Of a graph that can be told where they start, where they are shorter than the others."""
+        told = any(given.name == WINDOW_START for given in self._session.get_overridable_initializers())
+        caches = SlidingCaches(max((part.window for part in self.manifest.cache), default=0))
+        if not told or not self._shared or caches.capacity >= self.max_length:
+            return None
+        self._binding.bind_input(WINDOW_START, "cpu", 0, np.int64, (1,), caches.start.ctypes.data)
+        return caches
+
+    def _buffer(self, part: CachePart) -> NDArray[np.generic]:
+        """An empty cache, which an OrtValue borrows."""
+        if not part.window or self._sliding is None:
+            return _zeros(part, self.max_length if self._shared else 0)
+        buffer = _zeros(part, self._sliding.capacity)
+        self._sliding.buffers.append(buffer)
+        return buffer
+
     def reset(self) -> None:
         """Forget the sequence; stale positions are never attended to, so only states are cleared."""
         self.length = 0
+        if self._sliding:
+            self._sliding.skip(0)
         for part, value in self._kv:
             if not part.grows:
                 value.update_inplace(np.zeros(part.sized(1, 0), np.dtype(part.dtype)))
         self._bind_cache(self._kv)
 
     def rewind(self, length: int) -> int:
-        """Forget all but the first ``length`` positions; how many are kept, none where a state cannot go back."""
+        """Forget all but the first ``length`` positions; how many are kept.
+
+        None are where a state cannot go back, or a sliding layer has let go what it would see.
+        """
         if not 0 <= length <= self.length:
             raise DecoderError(f"{length} positions cannot be kept: give 0 to {self.length}, which are in use")
-        if length < self.length and not self.manifest.can_forget:
+        let_go = not self.manifest.can_forget or (self._sliding and not self._sliding.holds(length))
+        if length < self.length and let_go:
             self.reset()
             return 0
         if not self._shared:
@@ -232,6 +268,8 @@ class OrtDecoder(BundleDecoder):
     def _run(self, ids: Ids) -> Logits:
         """Append ``ids`` [1, n]; the logits [vocab] after the last of them."""
         count, total = ids.shape[1], self._with_room_for(ids.shape[1])
+        if self._sliding:
+            self._sliding.make_room(self.length, count)
         binding = self._binding
         if self._bound is not ids:
             binding.bind_input("input_ids", "cpu", 0, np.int64, ids.shape, ids.ctypes.data)

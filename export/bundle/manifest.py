@@ -23,12 +23,14 @@ import os
 import re
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
+from math import prod
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
 import msgspec
 from msgspec import Meta
 
+from devices.common.caches import GROWING, Sliding
 from devices.common.documents import Document
 from devices.common.errors import UserError
 from devices.common.files import read_whole, sha256_file
@@ -41,12 +43,22 @@ SCORING_GRAPH = "scoring.onnx"
 # Input of the scoring graph that need not be given: the first position whose logits are wanted, from the end where it
 # is negative. The head is a fifth of a small model's work, and of a context that answers follow one position is wanted.
 FIRST_LOGIT = "first_logit"
+# Input of a graph with sliding layers, on a CPU, that need not be given: the position that the first entry of their
+# caches stands for. So those need not be longer than what the layers see.
+WINDOW_START = "window_start"
+# Positions of them that can always be taken back, as a conversation does whose template changes its last words.
+WINDOW_BACK = 32
 WEIGHTS = "model.onnx.data"
 LARGEST_JSON = 16 << 20  # bytes that are read of a small file
 LARGEST = {TOKENIZER: LARGEST_TOKENIZER, "chat_template.jinja": 1 << 20}
 # Tokens of a prompt that a decoder reads at once. Activations and the operators' scratch grow with them, and pieces of
 # this size cost no time.
 PREFILL_CHUNK = 256
+
+
+def window_capacity(window: int) -> int:
+    """Positions of the cache of a layer that sees ``window``: what a token sees, and a piece of a prompt behind it."""
+    return window - 1 + WINDOW_BACK + PREFILL_CHUNK
 
 
 class BundleError(UserError):
@@ -88,6 +100,7 @@ class CachePart:
     present: str  # name of the output
     shape: tuple[int | None, ...]  # behind the batch; None is one entry per position
     dtype: str
+    window: int = 0  # positions that its layer sees, the newest included; 0 is all
 
     @property
     def grows(self) -> bool:
@@ -196,6 +209,7 @@ class BundleManifest:
     files: dict[str, FileEntry] = field(default_factory=dict)  # of all files but ``bundle.json``
     conv_kernel: Annotated[int, Meta(ge=0, le=1024)] = 0  # tokens that a convolution sees; 0 where there is none
     delta: DeltaHeads | None = None  # of the gated delta nets; None where there is none
+    windows: list[Count] = field(default_factory=list)  # of each layer, as in CachePart; empty where none slides
     format: int = FORMAT
 
     @property
@@ -206,18 +220,21 @@ class BundleManifest:
     @property
     def mixing_layers(self) -> list[LayerSizes]:
         """The layers that mix tokens, and so remember something: N of the graph's names counts them."""
-        return [each for each in self.layers if not each.reads and (each.query_heads or each.conv or each.delta)]
+        return [layer for layer in self.layers if _remembers(layer)]
 
     @property
     def cache(self) -> list[CachePart]:
         """What the graphs carry from one run to the next, in the order of the layers, keys before values."""
         parts = []
-        for n, layer in enumerate(self.mixing_layers):
+        mixing = [index for index, layer in enumerate(self.layers) if _remembers(layer)]
+        for n, index in enumerate(mixing):
+            layer = self.layers[index]
             if layer.query_heads:
                 parts += [
                     CachePart(
                         f"past_key_values.{n}.{part}", f"present.{n}.{part}",
                         (layer.kv_heads, None, layer.head_dim or self.head_dim), self.kv_dtype,
+                        self.windows[index] if self.windows else 0,
                     )
                     for part in ("key", "value")
                 ]  # fmt: skip
@@ -233,6 +250,17 @@ class BundleManifest:
         return parts
 
     @property
+    def sliding(self) -> Sliding:
+        """The part of ``kv_bytes_per_token`` that stops growing."""
+        parts = [part for part in self.cache if part.grows]
+        sliding = [part for part in parts if part.window]
+        if not sliding:
+            return GROWING
+        share = sum(prod(part.sized(1, 1)) for part in sliding) / sum(prod(part.sized(1, 1)) for part in parts)
+        capacity = window_capacity(max(part.window for part in sliding))
+        return Sliding(round(share * self.kv_bytes_per_token), capacity)
+
+    @property
     def can_forget(self) -> bool:
         """Whether the last positions of a sequence can be taken back: not out of a state."""
         return all(part.grows for part in self.cache)
@@ -242,6 +270,10 @@ class BundleManifest:
         """One sha256 over the files' hashes; results name a bundle by it."""
         text = json.dumps({name: entry.sha256 for name, entry in sorted(self.files.items())})
         return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _remembers(layer: LayerSizes) -> bool:
+    return not layer.reads and bool(layer.query_heads or layer.conv or layer.delta)
 
 
 def _check(manifest: BundleManifest) -> None:
@@ -257,6 +289,8 @@ def _check(manifest: BundleManifest) -> None:
             raise ValueError(f"{name} is {value!r}: {', '.join(map(str, allowed))} are allowed")
     if manifest.bits in (4, 8) and not manifest.block:
         raise ValueError(f"block is 0 at {manifest.bits} bits: integers have a group size")
+    if manifest.windows and len(manifest.windows) != len(manifest.layers):
+        raise ValueError(f"windows has {len(manifest.windows)} entries: there are {len(manifest.layers)} layers")
     for index, layer in enumerate(manifest.layers):
         heads, groups = layer.query_heads, layer.kv_heads
         if bool(heads) != bool(groups) or (groups and heads % groups):

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from export.bundle.manifest import DECODE_GRAPH, SCORING_GRAPH
+from export.bundle.manifest import DECODE_GRAPH, SCORING_GRAPH, WINDOW_START
 from export.graph.builder import Attribute, GraphBuilder
 from export.graph.rotary import rotary_names
 from export.source import Precision
@@ -323,7 +323,21 @@ class MicrosoftGraph(DecoderGraph):
         summed = g.op("ReduceSum", mask, self.constant("axis1", [1]), keepdims=0)
         last = g.op("Sub", summed, self.constant("one", 1))
         total = g.op("Gather", g.op("Shape", mask), self.constant("axis", 1), axis=0)
-        self._lengths = [g.op("Cast", last, to=int32), g.op("Cast", total, to=int32)]
+        whole = g.op("Cast", last, to=int32), g.op("Cast", total, to=int32)
+        # Of each layer, by whether it slides: the two, and the new tokens' positions where the cache does not tell.
+        self._places: dict[bool, tuple[ir.Value, ir.Value, ir.Value | None]] = {False: (*whole, None)}
+        self._places[True] = self._places[False]
+        if self.windows_alone:
+            count = g.op("Gather", g.op("Shape", ids), self.constant("axis", 1), axis=0)
+            zero, one = self.constant("zero", 0), self.constant("one", 1)
+            # A row that is padded behind its text, in the scoring graph, has more columns than tokens.
+            before = g.op("Max", g.op("Sub", summed, count), zero)
+            start = g.defaulted(WINDOW_START, [0])
+            self._places[True] = (
+                g.op("Cast", g.op("Sub", last, start), to=int32),
+                g.op("Cast", g.op("Sub", total, start), to=int32),
+                g.op("Add", g.op("Unsqueeze", before, self.constant("axis1", [1])), g.op("Range", zero, count, one)),
+            )
 
     def embedding(self, ids: ir.Value) -> ir.Value:
         return self.lookup("embedding", ids, self.shape.hidden)
@@ -356,14 +370,18 @@ class MicrosoftGraph(DecoderGraph):
         qkv, gate = self.queries_and_gate(x, name, sizes)
         normed = self._normed_heads(qkv, name, sizes)
         if not sizes.reads:
-            shape: list[int | str] = ["batch", sizes.kv_heads, "past", dim]
+            past_axis = "past_in_window" if slides and self.windows_alone else "past"
+            shape: list[int | str] = ["batch", sizes.kv_heads, past_axis, dim]
             past = [self.graph.input(f"past_key_values.{mixer}.{part}", self.kv, shape) for part in ("key", "value")]
             scales = [self.graph.weight(f"{name}.{part}_scale") for part in ("key", "value")] if self._int8 else []
             self._left_kv[slides] = [*normed[1:], *past, *scales]
         # A layer that reads others' keys and values is given what their layer is, and its copies are let go.
         keys, values, *kept = self._left_kv[slides]
-        tables = [] if traits.rotary is None else [self.graph.weight(table) for table in rotary_names(traits.rotary)]
-        inputs = [normed[0], keys, values, *kept[:2], *self._lengths, *tables]
+        last, total, positions = self._places[slides]
+        inputs = [normed[0], keys, values, *kept[:2], last, total]
+        if traits.rotary is not None:
+            inputs += [self.graph.weight(table) for table in rotary_names(traits.rotary)]
+            inputs += [] if positions is None else [positions]
         if self._int8:
             inputs += [*[None] * (KV_SCALES - len(inputs)), *kept[2:]]
         outputs = self.graph.multi(
@@ -371,9 +389,8 @@ class MicrosoftGraph(DecoderGraph):
             do_rotary=int(traits.rotary is not None), rotary_interleaved=0, **self._attention_options(traits),
         )  # fmt: skip
         for part, value in zip(("key", "value"), () if sizes.reads else outputs[1:], strict=not sizes.reads):
-            self.graph.output(
-                value, f"present.{mixer}.{part}", self.kv, ["batch", sizes.kv_heads, "total_or_past", dim]
-            )
+            axis = "total_or_window" if slides and self.windows_alone else "total_or_past"
+            self.graph.output(value, f"present.{mixer}.{part}", self.kv, ["batch", sizes.kv_heads, axis, dim])
         mixed, width = outputs[0], sizes.query_heads * dim
         if gate is not None:
             mixed = self._flat(self.graph.op("Mul", self._heads(mixed, sizes.query_heads, dim), gate), width)
@@ -403,6 +420,14 @@ class MicrosoftGraph(DecoderGraph):
         heads = self._heads(parts[2], sizes.kv_heads, dim)
         values = self.graph.op("SimplifiedLayerNormalization", heads, ones, axis=-1, epsilon=self.epsilon)
         return [*normed, self._flat(values, sizes.kv_heads * dim)]
+
+    @property
+    def windows_alone(self) -> bool:
+        """Whether sliding layers may have shorter caches: on a CPU, whose kernel would otherwise compute over all.
+
+        CUDA's skips what is before the window, and takes no positions.
+        """
+        return self.floats == ir.DataType.FLOAT and any(layer.window for layer in self.traits.layers)
 
     @property
     def _int8(self) -> bool:

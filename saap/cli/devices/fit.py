@@ -38,7 +38,7 @@ def _model_of(manifest: BundleManifest, file_bytes: int) -> Model:
             key: getattr(manifest, key)
             for key in (
                 "target", "bits", "block", "accuracy_level", "weight_bytes_per_token", "kv_bytes_per_token", "kv_dtype",
-                "context_length", "head_dim", "onnxruntime_min",
+                "context_length", "head_dim", "onnxruntime_min", "sliding",
             )
         },
         hidden=manifest.hidden_size,
