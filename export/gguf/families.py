@@ -74,15 +74,16 @@ class FamilySource(GGUFSource):
     def _check_alike(self) -> None:
         """Raise UserError: sizes that differ, in an architecture that has one for all layers."""
         layers, heads = self.shape.layers, self.shape.delta
+        heads_by_layer = [] if self._uneven else layers
         whole: dict[str, set[int]] = {
             "width of the FFN": set() if self._uneven else {sizes.ffn for sizes in layers},
-            "number of query heads": {sizes.query_heads for sizes in layers if sizes.has(ATTENTION)},
-            "number of KV heads": {sizes.kv_heads for sizes in layers if sizes.has(ATTENTION)},
+            "number of query heads": {sizes.query_heads for sizes in heads_by_layer if sizes.has(ATTENTION)},
+            "number of KV heads": {sizes.kv_heads for sizes in heads_by_layer if sizes.has(ATTENTION)},
             "number of channels of a convolution": {sizes.conv for sizes in layers if sizes.has(CONV)},
             "number of key heads of a delta net": {sizes.delta for sizes in layers if sizes.has(DELTA)},
         }
         for what, found in whole.items():
-            if len(found) > 1 and not (self.name == "gemma4" and what == "number of KV heads"):
+            if len(found) > 1:
                 raise UserError(
                     f"llama.cpp's {self.name!r} has one {what} for all layers, and {self.directory} has "
                     f"{min(found)} to {max(found)}: prune it with --for llama.cpp, or export it for the cpu target"
@@ -93,7 +94,7 @@ class FamilySource(GGUFSource):
                 "export it for the cpu target"
             )
         mixing = [sizes.mixer for sizes in layers if any(map(sizes.has, (ATTENTION, CONV, DELTA)))]
-        if len(mixing) < len(layers) or (not self._uneven and 0 in whole["width of the FFN"]):
+        if not self._uneven and (len(mixing) < len(layers) or 0 in whole["width of the FFN"]):
             raise UserError(
                 f"llama.cpp's {self.name!r} has all blocks in every layer, and {self.directory} lacks some: prune it "
                 "with --for llama.cpp, or export it for the cpu target"
@@ -105,7 +106,7 @@ class FamilySource(GGUFSource):
             )
         attends = next(sizes for sizes in layers if sizes.has(ATTENTION))
         kinds = [bool(layer.window) for layer in self._traits.layers]
-        own = [slides for slides, sizes in zip(kinds, layers, strict=True) if not sizes.reads]
+        own = [slides for index, slides in enumerate(kinds) if not self._reads(index)]
         if self.name == "gemma4" and len(own) < len(layers) and own[-2:] != [True, False]:
             raise UserError(
                 "llama.cpp's 'gemma4' reads keys and values of the last layer with full attention and of a sliding one "
@@ -122,14 +123,32 @@ class FamilySource(GGUFSource):
     def counts(self) -> dict[str, list[int]]:
         if self.name == "qwen35":  # which has one number of them
             return {}
-        return {"attention.head_count_kv": [sizes.kv_heads for _, sizes in self.layers]}
+        layers = [self._told(sizes, index) for index, (_, sizes) in enumerate(self.layers)]
+        keys = {"attention.head_count_kv": [sizes.kv_heads for sizes in layers]}
+        return keys | ({"attention.head_count": [sizes.query_heads for sizes in layers]} if self._uneven else {})
+
+    def _told(self, sizes: LayerSizes, index: int) -> LayerSizes:
+        """What llama.cpp is told of a layer: of one that lost its attention, one head of zeros for each KV head."""
+        if not self._uneven or sizes.has(ATTENTION):
+            return sizes
+        read = self.shape.layers[self.shape.sources[index]]
+        groups = read.kv_heads or 1
+        return replace(sizes, query_heads=groups, kv_heads=groups)
+
+    def _reads(self, index: int) -> bool:
+        """Whether a layer reads keys and values of an earlier one, or did before its attention went."""
+        return bool(self.shape.sources) and self.shape.sources[index] != index
+
+    @property
+    def _kinds(self) -> list[object]:
+        return entries_of(self._full, "layer_types")
 
     def fields(self, rotary: RotaryFields) -> Mapping[str, Field]:
         """What the architecture asks for beside the common fields."""
         layers = [sizes for _, sizes in self.layers]
         attends = next(sizes for sizes in layers if sizes.has(ATTENTION))
         told: dict[str, Field] = {
-            "attention.head_count": attends.query_heads,
+            **({} if self._uneven else {"attention.head_count": attends.query_heads}),
             "feed_forward_length": [s.ffn or BLOCK for s in layers] if self._uneven else layers[0].ffn,
         }
         if self.name == "lfm2":
@@ -170,10 +189,10 @@ class FamilySource(GGUFSource):
         return told | {"rope.scaling.finetuned": turns}
 
     def _of_gemma4(self, layers: list[LayerSizes]) -> dict[str, Field]:
-        kinds, wide = entries_of(self._full, "layer_types"), max(map(self.shape.head_of, layers))
+        kinds, wide = self._kinds, max(map(self.shape.head_of, layers))
         narrow, bases = self.shape.head_dim, rope_of(self._full)
         told: dict[str, Field] = {
-            "attention.shared_kv_layers": sum(sizes.reads for sizes in layers),
+            "attention.shared_kv_layers": sum(map(self._reads, range(len(layers)))),
             "attention.sliding_window": max(layer.window for layer in self._traits.layers),
             "attention.sliding_window_pattern": [kind == "sliding_attention" for kind in kinds],
             "embedding_length_per_layer_input": self.shape.per_layer,
@@ -200,20 +219,23 @@ class FamilySource(GGUFSource):
             yield self._matrix("per_layer_model_proj", names.matrix, width, hidden, self.kind)
             yield self._norm("per_layer_proj_norm", names.norm)
         for index, (old, sizes) in enumerate(self.layers):
-            yield from self._layer(f"{arch.layers}.{old}.", f"blk.{index}.", sizes)
+            yield from self._layer(f"{arch.layers}.{old}.", f"blk.{index}.", sizes, index)
         yield self._norm(self._family.output_norm, arch.final_norm)
         if not self.shape.tied:
             yield self._matrix("output", arch.head, vocab, hidden, self.head_kind)
 
-    def _layer(self, prefix: str, block: str, sizes: LayerSizes) -> Iterator[Tensor]:
+    def _layer(self, prefix: str, block: str, sizes: LayerSizes, index: int) -> Iterator[Tensor]:
         arch, family = self.architecture, self._family
-        yield self._norm(block + "attn_norm", prefix + arch.attention_norm)
         mix: Callable[[str, str, LayerSizes], Iterator[Tensor]] = {
             ATTENTION: self._heads, CONV: self._convolution, DELTA: self._delta_net,
         }[sizes.mixer]  # fmt: skip
-        yield from mix(prefix, block, sizes)
-        if family.attention_post_norm:
-            yield self._norm(block + family.attention_post_norm, prefix + arch.attention_post_norm)
+        if sizes.has(ATTENTION) or sizes.mixer is not ATTENTION:
+            yield self._norm(block + "attn_norm", prefix + arch.attention_norm)
+            yield from mix(prefix, block, sizes)
+            if family.attention_post_norm:
+                yield self._norm(block + family.attention_post_norm, prefix + arch.attention_post_norm)
+        else:
+            yield from self._no_attention(block, index)
         if sizes.has(FFN):
             yield self._norm(block + family.ffn_norm, prefix + arch.ffn_norm)
             if arch.packed_gate_up:
@@ -230,6 +252,19 @@ class FamilySource(GGUFSource):
             yield from self._no_feed_forward(block)
         if arch.per_layer is not None:
             yield from self._per_layer(prefix, block, arch.per_layer)
+
+    def _no_attention(self, block: str, index: int) -> Iterator[Tensor]:
+        """Zeros in the place of an attention that went; only ``gemma4`` has layers of their own and none without."""
+        kind, hidden, told = self._kinds[index], self.shape.hidden, self._told(self.shape.layers[index], index)
+        dim = max(map(self.shape.head_of, self.shape.layers)) if kind == "full_attention" else self.shape.head_dim
+        norms = {"attn_norm": hidden, "attn_q_norm": dim, self._family.attention_post_norm: hidden}
+        yield self._zeros(block + "attn_q", told.query_heads * dim, hidden)
+        if not self._reads(index):
+            yield self._zeros(block + "attn_k", told.kv_heads * dim, hidden)
+            yield self._zeros(block + "attn_v", told.kv_heads * dim, hidden)
+            norms["attn_k_norm"] = dim
+        yield self._zeros(block + "attn_output", hidden, told.query_heads * dim)
+        yield from (vector(f"{block}{name}.weight", torch.ones(width)) for name, width in norms.items())
 
     def _heads(self, prefix: str, block: str, sizes: LayerSizes) -> Iterator[Tensor]:
         arch, hidden, dim = self.architecture, self.shape.hidden, self.shape.head_of(sizes)

@@ -60,7 +60,7 @@ def read_probe_model(
     """
     config, own = _of_bundle(directory) if (directory / MANIFEST).is_file() else _of_model(directory)
     precision = _precision(own, bits, group_size)
-    dense = replace(shape_of(config), per_layer=0, fixed_attention=False)  # what is looked up takes no time to speak of
+    dense = replace(shape_of(config), per_layer=0, sources=())  # what is looked up takes no time to speak of
     groups = max(sizes.kv_heads for sizes in dense.layers)
     per_group = max(sizes.heads_per_group for sizes in dense.layers)
     largest = LayerSizes(groups * per_group, groups, max(sizes.ffn for sizes in dense.layers))

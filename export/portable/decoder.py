@@ -76,32 +76,39 @@ class StandardGraph(DecoderGraph):
         return self._rotations[table]
 
     def embedding(self, ids: ir.Value) -> ir.Value:
+        if not self.shape.tied:
+            return self.lookup("embedding", ids, self.shape.hidden)
         g, bits = self.graph, self.precision.head_bits
-        tied = self.shape.tied
         if bits == 32:
-            return self._columns("head.weight", ids) if tied else self._rows("embedding.weight", ids)
-        scales = self._columns("gathered.scales", ids) if tied else self._rows("embedding.scales", ids)
+            return self._columns("head.weight", ids)
+        scales = self._columns("gathered.scales", ids)
         if bits == 8:
-            codes = self._columns("gathered.codes", ids) if tied else self._rows("embedding.codes", ids)
+            codes = self._columns("gathered.codes", ids)
             return self._scaled(g.op("Cast", codes, to=FLOAT.value), scales)
         # Integers of 4 bits cannot be gathered: their bytes are, and the wanted half of each is taken.
-        low, four = g.constant("byte.15", 15, ir.DataType.UINT8), g.constant("byte.4", 4, ir.DataType.UINT8)
-        if tied:
-            two = g.constant("scalar.2", 2)
-            both = self._columns("gathered.codes", g.op("Div", ids, two))
-            bits_down = g.op("Mul", g.op("Mod", ids, two), g.constant("scalar.4", 4))
-            shift = g.op("Cast", g.op("Unsqueeze", bits_down, g.constant("2", [2])), to=ir.DataType.UINT8.value)
-            codes = g.op("BitwiseAnd", g.op("BitShift", both, shift, direction="RIGHT"), low)
-        else:
-            both = self._rows("embedding.codes", ids)
-            halves = g.op("BitwiseAnd", both, low), g.op("BitShift", both, four, direction="RIGHT")
-            codes = g.op("Concat", *halves, axis=-1)
-        unsigned = g.op("BitwiseXor", codes, g.constant("byte.8", 8, ir.DataType.UINT8))
-        values = g.op("Sub", g.op("Cast", unsigned, to=FLOAT.value), g.constant("8.0", 8.0))
-        return self._scaled(values, scales)
+        two = g.constant("scalar.2", 2)
+        both = self._columns("gathered.codes", g.op("Div", ids, two))
+        bits_down = g.op("Mul", g.op("Mod", ids, two), g.constant("scalar.4", 4))
+        shift = g.op("Cast", g.op("Unsqueeze", bits_down, g.constant("2", [2])), to=ir.DataType.UINT8.value)
+        return self._scaled(self._numbers(g.op("BitShift", both, shift, direction="RIGHT")), scales)
 
     def lookup(self, name: str, ids: ir.Value, width: int) -> ir.Value:
-        raise NotImplementedError("families with further tables are refused for this target")
+        g, bits = self.graph, self.precision.head_bits
+        if bits == 32:
+            return self._rows(f"{name}.weight", ids)
+        both, scales = self._rows(f"{name}.codes", ids), self._rows(f"{name}.scales", ids)
+        if bits == 8:
+            return self._scaled(g.op("Cast", both, to=FLOAT.value), scales)
+        four = g.constant("byte.4", 4, ir.DataType.UINT8)
+        codes = g.op("Concat", both, g.op("BitShift", both, four, direction="RIGHT"), axis=-1)
+        return self._scaled(self._numbers(codes), scales)
+
+    def _numbers(self, codes: ir.Value) -> ir.Value:
+        """The signed integers of 4 bits in the lower halves of bytes, as floats."""
+        g, byte = self.graph, ir.DataType.UINT8
+        low = g.op("BitwiseAnd", codes, g.constant("byte.15", 15, byte))
+        unsigned = g.op("BitwiseXor", low, g.constant("byte.8", 8, byte))
+        return g.op("Sub", g.op("Cast", unsigned, to=FLOAT.value), g.constant("8.0", 8.0))
 
     def _columns(self, name: str, indices: ir.Value) -> ir.Value:
         """Columns of a matrix [n, vocab] as [batch, sequence, n]."""
@@ -112,33 +119,39 @@ class StandardGraph(DecoderGraph):
         return self.graph.op("Gather", self.graph.weight(name), ids, axis=0)
 
     def _scaled(self, values: ir.Value, scales: ir.Value) -> ir.Value:
-        """Values [batch, sequence, hidden] times one scale per group."""
-        g, hidden = self.graph, self.shape.hidden
-        stored = self.tensors["head.scales" if self.shape.tied else "embedding.scales"].shape.numpy()
-        groups = stored[0 if self.shape.tied else 1]
-        grouped = g.op("Reshape", values, self._shape(0, 0, groups, hidden // groups))
-        product = g.op("Mul", grouped, g.op("Unsqueeze", scales, g.constant("3", [3])))
-        return g.op("Reshape", product, self._shape(0, 0, hidden))
+        """Values [batch, sequence, width] times one scale per group, [batch, sequence, groups]."""
+        g = self.graph
+        each = g.op("Unsqueeze", scales, g.constant("3", [3]))
+        by_group = g.op("Concat", g.op("Shape", scales), g.constant("-1", [-1]), axis=0)
+        product = g.op("Mul", g.op("Reshape", values, by_group), each)
+        return g.op("Reshape", product, self._shape(0, 0, -1))
 
     def norm(self, residual: ir.Value, delta: ir.Value | None, weight: str) -> tuple[ir.Value, ir.Value]:
         """x / sqrt(mean(x^2) + epsilon) * weight (Zhang and Sennrich, arXiv 1910.07467), and x, the sum."""
         g = self.graph
         x = residual if delta is None else g.op("Add", residual, delta)
+        return g.op("Mul", self._normed(x), g.weight(weight)), x
+
+    def _normed(self, x: ir.Value) -> ir.Value:
+        g = self.graph
         squares = g.op("Pow", x, g.constant("2.0", 2.0))
         mean = g.op("ReduceMean", squares, g.constant("-1", [-1]), keepdims=1)
-        deviation = g.op("Sqrt", g.op("Add", mean, g.constant("epsilon", float(self.epsilon))))
-        return g.op("Mul", g.op("Div", x, deviation), g.weight(weight)), x
+        return g.op("Div", x, g.op("Sqrt", g.op("Add", mean, g.constant("epsilon", float(self.epsilon)))))
 
     def attention(self, x: ir.Value, index: int, mixer: int) -> ir.Value:
         sizes, traits = self.shape.layers[index], self.traits.layers[index]
-        g, name, dim = self.graph, f"layers.{index}", self.shape.head_dim
+        g, name, dim = self.graph, f"layers.{index}", self.shape.head_of(sizes)
         heads, kv, group = sizes.query_heads, sizes.kv_heads, sizes.heads_per_group
-        qkv, gate = self.queries_and_gate(x, name, sizes)
-        q, k, v = g.split(qkv, [heads * dim, kv * dim, kv * dim])
-        q = self._placed(q, heads, f"{name}.query_norm", traits.rotary)
-        k = self._placed(k, kv, f"{name}.key_norm", traits.rotary)
-        v = g.op("Reshape", v, self._shape(0, 0, kv, dim))
-        keys, values = (self._cached(new, part, kv, mixer) for new, part in ((k, "key"), (v, "value")))
+        q, gate = self.queries_and_gate(x, name, sizes)
+        slides = bool(traits.window)
+        if not sizes.reads:
+            q, k, v = g.split(q, [heads * dim, kv * dim, kv * dim])
+            k = self._placed(k, kv, dim, f"{name}.key_norm", traits.rotary)
+            v = g.op("Reshape", v, self._shape(0, 0, kv, dim))
+            v = self._normed(v) if self.value_norm else v
+            self._left_kv[slides] = [self._cached(*new, mixer) for new in ((k, "key", kv, dim), (v, "value", kv, dim))]
+        keys, values = self._left_kv[slides]
+        q = self._placed(q, heads, dim, f"{name}.query_norm", traits.rotary)
         q = g.op("Mul", q, g.constant("scale", self.traits.attention_scale or dim**-0.5))
         q = g.op("Transpose", g.op("Reshape", q, self._shape(0, 0, kv, group, dim)), perm=[0, 2, 3, 1, 4])
         q = g.op("Reshape", q, self._shape(0, kv, -1, dim))
@@ -154,30 +167,30 @@ class StandardGraph(DecoderGraph):
             mixed = g.op("Mul", g.op("Reshape", mixed, self._shape(0, 0, heads, dim)), gate)
         return self._linear(g.op("Reshape", mixed, self._shape(0, 0, heads * dim)), f"{name}.o")
 
-    def _placed(self, x: ir.Value, heads: int, norm: str, table: Table | None) -> ir.Value:
+    def _placed(self, x: ir.Value, heads: int, dim: int, norm: str, table: Table | None) -> ir.Value:
         """Queries or keys as [batch, sequence, heads, head_dim], normed and rotated where the layer does so."""
-        g, dim = self.graph, self.shape.head_dim
+        g = self.graph
         spans_heads = self.shape.qk_norm == "all"
         x = self.optional_norm(x, norm) if spans_heads else x
         x = g.op("Reshape", x, self._shape(0, 0, heads, dim))
         x = x if spans_heads else self.optional_norm(x, norm)
-        return x if table is None else self._rotate(x, *rotary_names(table))
+        return x if table is None else self._rotate(x, dim, *rotary_names(table))
 
-    def _rotate(self, x: ir.Value, cos_table: str, sin_table: str) -> ir.Value:
+    def _rotate(self, x: ir.Value, dim: int, cos_table: str, sin_table: str) -> ir.Value:
         """Rotate the pairs (i, i + rotary_dim / 2); what a partial rotary embedding leaves out stays as it is."""
         g, cos, sin = self.graph, self._rotation(cos_table), self._rotation(sin_table)
         width = self.tensors[cos_table].shape[1]
         assert isinstance(width, int), "tensors of the data file have concrete shapes"
         half = width
-        rest = self.shape.head_dim - 2 * half
+        rest = dim - 2 * half
         left, right, *rest_of_head = g.split(x, [half, half, *([rest] if rest else [])])
         turned = g.op("Sub", g.op("Mul", left, cos), g.op("Mul", right, sin))
         other = g.op("Add", g.op("Mul", right, cos), g.op("Mul", left, sin))
         return g.op("Concat", turned, other, *rest_of_head, axis=-1)
 
-    def _cached(self, new: ir.Value, part: str, kv_heads: int, mixer: int) -> ir.Value:
+    def _cached(self, new: ir.Value, part: str, kv_heads: int, dim: int, mixer: int) -> ir.Value:
         """The past with the new positions behind it: [batch, kv_heads, total, head_dim]."""
-        g, dim = self.graph, self.shape.head_dim
+        g = self.graph
         past = g.input(f"past_key_values.{mixer}.{part}", FLOAT, ["batch", kv_heads, "past", dim])
         present = g.op("Concat", past, g.op("Transpose", new, perm=[0, 2, 1, 3]), axis=2)
         g.output(present, f"present.{mixer}.{part}", FLOAT, ["batch", kv_heads, "total", dim])

@@ -52,16 +52,15 @@ class StandardLayout:
             if isinstance(head, QuantMatrix):
                 self._name_for_gather(source.shape.hidden, source.shape.vocab, head.bits)
             return
-        table = source.table(arch.embedding, precision)
-        if isinstance(table, QuantMatrix):
-            self.file.add("embedding.codes", _rows_of_codes(table))
-            self.file.add("embedding.scales", table.scales.float())
-        else:
-            self.file.add("embedding.weight", table)
+        self.add_table("embedding", source.table(arch.embedding, precision))
 
     def add_table(self, name: str, table: torch.Tensor | QuantMatrix) -> None:
-        """No table but the embedding is looked up in standard operators."""
-        raise NotImplementedError("families with further tables are refused for this target")
+        """Write a table row by row, of which rows are looked up."""
+        if isinstance(table, QuantMatrix):
+            self.file.add(f"{name}.codes", _rows_of_codes(table))
+            self.file.add(f"{name}.scales", table.scales.float())
+        else:
+            self.file.add(f"{name}.weight", table)
 
     def _name_for_gather(self, hidden: int, vocab: int, bits: int) -> None:
         """Second names for what the embedding reads: a matrix is fused only if nothing else uses its tensors."""

@@ -38,8 +38,6 @@ class PortableWriter:
     """Writes graphs of standard operators; floats where no bits are asked for."""
 
     def __init__(self, source: ModelSource, options: ExportOptions) -> None:
-        if source.shape.per_layer:
-            raise UserError("embeddings for each layer are not written in standard operators: give --target cpu")
         bits = options.bits if options.bits or source.quant else 32
         precision = source.precision(bits, options.group_size, options.head_bits)
         self.precision = replace(precision, accuracy_level=LEVEL if precision.bits != 32 else 0)
@@ -71,7 +69,7 @@ class PortableWriter:
         tables = all_rotary_tables(config, traits)
         write_model(source, self.precision, StandardLayout(file), tables, progress)
         file.close()
-        model = GraphModel(source.shape, traits, self.precision, epsilon_of(config))
+        model = GraphModel(source.shape, traits, self.precision, epsilon_of(config), source.architecture.value_norm)
         save_graphs(StandardGraph, model, file.tensors, out)
         return file.bytes_per_token("head")
 

@@ -366,7 +366,7 @@ def shape_of(config: object) -> ModelShape:
         gate_width=1 if architecture.head_gate else head_dim if architecture.gated_queries else 0,
         gated_queries=architecture.gated_queries,
         delta=_delta_heads(config) if architecture.delta else None,
-        fixed_attention=architecture.per_layer is not None,
+        sources=_sources(config) if architecture.per_layer else (),
         per_layer=_per_layer(config) if architecture.per_layer else 0,
     )
 
@@ -386,11 +386,26 @@ def _of_gemma4(config: object, layers: tuple[LayerSizes, ...], whole: bool) -> t
     found, dim = [], _count(config, "head_dim")
     for index, sizes in enumerate(layers):
         reads = sharing[index] == "reuse"
+        if not sizes.query_heads:
+            found.append(sizes)
+            continue
         if whole:
             doubled = reads and bool(field_of(config, "use_double_wide_mlp"))
             sizes = replace(sizes, kv_heads=own[index].num_key_value_heads, ffn=sizes.ffn * (2 if doubled else 1))
         head_dim = 0 if own[index].head_dim == dim else own[index].head_dim
         found.append(replace(sizes, head_dim=head_dim, reads=reads))
+    return tuple(found)
+
+
+def _sources(config: object) -> tuple[int, ...]:
+    """Of each layer, the one whose keys and values it reads: the last of its kind with its own, or itself."""
+    sharing = config.kv_sharing_modes  # type: ignore[attr-defined]
+    last: dict[object, int] = {}
+    found = []
+    for index, kind in enumerate(entries_of(config, "layer_types")):
+        if sharing[index] != "reuse":
+            last[kind] = index
+        found.append(last[kind])
     return tuple(found)
 
 

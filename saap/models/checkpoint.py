@@ -255,7 +255,7 @@ def _layer_lists(
         raise ValueError(f"{count} layers become {len(shape.layers)}: say which are kept")
     lists = {key: entries_of(full, key) for key in PER_LAYER}
     cut = {key: entries if kept is None else [entries[i] for i in kept] for key, entries in lists.items() if entries}
-    if kinds := cut.get("layer_types"):
+    if (kinds := cut.get("layer_types")) and not shape.sources:  # else a layer's type says whose keys it reads
         mixes = [any(map(sizes.has, MIXERS)) for sizes in shape.layers]
         first = kinds[mixes.index(True)] if any(mixes) else None
         cut["layer_types"] = [kind if there else first for kind, there in zip(kinds, mixes, strict=True)]

@@ -5,7 +5,8 @@ Worked example, a LLaMA layer with hidden 576, 9 query heads of 64 in 3 KV group
 * FFN channel 7: row 7 of gate_proj and up_proj [1536, 576], column 7 of down_proj [576, 1536]: 3 * 576 weights.
 * query head 4 (KV group 1): rows 256:320 of q_proj [576, 576], columns 256:320 of o_proj: 2 * 64 * 576 weights; in
   LFM3 also row 4 of g_proj, which makes its gate. Qwen3.5 keeps a gate of 64 behind each query: rows 512:640 of q_proj.
-* KV group 1: rows 64:128 of k_proj and v_proj [192, 576] and its query heads 3, 4, 5.
+* KV group 1: rows 64:128 of k_proj and v_proj [192, 576] and its query heads 3, 4, 5. Where later layers read the keys
+  and values of an earlier one, as in Gemma 4, their query heads of that group, too.
 * module: a whole attention or a whole FFN with the norm before it; layer: both.
 
 In LFM2 most layers mix tokens by a short convolution instead of attention, with hidden 1024 and as many channels:
@@ -155,13 +156,23 @@ class ModelShape:
     gate_width: int = 0  # elements of the gate of each query head; 0: there is none
     gated_queries: bool = False  # whether the rows of a head's gate stand behind those of its query
     delta: DeltaHeads | None = None  # of its gated delta nets
-    fixed_attention: bool = False  # whether attention and layers stay whole, as later layers read keys and values
-    per_layer: int = 0  # elements of a token's embedding for each layer; 0: there is none
+    sources: tuple[int, ...] = ()  # of each layer, the one whose keys and values it reads; empty: all have their own
+    per_layer: int = 0  # elements of a token's embedding for each layer; 0: there is none. With it no layer goes whole
 
     @property
     def separable_heads(self) -> bool:
-        """Whether heads may go one by one: not where a norm spans all of them, nor where later layers read keys."""
-        return self.qk_norm != "all" and not self.fixed_attention
+        """Whether heads may go one by one: not where a norm spans all of them."""
+        return self.qk_norm != "all"
+
+    def sharing(self, index: int) -> list[int]:
+        """The layers that use the keys and values of layer ``index`` or of the one it reads, in order."""
+        if not self.sources:
+            return [index]
+        return [other for other, source in enumerate(self.sources) if source == self.sources[index]]
+
+    def is_read(self, index: int) -> bool:
+        """Whether later layers read the keys and values of layer ``index``."""
+        return bool(self.sources) and self.sources.count(index) > 1
 
     def head_of(self, layer: OfBlocks) -> int:
         """Elements of a head of attention in a layer, by its sizes or its plan."""

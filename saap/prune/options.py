@@ -238,7 +238,8 @@ class PruneOptions:
         """
         if self.heads is not None or not shape.separable_heads:
             return bool(self.heads)
-        return self.method == "saap" or all(layer.heads_per_group <= 1 for layer in shape.layers)
+        alone = not shape.sources and all(layer.heads_per_group <= 1 for layer in shape.layers)
+        return self.method == "saap" or alone
 
     def check(self) -> None:
         self.check_requirement()

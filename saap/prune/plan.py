@@ -139,11 +139,6 @@ def whole_layer(sizes: LayerSizes) -> LayerPlan:
     return LayerPlan(**counts)
 
 
-def whole_attention(sizes: LayerSizes) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Query heads and KV heads, none of which goes."""
-    return tuple(range(sizes.query_heads)), tuple(range(sizes.kv_heads))
-
-
 def widths_of(channels: int, group_size: int, step: int = 1) -> list[int]:
     """How many of its channels a block may keep, fewest first: multiples of the grid, and as many as it has.
 
@@ -183,8 +178,11 @@ def check_plan(plan: PrunePlan, dense: ModelShape) -> None:
         ):
             if list(kept) != sorted(set(kept)) or any(not 0 <= i < count for i in kept):
                 raise UserError(f"layer {index}: the kept {what}s are not distinct sorted indices below {count}")
-        if dense.fixed_attention and (keep.query_heads, keep.kv_heads) != whole_attention(sizes):
-            raise UserError(f"layer {index}: later layers read keys and values, so attention stays whole")
+        if dense.per_layer and not keep.blocks:
+            raise UserError(f"layer {index}: it has an embedding of its own, so a block of it stays")
+        read = plan.layers[dense.sources[index]].kv_heads if dense.sources else keep.kv_heads
+        if keep.kv_heads and keep.kv_heads != read:
+            raise UserError(f"layer {index}: it reads the keys and values of another, so it keeps the same KV groups")
         per_group = sizes.heads_per_group
         counts = {sum(head // per_group == group for head in keep.query_heads) for group in keep.kv_heads}
         owners = {head // per_group for head in keep.query_heads} if per_group else set()

@@ -216,11 +216,13 @@ def budget_of(model_dir: str | Path, options: PruneOptions) -> Budget:
         raise UserError(f"{model_dir} holds tuned integers, which cannot be pruned: prune the model it was tuned from")
     check_sizes(model_dir)
     shape = shape_of(config)
-    if shape.fixed_attention and (options.heads or options.drop_layers or options.method == "shortgpt"):
-        asked = "--heads" if options.heads else "--drop-layers" if options.drop_layers else "--method shortgpt"
+    if shape.per_layer and (options.drop_layers or options.method == "shortgpt"):
+        asked = "--drop-layers" if options.drop_layers else "--method shortgpt"
+        raise UserError(f"{model_dir} has embeddings for each layer, so no layer goes: leave {asked} out")
+    if shape.sources and options.heads and options.method != "saap":
         raise UserError(
-            f"{model_dir} has layers that read keys and values of earlier ones, so attention and layers stay whole: "
-            f"leave {asked} out"
+            f"{model_dir} has layers that read keys and values of earlier ones, so only saap prunes their heads: "
+            "leave --heads out"
         )
     if options.heads and not shape.separable_heads:
         raise UserError(f"{model_dir} has a norm over all heads, so they are not pruned one by one: leave --heads out")

@@ -92,9 +92,8 @@ EXPORTED = PrunePlan(
 def fitting(path, plan):
     """The plan, with all heads or none where a norm spans them, and of another mixer as much as of the heads."""
     shape = shape_of(read_config(path))
-    if shape.fixed_attention:  # channels alone go
-        whole = map(whole_layer, shape.layers)
-        return PrunePlan(tuple(replace(w, ffn=k.ffn) for k, w in zip(plan.layers, whole, strict=True)))
+    if shape.sources:
+        return PrunePlan(tuple(_sharing(shape, index, keep) for index, keep in enumerate(plan.layers)))
     if shape.conv_kernel:
         layers = [*map(_mixed, plan.layers, shape.layers)]
         if not any(keep.query_heads for keep in layers):  # some layer has to attend
@@ -106,6 +105,15 @@ def fitting(path, plan):
     whole = map(whole_layer, shape.layers)
     pairs = zip(plan.layers, whole, strict=True)
     return PrunePlan(tuple(replace(w, ffn=k.ffn) if k.query_heads else k for k, w in pairs))
+
+
+def _sharing(shape, index, keep):
+    """A block is left of each layer; those that share keys and values keep the same KV group, or no attention."""
+    whole = whole_layer(shape.layers[index])
+    if len(shape.sharing(index)) > 1 and (keep.query_heads or shape.is_read(index)):
+        keep = replace(keep, query_heads=(2,) if index % 2 else (2, 3), kv_heads=(1,))
+    facts = {name: getattr(whole, name) for name in ATTENTION.facts if keep.query_heads}
+    return replace(keep, ffn=keep.ffn if keep.query_heads else keep.ffn or whole.ffn, **facts)
 
 
 def _mixed(keep, sizes):

@@ -96,10 +96,12 @@ def blocks_of(shape: ModelShape, prices: Prices, budget: Budget, options: PruneO
         whole = index in options.kept_layers
         for kind in sizes.blocks:
             if kind is ATTENTION:
-                counts = _head_counts(sizes, shape.head_dim, options.group_size)
+                counts = _head_counts(sizes, shape.head_of(sizes), options.group_size)
                 if whole or budget.one_width or not prices.heads:
                     counts = [(sizes.kv_heads, sizes.heads_per_group)]
-                heads = [_cheapest_heads(sizes, prices, index, *count) for count in counts]
+                together = [other for other in shape.sharing(index) if shape.layers[other].has(ATTENTION)]
+                order = _group_order(prices, together)
+                heads = [_cheapest_heads(sizes, prices, index, order, *count) for count in counts]
                 facts = {name: getattr(sizes, name) for name in ATTENTION.facts}
                 offers = [(replace(keep, **facts), price) for keep, price in heads]
             else:
@@ -109,7 +111,7 @@ def blocks_of(shape: ModelShape, prices: Prices, budget: Budget, options: PruneO
                 widths = [channels] if stays else widths_of(channels, options.group_size, step)
                 offers = _cheapest_channels(kind, prices, index, widths)
             plans = [Option(keep, price, budget.cost(kind, keep.sizes)) for keep, price in offers]
-            fixed = whole or budget.one_width or (kind is ATTENTION and shape.fixed_attention)
+            fixed = whole or budget.one_width
             gone = None if fixed else prices.gone[kind.name][index]
             if gone is not None:
                 plans.append(Option(LayerPlan(), gone, 0.0))
@@ -145,11 +147,16 @@ def _head_counts(sizes: LayerSizes, head_dim: int, group_size: int) -> list[tupl
     ]
 
 
+def _group_order(prices: Prices, layers: list[int]) -> NDArray[np.intp]:
+    """KV groups that these layers share, the cheapest to remove from all of them first."""
+    return np.argsort(np.sum([prices.structures["group"][index] for index in layers], axis=0), kind="stable")
+
+
 def _cheapest_heads(
-    sizes: LayerSizes, prices: Prices, index: int, groups: int, per_group: int
+    sizes: LayerSizes, prices: Prices, index: int, order: NDArray[np.intp], groups: int, per_group: int
 ) -> tuple[LayerPlan, float]:
+    """What so many groups, the last in ``order``, keep with so many query heads each, and its price."""
     group_prices, head_prices = (prices.structures[type_][index] for type_ in ("group", "head"))
-    order = np.argsort(group_prices, kind="stable")
     kept_groups = sorted(int(g) for g in order[sizes.kv_heads - groups :])
     gone = sizes.kv_heads - groups
     price = float(group_prices[order[:gone]].sum()) * (1 + prices.alpha["group"] * gone / sizes.kv_heads)
@@ -203,7 +210,7 @@ def solve(blocks: list[Block], budget: Budget) -> list[Option]:
         chosen = _least_price(blocks, limit, budget)
         excess = budget.fixed + sum(option.cost for option in chosen) - budget.most
         if budget.fits(budget.most + excess):
-            return _use_up(blocks, chosen, -excess)
+            return _use_up(blocks, chosen, -excess, budget.dense)
         limit -= 2 * excess  # HiGHS holds a constraint to a tolerance only
     raise UserError(f"no choice of options was found within {budget.in_words(budget.most)}: require a little less")
 
@@ -230,6 +237,7 @@ def _least_price(blocks: list[Block], limit: float, budget: Budget) -> list[Opti
     some_attention = coo_array((np.ones(len(attends)), (np.zeros(len(attends), int), attends)), (1, len(flat)))
     largest = max(float(cost.max()), 1e-12)
     constraints = [
+        *(LinearConstraint(row, -np.inf, most) for row, most in _together(blocks, budget.dense)),
         LinearConstraint(coo_array((np.ones(len(flat)), (owner, columns)), (len(blocks), len(flat))), 1, 1),
         LinearConstraint(cost[None] / largest, -np.inf, limit / largest),
         LinearConstraint(some_attention, 1, np.inf),
@@ -248,7 +256,30 @@ def _least_price(blocks: list[Block], limit: float, budget: Budget) -> list[Opti
     return [flat[i] for i in np.flatnonzero(answer.x > 0.5)]
 
 
-def _use_up(blocks: list[Block], chosen: list[Option], left: float) -> list[Option]:
+def _together(blocks: list[Block], shape: ModelShape) -> list[tuple[Numbers, int]]:
+    """Rows over all options, and what each may come to at most: what goes together with something of another block.
+
+    A layer that reads keys and values has as many KV groups as the layer that they are of, or no attention; and a layer
+    with an embedding of its own keeps a block.
+    """
+    flat = [(block, option) for block in blocks for option in block.options]
+    attending = [(n, block.layer, len(o.keep.kv_heads)) for n, (block, o) in enumerate(flat) if o.keep.query_heads]
+    rows = []
+    for index, source in enumerate(shape.sources):
+        for groups in {groups for _, layer, groups in attending if layer == index and source != index}:
+            row = np.zeros(len(flat))
+            row[[n for n, layer, count in attending if (layer, count) == (index, groups)]] = 1
+            row[[n for n, layer, count in attending if (layer, count) == (source, groups)]] = -1
+            rows.append((row, 0))
+    for index in range(len(shape.layers)) if shape.per_layer else ():
+        gone = [n for n, (block, option) in enumerate(flat) if block.layer == index and not option.keep.blocks]
+        row = np.zeros(len(flat))
+        row[gone] = 1
+        rows.append((row, sum(block.layer == index for block in blocks) - 1))
+    return rows
+
+
+def _use_up(blocks: list[Block], chosen: list[Option], left: float, shape: ModelShape) -> list[Option]:
     """Give what is left of the budget back, to what gains most by it.
 
     HiGHS takes objectives as equal that differ by a millionth of the largest price. Where most prices are smaller than
@@ -261,6 +292,7 @@ def _use_up(blocks: list[Block], chosen: list[Option], left: float) -> list[Opti
             for place, (block, option) in enumerate(zip(blocks, chosen, strict=True))
             for other in block.options
             if 0 < other.cost - option.cost <= left and other.price <= option.price
+            if not (shape.sources and len(other.keep.kv_heads) != len(option.keep.kv_heads))
         ]
         if not larger:
             return chosen

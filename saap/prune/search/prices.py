@@ -132,8 +132,9 @@ def fit_prices(losses: Losses, fused: dict[str, list[torch.Tensor]], options: Pr
     priced = {type_: [(curves[type_].kappa * p).double().numpy() for p in fused[type_]] for type_ in TYPES}
     gone: dict[str, list[float | None]] = {name: [None] * len(shape.layers) for name in KINDS}
     if options.modules:  # each silenced by itself: two forward passes per layer
-        may_go = [kind for kind in blocks if not (kind is ATTENTION and shape.fixed_attention)]
-        gone |= {kind.name: _block_prices(losses, base, kind, free) for kind in may_go}
+        gone |= {kind.name: _block_prices(losses, base, kind, free) for kind in blocks}
+        attention = gone[ATTENTION.name]
+        gone[ATTENTION.name] = [None if shape.is_read(i) else price for i, price in enumerate(attention)]
     losses.end()
     return Prices(priced, gone, {type_: curve.alpha for type_, curve in curves.items()}, heads)
 

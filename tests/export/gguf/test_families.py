@@ -51,7 +51,7 @@ def check(directory, out):
     with torch.inference_mode():
         expected = model(input_ids=torch.tensor([IDS])).logits[0].numpy()
         greedy = model.generate(torch.tensor([IDS]), max_new_tokens=16, do_sample=False, eos_token_id=None)
-    most = 1e-2 if found["architecture"] == "gemma4" else 2e-3  # ggml looks GELU up in a table of float16
+    most = 2e-2 if found["architecture"] == "gemma4" else 2e-3  # ggml looks GELU up in a table of float16
     assert np.abs(found["logits"] - expected).max() <= most
     assert found["tokens"] == greedy[0, len(IDS) :].tolist()
     return found["architecture"]
@@ -105,6 +105,22 @@ def test_value_heads_may_share_a_key_head(tiny_family, tmp_path):
     layers = [whole_layer(sizes) for sizes in shape_of(read_config(dense)).layers]
     kept = tuple(replace(keep, delta=keep.delta[1:]) for keep in layers)  # the second and third key head
     slim = cut(dense, tmp_path / "slim", PrunePlan(kept))
+    check(slim, tmp_path / "slim.gguf")
+    report = export_gguf(write_integers(slim, tmp_path / "tuned"), tmp_path / "tuned.gguf")
+    assert {entry.carried for entry in report.tensors.values()} == {1.0} and report.worst_error_carried == 0
+
+
+def test_layers_that_share_keys_have_heads_of_their_own_number_or_none(tiny_family, tmp_path):
+    kinds = {"layer_types": ["sliding_attention", "full_attention"] * 3, "num_kv_shared_layers": 2}
+    more = {"num_attention_heads": 6, "num_key_value_heads": 3, "final_logit_softcapping": 2.0}
+    dense = tiny_family("gemma4_text", num_hidden_layers=6, **kinds, **more)
+    layers = [whole_layer(sizes) for sizes in shape_of(read_config(dense)).layers]
+    assert shape_of(read_config(dense)).sources == (0, 1, 2, 3, 2, 3)
+    for index, heads in ((0, ()), (1, (0, 4)), (2, (2, 3, 4, 5)), (3, (1, 3, 5)), (4, (2, 4)), (5, ())):
+        groups = tuple(sorted({head // 2 for head in heads}))
+        facts = {} if heads else {"head_dim": 0, "reads": False}
+        layers[index] = replace(layers[index], query_heads=heads, kv_heads=groups, **facts)
+    slim = cut(dense, tmp_path / "slim", PrunePlan(tuple(layers)))
     check(slim, tmp_path / "slim.gguf")
     report = export_gguf(write_integers(slim, tmp_path / "tuned"), tmp_path / "tuned.gguf")
     assert {entry.carried for entry in report.tensors.values()} == {1.0} and report.worst_error_carried == 0

@@ -93,12 +93,7 @@ def check_fused(bundle, optimised):
     assert not [n for n in nodes if n.op_type == "DequantizeLinear"]
 
 
-def test_embeddings_for_each_layer_are_refused(tiny_family, tmp_path):
-    with pytest.raises(UserError, match=r"not written in standard operators: give --target cpu"):
-        export(tiny_family("gemma4_text"), tmp_path / "bundle")
-
-
-@pytest.mark.parametrize("family", [name for name, (kind, _) in FAMILIES.items() if kind != "gemma4_text"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_equals_transformers(family, tiny_family, tmp_path):
     model_type, overrides = FAMILIES[family]
     path = tiny_family(model_type, **overrides)
@@ -112,14 +107,15 @@ def test_every_family_equals_transformers(family, tiny_family, tmp_path):
     assert np.abs(found - expected[:, :12]).max() <= 1e-4
 
 
-@pytest.mark.parametrize("family", ["phi3", "gemma3"])
-def test_integers_of_packed_and_offset_families(family, tiny_family, tmp_path):
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("family", ["phi3", "gemma3", "gemma4", "gemma4 untied"])
+def test_integers_of_packed_and_offset_families(family, bits, tiny_family, tmp_path):
     model_type, overrides = FAMILIES[family]
     path = tiny_family(model_type, **overrides)
-    manifest = export_portable(path, tmp_path / "bundle", bits=4, ids=IDS)
+    manifest = export_portable(path, tmp_path / "bundle", bits=bits, ids=IDS)
     ids = IDS[:, :12]
     found = reference(tmp_path / "bundle/scoring.onnx").run(["logits"], feed(manifest, ids.numpy()))[0]
-    assert np.abs(found - logits_of(reference_model(path, 4, 32, 4), ids)).max() <= 1e-4
+    assert np.abs(found - logits_of(reference_model(path, bits, 32, bits), ids)).max() <= 1e-4
 
 
 @pytest.mark.parametrize("wrong", [WINDOW - 1, WINDOW + 1])

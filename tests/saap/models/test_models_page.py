@@ -17,7 +17,7 @@ def table():
         rare = {"conv": "channels of FFN and convolution", "delta": "FFN channels, key heads of delta nets"}
         channels = rare[row.rare.name] if row.rare else "FFN channels"
         windows = "-" if row is LFM2 or row.delta else WINDOWS[row.window]
-        pruned = "FFN channels, FFNs" if row.per_layer else f"{channels}, {attention}, blocks, layers"
+        pruned = f"{channels}, {attention}, blocks" + ("" if row.per_layer else ", layers")
         parts = [f"`{name}`", release, pruned, windows, gguf]
         lines.append(f"| {' | '.join(parts)} |")
     return "\n".join(lines)
