@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from saap.models.architectures import ModelConfig, field_of, number_of, rope_of
+from saap.models.architectures import ModelConfig, field_of, number_of, positions_of, rope_of
 from saap.models.checkpoint import transformers_config
 from saap.models.shape import ModelShape
 from saap.system.errors import UserError
@@ -40,7 +40,7 @@ def rotary_fields(directory: Path) -> RotaryFields:
     config = transformers_config(directory)
     scaling = rope_of(config)
     if "full_attention" in scaling:  # of several kinds of layers, whose fields the family writes itself
-        return RotaryFields({}, {"rope.scaling.type": "none"}, None, config.max_position_embeddings, [])
+        return RotaryFields({}, {"rope.scaling.type": "none"}, None, positions_of(config), [])
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind not in TYPES:
         raise UserError(f"rope type {kind!r} cannot be written as GGUF; allowed: {', '.join(TYPES)}")
@@ -70,7 +70,7 @@ def partial_factors(config: ModelConfig, shape: ModelShape) -> torch.Tensor:
 
 
 def _context(config: ModelConfig) -> tuple[int, list[str]]:
-    context, window = config.max_position_embeddings, field_of(config, "sliding_window")
+    context, window = positions_of(config), field_of(config, "sliding_window")
     if not isinstance(window, int) or not 0 < window < context:
         return context, []
     note = f"the model attends to the last {window} tokens, which llama.cpp does not limit: context length {window}"

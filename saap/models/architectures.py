@@ -237,7 +237,7 @@ FAMILIES = {
         ffn_width="shared_intermediate_size", window="by layer", multipliers=True, switched_rotary=True, transformers=5,
         gguf="one width",
     ),
-    "ministral3": Architecture("Ministral3", window="all", transformers=5),
+    "ministral3": Architecture("Ministral3", window="all", transformers=5, gguf="any widths"),
     "lfm2": LFM2,
     "lfm3": replace(
         LFM2, family="Lfm3", gguf="no", output="self_attn.o_proj", query_norm=QUERY_NORM, key_norm=KEY_NORM,

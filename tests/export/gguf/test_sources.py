@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support import llama_cpp_run
 from support.cuts import cut
-from support.export_cases import IDS
+from support.export_cases import IDS, YARN
 from support.gguf_texts import TEXTS
 
 from export.gguf.write import export_gguf
@@ -24,6 +24,7 @@ SIZES = {
     "vocab_size": 320, "hidden_size": 96, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 6,
     "num_key_value_heads": 3, "max_position_embeddings": 256, "tie_word_embeddings": True,
 }  # fmt: skip
+MINISTRAL = {**YARN, "original_max_position_embeddings": 256, "rope_theta": 10000.0, "llama_4_scaling_beta": 0.1}
 
 
 def family(tiny_model, name, **config):
@@ -44,6 +45,7 @@ def family(tiny_model, name, **config):
     ("Mistral", {"head_dim": 32, "sliding_window": None}, 256),
     ("Mistral", {"sliding_window": 64}, 64),
     ("Qwen2", {}, 256),
+    ("Ministral3", {"rope_parameters": MINISTRAL, "sliding_window": None}, 256),
 ])  # fmt: skip
 def test_families_that_compute_as_llama_does(tiny_model, tmp_path, name, config, window):
     path = family(tiny_model, name, **config)
@@ -54,6 +56,18 @@ def test_families_that_compute_as_llama_does(tiny_model, tmp_path, name, config,
     found = llama_cpp_run.run(tmp_path / "model.gguf", ids=IDS[0].tolist())["logits"]
     with torch.inference_mode():
         expected = load_model(path)(input_ids=IDS[:1], use_cache=False).logits[0].numpy()
+    assert np.abs(found - expected).max() <= 2e-3
+
+
+def test_ministral_3_is_written_as_far_as_its_queries_are_not_scaled(tiny_model, tmp_path):
+    path = family(tiny_model, "Ministral3", rope_parameters={**MINISTRAL, "original_max_position_embeddings": 64})
+    layers = (LayerPlan((0, 1, 4, 5), (0, 2), tuple(range(64))), LayerPlan((), (), tuple(range(0, 128, 4))))
+    slim = cut(path, tmp_path / "slim", PrunePlan(layers))
+    export_gguf(slim, tmp_path / "model.gguf", kind="F32")
+    assert gguf.GGUFReader(tmp_path / "model.gguf").get_field("deci.context_length").contents() == 64
+    found = llama_cpp_run.run(tmp_path / "model.gguf", ids=IDS[0].tolist())["logits"]
+    with torch.inference_mode():
+        expected = load_model(slim)(input_ids=IDS[:1], use_cache=False).logits[0].numpy()
     assert np.abs(found - expected).max() <= 2e-3
 
 
