@@ -7,7 +7,7 @@ without rotary embedding, scales, caps). Both are data: a row of the table, and 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from difflib import get_close_matches
 from importlib.metadata import version
 from typing import Any, Literal, Protocol
@@ -127,6 +127,13 @@ class Architecture:
         if self.packed_qkv:
             return (self.packed_qkv,)
         return (self.query, self.key, self.value, *([self.head_gate] if self.head_gate else []))
+
+    @property
+    def modules(self) -> frozenset[str]:
+        """All modules and parameters that a layer may have."""
+        owners = [self, *(names for names in (self.delta, self.per_layer) if names is not None)]
+        named = (getattr(owner, each.name) for owner in owners for each in fields(owner))
+        return frozenset(name for name in named if isinstance(name, str) and name)
 
     @property
     def gate_up(self) -> tuple[str, ...]:
@@ -280,13 +287,23 @@ class Traits:
     logit_cap: float | None = None  # c in logits = c * tanh(logits / c); None caps nothing
 
 
+class UnknownFamilyError(UserError):
+    """A family that is not in the table; ``nearest`` by its name, empty where none is like it."""
+
+    def __init__(self, name: object, *, strange: str = "") -> None:
+        self.name, self.nearest = name, next(iter(get_close_matches(str(name), FAMILIES, n=1)), "")
+        nearest = f" (the nearest that is: {self.nearest}{strange})" if self.nearest else ""
+        super().__init__(
+            f"model type {name!r} is not supported{nearest}; supported: {', '.join(FAMILIES)}; docs/extending.md says "
+            "how to add one"
+        )
+
+
 def architecture_of(config: object) -> Architecture:
     """The table row for a transformers config (or its dict). Raises UserError: the architecture is not supported."""
     name = field_of(config, "model_type")
     if not isinstance(name, str) or name not in ARCHITECTURES:
-        near = get_close_matches(str(name), FAMILIES, n=1)
-        nearest = f" (the nearest that is: {near[0]})" if near else ""
-        raise UserError(f"model type {name!r} is not supported{nearest}; supported: {', '.join(FAMILIES)}")
+        raise UnknownFamilyError(name)
     architecture = ARCHITECTURES[name]
     activation = field_of(config, architecture.activation_key, architecture.activation)
     if activation != architecture.activation:

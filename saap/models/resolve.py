@@ -138,9 +138,10 @@ def _checked(path: Path) -> Path:
 def _text_of(source: Path, cache: Path, report: Progress) -> Path:
     """The directory itself; for a multimodal model, a directory with its text part."""
     from saap.models.text_part import text_config_of, write_text_part
-    from saap.models.weight_files import weights_hash
+    from saap.models.weight_files import check_family, weights_hash
 
     if text_config_of(read_object(source / "config.json", "make the directory again")) is None:
+        check_family(source)
         return source
     digest = weights_hash(source)
 

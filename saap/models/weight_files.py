@@ -14,13 +14,21 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from saap.models.architectures import Architecture, architecture_of, layer_count, shape_of
+from saap.models.architectures import (
+    FAMILIES,
+    Architecture,
+    UnknownFamilyError,
+    architecture_of,
+    layer_count,
+    shape_of,
+)
 from saap.models.integrity import check_directory, known_sha256
 from saap.system.errors import UserError
 from saap.system.files import read_object
 from saap.system.sealed_tensors import save_tensors
 
 SHARD_BYTES = 1 << 30
+STRANGE = 3  # modules that are named
 PIECE = 1 << 26  # numbers that are looked at together
 LAYER = re.compile(r".*?\blayers\.\d+(?=\.)")
 NOT_NEEDED = re.compile(r"rotary_emb\.inv_freq$|^lm_head\.weight$")  # that checkpoints hold and models make themselves
@@ -56,6 +64,26 @@ def tensor_reader(directory: str | Path) -> tuple[list[str], Callable[[str], tor
         return tensor
 
     return sorted(where), read
+
+
+def check_family(directory: str | Path) -> None:
+    """Refuse a family that is not in the table, by the modules of its layers that the nearest one does not have.
+
+    Raises UnknownFamilyError.
+    """
+    try:
+        architecture_of(read_object(Path(directory) / "config.json", "get or make it again"))
+    except UnknownFamilyError as error:
+        if not error.nearest:
+            raise
+        known, there = FAMILIES[error.nearest].modules, dict[str, None]()
+        for file in sorted(Path(directory).glob("*.safetensors")):
+            with opened(file) as handle:
+                places = [name[len(layer[0]) + 1 :] for name in handle.keys() if (layer := LAYER.match(name))]  # noqa: SIM118
+            there |= dict.fromkeys(re.sub(r"\.\d+\.", ".N.", name.removesuffix(".weight")) for name in places)
+        strange = [name for name in there if name not in known and name.rpartition(".")[0] not in known]
+        told = ", ".join(strange[:STRANGE]) + (" and others" if len(strange) > STRANGE else "")
+        raise UnknownFamilyError(error.name, strange=f", which has no {told}" if strange else "") from None
 
 
 def _check_names(directory: Path, row: Architecture, layers: int, names: list[str]) -> None:

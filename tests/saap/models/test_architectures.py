@@ -10,6 +10,7 @@ from support.exported import export_bundle
 
 from saap.models.architectures import FAMILIES, LayerTraits, Traits, architecture_of, positions_of, shape_of, traits_of
 from saap.models.checkpoint import load_model, read_config
+from saap.models.resolve import resolve
 from saap.system.errors import UserError
 
 IDS = torch.randint(320, (4, 16), generator=torch.Generator().manual_seed(5))
@@ -188,3 +189,14 @@ def test_a_config_of_endless_layers_is_refused_before_transformers_counts_them(t
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma3_text", key: 1 << 60}))
     with pytest.raises(UserError, match=f"config.json has {key} '1152921504606846976': must be a whole number of 0 to"):
         load_model(tmp_path)
+
+
+def test_what_is_strange_in_an_unknown_family_is_named(tiny_family):
+    path = with_config(tiny_family("lfm2"), model_type="qwen3_vl")
+    told = r"'qwen3_vl' is not supported \(the nearest that is: qwen3, which has no .*conv.*\); .* docs/extending.md"
+    with pytest.raises(UserError, match=told) as caught:
+        resolve(path)
+    assert "\n" not in str(caught.value)
+    alike = with_config(tiny_family("qwen3"), model_type="qwen3_vl")
+    with pytest.raises(UserError, match=r"nearest that is: qwen3\); supported"):
+        resolve(alike)

@@ -9,8 +9,9 @@ import torch
 from saap.models.architectures import shape_of
 from saap.models.checkpoint import load_model, read_config
 from saap.models.shape import KINDS
+from saap.prune.cut.refit import losses_compensated
 from saap.prune.options import PruneOptions
-from saap.prune.plan import whole_layer
+from saap.prune.plan import PrunePlan, check_plan, whole_layer
 from saap.prune.pruning import prune
 from saap.prune.scores.importance import TYPES
 from saap.prune.search.budget import budget_for
@@ -91,3 +92,26 @@ def test_a_layer_is_tried_on_the_keys_that_the_plan_leaves(dense):
     for index, loss in found.items():
         with masked(model, {**plans, index: half[index]}):
             assert mean_nll(model, IDS[:4]) == pytest.approx(loss, abs=1e-5)
+
+
+def test_a_refit_gives_back_what_a_group_knows_that_another_has_too(dense):
+    """In the layer that owns it and in the one that reads it."""
+    model = load_model(dense)
+    shape = shape_of(model.config)
+    with torch.no_grad():
+        for index, names in ((2, ("q_proj", "k_proj", "v_proj")), (4, ("q_proj",))):
+            for name in names:
+                rows = model.model.layers[index].self_attn.get_parameter(f"{name}.weight").unflatten(0, (3, -1))
+                rows[1] = rows[0]
+    layers = [whole_layer(sizes) for sizes in shape.layers]
+    for index in (2, 4):
+        layers[index] = replace(layers[index], query_heads=(0, 1, 4, 5), kv_heads=(0, 2))
+    ids = torch.randint(320, (24, 48), generator=torch.Generator().manual_seed(4))
+    plan, whole = PrunePlan(tuple(layers)), PrunePlan(tuple(map(whole_layer, shape.layers)))
+    check_plan(plan, shape)
+    exact = losses_compensated("none", model, whole, ids[:18], ids[18:])
+    apart = {
+        how: float((losses_compensated(how, model, plan, ids[:18], ids[18:]) - exact).abs().max())
+        for how in ("none", "refit")
+    }
+    assert apart["refit"] < 0.1 * apart["none"]
