@@ -15,9 +15,17 @@ import numpy as np
 import torch
 
 from export.bundle.manifest import BundleManifest, DeltaHeads, LayerSizes
-from saap.models.architectures import Architecture, ModelConfig, architecture_of, positions_of, shape_of
+from saap.models.architectures import (
+    Architecture,
+    ModelConfig,
+    Traits,
+    architecture_of,
+    positions_of,
+    shape_of,
+    traits_of,
+)
 from saap.models.checkpoint import read_config, transformers_config
-from saap.models.modeling_slim import unpack_zero_points
+from saap.models.modeling_slim import unpack_zero_points, unpacked_words
 from saap.models.shape import ModelShape
 from saap.models.slim_quant import module_form, quant_of, stacked_form
 from saap.models.weight_files import tensor_reader
@@ -90,6 +98,10 @@ class WeightSource(Protocol):
     def table(self, module: str, precision: Precision) -> torch.Tensor | QuantMatrix:
         """The embedding or the head, [vocab, hidden]; integers have no zero points but the midpoint."""
 
+    @property
+    def words(self) -> torch.Tensor | None:
+        """The tokens that the head says, ascending int64; None: all."""
+
     def norm(self, field: str, layer: int | None = None) -> torch.Tensor:
         """The factors of a norm, [width] float32, by its field of :class:`Architecture`."""
 
@@ -120,6 +132,16 @@ class ModelSource:
     @cached_property
     def transformers_config(self) -> ModelConfig:
         return transformers_config(self.directory)
+
+    @cached_property
+    def traits(self) -> Traits:
+        return traits_of(self.transformers_config)
+
+    @property
+    def words(self) -> torch.Tensor | None:
+        """The tokens that the head says, ascending; None: all."""
+        packed = self.traits.words
+        return unpacked_words(packed, self.shape.vocab) if packed else None
 
     def precision(self, bits: int | None, group_size: int | None, head_bits: int | None) -> Precision:
         """What to export at; a tuned directory has its own integers and refuses others."""

@@ -27,7 +27,7 @@ from export.options import LLAMA_CPP_TYPES, PARITY_ROWS, PARITY_TOKENS, ExportOp
 from export.parity.verify import check_parity
 from export.portable.write import PortableWriter
 from export.source import ModelSource, Precision, sized_manifest
-from saap.models.architectures import positions_of, shape_of, traits_of
+from saap.models.architectures import positions_of, shape_of
 from saap.models.checkpoint import read_config
 from saap.models.record import Integers, read_record
 from saap.models.resolve import copy_sidecars, resolve
@@ -246,10 +246,11 @@ def check_needs(directory: Path, out: Path, options: ExportOptions) -> None:
 def _manifest(source: ModelSource, writer: GraphWriter, bytes_per_token: int, target: str) -> BundleManifest:
     """The manifest without its files and parity."""
     precision, config, record = writer.precision, source.transformers_config, read_record(source.directory)
-    windows = [layer.window for layer in traits_of(config).layers]
+    windows = [layer.window for layer in source.traits.layers]
     return replace(
         sized_manifest(source.shape, precision, config),
         target=target,
+        words=source.traits.words,
         windows=windows if target == "cpu" and any(windows) else [],
         weight_bytes_per_token=bytes_per_token,
         bos_token_id=next(iter(_ids_of(source, "begins", config.bos_token_id)), None),

@@ -67,6 +67,11 @@ class GGUFSource(ModelSource):
                 "models; export it for the cpu target"
             )
         super().__init__(directory)
+        if self.words is not None:
+            raise UserError(
+                f"llama.cpp has one vocabulary for what is read and what is said, and the head of {directory} says "
+                f"{len(self.words)} of {self.shape.vocab} words: export it for the cpu target"
+            )
         self.kind = kind or (None if self.quant else "Q4_1")
         self.head_kind = head_kind or self.kind
         self.layers = [(i, s) for i, s in enumerate(self.shape.layers) if s.query_heads or s.ffn]

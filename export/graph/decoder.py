@@ -24,8 +24,10 @@ import onnx_ir as ir
 from export.bundle.manifest import DECODE_GRAPH, SCORING_GRAPH, WINDOW_START
 from export.graph.builder import Attribute, GraphBuilder
 from export.graph.rotary import rotary_names
+from export.graph.weights import WORD_ROWS
 from export.source import Precision
 from saap.models.architectures import LayerTraits, Traits
+from saap.models.modeling_slim import GONE, unpacked_words
 from saap.models.shape import LayerSizes, ModelShape
 from saap.models.slim_quant import MatrixForm
 from saap.system.errors import UserError
@@ -106,11 +108,35 @@ class DecoderGraph(ABC):
                 residual, delta = self._with_embedding(residual, delta, for_layers[index], name), None
         normed, _ = self.norm(residual, delta, "norm")
         logits = self._finished(self.head(self.graph.last_positions(normed, scoring)))
+        if self.traits.words:
+            logits = self._of_all_words(logits, ids, scoring)
         if self.floats != ir.DataType.FLOAT:
             logits = self.graph.op("Cast", logits, to=ir.DataType.FLOAT.value)
         shape = ["batch", "scored" if scoring else 1, self.shape.vocab]
         self.graph.output(logits, "logits", ir.DataType.FLOAT, shape)
         return self.graph.model(self.opsets, IR_VERSION)
+
+    def _of_all_words(self, logits: ir.Value, ids: ir.Value, scoring: bool) -> ir.Value:
+        """Logits of all tokens from those of the head's rows, in whose order the words stand that it says.
+
+        Gather of single numbers takes 2 ms for 262,144 words, GatherElements 0.15 (Zen 4); it wants an index for each
+        number, which many positions have no room for, and there whole rows are gathered.
+        """
+        g = self.graph
+        more = g.op("Pad", logits, self.constant("behind", [0, 0, 0, 0, 0, 1]), self.constant("gone", GONE))
+        places = g.op("Min", g.weight(WORD_ROWS), g.constant("head_rows", self.head_rows, ir.DataType.INT32))
+        if scoring:
+            by_word = g.op("Gather", g.op("Transpose", more, perm=[2, 0, 1]), places, axis=0)
+            return g.op("Transpose", by_word, perm=[1, 2, 0])
+        batch = g.op("Gather", g.op("Shape", ids), self.constant("axis0", [0]))
+        shape = g.op("Concat", batch, self.constant("each_word", [1, self.shape.vocab]), axis=0)
+        return g.op("GatherElements", more, g.op("Expand", places, shape), axis=-1)
+
+    @property
+    def head_rows(self) -> int:
+        """Tokens that the head says."""
+        words = self.traits.words
+        return len(unpacked_words(words, self.shape.vocab)) if words else self.shape.vocab
 
     @abstractmethod
     def begin(self, ids: ir.Value, mask: ir.Value) -> None:
@@ -340,6 +366,8 @@ class MicrosoftGraph(DecoderGraph):
             )
 
     def embedding(self, ids: ir.Value) -> ir.Value:
+        if self.traits.words and self.shape.tied:  # whose rows stand in another order
+            ids = self.graph.op("Gather", self.graph.weight(WORD_ROWS), ids, axis=0)
         return self.lookup("embedding", ids, self.shape.hidden)
 
     def lookup(self, name: str, ids: ir.Value, width: int) -> ir.Value:
@@ -474,11 +502,11 @@ class MicrosoftGraph(DecoderGraph):
         return self.sigmoid_times(x)
 
     def head(self, x: ir.Value) -> ir.Value:
-        name = "embedding" if self.shape.tied else "head"
+        name = "embedding" if self.shape.tied and not self.traits.words else "head"
         if self.precision.head_bits == 32:
             return self.graph.op("FusedMatMul", x, self.graph.weight(f"{name}.weight"), domain=MICROSOFT, transB=1)
         inputs = [x, self.graph.weight(f"{name}.qweight"), self.graph.weight(f"{name}.scales")]
-        return self._quantised(name, inputs, self.shape.hidden, self.shape.vocab)
+        return self._quantised(name, inputs, self.shape.hidden, self.head_rows)
 
     def matrix_product(self, x: ir.Value, name: str, k: int, n: int) -> ir.Value:
         bias = self.graph.weight(f"{name}.bias") if f"{name}.bias" in self.tensors else None

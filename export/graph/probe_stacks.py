@@ -110,6 +110,7 @@ class _MadeUp:
 
     def __init__(self, model: ProbeModel, shape: ModelShape, device: str) -> None:
         self.architecture, self.shape, self._device = model.architecture, shape, device
+        self.words: torch.Tensor | None = None
         self._random = torch.Generator().manual_seed(0) if device == "cpu" else None
 
     def linear(self, layer: int, part: str, precision: Precision) -> StackedLinear:

@@ -24,6 +24,7 @@ from saap.models.shape import LayerSizes
 from saap.quantize.groups import QuantMatrix
 
 # Fields of Architecture, and the names of their tensors; a family has some of them.
+WORD_ROWS = "vocabulary.rows"  # of each token, int32, where words are left out of the head: its row in the table
 ATTENTION_NORMS = ("attention_norm", "query_norm", "key_norm", "attention_post_norm")
 STATE_NORMS = ("attention_norm", "attention_post_norm")
 FFN_NORMS = ("ffn_norm", "ffn_post_norm")
@@ -53,6 +54,13 @@ class WeightFile:
         """Let ``name`` be the bytes of the tensor ``of``, in another shape, and of another type if given."""
         old = self.tensors[of]
         self._refer(name, (old.offset or 0, old.length or 0), dtype or old.dtype, shape)
+
+    def beginning(self, name: str, of: str, share: float) -> None:
+        """Name the beginning of a tensor: so much of its first axis."""
+        old = self.tensors[of]
+        first, *rest = old.shape.numpy()
+        shape = (round(first * share), *rest)
+        self._refer(name, (old.offset or 0, (old.length or 0) // first * shape[0]), old.dtype, shape)
 
     def _refer(self, name: str, place: tuple[int, int], dtype: ir.DataType, shape: Sequence[int]) -> None:
         self.tensors[name] = ir.ExternalTensor(
@@ -170,12 +178,30 @@ class MicrosoftLayout:
             self.file.add(f"{name}.zero_points", matrix.zero_points.flatten())
 
     def add_vocabulary(self, source: WeightSource, precision: Precision) -> None:
-        """Write the embedding, and the head where it is not tied to it."""
-        arch = source.architecture
-        for name, module in (("embedding", arch.embedding), ("head", arch.head)):
-            if name == "head" and source.shape.tied:
-                continue
-            self.add_table(name, source.table(module, precision))
+        """Write the embedding, and the head where it is not tied to it.
+
+        Of a head that says some words only, a tied table has their rows first, so that the head is its beginning.
+        """
+        arch, tied = source.architecture, source.shape.tied
+        words, table = source.words, source.table(arch.embedding, precision)
+        if words is None:
+            self.add_table("embedding", table)
+            if not tied:
+                self.add_table("head", source.table(arch.head, precision))
+            return
+        others = torch.ones(source.shape.vocab, dtype=torch.bool)
+        others[words] = False
+        order = torch.cat([words, others.nonzero().flatten()])
+        rows = torch.empty(len(order), dtype=torch.int32)
+        rows[order] = torch.arange(len(order), dtype=torch.int32)
+        self.file.add(WORD_ROWS, rows)
+        self.add_table("embedding", table[order] if tied else table)
+        if tied:
+            for part in ("weight", "qweight", "scales"):
+                if f"embedding.{part}" in self.file.tensors:
+                    self.file.beginning(f"head.{part}", f"embedding.{part}", len(words) / len(order))
+        else:
+            self.add_table("head", source.table(arch.head, precision)[words])
 
     def add_table(self, name: str, table: torch.Tensor | QuantMatrix) -> None:
         """Write a matrix of which rows are looked up."""

@@ -53,7 +53,8 @@ class MicrosoftWriter:
             self._add_cache_scales(file, self._calibration)
         file.close()
         save_graphs(MicrosoftGraph, self._model, file.tensors, out)
-        return file.bytes_per_token("embedding" if self._source.shape.tied else "head")
+        tied = self._source.shape.tied and self._source.words is None
+        return file.bytes_per_token("embedding" if tied else "head")
 
     def _add_cache_scales(self, file: WeightFile, ids: torch.Tensor) -> None:
         """Probe the graph with a float cache, then add the scales of the integer one to the data file."""

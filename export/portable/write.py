@@ -38,6 +38,11 @@ class PortableWriter:
     """Writes graphs of standard operators; floats where no bits are asked for."""
 
     def __init__(self, source: ModelSource, options: ExportOptions) -> None:
+        if source.words is not None:
+            raise UserError(
+                f"the head of {source.directory} says some words only, which is not written in standard operators: "
+                "give --target cpu"
+            )
         bits = options.bits if options.bits or source.quant else 32
         precision = source.precision(bits, options.group_size, options.head_bits)
         self.precision = replace(precision, accuracy_level=LEVEL if precision.bits != 32 else 0)

@@ -21,6 +21,7 @@ from saap.system.errors import UserError
 if TYPE_CHECKING:
     from saap.prune.plan import Reasons
     from saap.prune.search.budget import Budget
+    from saap.prune.vocabulary import Chosen
 
 PROSE = 98  # columns of reasons where there is no terminal
 NAMES = {"max_params": "parameters", "max_bytes": "bytes"}  # requirements whose numbers have another name
@@ -54,9 +55,19 @@ class PruneCommand:
             hidden=True,
         ),
     ] = False
+    vocabulary: Annotated[
+        str | None,
+        Option(
+            "Words that the output head keeps: 24k, a share such as 0.5, or auto; all are read.",
+            section="What may go",
+            metavar="COUNT",
+        ),
+    ] = None
     explain: Annotated[bool, Option("Say why each layer lost what it lost.", section="How it is chosen")] = False
 
     def check(self) -> None:
+        if self.vocabulary is not None and not self.options.asked:
+            return
         self.options.check()
         self.options.check_used()
         if not self.options.reads_text:
@@ -76,6 +87,7 @@ def prune(model: str, out: Path, options: PruneCommand) -> None:
       saap prune smollm2-135m -o out/slim --ratio 0.2
       saap devices costs smollm2-135m -t 1 -o cost.json
       saap prune smollm2-135m -o out/slim --speedup 1.25 --costs cost.json
+      saap prune smollm2-135m -o out/slim --vocabulary auto
     """
     options.check()
     with Console() as console:
@@ -90,14 +102,21 @@ def prune_model(model: str, out: Path, asked: PruneCommand, console: Console, na
     console.report(LOADING, 0, 0)
     from saap.prune.pruning import budget_of, streamed
     from saap.prune.pruning import prune as prune_directory
+    from saap.prune.vocabulary import trim
     from saap.system.files import RECORD, check_output
     from saap.text.documents import Sequences
     from saap.text.rows import training_rows
 
     options = for_this_machine(asked)
-    options.check_requirement()
+    if asked.vocabulary is None or options.asked:
+        options.check_requirement()
     check_output(out, model, asked.calibration, record=RECORD)
     directory = resolve(model, progress=console.report)
+    words = asked.vocabulary and _words(directory, asked, console)
+    if words and not options.asked:
+        trim(directory, words, out, console.report)
+        console.finish()
+        return
     budget = budget_of(directory, options)  # what cannot be met is refused before a text is read
     rows, shape = None, (0, 0)
     if options.reads_text:
@@ -108,13 +127,34 @@ def prune_model(model: str, out: Path, asked: PruneCommand, console: Console, na
     options = replace(options, stream=streamed(directory, budget, options, *shape))
     if options.stream:
         console.say("  the model is read layer by layer, one is in memory at a time")
-    result = prune_directory(name or model, options, output=out, calibration=rows, progress=console.report)
+    result = prune_directory(
+        name or model, options, output=out, calibration=rows, words=words or None, progress=console.report
+    )
     console.finish()
     if not speaks():
         return
     show_plan(out, budget)
     if asked.explain and result.plan.reasons:
         show_reasons(result.plan.reasons, options)
+
+
+def _words(directory: Path, asked: PruneCommand, console: Console) -> Chosen:
+    """The words that the head keeps, told."""
+    from saap.models.checkpoint import read_config
+    from saap.prune.vocabulary import choose_words
+    from saap.quantize.bundle_size import bundle_size
+    from saap.text.documents import load_documents
+
+    documents = load_documents(asked.calibration, split="calibration", seed=asked.options.seed)
+    if documents is None:
+        raise UserError("a vocabulary is chosen by a text: give --calibration FILE, or leave it out")
+    size = bundle_size(read_config(directory), asked.options.bits, asked.options.group_size)
+    words = choose_words(directory, str(asked.vocabulary), documents, size, console.report)
+    console.say(
+        f"  vocabulary: the head says {len(words.words):,} of {words.size:,} words; text like {words.source} takes "
+        f"{100 * words.longer:.1f}% more tokens"
+    )
+    return words
 
 
 def for_this_machine(asked: PruneCommand) -> PruneOptions:

@@ -29,7 +29,7 @@ from saap.system.gpu import CPU, out_of_memory
 from saap.system.needs import check_memory, fits
 from saap.system.precision import fast_float32
 from saap.text.documents import SELF
-from saap.text.encoding import check_ids
+from saap.text.encoding import check_ids, writing_tokenizer
 from saap.text.overlap import refuse_seen
 from saap.text.windows import Windows, evaluation_windows, tokenizer_hash
 
@@ -168,8 +168,11 @@ def windows_for(
         for subject in subjects:
             refuse_seen(subject.name, subject.lineage(), documents)
     for subject in subjects:
-        if tokenizer_hash(load_tokenizer(subject.path)) != windows.protocol.tokenizer_sha256:
-            raise UserError(f"{subject.name} has another tokenizer than the first model: evaluate them one at a time")
+        if tokenizer_hash(writing_tokenizer(subject.path)) != windows.protocol.tokenizer_sha256:
+            raise UserError(
+                f"{subject.name} cuts a text into other tokens than the first model, so their perplexities do not "
+                "compare: evaluate them one at a time, and compare bits per byte"
+            )
         if isinstance(subject, Directory):
             check_ids(windows.ids, subject.path)
         positions, tokens = subject.positions(), windows.ids.shape[1]
@@ -238,7 +241,7 @@ def continuation_model(subject: Subject, device: torch.device = CPU) -> Callable
     from saap.evaluate.tasks import ContinuationModel
 
     def make(progress: Progress | None) -> ContinuationModel:
-        tokenizer = load_tokenizer(subject.path)
+        tokenizer = writing_tokenizer(subject.path)
         scorer, positions = subject.continuations(device)
         return ContinuationModel(scorer, tokenizer, positions, progress)
 

@@ -285,6 +285,7 @@ class Traits:
     residual_scale: float | None = None  # factor of what a block adds to the residual stream; None is 1
     logit_scale: float | None = None  # factor of the logits; None is 1
     logit_cap: float | None = None  # c in logits = c * tanh(logits / c); None caps nothing
+    words: str = ""  # which tokens the head says, as ``slim_vocabulary`` of the config; empty: all
 
 
 class UnknownFamilyError(UserError):
@@ -479,6 +480,24 @@ def _is_rare(config: object, architecture: Architecture, index: int) -> bool:
     return bool(kinds) and kinds[index] == LAYER_TYPES.get(architecture.rare)  # type: ignore[arg-type]
 
 
+def said_words(config: object) -> str:
+    """``slim_vocabulary`` of a config, empty where all tokens are said. Raises UserError: it is none."""
+    packed = field_of(config, "slim_vocabulary")
+    if packed is None:
+        return ""
+    import zlib
+
+    from saap.models.modeling_slim import unpacked_words
+
+    try:
+        if not isinstance(packed, str):
+            raise ValueError("it is no text")
+        unpacked_words(packed, _count(config, "vocab_size", most=MOST_WORDS))
+    except (ValueError, zlib.error) as error:
+        raise UserError(f"config.json has a slim_vocabulary that cannot be read ({error}): make it again") from None
+    return packed
+
+
 def traits_of(config: object) -> Traits:
     """Read what a model's forward pass does from its config (or the config's dict).
 
@@ -498,6 +517,7 @@ def traits_of(config: object) -> Traits:
         attention_scale=number_of(config, scalar) ** -0.5 if field_of(config, scalar) else architecture.attention_scale,
         embedding_scale=_count(config, "hidden_size") ** 0.5 if architecture.scaled_embedding else None,
         logit_cap=number_of(config, cap) if field_of(config, cap) else None,
+        words=said_words(config),
     )
     if not architecture.multipliers:
         return traits

@@ -31,6 +31,7 @@ from saap.models.architectures import (
     entries_of,
     field_of,
     rope_of,
+    said_words,
     with_defaults,
 )  # fmt: skip
 from saap.models.integrity import check_directory, hashes
@@ -180,6 +181,7 @@ def slim_config(
     quant: SlimQuant | None = None,
     *,
     kept: Sequence[int] | None = None,
+    words: str = "",
 ) -> dict[str, object]:
     """``config.json`` of a model cut to ``shape``: of its own family where all layers are alike, ours where not.
 
@@ -189,11 +191,12 @@ def slim_config(
         config: of the model that is cut, dense or slim.
         quant: the ``slim_quant`` entry of a model that holds integers.
         kept: which layers of that model are left, ``plan.kept_layers``; None is all of them.
+        words: which tokens the head says, packed; by default as that model.
 
     Raises ValueError: ``kept`` is needed to know what each layer does.
     """
     architecture = architecture_of(dict(config))
-    ours = ("slim_layers", "slim_quant", "slim_bias", "auto_map", "_name_or_path")
+    ours = ("slim_layers", "slim_quant", "slim_bias", "auto_map", "_name_or_path", "slim_vocabulary")
     slim: dict[str, object] = {k: v for k, v in config.items() if k not in ours} | _layer_lists(config, shape, kept)
     slim["num_hidden_layers"], slim["head_dim"] = len(shape.layers), shape.head_dim
     slim.pop("full_attn_idxs", None)  # what ``layer_types`` says in other words
@@ -202,7 +205,8 @@ def slim_config(
     slim |= {name: slim.pop(old) for old, name in OLD_NAMES.items() if old in slim}
     family, first = str(config["model_type"]).removeprefix(SLIM), shape.layers[0]
     biased = shape.added_bias and not (shape.mlp_bias and shape.attention_bias and shape.output_bias)
-    if quant is None and not biased and _is_plain(slim, shape):
+    words = words or said_words(config)
+    if quant is None and not biased and not words and _is_plain(slim, shape):
         return slim | {
             "model_type": family,
             "architectures": [f"{architecture.family}ForCausalLM"],
@@ -223,6 +227,8 @@ def slim_config(
     }
     if biased:
         slim["slim_bias"] = True
+    if words:
+        slim["slim_vocabulary"] = words
     if quant is not None:
         slim |= {"slim_quant": quant, "tie_word_embeddings": False}  # the integers are tied, not a float weight
     return slim

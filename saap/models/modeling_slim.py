@@ -1,11 +1,12 @@
 """The families of decoders with their own sizes in every layer, and integer weights where one was tuned.
 
 This file is shipped inside every slim directory that plain transformers cannot build, so it imports torch and
-transformers only. Three keys of ``config.json`` drive it:
+transformers only. Four keys of ``config.json`` drive it:
 
 * ``slim_layers``: one ``[query_heads, kv_heads, ffn]`` per layer, and a fourth number in families that have such
   layers: the channels of its short convolution, or the key heads of its gated delta net; 0 query heads means no
   attention, 0 ffn no MLP.
+* ``slim_vocabulary``: which tokens the output head can say, as :func:`packed_words` writes them; all are read.
 * ``slim_bias``: true where what writes to the residual stream has biases that its family does not have.
 * ``slim_quant``: ``{"bits", "block", "embedding_bits", "tied"}`` when linears and embedding hold group-wise integers;
   ``"matrices"`` are the bits, ``"blocks"`` the group sizes, of matrices that differ, by name.
@@ -13,7 +14,10 @@ transformers only. Three keys of ``config.json`` drive it:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import base64
+import functools
+import zlib
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +27,30 @@ from torch.nn import functional as F
 
 # Linears that are never integers: what they make is a handful of numbers, which rule a whole state.
 FLOATS = ("in_proj_a", "in_proj_b")
+# The logit of a token that the head no longer says: its probability is 0, and differences of two such are no NaN.
+GONE = -1e4
+
+
+def packed_words(words: Collection[int], size: int) -> str:
+    """Ids below ``size`` as a text: a bit for each id, deflated, in base64."""
+    bits = bytearray(-(-size // 8))
+    for word in words:
+        bits[word // 8] |= 1 << word % 8
+    return base64.b64encode(zlib.compress(bytes(bits), 9)).decode("ascii")
+
+
+@functools.lru_cache(maxsize=8)
+def unpacked_words(packed: str, size: int) -> torch.Tensor:
+    """The ids of such a text, ascending int64. Raises ValueError: it is none, or not of so many ids."""
+    length = -(-size // 8)
+    bits = zlib.decompressobj().decompress(base64.b64decode(packed, validate=True), length + 1)
+    if len(bits) != length:
+        raise ValueError(f"it holds {len(bits)} bytes and {size} tokens take {length}")
+    each = torch.frombuffer(bytearray(bits), dtype=torch.uint8)[:, None] >> torch.arange(8, dtype=torch.uint8) & 1
+    words = each.flatten().nonzero().flatten()
+    if not len(words) or int(words[-1]) >= size:
+        raise ValueError("it names no token, or one that is not there")
+    return words
 
 
 def unpack_codes(packed: torch.Tensor, bits: int, block: int) -> torch.Tensor:
@@ -159,6 +187,25 @@ class SlimDecoder:
             quantize_modules(self, quant)
 
 
+def _saying_kept_words(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The forward of a family, whose logits are :data:`GONE` where a token went from the head."""
+
+    @functools.wraps(forward)
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        packed, labels = getattr(self.config, "slim_vocabulary", None), kwargs.get("labels")
+        if not packed:
+            return forward(self, *args, **kwargs)
+        out = forward(self, *args, **{**kwargs, "labels": None})
+        gone = torch.ones(out.logits.shape[-1], dtype=torch.bool)
+        gone[unpacked_words(packed, len(gone))] = False
+        out.logits = out.logits.masked_fill(gone.to(out.logits.device), GONE)
+        if labels is not None:
+            out.loss = self.loss_function(logits=out.logits, labels=labels, vocab_size=len(gone))
+        return out
+
+    return wrapped
+
+
 class SlimClasses(NamedTuple):
     """The two classes of a family, as transformers registers them."""
 
@@ -176,7 +223,8 @@ def slim_classes(family: str) -> SlimClasses | None:
         place = {"__module__": __name__, "__doc__": f"The {family} family with its own sizes in every layer."}
         kind = f"saap_{parent.config_class.model_type}"
         own[names[0]] = type(names[0], (parent.config_class,), {**place, "model_type": kind})
-        own[names[1]] = type(names[1], (SlimDecoder, parent), {**place, "config_class": own[names[0]]})
+        said = {"forward": _saying_kept_words(parent.forward)}
+        own[names[1]] = type(names[1], (SlimDecoder, parent), {**place, **said, "config_class": own[names[0]]})
     return SlimClasses(own[names[0]], own[names[1]])
 
 

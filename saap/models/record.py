@@ -128,6 +128,15 @@ class Integers(TypedDict, total=False):
     from_sha256: str
 
 
+class Words(TypedDict, total=False):
+    """Which part of the vocabulary a directory's head says."""
+
+    rows: Count  # words that it says
+    of: Count
+    longer: float  # share of tokens that text like the one that chose them takes more
+    text: str
+
+
 class Record(TypedDict, total=False):
     """The whole file; ``options`` are those that lead to the same plan."""
 
@@ -138,6 +147,7 @@ class Record(TypedDict, total=False):
     lineage: Lineage
     tuning: Tuning
     integers: Integers
+    vocabulary: Words
     files: dict[str, FileHash]
 
 

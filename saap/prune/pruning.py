@@ -40,6 +40,7 @@ from saap.prune.search.explain import after
 from saap.prune.search.prices import Losses
 from saap.prune.shares import joined, shares
 from saap.prune.stages import Stage, check_reachable, kept_stages, layers_plan, share_of, stages_of
+from saap.prune.vocabulary import Chosen
 from saap.system.allocator import kept_memory
 from saap.system.device_names import device_of
 from saap.system.errors import UserError
@@ -80,6 +81,7 @@ def prune(
     *,
     output: str | Path,
     calibration: torch.Tensor | Rows | str | Path | None = None,
+    words: Chosen | None = None,
     progress: Progress | None = None,
 ) -> PruneResult:
     """Prune a model into a slim directory.
@@ -89,6 +91,7 @@ def prune(
         output: the directory to write; new, empty, or an earlier output of saap.
         calibration: ids [sequences, tokens] int64, or a text: a file, a data set id, or ``self``, which the
             model writes itself. None takes the text in ``SAAP_DATA``, else the samples that ship.
+        words: those that the head keeps; None is as the model has.
         progress: called as (label, done, total).
 
     Raises:
@@ -127,7 +130,7 @@ def prune(
         if text:
             lineage["calibration"] = convert(text.lineage(), Calibration)
         lineage |= Lineage(base_sha256=now.weights, base_record=None if known is None else dict(known))
-        pruning = Pruning(options, budget, ids, lineage, len(stages))
+        pruning = Pruning(options, budget, ids, lineage, len(stages), words)
         # The main process writes the stages, the others read what it wrote.
         with kept_stages(output, now.weights, options, budget.record(), ids, owner=together.main) as kept:
             together.wait()
@@ -184,7 +187,8 @@ def _prune_stage(
     if shares().main:
         names, read = tensor_reader(now.path)
         tensors = cut_tensors(names, read, plan, shape, architecture_of(config), refitted)
-        written = slim_config(config, plan.kept_shape(cut), kept=plan.kept_layers)
+        words = pruning.words.packed if pruning.words and stage.last else ""
+        written = slim_config(config, plan.kept_shape(cut), kept=plan.kept_layers, words=words)
         achieved = pruning.budget.report(shape_of(written), written)
         write_slim(target, now.path, written, tensors, record_of(pruning, whole, achieved))
     return whole

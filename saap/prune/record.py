@@ -14,6 +14,7 @@ from saap.models.record import Lineage, Plan, Record
 from saap.prune.options import PruneOptions
 from saap.prune.plan import LayerPlan, PrunePlan, Reasons
 from saap.prune.search.budget import Budget
+from saap.prune.vocabulary import Chosen
 
 
 @dataclass(frozen=True)
@@ -25,13 +26,15 @@ class Pruning:
     ids: torch.Tensor  # of calibration, [sequences, tokens]
     lineage: Lineage  # the base model, and what is known of the text
     stages: int  # how many there are
+    words: Chosen | None = None  # that the head keeps; None: as the base model
 
 
 def record_of(pruning: Pruning, plan: PrunePlan, achieved: dict[str, float | None]) -> Record:
     """The record of a slim directory, of the plan of the base and what the slim model has of what was asked."""
     options, lineage, ids = pruning.options, pruning.lineage, pruning.ids
-    ours = options.method == "saap"
+    ours, words = options.method == "saap", pruning.words
     return {
+        **({"vocabulary": words.record()} if words else {}),
         "method": options.method,
         "plan": {
             **pruning.budget.record(),

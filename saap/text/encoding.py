@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from devices.common.tokenizer_file import tokenizing
 from saap.system.errors import UserError
+from saap.system.files import read_object
+from saap.text.closed_words import trimmed
 
 if TYPE_CHECKING:
     import torch
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
 
 # Of a text's beginning, read to see whether a tokenizer knows its letters.
 PROBED_CHARACTERS = 4000
+BUNDLE = "bundle.json"
 
 
 def encode(text: str, tokenizer: PreTrainedTokenizerBase, add_special_tokens: bool = False) -> list[int]:
@@ -54,14 +58,46 @@ def beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return [first] if first is not None and encode("a", tokenizer, add_special_tokens=True)[:1] == [first] else []
 
 
-def tokenizer_for(model_dir: Path, texts: Iterable[str], source: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model that is to read the texts of ``source``.
+def writing_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of what a model or a bundle says: only of words that its output head still has.
 
-    Raises UserError: there is none, or more than half of the letters at the texts' beginning are unknown to it.
+    Ids are those of the tokenizer that reads.
+
+    Raises UserError: there is none that transformers can read.
     """
     from saap.models.resolve import load_tokenizer
 
-    tokenizer = load_tokenizer(model_dir)
+    tokenizer, words = load_tokenizer(directory), said_words_of(directory)
+    if words is None:
+        return tokenizer
+    made = trimmed(json.loads(tokenizer.backend_tokenizer.to_str()), words.tolist())
+    with tokenizing(f"the tokenizer of {directory} cannot be trimmed", "get the model again"):
+        tokenizer._tokenizer = type(tokenizer.backend_tokenizer).from_str(json.dumps(made))
+    return tokenizer
+
+
+def said_words_of(directory: str | Path) -> torch.Tensor | None:
+    """The ids that the output head of a model or a bundle has, ascending; None: all."""
+    from saap.models.architectures import said_words
+    from saap.models.checkpoint import read_config
+    from saap.models.modeling_slim import unpacked_words
+
+    config: Mapping[str, Any]
+    if (bundle := Path(directory) / BUNDLE).is_file():
+        told = read_object(bundle, "export the bundle again")
+        config = {"vocab_size": told.get("vocab_size"), "slim_vocabulary": told.get("words") or None}
+    else:
+        config = read_config(directory)
+    packed = said_words(config)
+    return unpacked_words(packed, int(config["vocab_size"])) if packed else None
+
+
+def tokenizer_for(model_dir: Path, texts: Iterable[str], source: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model that is to learn from, or be measured on, the texts of ``source``.
+
+    Raises UserError: there is none, or more than half of the letters at the texts' beginning are unknown to it.
+    """
+    tokenizer = writing_tokenizer(model_dir)
     asked = ""
     for text in texts:
         asked += text[: PROBED_CHARACTERS - len(asked)]

@@ -25,6 +25,7 @@ arXiv:2410.10989). Nothing is computed twice, and places that are not learnt (pr
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Protocol, cast
 
 import torch
@@ -35,7 +36,7 @@ from transformers import PreTrainedModel
 
 from saap.models.architectures import Traits, architecture_of, traits_of
 from saap.models.layer_walk import finished_logits
-from saap.models.modeling_slim import GroupQuantLinear, GroupQuantTable, TiedHead
+from saap.models.modeling_slim import GroupQuantLinear, GroupQuantTable, TiedHead, unpacked_words
 from saap.system.errors import UserError
 from saap.tune.adapters import Context, product_dtype
 from saap.tune.loop.processes import is_sharded
@@ -161,10 +162,23 @@ def head_loss(
     seen = torch.ones_like(ids)
     hidden = backbone(input_ids=ids, attention_mask=seen, use_cache=False).last_hidden_state[places]
     dtype, kept = product_dtype(hidden), KeptMatrix() if kept is None else kept
+    traits, words = traits_of(base.config), head_words(base)
     if dtype not in kept:
-        kept[dtype] = matrix(dtype)
-    total: torch.Tensor = _HeadLoss.apply(hidden, kept[dtype], traits_of(base.config), loss_of)
+        kept[dtype] = matrix(dtype) if words is None else matrix(dtype)[words.to(hidden.device)]
+    total: torch.Tensor = _HeadLoss.apply(hidden, kept[dtype], replace(traits, words=""), loss_of)
     return total
+
+
+def head_words(model: nn.Module) -> torch.Tensor | None:
+    """The tokens, ascending int64, whose rows of the head are all that :func:`head_loss` computes; None: all.
+
+    The logits that a loss is given are then of these alone, in their order.
+    """
+    base: nn.Module = getattr(model, "get_base_model", lambda: model)()
+    if not isinstance(base, PreTrainedModel) or _frozen_matrix(base) is None:
+        return None
+    packed = traits_of(base.config).words
+    return unpacked_words(packed, base.config.vocab_size) if packed else None
 
 
 def _frozen_matrix(model: PreTrainedModel) -> Callable[[torch.dtype], torch.Tensor] | None:

@@ -78,6 +78,7 @@ def teacher_targets(
     k: int = 64,
     temperature: float = 1.0,
     autocast: bool = False,
+    words: torch.Tensor | None = None,
     progress: Progress | None = None,
 ) -> TeacherTargets:
     """Run the teacher over the rows, but for those that the cache has, and keep its k likeliest tokens.
@@ -91,6 +92,7 @@ def teacher_targets(
             an entry of its own and costs the teacher one run.
         autocast: compute in bfloat16 where the model allows: faster on CPUs that have it, and about as exact as
             bfloat16 logits are (three digits).
+        words: the only tokens that the student says, int64; the teacher's probabilities are of them alone.
 
     Raises:
         UserError: a value out of range, rows that do not fit with one token each, a cache that cannot be written.
@@ -103,7 +105,7 @@ def teacher_targets(
             f"{counted(rows, 'row')} of {counted(length, 'token')} cannot predict anything: give 1 of 2 or more"
         )
     vocabulary = _vocabulary(teacher_dir)
-    asked = min(k, vocabulary)
+    asked = min(k, vocabulary if words is None else len(words))
     per_token = 2 + (2 if vocabulary <= 1 << 16 else 4)
     k = min(asked, LIMIT_BYTES // (rows * (length - 1) * per_token))
     if k < 1:
@@ -115,12 +117,13 @@ def teacher_targets(
     if k < asked:
         note = f"{k} instead of {asked} of the teacher's tokens are kept, to fit into {LIMIT_BYTES / 1e6:.0f} MB"
     root = cache_directory() / "teacher"
-    entry = root / _key(teacher_dir, ids, k, temperature, autocast)
+    kept = _Kept(k, temperature, vocabulary, autocast, words)
+    entry = root / _key(teacher_dir, ids, kept)
     try:
         entry.mkdir(parents=True, exist_ok=True)
         os.utime(entry)
         make_room(root, LIMIT_BYTES - rows * (length - 1) * per_token * k, entry)
-        _fill(entry, teacher_dir, ids, _Kept(k, temperature, vocabulary, autocast), progress)
+        _fill(entry, teacher_dir, ids, kept, progress)
         return TeacherTargets(entry, rows, k, temperature, note)
     except OSError as error:
         raise UserError(
@@ -147,8 +150,8 @@ def check_same_vocabulary(teacher_dir: str | Path, student_dir: str | Path) -> N
 class _Kept:
     """Which of a teacher's numbers are kept, and in what form."""
 
-    def __init__(self, k: int, temperature: float, vocabulary: int, autocast: bool) -> None:
-        self.k, self.temperature, self.autocast = k, temperature, autocast
+    def __init__(self, k: int, temperature: float, vocabulary: int, autocast: bool, words: torch.Tensor | None) -> None:
+        self.k, self.temperature, self.autocast, self.words = k, temperature, autocast, words
         self.tokens = torch.uint16 if vocabulary <= 1 << 16 else torch.int32
 
     @torch.inference_mode()
@@ -160,8 +163,10 @@ class _Kept:
                 logits = teacher(input_ids=few.to(teacher.device), use_cache=False).logits
             for row in logits:  # one by one: the float32 copies are as large as the logits
                 scaled = row[:-1].float() / self.temperature
+                scaled = scaled if self.words is None else scaled[:, self.words.to(scaled.device)]
                 likeliest = scaled.topk(self.k)
-                tokens.append(likeliest.indices.cpu().to(self.tokens))
+                found = likeliest.indices.cpu()
+                tokens.append((found if self.words is None else self.words[found]).to(self.tokens))
                 logprobs.append((likeliest.values - scaled.logsumexp(-1, keepdim=True)).half().cpu())
         return {"tokens": torch.stack(tokens), "logprobs": torch.stack(logprobs)}
 
@@ -207,8 +212,10 @@ def _vocabulary(directory: str | Path) -> int:
     return shape_of(read_config(directory)).vocab
 
 
-def _key(teacher_dir: str | Path, ids: torch.Tensor, k: int, temperature: float, autocast: bool) -> str:
-    about = [FORMAT, weights_hash(teacher_dir), list(ids.shape), k, float(temperature), autocast]
+def _key(teacher_dir: str | Path, ids: torch.Tensor, kept: _Kept) -> str:
+    about = [FORMAT, weights_hash(teacher_dir), list(ids.shape), kept.k, float(kept.temperature), kept.autocast]
     digest = hashlib.sha256(json.dumps(about).encode())
+    if kept.words is not None:
+        digest.update(kept.words.numpy().tobytes())
     digest.update(ids.to(torch.int64).contiguous().numpy().tobytes())
     return digest.hexdigest()

@@ -47,12 +47,13 @@ from saap.system.needs import Needs, check_memory, fits
 from saap.system.precision import autocast_dtype, computes_bf16, fast_float32
 from saap.system.processes import computing_on, is_main_process, shares_parameters, training_device
 from saap.text.documents import Sequences
+from saap.text.encoding import said_words_of
 from saap.text.rows import IGNORED, TuningRows, held_out, tuning_rows
 from saap.tune import adapters
 from saap.tune.loop.processes import Batch, LossOf
 from saap.tune.loop.state import discard_states, state_directory
 from saap.tune.loop.steps import DivergedError, Group, History, Run, train
-from saap.tune.losses import KeptMatrix, head_loss, learning_loss
+from saap.tune.losses import KeptMatrix, head_loss, head_words, learning_loss
 from saap.tune.needs import tune_needs
 from saap.tune.options import TuneOptions
 from saap.tune.short_attention import use_short_attention
@@ -160,7 +161,7 @@ def _tune(
     way = way_of(shape_of(config), rows.ids.shape[1], options)
     model = load_streamed(model_dir, device=way.device) if way.streamed else moved(load_model(model_dir), way.device)
     learnt, judged = held_out(rows, options.held_out) if options.holds_out(len(rows)) else (rows, None)
-    targets = targets_of(teacher_dir, rows, options, progress)
+    targets = targets_of(teacher_dir, rows, options, said_words_of(model_dir), progress)
     adapted, groups, quant = _quantised(model, rows.ids, options, progress)
     trained = sum(p.numel() for group in groups for p in group["params"])
     use_short_attention(cast("PreTrainedModel", adapted.get_base_model()))
@@ -260,7 +261,11 @@ def check_model(slim_dir: Path, options: TuneOptions) -> dict[str, object]:
 
 
 def targets_of(
-    teacher_dir: str | Path | None, rows: TuningRows, options: TuneOptions, progress: Progress | None
+    teacher_dir: str | Path | None,
+    rows: TuningRows,
+    options: TuneOptions,
+    words: torch.Tensor | None,
+    progress: Progress | None,
 ) -> TeacherTargets | None:
     """The teacher's answers to all rows; processes wait for the one that computes them."""
     if teacher_dir is None or options.teacher_weight == 0:
@@ -271,7 +276,7 @@ def targets_of(
     with PartialState().main_process_first():
         return teacher_targets(
             teacher_dir, rows.ids, k=options.kept_tokens, temperature=options.temperature, autocast=fast,
-            progress=progress,
+            words=words, progress=progress,
         )  # fmt: skip
 
 
@@ -291,6 +296,10 @@ def loss_of(targets: TeacherTargets | None, options: TuneOptions, head: KeptMatr
             numbers = batch["row"]
             answers = targets.batch(int(numbers[0]), int(numbers[-1]) + 1)
             known = [part.to(learnt.device)[learnt] for part in answers]
+        if (words := head_words(model)) is not None:  # of whose rows alone there are logits
+            words = words.to(labels.device)
+            labels = torch.searchsorted(words, labels)
+            known = known and [torch.searchsorted(words, known[0]), known[1]]
 
         def of_piece(logits: torch.Tensor, first: int, end: int) -> torch.Tensor:
             if known is None:

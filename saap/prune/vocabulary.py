@@ -1,0 +1,199 @@
+"""The output head as a structure: which words it keeps, chosen by a text, and a directory whose head says only those.
+
+The embedding and the tokenizer stay, so prompts are read as before. The kept words are closed
+(:mod:`saap.text.closed_words`), so whatever could be said can still be said, if by more tokens.
+
+A word counts by how often it is in the text, and by how often the model would have said it there: a text of some
+hundred thousand tokens has few of the names that others like it have, and the model knows them (Gemma 3 270M, half of
+its words: WikiText-2 takes 0.27 % more tokens, 3.1 % by the text alone).
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from devices.common.progress import WRITING, Progress
+from saap.models.architectures import architecture_of, said_words, shape_of
+from saap.models.checkpoint import load_model, read_config, slim_config, write_slim
+from saap.models.modeling_slim import packed_words
+from saap.models.record import Words, read_record
+from saap.models.resolve import load_tokenizer
+from saap.models.weight_files import tensor_reader
+from saap.prune.cut.surgery import cut_tensors
+from saap.prune.plan import PrunePlan, whole_layer
+from saap.quantize.bundle_size import BundleSize
+from saap.system.errors import UserError
+from saap.system.files import claimed, read_object
+from saap.text.closed_words import Forest, forest_of, trimmed
+from saap.text.documents import Documents
+from saap.text.encoding import beginning, encode
+
+AUTO = "auto"
+TRIED = 12  # sizes, each a factor from the next
+LONGER = 0.005  # what ``auto`` allows: bits per byte grow several times as much, until the model is tuned
+PREDICTED = 8192  # tokens of the text whose predictions count
+ROW = 256  # tokens of a forward pass
+HELD = 0.25  # of the text, by which a size is chosen that the other part counted
+NAMED_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "forced_eos_token_id")
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The words that a head keeps.
+
+    Attributes:
+        words: their ids, ascending.
+        size: rows of the embedding.
+        longer: share of tokens that a text takes more, of the same kind as the one that chose, not itself.
+        source: that text.
+    """
+
+    words: tuple[int, ...]
+    size: int
+    longer: float
+    source: str
+
+    @property
+    def packed(self) -> str:
+        return packed_words(self.words, self.size)
+
+    def record(self) -> Words:
+        return Words(rows=len(self.words), of=self.size, longer=self.longer, text=self.source)
+
+
+def rows_asked(asked: str, size: int) -> int | None:
+    """Words that ``--vocabulary`` asks for: a number, with k for 1,024, or a share; None: what is fastest.
+
+    Raises UserError: something else, or as many as there are.
+    """
+    if asked == AUTO:
+        return None
+    text, unit = (asked[:-1], 1024) if asked[-1:] in "kK" else (asked, 1)
+    try:
+        number = float(text) * unit
+        rows = round(number * size if number < 1 else number)
+    except (ValueError, OverflowError):
+        rows = 0
+    if not 0 < rows < size:
+        raise UserError(
+            f"a vocabulary of {asked!r} is none of this model's {size} words: give a number such as 24k, a share such "
+            f"as 0.5, or {AUTO}"
+        )
+    return rows
+
+
+def choose_words(
+    directory: Path, asked: str, documents: Documents, size: BundleSize, progress: Progress | None = None
+) -> Chosen:
+    """The words that the head of a model keeps.
+
+    Args:
+        asked: as in :func:`rows_asked`; ``auto`` is the size of the fewest bytes read per character, which is the
+            time of decoding where memory bounds it, among those that make a text hardly longer.
+        size: what the model's bundle takes.
+
+    Raises UserError: a vocabulary that cannot be closed, or not at this size.
+    """
+    report = progress or (lambda *_: None)
+    config = read_config(directory)
+    if said_words(config):
+        raise UserError(f"{directory} has a trimmed vocabulary already: trim the model that it was made from")
+    shape = shape_of(config)
+    rows = rows_asked(asked, shape.vocab)
+    report("reading the vocabulary", 0, 0)
+    document = json.loads(load_tokenizer(directory).backend_tokenizer.to_str())
+    forest = forest_of(document, shape.vocab, _named_ids(directory, config))
+    text = documents.text
+    held = text[int(len(text) * (1 - HELD)) :]
+    guessed = predicted(directory, documents, progress)
+    weights = np.add(counts_of(document, text[: len(text) - len(held)], shape.vocab), guessed).tolist()
+    whole = _tokens(document, held)
+    sizes = [rows] if rows is not None else _sizes(forest)
+    others = size.total(shape) - size.looked_up(shape) - _head_bytes(size, shape.vocab, shape.hidden)
+    costs: dict[int, float] = {}
+    longer: dict[int, float] = {}
+    for done, count in enumerate(sizes):
+        report("trying sizes of the vocabulary", done, len(sizes))
+        longer[count] = _tokens(trimmed(document, forest.kept(weights, count)), held) / whole - 1
+        costs[count] = (others + _head_bytes(size, count, shape.hidden)) * (1 + longer[count])
+    report("trying sizes of the vocabulary", len(sizes), len(sizes))
+    short = [count for count in sizes if longer[count] <= LONGER] if rows is None else sizes
+    best = min(short or sizes[-1:], key=costs.__getitem__)
+    words = forest.kept(np.add(counts_of(document, text, shape.vocab), guessed).tolist(), best)
+    return Chosen(tuple(words), shape.vocab, longer[best], documents.source)
+
+
+def _head_bytes(size: BundleSize, rows: int, hidden: int) -> float:
+    """Bytes of so many rows of the head."""
+    return float(sum(size.head_bytes(rows, hidden)))
+
+
+def _sizes(forest: Forest) -> list[int]:
+    """From the least that is closed to all, in steps of one factor."""
+    least, most = max(len(forest.least), 1), len(forest.least) + len(forest.parts)
+    return sorted({round(n) for n in np.geomspace(least, most, TRIED)})
+
+
+@torch.inference_mode()
+def predicted(directory: Path, documents: Documents, progress: Progress | None = None) -> NDArray[np.float64]:
+    """How often the model would have said each word in a text, [vocab]: as often in all as the text has tokens."""
+    tokenizer = load_tokenizer(directory)
+    ids = encode(documents.text, tokenizer)
+    first, model = beginning(tokenizer), load_model(directory)
+    starts = random.Random(0).sample(range(0, max(1, len(ids) - ROW), ROW), min(PREDICTED // ROW, len(ids) // ROW))
+    total = torch.zeros(shape_of(model.config).vocab, dtype=torch.float64)
+    for done, start in enumerate(starts):
+        if progress:
+            progress("asking the model which words it says (rows)", done, len(starts))
+        row = torch.tensor([[*first, *ids[start : start + ROW]]])
+        total += model(input_ids=row, use_cache=False).logits[0, len(first) :].float().softmax(-1).sum(0).double()
+    if progress:
+        progress("asking the model which words it says (rows)", len(starts), len(starts))
+    return (total * (len(ids) / max(float(total.sum()), 1.0))).numpy()
+
+
+def counts_of(document: dict[str, object], text: str, size: int) -> Sequence[int]:
+    """How often each id is in a text."""
+    ids = Tokenizer.from_str(json.dumps(document)).encode(text, add_special_tokens=False).ids
+    return np.bincount(np.asarray(ids, np.int64), minlength=size).tolist()  # type: ignore[no-any-return]
+
+
+def _tokens(document: dict[str, object], text: str) -> int:
+    return len(Tokenizer.from_str(json.dumps(document)).encode(text, add_special_tokens=False).ids)
+
+
+def _named_ids(directory: Path, config: dict[str, object]) -> set[int]:
+    """Ids that the configuration of the model, or of its generation, names."""
+    path = directory / "generation_config.json"
+    places = [config, *([read_object(path, "get the model again")] if path.is_file() else [])]
+    found: set[int] = set()
+    for place in places:
+        for name in NAMED_IDS:
+            named = place.get(name)
+            found |= {each for each in (named if isinstance(named, list) else [named]) if isinstance(each, int)}
+    return found
+
+
+def trim(source: Path, chosen: Chosen, output: Path, progress: Progress | None = None) -> Path:
+    """Write a model whose head says the chosen words; its weights stay what they are.
+
+    Raises UserError: a place that cannot be written.
+    """
+    if progress:
+        progress(WRITING, 0, 0)
+    config = read_config(source)
+    shape, (names, read) = shape_of(config), tensor_reader(source)
+    plan = PrunePlan(tuple(map(whole_layer, shape.layers)))
+    tensors = cut_tensors(names, read, plan, shape, architecture_of(config))
+    written = slim_config(config, shape, words=chosen.packed)
+    with claimed(output):
+        return write_slim(output, source, written, tensors, {**read_record(source), "vocabulary": chosen.record()})

@@ -1,0 +1,157 @@
+"""Which words of a vocabulary may leave the output head, so that whatever could be said still can be.
+
+A word of byte-pair encoding (Sennrich et al., arXiv 1508.07909) is made of two others, by the last of the merges that
+its own text goes through. So words form a forest, whose roots are bytes and characters: when only leaves go, least
+counted first, every word that stays is still made by the merges that stay, and what a gone word said is said by the two
+that it was made of. Their counts grow by its own. In a unigram model (Kudo, arXiv 1804.10959) every word of several
+characters is a leaf: the text is segmented anew.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from saap.system.errors import UserError
+
+
+@dataclass(frozen=True)
+class Forest:
+    """Words, and what they are made of.
+
+    Attributes:
+        size: ids, 0 to size - 1; some may be no word.
+        parts: of each word that may go, the two that it is made of, or none.
+        least: ids that stay: bytes, characters, added words, and what was asked for.
+    """
+
+    size: int
+    parts: Mapping[int, tuple[int, ...]]
+    least: frozenset[int]
+
+    def order(self, counts: Sequence[float]) -> list[int]:
+        """The ids in the order in which they go; a beginning of it is always closed.
+
+        ``counts``: of each id in a text. Of equal counts the highest id goes first: tokenizers learn frequent words
+        first.
+        """
+        left, made = list(counts), [0] * self.size
+        for parts in self.parts.values():
+            for part in set(parts):
+                made[part] += 1
+        heap = [(left[word], -word) for word in self.parts if not made[word]]
+        heapq.heapify(heap)
+        order = []
+        while heap:
+            count, negative = heapq.heappop(heap)
+            word = -negative
+            if count != left[word]:  # it has grown since
+                heapq.heappush(heap, (left[word], negative))
+                continue
+            order.append(word)
+            for part in self.parts[word]:
+                left[part] += left[word]
+            for part in set(self.parts[word]):
+                made[part] -= 1
+                if not made[part] and part in self.parts:
+                    heapq.heappush(heap, (left[part], -part))
+        return order
+
+    def kept(self, counts: Sequence[float], count: int) -> list[int]:
+        """The ids that stay, ascending, so many of them.
+
+        Raises UserError: fewer than must stay.
+        """
+        words = len(self.parts) + len(self.least)
+        if not len(self.least) <= count <= words:
+            raise UserError(
+                f"a vocabulary of {count} words cannot be closed: {len(self.least)} must stay (bytes, characters, "
+                f"added and special words), and there are {words}"
+            )
+        gone = set(self.order(counts)[: words - count])
+        return sorted((self.parts.keys() | self.least) - gone)
+
+
+def forest_of(document: Mapping[str, Any], size: int, required: Collection[int] = ()) -> Forest:
+    """The forest of a ``tokenizer.json``.
+
+    Args:
+        size: rows of the embedding.
+        required: further ids that stay, of the configuration.
+
+    Raises UserError: a tokenizer that cannot be closed.
+    """
+    model, added = document.get("model", {}), {int(word["id"]) for word in document.get("added_tokens", [])}
+    kind = model.get("type") or ("BPE" if "merges" in model else None)
+    if kind == "BPE":
+        if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
+            raise UserError("the tokenizer marks parts of words, so its vocabulary cannot be closed: leave it whole")
+        words: dict[str, int] = model["vocab"]
+        parts = _made_of(words, model["merges"])
+    elif kind == "Unigram":
+        words = {word: index for index, (word, _) in enumerate(model["vocab"])}
+        parts = {index: () for word, index in words.items() if len(word) > 1}
+        unknown = model.get("unk_id")
+        parts.pop(unknown, None)
+        for word, index in words.items():
+            if _is_byte(word):
+                parts.pop(index, None)
+    else:
+        raise UserError(f"a tokenizer of type {kind} cannot be closed: BPE and Unigram can")
+    if beyond := [index for index in (*words.values(), *added) if not 0 <= index < size]:
+        raise UserError(f"the tokenizer has token {beyond[0]} and the model has {size}: get the model again")
+    stays = added | set(required)
+    may_go = {word: made for word, made in parts.items() if word not in stays}
+    least = frozenset(set(words.values()) - may_go.keys() | stays)
+    return Forest(size, may_go, least)
+
+
+def _made_of(words: Mapping[str, int], merges: Sequence[Any]) -> dict[int, tuple[int, ...]]:
+    """Of each word that merges make, the two of the last merge; of one that they do not reach, none."""
+    ranks: dict[tuple[str, str], int] = {}
+    for rank, merge in enumerate(merges):
+        left, right = merge.split(" ") if isinstance(merge, str) else merge
+        ranks.setdefault((left, right), rank)
+    made = {left + right for left, right in ranks}
+    found: dict[int, tuple[int, ...]] = {}
+    for word, index in words.items():
+        if word in made:
+            found[index] = tuple(words[part] for part in _last_merge(word, ranks))
+        elif len(word) > 1 and not _is_byte(word):
+            found[index] = ()
+    return found
+
+
+def _last_merge(word: str, ranks: Mapping[tuple[str, str], int]) -> tuple[str, ...]:
+    """The two parts that a word is made of in the end; none where merges leave it in more pieces."""
+    pieces, none = list(word), len(ranks)
+    while len(pieces) > 2:
+        rank, place = min((ranks.get(pair, none), n) for n, pair in enumerate(pairwise(pieces)))
+        if rank == none:
+            return ()
+        pieces[place : place + 2] = [pieces[place] + pieces[place + 1]]
+    return tuple(pieces) if tuple(pieces) in ranks else ()
+
+
+def _is_byte(word: str) -> bool:
+    """Whether it stands for a byte where text has no other word, ``<0x0A>`` for one."""
+    return len(word) == 6 and word.startswith("<0x") and word.endswith(">")
+
+
+def trimmed(document: Mapping[str, Any], kept: Collection[int]) -> dict[str, Any]:
+    """A ``tokenizer.json`` that makes only the words that are kept; ids stay what they are."""
+    words, model = set(kept), dict(document["model"])
+    if isinstance(model["vocab"], list):  # a word's place is its id: what went must never be the best
+        model["vocab"] = [
+            [word, score] if index in words else [f"\ufffe{index}", score]
+            for index, (word, score) in enumerate(model["vocab"])
+        ]
+    else:
+        model["vocab"] = {word: index for word, index in model["vocab"].items() if index in words}
+        pairs = [(merge, *(merge.split(" ") if isinstance(merge, str) else merge)) for merge in model["merges"]]
+        model["merges"] = [merge for merge, left, right in pairs if left + right in model["vocab"] and
+                           left in model["vocab"] and right in model["vocab"]]  # fmt: skip
+    return {**document, "model": model}

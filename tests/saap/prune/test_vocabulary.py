@@ -1,0 +1,220 @@
+"""A head that says some words only: which, what torch and the bundle say, and that everything can still be said."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+from support.exported import export_bundle
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+from export.bundle.decoder import OrtDecoder
+from export.generate.ort_model import BundleForCausalLM
+from export.generate.scoring import BundleScorer
+from export.gguf.write import export_gguf
+from saap.models.architectures import said_words
+from saap.models.checkpoint import load_model, read_config
+from saap.models.modeling_slim import GONE, packed_words, unpacked_words
+from saap.models.resolve import load_tokenizer
+from saap.prune.options import PruneOptions
+from saap.prune.pruning import prune
+from saap.prune.vocabulary import Chosen, rows_asked, trim
+from saap.system.errors import UserError
+from saap.text.closed_words import forest_of, trimmed
+from saap.text.encoding import writing_tokenizer
+from saap.tune.options import TuneOptions
+from saap.tune.teacher import teacher_targets
+from saap.tune.tuning import tune
+
+TEXT = "The cat sat on the mat, and 17 other cats were sitting there; naïve cafés, πάντα ῥεῖ, 猫が座った. " * 40
+WORDS = sorted(random.Random(3).sample(range(320), 150))
+CHOSEN = Chosen(tuple(WORDS), 320, 0.01, "dice")
+IDS = torch.tensor([WORDS])[:, torch.randint(150, (40,), generator=torch.Generator().manual_seed(1))].repeat(2, 1)
+
+
+def byte_level():
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    made.train_from_iterator([TEXT], trainers.BpeTrainer(vocab_size=500, initial_alphabet=alphabet))
+    return made
+
+
+def byte_fallback():
+    """SentencePiece's kind, as Llama 2 and Gemma have it."""
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+    trained.train_from_iterator([TEXT[:300]], trainers.BpeTrainer(vocab_size=200))
+    document = json.loads(trained.to_str())
+    of_bytes = {f"<0x{byte:02X}>": byte for byte in range(256)}
+    words = {word: 256 + index for word, index in document["model"]["vocab"].items()}
+    merges = [
+        tuple(merge) if isinstance(merge, list) else tuple(merge.split(" ")) for merge in document["model"]["merges"]
+    ]
+    made = Tokenizer(models.BPE({**of_bytes, **words}, merges, byte_fallback=True, fuse_unk=True))
+    made.normalizer = normalizers.Replace(" ", "▁")
+    made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return made
+
+
+def unigram():
+    words = [("<unk>", -20.0), *((f"<0x{byte:02X}>", -15.0) for byte in range(256))]
+    words += [(letter, -8.0) for letter in sorted(set(TEXT))] + [
+        (word, -5.0) for word in ("cat", "at", "The", "sit", "the")
+    ]
+    made = Tokenizer(models.Unigram(words, 0, True))
+    made.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    return made
+
+
+@pytest.fixture(params=[byte_level, byte_fallback, unigram])
+def tokenizer(request):
+    return request.param()
+
+
+def texts():
+    """Strings of all planes of Unicode, beside ordinary ones."""
+    generator = random.Random(5)
+    planes = [(0x20, 0x7F), (0xA0, 0x2FFF), (0x3000, 0xD7FF), (0xE000, 0xFFFD), (0x10000, 0x10FFFF)]
+    for _ in range(2000):
+        low, high = generator.choice(planes)
+        yield "".join(chr(generator.randint(low, high)) for _ in range(generator.randint(1, 12)))
+    yield from (TEXT[:200], "def f(x):\n\treturn x**2  # 🙂", "👩‍👩‍👧‍👦 flags 🇩🇪", "\n\n \t")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.7])
+def test_whatever_could_be_said_can_still_be_said(tokenizer, share):
+    document = json.loads(tokenizer.to_str())
+    size = tokenizer.get_vocab_size()
+    forest = forest_of(document, size)
+    counts = np.bincount(tokenizer.encode(TEXT).ids, minlength=size).tolist()
+    count = round(len(forest.least) + share * len(forest.parts))
+    kept = set(forest.kept(counts, count))
+    assert len(kept) == count and forest.least <= kept
+    fewer = Tokenizer.from_str(json.dumps(trimmed(document, kept)))
+    for text in texts():
+        ids = fewer.encode(text).ids
+        assert set(ids) <= kept
+        assert fewer.decode(ids) == tokenizer.decode(tokenizer.encode(text).ids)
+    for word, index in tokenizer.get_vocab().items():  # what stays is made as before
+        if index in kept and tokenizer.encode(word).ids == [index]:
+            assert fewer.encode(word).ids == [index]
+
+
+def test_the_least_counted_leaf_goes_first_and_its_count_goes_to_its_parts():
+    vocabulary = {"a": 0, "b": 1, "c": 2, "ab": 3, "abc": 4, "bc": 5}
+    document = {"model": {"type": "BPE", "vocab": vocabulary, "merges": ["a b", "ab c", "b c"]}, "added_tokens": []}
+    forest = forest_of(document, 6)
+    assert forest.parts == {3: (0, 1), 4: (3, 2), 5: (1, 2)} and forest.least == {0, 1, 2}
+    assert forest.order([0, 0, 0, 1, 9, 8]) == [5, 4, 3], "ab is no leaf while abc is there"
+    assert forest.order([0, 0, 0, 1, 3, 8]) == [4, 3, 5], "4 of ab, its own and those of abc"
+    with pytest.raises(UserError, match="of 2 words cannot be closed: 3 must stay"):
+        forest.kept([0] * 6, 2)
+    with pytest.raises(UserError, match="a tokenizer of type WordPiece cannot be closed"):
+        forest_of({"model": {"type": "WordPiece", "vocab": {}}}, 6)
+
+
+def test_which_words_are_kept_is_packed_into_the_config():
+    assert unpacked_words(packed_words(WORDS, 320), 320).tolist() == WORDS
+    assert said_words({"vocab_size": 320}) == ""
+    for wrong in ("no base64", packed_words(WORDS, 800), packed_words([], 320), 7):
+        with pytest.raises(UserError, match="slim_vocabulary that cannot be read"):
+            said_words({"vocab_size": 320, "slim_vocabulary": wrong})
+
+
+def test_sizes_are_numbers_shares_or_the_best():
+    assert rows_asked("24k", 49152) == 24576 and rows_asked("0.5", 100) == 50 and rows_asked("auto", 10) is None
+    for wrong in ("all", "49152", "0", "-3", "1e400", "nan"):
+        with pytest.raises(UserError, match="give a number such as 24k"):
+            rows_asked(wrong, 49152)
+
+
+@pytest.fixture(params=[True, False])
+def models_of(request, tiny_model, tmp_path):
+    """(dense, slim, its bundle), with a tied table and without."""
+    dense = tiny_model(tie_word_embeddings=request.param)
+    slim = trim(dense, CHOSEN, tmp_path / "slim")
+    export_bundle(slim, tmp_path / "bundle", bits=32, ids=IDS)
+    return dense, slim, tmp_path / "bundle"
+
+
+def test_logits_of_kept_words_are_those_of_the_dense_model(models_of):
+    dense, slim, bundle = models_of
+    with torch.inference_mode():
+        expected, found = (load_model(path)(input_ids=IDS).logits for path in (dense, slim))
+    assert torch.equal(found[..., WORDS], expected[..., WORDS])
+    gone = sorted(set(range(320)) - set(WORDS))
+    assert (found[..., gone] == GONE).all()
+    by_graph = BundleScorer(bundle).logits(IDS.numpy())
+    assert np.abs(by_graph - found.numpy()).max() <= 1e-4
+    decoder = OrtDecoder(bundle, 1, 64)
+    assert np.abs(decoder.prefill(IDS[0].numpy()) - found[0, -1].numpy()).max() <= 1e-4
+
+
+def test_the_table_is_there_once(tiny_model, tmp_path):
+    dense = tiny_model(tie_word_embeddings=True)
+    before = export_bundle(dense, tmp_path / "before", bits=4)
+    after = export_bundle(trim(dense, CHOSEN, tmp_path / "slim"), tmp_path / "after", bits=4)
+    more = after.files["model.onnx.data"].bytes - before.files["model.onnx.data"].bytes
+    assert 0 <= more <= 4 * 320 + 2 * 4096, "a row for each word"
+    assert after.weight_bytes_per_token < before.weight_bytes_per_token
+
+
+def test_batches_and_a_penalty_are_as_in_transformers(models_of):
+    _, slim, bundle = models_of
+    ids = torch.randint(3, 300, (3, 9), generator=torch.Generator().manual_seed(2))
+    mask = torch.tensor([[1] * 9, [0] * 4 + [1] * 5, [0] * 7 + [1] * 2])
+    options = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False, "pad_token_id": 2,
+               "eos_token_id": None, "repetition_penalty": 1.3}  # fmt: skip
+    found = BundleForCausalLM.from_bundle(bundle).generate(ids, **options)
+    assert found.tolist() == load_model(slim).generate(ids, **options).tolist()
+    assert set(found[:, 9:].flatten().tolist()) <= set(WORDS)
+
+
+def test_pruned_tuned_and_exported_it_stays_so(tiny_model, tmp_path):
+    dense = tiny_model()
+    options = PruneOptions(ratio=0.3, group_size=32)
+    prune(dense, options, output=tmp_path / "slim", calibration=IDS.repeat(6, 1), words=CHOSEN)
+    assert unpacked_words(read_config(tmp_path / "slim")["slim_vocabulary"], 320).tolist() == WORDS
+    tune(tmp_path / "slim", TuneOptions(), output=tmp_path / "tuned", data=IDS.repeat(8, 1), teacher=dense)
+    with torch.inference_mode():
+        logits = load_model(tmp_path / "tuned")(input_ids=IDS).logits
+    assert set((logits > GONE / 2).any(0).any(0).nonzero().flatten().tolist()) == set(WORDS)
+    manifest = export_bundle(tmp_path / "tuned", tmp_path / "bundle", accuracy_level=0, ids=IDS)
+    assert manifest.words and manifest.parity.top1_agreement > 0.99
+
+
+def test_a_teacher_is_asked_for_these_words_alone(tiny_model):
+    dense, words = tiny_model(), torch.tensor(WORDS)
+    targets = teacher_targets(dense, IDS, k=8, words=words)
+    tokens, logprobs = targets.batch(0, 2)
+    assert set(tokens.flatten().tolist()) <= set(WORDS)
+    with torch.inference_mode():
+        expected = load_model(dense)(input_ids=IDS).logits[:, :-1, words].log_softmax(-1).topk(8).values
+    assert (logprobs - expected).abs().max() < 5e-3
+
+
+def test_what_cannot_hold_it_says_so(models_of, tmp_path):
+    _, slim, _ = models_of
+    with pytest.raises(UserError, match="not written in standard operators: give --target cpu"):
+        export_bundle(slim, tmp_path / "portable", bits=32, target="portable")
+    with pytest.raises(UserError, match="llama.cpp has one vocabulary .* says 150 of 320 words"):
+        export_gguf(slim, tmp_path / "model.gguf", kind="F32")
+
+
+def test_what_is_read_and_what_is_said(real_model, tmp_path):
+    """The packaged model's tokenizer, half of it: prompts as before, answers of kept words."""
+    from saap.prune.vocabulary import choose_words
+    from saap.quantize.bundle_size import bundle_size
+    from saap.text.documents import load_documents
+
+    documents = load_documents(None, split="calibration")
+    chosen = choose_words(real_model, "0.5", documents, bundle_size(read_config(real_model), 4, 32))
+    assert len(chosen.words) == 24576 and 0 < chosen.longer < 0.06
+    slim = trim(real_model, chosen, tmp_path / "slim")
+    reads, says = load_tokenizer(slim), writing_tokenizer(slim)
+    assert reads.get_vocab() == load_tokenizer(real_model).get_vocab()
+    for text in (*texts(), "Schifffahrtsgesellschaft und Donaudampf"):
+        ids = says(text)["input_ids"]
+        assert set(ids) <= set(chosen.words) and says.decode(ids) == text
