@@ -140,16 +140,13 @@ def prune_model(model: str, out: Path, asked: PruneCommand, console: Console, na
 
 def _words(directory: Path, asked: PruneCommand, console: Console) -> Chosen:
     """The words that the head keeps, told."""
-    from saap.models.checkpoint import read_config
     from saap.prune.vocabulary import choose_words
-    from saap.quantize.bundle_size import bundle_size
     from saap.text.documents import load_documents
 
     documents = load_documents(asked.calibration, split="calibration", seed=asked.options.seed)
     if documents is None:
         raise UserError("a vocabulary is chosen by a text: give --calibration FILE, or leave it out")
-    size = bundle_size(read_config(directory), asked.options.bits, asked.options.group_size)
-    words = choose_words(directory, str(asked.vocabulary), documents, size, console.report)
+    words = choose_words(directory, str(asked.vocabulary), documents, console.report)
     console.say(
         f"  vocabulary: the head says {len(words.words):,} of {words.size:,} words; text like {words.source} takes "
         f"{100 * words.longer:.1f}% more tokens"

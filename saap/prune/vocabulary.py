@@ -30,17 +30,16 @@ from saap.models.resolve import load_tokenizer
 from saap.models.weight_files import tensor_reader
 from saap.prune.cut.surgery import cut_tensors
 from saap.prune.plan import PrunePlan, whole_layer
-from saap.quantize.bundle_size import BundleSize
 from saap.system.errors import UserError
 from saap.system.files import claimed, read_object
-from saap.text.closed_words import Forest, forest_of, trimmed
+from saap.text.closed_words import forest_of, trimmed
 from saap.text.documents import Documents
 from saap.text.encoding import beginning, encode
 
 AUTO = "auto"
-TRIED = 12  # sizes, each a factor from the next
-LONGER = 0.005  # what ``auto`` allows: bits per byte grow several times as much, until the model is tuned
-PREDICTED = 8192  # tokens of the text whose predictions count
+TRIED = 8  # sizes: what is found is a 256th of the vocabulary from the best
+LONGER = 0.01  # what ``auto`` allows; bits per byte grow about as much, until the model is tuned
+PREDICTED = 4096  # tokens of the text whose predictions count
 ROW = 256  # tokens of a forward pass
 HELD = 0.25  # of the text, by which a size is chosen that the other part counted
 NAMED_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "forced_eos_token_id")
@@ -91,15 +90,11 @@ def rows_asked(asked: str, size: int) -> int | None:
     return rows
 
 
-def choose_words(
-    directory: Path, asked: str, documents: Documents, size: BundleSize, progress: Progress | None = None
-) -> Chosen:
+def choose_words(directory: Path, asked: str, documents: Documents, progress: Progress | None = None) -> Chosen:
     """The words that the head of a model keeps.
 
     Args:
-        asked: as in :func:`rows_asked`; ``auto`` is the size of the fewest bytes read per character, which is the
-            time of decoding where memory bounds it, among those that make a text hardly longer.
-        size: what the model's bundle takes.
+        asked: as in :func:`rows_asked`; ``auto`` is the fewest that make a text hardly longer.
 
     Raises UserError: a vocabulary that cannot be closed, or not at this size.
     """
@@ -113,41 +108,39 @@ def choose_words(
     document = json.loads(load_tokenizer(directory).backend_tokenizer.to_str())
     forest = forest_of(document, shape.vocab, _named_ids(directory, config))
     text = documents.text
-    held = text[int(len(text) * (1 - HELD)) :]
-    guessed = predicted(directory, documents, progress)
-    weights = np.add(counts_of(document, text[: len(text) - len(held)], shape.vocab), guessed).tolist()
+    part, held = text[: int(len(text) * (1 - HELD))], text[int(len(text) * (1 - HELD)) :]
+    guessed = predicted(directory, part, progress)
+    weights = np.add(counts_of(document, part, shape.vocab), guessed).tolist()
     whole = _tokens(document, held)
-    sizes = [rows] if rows is not None else _sizes(forest)
-    others = size.total(shape) - size.looked_up(shape) - _head_bytes(size, shape.vocab, shape.hidden)
-    costs: dict[int, float] = {}
     longer: dict[int, float] = {}
-    for done, count in enumerate(sizes):
-        report("trying sizes of the vocabulary", done, len(sizes))
+
+    def fits(count: int) -> bool:
+        """Whether the held text is hardly longer by so many words."""
+        report("trying sizes of the vocabulary", len(longer), 1 if rows else TRIED)
         longer[count] = _tokens(trimmed(document, forest.kept(weights, count)), held) / whole - 1
-        costs[count] = (others + _head_bytes(size, count, shape.hidden)) * (1 + longer[count])
-    report("trying sizes of the vocabulary", len(sizes), len(sizes))
-    short = [count for count in sizes if longer[count] <= LONGER] if rows is None else sizes
-    best = min(short or sizes[-1:], key=costs.__getitem__)
-    words = forest.kept(np.add(counts_of(document, text, shape.vocab), guessed).tolist(), best)
-    return Chosen(tuple(words), shape.vocab, longer[best], documents.source)
+        return longer[count] <= LONGER
 
-
-def _head_bytes(size: BundleSize, rows: int, hidden: int) -> float:
-    """Bytes of so many rows of the head."""
-    return float(sum(size.head_bytes(rows, hidden)))
-
-
-def _sizes(forest: Forest) -> list[int]:
-    """From the least that is closed to all, in steps of one factor."""
-    least, most = max(len(forest.least), 1), len(forest.least) + len(forest.parts)
-    return sorted({round(n) for n in np.geomspace(least, most, TRIED)})
+    low, high = len(forest.least), len(forest.least) + len(forest.parts)
+    if rows is not None:
+        fits(high := rows)
+    for _ in range(0 if rows else TRIED):  # a text gets no longer by more words, so halving finds the edge
+        middle = (low + high + 1) // 2
+        low, high = (low, middle) if fits(middle) else (middle, high)
+    if high not in longer:
+        raise UserError(
+            f"no part of the vocabulary of {directory} says {documents.source} in as few tokens as all of it: give a "
+            "number of words, or leave it whole"
+        )
+    report("trying sizes of the vocabulary", 1, 1)
+    words = forest.kept(np.add(counts_of(document, text, shape.vocab), guessed).tolist(), high)
+    return Chosen(tuple(words), shape.vocab, longer[high], documents.source)
 
 
 @torch.inference_mode()
-def predicted(directory: Path, documents: Documents, progress: Progress | None = None) -> NDArray[np.float64]:
+def predicted(directory: Path, text: str, progress: Progress | None = None) -> NDArray[np.float64]:
     """How often the model would have said each word in a text, [vocab]: as often in all as the text has tokens."""
     tokenizer = load_tokenizer(directory)
-    ids = encode(documents.text, tokenizer)
+    ids = encode(text, tokenizer)
     first, model = beginning(tokenizer), load_model(directory)
     starts = random.Random(0).sample(range(0, max(1, len(ids) - ROW), ROW), min(PREDICTED // ROW, len(ids) // ROW))
     total = torch.zeros(shape_of(model.config).vocab, dtype=torch.float64)

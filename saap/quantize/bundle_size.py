@@ -144,10 +144,6 @@ class BundleSize:
             arrays.append(rows * -(-(columns // form.group_size) * form.bits // 8))
         return arrays
 
-    def head_bytes(self, rows: int, hidden: int) -> list[int]:
-        """Arrays of a head of so many rows."""
-        return self._table(rows, hidden, "head")
-
     def _embedding(self, shape: ModelShape, head: bool = False) -> list[int]:
         """Integers and scales of the embedding or the head, or its floats."""
         return self._table(shape.vocab, shape.hidden, "head" if head else "embedding")

@@ -199,22 +199,22 @@ def test_what_cannot_hold_it_says_so(models_of, tmp_path):
     _, slim, _ = models_of
     with pytest.raises(UserError, match="not written in standard operators: give --target cpu"):
         export_bundle(slim, tmp_path / "portable", bits=32, target="portable")
-    with pytest.raises(UserError, match="llama.cpp has one vocabulary .* says 150 of 320 words"):
+    with pytest.raises(UserError, match=r"llama.cpp has one vocabulary .* says 150 of 320 words"):
         export_gguf(slim, tmp_path / "model.gguf", kind="F32")
 
 
 def test_what_is_read_and_what_is_said(real_model, tmp_path):
     """The packaged model's tokenizer, half of it: prompts as before, answers of kept words."""
     from saap.prune.vocabulary import choose_words
-    from saap.quantize.bundle_size import bundle_size
     from saap.text.documents import load_documents
 
     documents = load_documents(None, split="calibration")
-    chosen = choose_words(real_model, "0.5", documents, bundle_size(read_config(real_model), 4, 32))
+    chosen = choose_words(real_model, "0.5", documents)
     assert len(chosen.words) == 24576 and 0 < chosen.longer < 0.06
     slim = trim(real_model, chosen, tmp_path / "slim")
     reads, says = load_tokenizer(slim), writing_tokenizer(slim)
     assert reads.get_vocab() == load_tokenizer(real_model).get_vocab()
     for text in (*texts(), "Schifffahrtsgesellschaft und Donaudampf"):
         ids = says(text)["input_ids"]
-        assert set(ids) <= set(chosen.words) and says.decode(ids) == text
+        assert set(ids) <= set(chosen.words)
+        assert says.decode(ids) == reads.decode(reads(text)["input_ids"])  # which lacks some bytes
