@@ -76,38 +76,45 @@ class StandardGraph(DecoderGraph):
         return self._rotations[table]
 
     def embedding(self, ids: ir.Value) -> ir.Value:
+        g, bits = self.graph, self.precision.head_bits
         if not self.shape.tied:
             return self.lookup("embedding", ids, self.shape.hidden)
-        g, bits = self.graph, self.precision.head_bits
         if bits == 32:
             return self._columns("head.weight", ids)
-        scales = self._columns("gathered.scales", ids)
+        scales, groups = self._columns("gathered.scales", ids), self.tensors["head.scales"].shape.numpy()[0]
         if bits == 8:
             codes = self._columns("gathered.codes", ids)
-            return self._scaled(g.op("Cast", codes, to=FLOAT.value), scales)
+            return self._scaled(g.op("Cast", codes, to=FLOAT.value), scales, groups, self.shape.hidden)
         # Integers of 4 bits cannot be gathered: their bytes are, and the wanted half of each is taken.
+        low, _ = self._halves()
         two = g.constant("scalar.2", 2)
         both = self._columns("gathered.codes", g.op("Div", ids, two))
         bits_down = g.op("Mul", g.op("Mod", ids, two), g.constant("scalar.4", 4))
         shift = g.op("Cast", g.op("Unsqueeze", bits_down, g.constant("2", [2])), to=ir.DataType.UINT8.value)
-        return self._scaled(self._numbers(g.op("BitShift", both, shift, direction="RIGHT")), scales)
+        codes = g.op("BitwiseAnd", g.op("BitShift", both, shift, direction="RIGHT"), low)
+        return self._scaled(self._signed(codes), scales, groups, self.shape.hidden)
 
     def lookup(self, name: str, ids: ir.Value, width: int) -> ir.Value:
         g, bits = self.graph, self.precision.head_bits
         if bits == 32:
             return self._rows(f"{name}.weight", ids)
-        both, scales = self._rows(f"{name}.codes", ids), self._rows(f"{name}.scales", ids)
+        scales, groups = self._rows(f"{name}.scales", ids), self.tensors[f"{name}.scales"].shape.numpy()[1]
         if bits == 8:
-            return self._scaled(g.op("Cast", both, to=FLOAT.value), scales)
-        four = g.constant("byte.4", 4, ir.DataType.UINT8)
-        codes = g.op("Concat", both, g.op("BitShift", both, four, direction="RIGHT"), axis=-1)
-        return self._scaled(self._numbers(codes), scales)
+            return self._scaled(g.op("Cast", self._rows(f"{name}.codes", ids), to=FLOAT.value), scales, groups, width)
+        low, four = self._halves()
+        both = self._rows(f"{name}.codes", ids)
+        halves = g.op("BitwiseAnd", both, low), g.op("BitShift", both, four, direction="RIGHT")
+        return self._scaled(self._signed(g.op("Concat", *halves, axis=-1)), scales, groups, width)
 
-    def _numbers(self, codes: ir.Value) -> ir.Value:
-        """The signed integers of 4 bits in the lower halves of bytes, as floats."""
+    def _halves(self) -> tuple[ir.Value, ir.Value]:
+        """What a byte is masked with for its lower half, and shifted by for its upper one."""
         g, byte = self.graph, ir.DataType.UINT8
-        low = g.op("BitwiseAnd", codes, g.constant("byte.15", 15, byte))
-        unsigned = g.op("BitwiseXor", low, g.constant("byte.8", 8, byte))
+        return g.constant("byte.15", 15, byte), g.constant("byte.4", 4, byte)
+
+    def _signed(self, codes: ir.Value) -> ir.Value:
+        """Signed integers of 4 bits, each in a byte, as floats."""
+        g = self.graph
+        unsigned = g.op("BitwiseXor", codes, g.constant("byte.8", 8, ir.DataType.UINT8))
         return g.op("Sub", g.op("Cast", unsigned, to=FLOAT.value), g.constant("8.0", 8.0))
 
     def _columns(self, name: str, indices: ir.Value) -> ir.Value:
@@ -118,13 +125,12 @@ class StandardGraph(DecoderGraph):
     def _rows(self, name: str, ids: ir.Value) -> ir.Value:
         return self.graph.op("Gather", self.graph.weight(name), ids, axis=0)
 
-    def _scaled(self, values: ir.Value, scales: ir.Value) -> ir.Value:
-        """Values [batch, sequence, width] times one scale per group, [batch, sequence, groups]."""
+    def _scaled(self, values: ir.Value, scales: ir.Value, groups: int, width: int) -> ir.Value:
+        """Values [batch, sequence, width] times one scale per group."""
         g = self.graph
-        each = g.op("Unsqueeze", scales, g.constant("3", [3]))
-        by_group = g.op("Concat", g.op("Shape", scales), g.constant("-1", [-1]), axis=0)
-        product = g.op("Mul", g.op("Reshape", values, by_group), each)
-        return g.op("Reshape", product, self._shape(0, 0, -1))
+        grouped = g.op("Reshape", values, self._shape(0, 0, groups, width // groups))
+        product = g.op("Mul", grouped, g.op("Unsqueeze", scales, g.constant("3", [3])))
+        return g.op("Reshape", product, self._shape(0, 0, width))
 
     def norm(self, residual: ir.Value, delta: ir.Value | None, weight: str) -> tuple[ir.Value, ir.Value]:
         """x / sqrt(mean(x^2) + epsilon) * weight (Zhang and Sennrich, arXiv 1910.07467), and x, the sum."""
@@ -146,12 +152,13 @@ class StandardGraph(DecoderGraph):
         slides = bool(traits.window)
         if not sizes.reads:
             q, k, v = g.split(q, [heads * dim, kv * dim, kv * dim])
+        q = self._placed(q, heads, dim, f"{name}.query_norm", traits.rotary)
+        if not sizes.reads:
             k = self._placed(k, kv, dim, f"{name}.key_norm", traits.rotary)
             v = g.op("Reshape", v, self._shape(0, 0, kv, dim))
             v = self._normed(v) if self.value_norm else v
             self._left_kv[slides] = [self._cached(*new, mixer) for new in ((k, "key", kv, dim), (v, "value", kv, dim))]
         keys, values = self._left_kv[slides]
-        q = self._placed(q, heads, dim, f"{name}.query_norm", traits.rotary)
         q = g.op("Mul", q, g.constant("scale", self.traits.attention_scale or dim**-0.5))
         q = g.op("Transpose", g.op("Reshape", q, self._shape(0, 0, kv, group, dim)), perm=[0, 2, 3, 1, 4])
         q = g.op("Reshape", q, self._shape(0, kv, -1, dim))

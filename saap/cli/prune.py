@@ -58,7 +58,7 @@ class PruneCommand:
     vocabulary: Annotated[
         str | None,
         Option(
-            "Words that the output head keeps: 24k, a share such as 0.5, or auto; all are read.",
+            "Words that the output head says: 24k, 0.5 or auto; all are read.",
             section="What may go",
             metavar="COUNT",
         ),
@@ -87,7 +87,6 @@ def prune(model: str, out: Path, options: PruneCommand) -> None:
       saap prune smollm2-135m -o out/slim --ratio 0.2
       saap devices costs smollm2-135m -t 1 -o cost.json
       saap prune smollm2-135m -o out/slim --speedup 1.25 --costs cost.json
-      saap prune smollm2-135m -o out/slim --vocabulary auto
     """
     options.check()
     with Console() as console:

@@ -152,4 +152,4 @@ def test_models_that_would_read_other_tokens_are_refused(tiny_model, tmp_path):
     words["a"], words["b"] = words["b"], words["a"]
     path.write_text(json.dumps(vocabulary))
     done = here("eval", one, other, "--text", tmp_path / "text.txt", "--chunk", 16, code=2)
-    assert f"{other} has another tokenizer than the first model" in last_line(done)
+    assert f"{other} cuts a text into other tokens than the first model" in last_line(done)
