@@ -117,10 +117,10 @@ class DecoderGraph(ABC):
         return self.graph.model(self.opsets, IR_VERSION)
 
     def _of_all_words(self, logits: ir.Value, ids: ir.Value, scoring: bool) -> ir.Value:
-        """Logits of all tokens from those of the head's rows, in whose order the words stand that it says.
+        """Logits of all tokens, from the logits of the head's rows.
 
-        Gather of single numbers takes 2 ms for 262,144 words, GatherElements 0.15 (Zen 4); it wants an index for each
-        number, which many positions have no room for, and there whole rows are gathered.
+        For 262,144 words Gather takes 2 ms and GatherElements 0.15 (Zen 4). GatherElements needs an index for each
+        logit, which is too much memory for many positions: the scoring graph gathers whole rows instead.
         """
         g = self.graph
         more = g.op("Pad", logits, self.constant("behind", [0, 0, 0, 0, 0, 1]), self.constant("gone", GONE))
@@ -451,9 +451,10 @@ class MicrosoftGraph(DecoderGraph):
 
     @property
     def windows_alone(self) -> bool:
-        """Whether sliding layers may have shorter caches: on a CPU, whose kernel would otherwise compute over all.
+        """Whether sliding layers may have shorter caches.
 
-        CUDA's skips what is before the window, and takes no positions.
+        The CPU kernel computes over the whole cache, so they save time there. The CUDA kernel skips what is before the
+        window, and takes no positions.
         """
         return self.floats == ir.DataType.FLOAT and any(layer.window for layer in self.traits.layers)
 

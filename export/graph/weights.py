@@ -56,11 +56,11 @@ class WeightFile:
         self._refer(name, (old.offset or 0, old.length or 0), dtype or old.dtype, shape)
 
     def beginning(self, name: str, of: str, share: float) -> None:
-        """Name the beginning of a tensor: so much of its first axis."""
+        """Let ``name`` be the first rows of the tensor ``of``: this share of them."""
         old = self.tensors[of]
-        first, *rest = old.shape.numpy()
-        shape = (round(first * share), *rest)
-        self._refer(name, (old.offset or 0, (old.length or 0) // first * shape[0]), old.dtype, shape)
+        rows, *rest = old.shape.numpy()
+        first = round(rows * share)
+        self._refer(name, (old.offset or 0, (old.length or 0) // rows * first), old.dtype, (first, *rest))
 
     def _refer(self, name: str, place: tuple[int, int], dtype: ir.DataType, shape: Sequence[int]) -> None:
         self.tensors[name] = ir.ExternalTensor(

@@ -1,10 +1,9 @@
 """Which words of a vocabulary may leave the output head, so that whatever could be said still can be.
 
-A word of byte-pair encoding (Sennrich et al., arXiv 1508.07909) is made of two others, by the last of the merges that
-its own text goes through. So words form a forest, whose roots are bytes and characters: when only leaves go, least
-counted first, every word that stays is still made by the merges that stay, and what a gone word said is said by the two
-that it was made of. Their counts grow by its own. In a unigram model (Kudo, arXiv 1804.10959) every word of several
-characters is a leaf: the text is segmented anew.
+In byte-pair encoding (Sennrich et al., arXiv 1508.07909) the last merge makes a word of two others. So words form a
+forest whose roots are bytes and characters. Only leaves go, the least counted first: then the merges that stay still
+make every word that stays, and two words say what a gone word said. Its count is added to theirs. In a unigram model
+(Kudo, arXiv 1804.10959) every word of several characters is a leaf.
 """
 
 from __future__ import annotations

@@ -1,13 +1,12 @@
-"""A head that says some words only: which, what torch and the bundle say, and that everything can still be said."""
+"""A head that says some words only: what torch, the bundle, tuning and the teacher make of it."""
 
-import json
 import random
 
 import numpy as np
 import pytest
 import torch
 from support.exported import export_bundle
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from support.unicode_texts import texts
 
 from export.bundle.decoder import OrtDecoder
 from export.generate.ort_model import BundleForCausalLM
@@ -21,98 +20,14 @@ from saap.prune.options import PruneOptions
 from saap.prune.pruning import prune
 from saap.prune.vocabulary import Chosen, rows_asked, trim
 from saap.system.errors import UserError
-from saap.text.closed_words import forest_of, trimmed
 from saap.text.encoding import writing_tokenizer
 from saap.tune.options import TuneOptions
 from saap.tune.teacher import teacher_targets
 from saap.tune.tuning import tune
 
-TEXT = "The cat sat on the mat, and 17 other cats were sitting there; naïve cafés, πάντα ῥεῖ, 猫が座った. " * 40
 WORDS = sorted(random.Random(3).sample(range(320), 150))
 CHOSEN = Chosen(tuple(WORDS), 320, 0.01, "dice")
 IDS = torch.tensor([WORDS])[:, torch.randint(150, (40,), generator=torch.Generator().manual_seed(1))].repeat(2, 1)
-
-
-def byte_level():
-    made = Tokenizer(models.BPE())
-    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    made.train_from_iterator([TEXT], trainers.BpeTrainer(vocab_size=500, initial_alphabet=alphabet))
-    return made
-
-
-def byte_fallback():
-    """SentencePiece's kind, as Llama 2 and Gemma have it."""
-    trained = Tokenizer(models.BPE())
-    trained.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
-    trained.train_from_iterator([TEXT[:300]], trainers.BpeTrainer(vocab_size=200))
-    document = json.loads(trained.to_str())
-    of_bytes = {f"<0x{byte:02X}>": byte for byte in range(256)}
-    words = {word: 256 + index for word, index in document["model"]["vocab"].items()}
-    merges = [
-        tuple(merge) if isinstance(merge, list) else tuple(merge.split(" ")) for merge in document["model"]["merges"]
-    ]
-    made = Tokenizer(models.BPE({**of_bytes, **words}, merges, byte_fallback=True, fuse_unk=True))
-    made.normalizer = normalizers.Replace(" ", "▁")
-    made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    return made
-
-
-def unigram():
-    words = [("<unk>", -20.0), *((f"<0x{byte:02X}>", -15.0) for byte in range(256))]
-    words += [(letter, -8.0) for letter in sorted(set(TEXT))] + [
-        (word, -5.0) for word in ("cat", "at", "The", "sit", "the")
-    ]
-    made = Tokenizer(models.Unigram(words, 0, True))
-    made.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
-    return made
-
-
-@pytest.fixture(params=[byte_level, byte_fallback, unigram])
-def tokenizer(request):
-    return request.param()
-
-
-def texts():
-    """Strings of all planes of Unicode, beside ordinary ones."""
-    generator = random.Random(5)
-    planes = [(0x20, 0x7F), (0xA0, 0x2FFF), (0x3000, 0xD7FF), (0xE000, 0xFFFD), (0x10000, 0x10FFFF)]
-    for _ in range(2000):
-        low, high = generator.choice(planes)
-        yield "".join(chr(generator.randint(low, high)) for _ in range(generator.randint(1, 12)))
-    yield from (TEXT[:200], "def f(x):\n\treturn x**2  # 🙂", "👩‍👩‍👧‍👦 flags 🇩🇪", "\n\n \t")
-
-
-@pytest.mark.parametrize("share", [0.0, 0.3, 0.7])
-def test_whatever_could_be_said_can_still_be_said(tokenizer, share):
-    document = json.loads(tokenizer.to_str())
-    size = tokenizer.get_vocab_size()
-    forest = forest_of(document, size)
-    counts = np.bincount(tokenizer.encode(TEXT).ids, minlength=size).tolist()
-    count = round(len(forest.least) + share * len(forest.parts))
-    kept = set(forest.kept(counts, count))
-    assert len(kept) == count and forest.least <= kept
-    fewer = Tokenizer.from_str(json.dumps(trimmed(document, kept)))
-    for text in texts():
-        ids = fewer.encode(text).ids
-        assert set(ids) <= kept
-        assert fewer.decode(ids) == tokenizer.decode(tokenizer.encode(text).ids)
-    for word, index in tokenizer.get_vocab().items():  # what stays is made as before
-        if index in kept and tokenizer.encode(word).ids == [index]:
-            assert fewer.encode(word).ids == [index]
-
-
-def test_the_least_counted_leaf_goes_first_and_its_count_goes_to_its_parts():
-    vocabulary = {"a": 0, "b": 1, "c": 2, "ab": 3, "abc": 4, "bc": 5}
-    document = {"model": {"type": "BPE", "vocab": vocabulary, "merges": ["a b", "ab c", "b c"]}, "added_tokens": []}
-    forest = forest_of(document, 6)
-    assert forest.parts == {3: (0, 1), 4: (3, 2), 5: (1, 2)} and forest.least == {0, 1, 2}
-    assert forest.order([0, 0, 0, 1, 9, 8]) == [5, 4, 3], "ab is no leaf while abc is there"
-    assert forest.order([0, 0, 0, 1, 3, 8]) == [4, 3, 5], "4 of ab, its own and those of abc"
-    with pytest.raises(UserError, match="of 2 words cannot be closed: 3 must stay"):
-        forest.kept([0] * 6, 2)
-    with pytest.raises(UserError, match="a tokenizer of type WordPiece cannot be closed"):
-        forest_of({"model": {"type": "WordPiece", "vocab": {}}}, 6)
 
 
 def test_which_words_are_kept_is_packed_into_the_config():
