@@ -32,7 +32,7 @@ from saap.text.documents import (
     load_rows,
     pack,
 )
-from saap.text.encoding import check_ids, tokenizer_for
+from saap.text.encoding import check_ids, tokenizer_for, writing_tokenizer
 from saap.text.self_written import self_written
 
 IGNORED = -100  # the label of a token that is not learnt, as in transformers
@@ -56,8 +56,17 @@ class Rows:
 
 
 def training_rows(
-    model_dir: Path, source: str | None, split: Split, wanted: Sequences, progress: Progress | None = None
+    model_dir: Path,
+    source: str | None,
+    split: Split,
+    wanted: Sequences,
+    progress: Progress | None = None,
+    writer: Path | None = None,
 ) -> Rows:
+    """Packed rows of token ids that the model can say.
+
+    ``writer``: the model that writes the text of ``self``; by default the model itself.
+    """
     count, length, seed = wanted.count, wanted.length, wanted.seed
     if count < 1 or length < 2:
         raise UserError(
@@ -68,14 +77,25 @@ def training_rows(
     if documents is None:
         # Calibration and tuning draw from different seeds, so nothing has to be skipped.
         own_seed = 2 * seed + (split == "tuning")
-        writer = open_writer(model_dir, "--data" if split == "tuning" else "--calibration")
-        ids = self_written(writer, load_tokenizer(model_dir), Sequences(count, length, own_seed), progress=progress)
+        ids = _written(writer or model_dir, model_dir, Sequences(count, length, own_seed), split, progress)
         return Rows(ids, f"written by the dense model (seed {own_seed})", None)
     fewer = "fewer --tokens" if split == "tuning" else "fewer --sequences or a smaller --length"
     tokenizer = tokenizer_for(model_dir, documents.texts, documents.source)
     ids = pack(documents.texts, tokenizer, length, count + wanted.skip, seed, fewer)[wanted.skip :]
     check_ids(ids, model_dir)
     return Rows(ids, documents.source, documents.sha256)
+
+
+def _written(writer: Path, model_dir: Path, wanted: Sequences, split: Split, progress: Progress | None) -> torch.Tensor:
+    """Text of one model as ids [rows, tokens] of another, which may say fewer words."""
+    tokenizer, says = load_tokenizer(writer), writing_tokenizer(model_dir)
+    model = open_writer(writer, "--data" if split == "tuning" else "--calibration")
+    if says.get_vocab() == tokenizer.get_vocab():
+        return self_written(model, tokenizer, wanted, progress=progress)
+    more = replace(wanted, count=wanted.count + wanted.count // 8 + 1)  # what began each row is left out
+    ids = self_written(model, tokenizer, more, progress=progress)
+    texts = [str(tokenizer.decode(row, skip_special_tokens=True)) for row in ids]
+    return pack(texts, says, wanted.length, wanted.count, wanted.seed, "fewer --tokens")
 
 
 def check_length(model_dir: Path, length: int) -> None:
@@ -116,7 +136,12 @@ class TuningRows:
 
 
 def tuning_rows(
-    model_dir: Path, source: str | None, wanted: Sequences, kind: str = "auto", progress: Progress | None = None
+    model_dir: Path,
+    source: str | None,
+    wanted: Sequences,
+    kind: str = "auto",
+    progress: Progress | None = None,
+    writer: Path | None = None,
 ) -> TuningRows:
     """Rows to tune on.
 
@@ -130,12 +155,13 @@ def tuning_rows(
     remains of a row is filled with the end-of-sequence token and not learnt. Rows do not depend on ``count``.
 
     Args:
-        model_dir: whose tokenizer, chat template and, for ``self``, words are taken.
+        model_dir: whose tokenizer and chat template are taken.
         source: as for :func:`saap.text.documents.load_documents`; chat data is a ``.jsonl`` or ``.json`` file or
             a hub's data set with ``messages``, ``conversations`` or ``instruction``.
         kind: ``text`` reads chat data as plain text, an utterance a line. ``chat`` takes nothing else. ``auto`` takes
             data as chat where every row is a conversation and the model has a chat template; a base model, which has
             none, learns the same data as text, and ``note`` says so.
+        writer: the model that writes the text of ``self``; by default the model itself.
 
     Raises UserError: no such data, too little of it, or kind ``chat`` where it cannot be.
     """
@@ -149,7 +175,7 @@ def tuning_rows(
         rows, note = _chat_rows(model_dir, given, kind)
     if rows is not None and given is not None:
         return _chat(model_dir, rows, given, wanted)
-    text = training_rows(model_dir, source, "tuning", wanted, progress)
+    text = training_rows(model_dir, source, "tuning", wanted, progress, writer)
     return TuningRows(text.ids, text.ids.clone(), text.source, text.sha256, "text", note)
 
 

@@ -47,7 +47,6 @@ from saap.system.needs import Needs, check_memory, fits
 from saap.system.precision import autocast_dtype, computes_bf16, fast_float32
 from saap.system.processes import computing_on, is_main_process, shares_parameters, training_device
 from saap.text.documents import Sequences
-from saap.text.encoding import said_words_of
 from saap.text.rows import IGNORED, TuningRows, held_out, tuning_rows
 from saap.tune import adapters
 from saap.tune.loop.processes import Batch, LossOf
@@ -57,7 +56,7 @@ from saap.tune.losses import KeptMatrix, head_loss, head_words, learning_loss
 from saap.tune.needs import tune_needs
 from saap.tune.options import TuneOptions
 from saap.tune.short_attention import use_short_attention
-from saap.tune.teacher import TeacherTargets, check_same_vocabulary, teacher_targets
+from saap.tune.teacher import StudentWords, TeacherTargets, check_same_vocabulary, teacher_targets
 
 
 @dataclass(frozen=True)
@@ -135,7 +134,7 @@ def tuning_text(
         skip = math.ceil(calibrated.get("sequences", 0) * calibrated.get("tokens", 0) / options.length)
     wanted = Sequences(max(1, options.tokens // options.length), options.length, options.training.seed, skip)
     # Text that the model writes itself comes from the teacher where there is one: the slim model knows less.
-    return tuning_rows(teacher or model, None if data is None else str(data), wanted, options.kind, progress)
+    return tuning_rows(model, None if data is None else str(data), wanted, options.kind, progress, writer=teacher)
 
 
 def _tune(
@@ -161,7 +160,7 @@ def _tune(
     way = way_of(shape_of(config), rows.ids.shape[1], options)
     model = load_streamed(model_dir, device=way.device) if way.streamed else moved(load_model(model_dir), way.device)
     learnt, judged = held_out(rows, options.held_out) if options.holds_out(len(rows)) else (rows, None)
-    targets = targets_of(teacher_dir, rows, options, said_words_of(model_dir), progress)
+    targets = targets_of(teacher_dir, rows, options, StudentWords.of(model_dir), progress)
     adapted, groups, quant = _quantised(model, rows.ids, options, progress)
     trained = sum(p.numel() for group in groups for p in group["params"])
     use_short_attention(cast("PreTrainedModel", adapted.get_base_model()))
@@ -264,7 +263,7 @@ def targets_of(
     teacher_dir: str | Path | None,
     rows: TuningRows,
     options: TuneOptions,
-    words: torch.Tensor | None,
+    words: StudentWords | None,
     progress: Progress | None,
 ) -> TeacherTargets | None:
     """The teacher's answers to all rows; processes wait for the one that computes them."""
