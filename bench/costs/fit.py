@@ -35,6 +35,7 @@ class Stack:
     layers: int
     nodes: int  # of the graph as it was written
     weight_bytes: int  # read per step
+    head_rows: int = 0  # words that its head says; 0: all
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,14 @@ class DeltaCost:
 
 
 @dataclass(frozen=True)
+class HeadCost:
+    """Milliseconds of a step outside its layers where the head says so many words."""
+
+    rows: int
+    ms: float
+
+
+@dataclass(frozen=True)
 class ThreadCosts:
     """The costs at one thread count. ``constant_ms``: embedding, final norm, head and choice of the token."""
 
@@ -104,6 +113,7 @@ class ThreadCosts:
     processes: list[CostProcess]
     conv: list[ConvCost] = field(default_factory=list)  # of a model that has such layers
     delta: list[DeltaCost] = field(default_factory=list)  # likewise
+    head: list[HeadCost] = field(default_factory=list)  # of fewer words than all
 
 
 def read_stacks(manifests: Sequence[BundleManifest]) -> list[Stack]:
@@ -114,7 +124,7 @@ def read_stacks(manifests: Sequence[BundleManifest]) -> list[Stack]:
         changed = [own for own, whole in zip(manifest.layers, base, strict=True) if own != whole]
         option = changed[0] if changed else base[0]
         nodes, size = int(manifest.lineage["nodes"]), manifest.weight_bytes_per_token
-        stacks.append(Stack(option, len(changed), len(base), nodes, size))
+        stacks.append(Stack(option, len(changed), len(base), nodes, size, int(manifest.lineage.get("head_rows", 0))))
     return stacks
 
 
@@ -130,7 +140,8 @@ def costs_from(
     base = statistics.median(process.step_ms(0) for process in processes)
     full = stacks[0].option
     ratios = fit_ratios(processes, len(stacks))
-    saved = {i: base * (1 - ratios[i]) / stacks[i].changed for i in range(1, len(stacks))}
+    smaller = {stack.head_rows: base * (1 - ratios[i]) for i, stack in enumerate(stacks) if stack.head_rows}
+    saved = {i: base * (1 - ratios[i]) / stack.changed for i, stack in enumerate(stacks) if stack.changed}
     no_attention = next(i for i in saved if not _mixes(stacks[i].option))
     no_ffn = next(i for i in saved if not stacks[i].option.ffn)
     attention, ffn = [AttentionCost(full.query_heads, full.kv_heads, saved[no_attention])], []
@@ -146,12 +157,13 @@ def costs_from(
             attention.append(AttentionCost(option.query_heads, option.kv_heads, saved[no_attention] - saved[i]))
         else:
             ffn.append(FfnCost(option.ffn, saved[no_ffn] - saved[i]))
+    constant = base - stacks[0].layers * (saved[no_attention] + saved[no_ffn])
     nodes = (stacks[0].nodes - stacks[no_ffn].nodes) / stacks[no_ffn].changed
     return ThreadCosts(
         n_threads=len(cpus),
         affinity=cpus,
         step_ms=base,
-        constant_ms=base - stacks[0].layers * (saved[no_attention] + saved[no_ffn]),
+        constant_ms=constant,
         node_ms=_node_ms(ffn, nodes),
         attention=sorted(attention, key=lambda cost: (cost.kv_heads, cost.query_heads)),
         ffn=sorted(ffn, key=lambda cost: cost.width),
@@ -159,6 +171,7 @@ def costs_from(
         processes=list(processes),
         conv=sorted(conv, key=lambda cost: cost.channels),
         delta=sorted(delta, key=lambda cost: cost.heads),
+        head=[HeadCost(rows, constant - less) for rows, less in sorted(smaller.items())],
     )
 
 

@@ -7,6 +7,7 @@ architecture ``deci`` drops the attention of a layer whose FFN has no width, so 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,9 @@ from numpy.typing import NDArray
 from export.gguf.families import OWN
 from export.gguf.write import BITS
 from export.graph.probe_model import CONTEXT, ProbeModel
+from export.graph.probe_stacks import ProbeStack
 from saap.models.architectures import SLIM
-from saap.models.shape import LayerSizes
+from saap.models.shape import LayerSizes, ModelShape
 from saap.system.errors import UserError
 
 KINDS = {**BITS, 4: "Q4_0"}  # by bits; without zero points, as a bundle's integers are
@@ -36,12 +38,13 @@ def check_probe(model: ProbeModel) -> None:
         )
 
 
-def write_probe_gguf(model: ProbeModel, layers: Sequence[LayerSizes], out: Path) -> None:
-    """Write one stack as a GGUF file."""
+def write_probe_gguf(model: ProbeModel, stack: ProbeStack, out: Path) -> None:
+    """Write one stack as a GGUF file; where its head says fewer words, it has no others."""
     from gguf import GGMLQuantizationType, GGUFWriter
     from gguf.quants import quant_shape_to_byte_shape
 
-    shape, kind = model.shape, KINDS[model.precision.bits]
+    layers, kind = stack.layers, KINDS[model.precision.bits]
+    shape = replace(model.shape, vocab=stack.head_rows or model.shape.vocab)
     writer, name = GGUFWriter(out, "deci"), "deci"
     sizes = {
         "block_count": len(layers), "context_length": CONTEXT, "embedding_length": shape.hidden,
@@ -56,7 +59,7 @@ def write_probe_gguf(model: ProbeModel, layers: Sequence[LayerSizes], out: Path)
     writer.add_array(f"{name}.feed_forward_length", [_ffn(each) for each in layers])
     writer.add_string("tokenizer.ggml.model", "no_vocab")
     types = GGMLQuantizationType[kind], GGMLQuantizationType.F32
-    matrices = list(_matrices(model, layers))
+    matrices = list(_matrices(shape, layers))
     for called, rows, columns in matrices:
         stored = quant_shape_to_byte_shape((rows, columns), types[0]) if rows and kind != "F32" else (rows, columns)
         stored = stored if rows else (columns,)
@@ -91,9 +94,8 @@ def _ffn(sizes: LayerSizes) -> int:
     return sizes.ffn or (LEAST_FFN if sizes.query_heads else 0)
 
 
-def _matrices(model: ProbeModel, layers: Sequence[LayerSizes]) -> Iterator[Matrix]:
+def _matrices(shape: ModelShape, layers: Sequence[LayerSizes]) -> Iterator[Matrix]:
     """Every tensor of a stack, as llama.cpp calls it."""
-    shape = model.shape
     yield "token_embd.weight", shape.vocab, shape.hidden
     yield "output_norm.weight", 0, shape.hidden
     if not shape.tied:

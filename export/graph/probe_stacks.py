@@ -2,8 +2,9 @@
 
 An operator that is timed over and over by itself finds its weights in the cache, and in a model it does not. So what
 is timed is whole decode steps. The first stack is the model itself; in each of the others every second layer takes one
-option instead: an FFN width, a count of heads, or a block less. The difference of two steps is then what the option
-saves in its place, between layers that push its weights out of the cache.
+option instead: an FFN width, a count of heads, or a block less; in the last ones the head says fewer words. The
+difference of two steps is then what the option saves in its place, between layers that push its weights out of the
+cache.
 
 Time does not depend on the weights' values. All stacks share one data file: a smaller matrix is the beginning of the
 largest one's bytes, and the file is hard-linked into every stack's bundle, or copied where there are no links.
@@ -15,7 +16,7 @@ import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from export.graph.rotary import all_rotary_tables
 from export.graph.targets import CPU
 from export.graph.weights import Array, MicrosoftLayout, WeightFile, write_model
 from export.source import DeltaRates, Kernel, Precision, StackedLinear, sized_manifest
+from saap.models.modeling_slim import packed_words
 from saap.models.shape import DELTA, DeltaHeads, LayerSizes, ModelShape
 from saap.quantize.groups import QuantMatrix
 
@@ -38,7 +40,23 @@ FFN_WIDTHS = 8
 RARE_SIZES = 4  # of short convolutions, or of delta nets
 HEAD_COUNTS = 3  # of KV groups, and of query heads in each
 FAST_ROWS = 64  # widths in multiples of it suit the fast kernels
+HEAD_SHARES = (1 / 8, 1 / 2)  # of the vocabulary that a head says
 EPSILON = 1e-5
+
+
+@dataclass(frozen=True)
+class ProbeStack:
+    """What one stack is made of."""
+
+    layers: Sequence[LayerSizes]
+    head_rows: int = 0  # words that the head says; 0: all
+
+
+def stacks_of(model: ProbeModel) -> list[ProbeStack]:
+    """All that is timed of a model, the model itself first."""
+    layers, vocab = stack_layers(model), model.shape.vocab
+    heads = [ProbeStack(layers[0], max(1, round(share * vocab))) for share in HEAD_SHARES]
+    return [*map(ProbeStack, layers), *heads]
 
 
 def stack_layers(model: ProbeModel) -> list[tuple[LayerSizes, ...]]:
@@ -74,13 +92,13 @@ def _spread(high: int, count: int) -> list[int]:
 
 
 def write_probe_stacks(
-    model: ProbeModel, out: Path, stacks: Sequence[Sequence[LayerSizes]] | None = None, progress: Progress | None = None
+    model: ProbeModel, out: Path, stacks: Sequence[ProbeStack] | None = None, progress: Progress | None = None
 ) -> list[Path]:
     """Write every stack as a bundle below ``out``, an empty directory; the bundles, in the order of the stacks.
 
     The lineage in the manifest says how many nodes the graph has.
 
-    ``stacks``: layers of each, no larger and no more than the model's; None is :func:`stack_layers`.
+    ``stacks``: their layers are no larger and no more than the model's; None is :func:`stacks_of`.
     """
     rotary = all_rotary_tables(model.config, model.traits)
     check_attention(model.shape, model.traits, {name: 2 * table.shape[1] for name, table in rotary.items()})
@@ -89,14 +107,13 @@ def write_probe_stacks(
     everything = model.shape.with_layers(
         tuple(replace(sizes, conv=rare.conv, delta=rare.delta) for sizes in model.shape.layers)
     )
-    write_model(_MadeUp(model, everything, "cpu"), model.precision, MicrosoftLayout(whole), rotary)
+    write_model(_MadeUp(model, everything, "cpu", model.shape.vocab), model.precision, MicrosoftLayout(whole), rotary)
     whole.close()
-    wanted, written = stack_layers(model) if stacks is None else stacks, []
-    for index, layers in enumerate(wanted):
+    wanted, written = stacks_of(model) if stacks is None else stacks, []
+    for index, stack in enumerate(wanted):
         if progress:
             progress("writing probe graphs (stacks)", index, len(wanted))
-        shape = model.shape.with_layers(tuple(layers))
-        written.append(_write_stack(model, shape, whole, rotary, out / f"{index:02}"))
+        written.append(_write_stack(model, stack, whole, rotary, out / f"{index:02}"))
     if progress:
         progress("writing probe graphs (stacks)", len(wanted), len(wanted))
     return written
@@ -108,9 +125,9 @@ class _MadeUp:
     What comes out of a matrix is about as large as what goes in.
     """
 
-    def __init__(self, model: ProbeModel, shape: ModelShape, device: str) -> None:
+    def __init__(self, model: ProbeModel, shape: ModelShape, device: str, head_rows: int) -> None:
         self.architecture, self.shape, self._device = model.architecture, shape, device
-        self.words: torch.Tensor | None = None
+        self.words = torch.arange(head_rows) if head_rows else None
         self._random = torch.Generator().manual_seed(0) if device == "cpu" else None
 
     def linear(self, layer: int, part: str, precision: Precision) -> StackedLinear:
@@ -197,13 +214,14 @@ class _StackFile(WeightFile):
 
 
 def _write_stack(
-    model: ProbeModel, shape: ModelShape, whole: WeightFile, tables: Mapping[str, Array], directory: Path
+    model: ProbeModel, stack: ProbeStack, whole: WeightFile, tables: Mapping[str, Array], directory: Path
 ) -> Path:
     directory.mkdir()
-    file = _StackFile(whole, directory)
-    write_model(_MadeUp(model, shape, "meta"), model.precision, MicrosoftLayout(file), tables)
+    file, rows, shape = _StackFile(whole, directory), stack.head_rows, model.shape.with_layers(tuple(stack.layers))
+    write_model(_MadeUp(model, shape, "meta", rows), model.precision, MicrosoftLayout(file), tables)
+    traits = replace(model.traits, words=packed_words(range(rows), shape.vocab) if rows else "")
     graph = MicrosoftGraph(
-        GraphModel(shape, model.traits, model.precision, EPSILON, model.architecture.value_norm), file.tensors
+        GraphModel(shape, traits, model.precision, EPSILON, model.architecture.value_norm), file.tensors
     ).build(scoring=False)
     ir.save(graph, directory / DECODE_GRAPH)
     try:
@@ -212,9 +230,14 @@ def _write_stack(
         shutil.copyfile(whole.directory / WEIGHTS, directory / WEIGHTS)
     manifest = replace(
         sized_manifest(shape, model.precision, model.config),
-        weight_bytes_per_token=file.bytes_per_token("embedding" if shape.tied else "head"),
+        weight_bytes_per_token=file.bytes_per_token("embedding" if shape.tied and not rows else "head"),
         onnxruntime_min=CPU.oldest_runtime(model.shape, model.precision, windows=False),
-        lineage={"method": "probe", "head_bits": model.precision.head_bits, "nodes": len(graph.graph)},
+        lineage={
+            "method": "probe",
+            "head_bits": model.precision.head_bits,
+            "nodes": len(graph.graph),
+            "head_rows": rows,
+        },
     )
     write_manifest(directory, manifest)
     return directory

@@ -63,9 +63,14 @@ class PruneCommand:
             metavar="COUNT",
         ),
     ] = None
+    vocabulary_input: Annotated[
+        bool, Option("Words that go are not read either, for llama.cpp.", section="What may go")
+    ] = False
     explain: Annotated[bool, Option("Say why each layer lost what it lost.", section="How it is chosen")] = False
 
     def check(self) -> None:
+        if self.vocabulary is None:
+            refuse_unused(self, ("vocabulary_input",), "models that lose words: give --vocabulary too")
         if self.vocabulary is not None and not self.options.asked:
             return
         self.options.check()
@@ -116,7 +121,7 @@ def prune_model(model: str, out: Path, asked: PruneCommand, console: Console, na
         trim(directory, words, out, console.report)
         console.finish()
         return
-    budget = budget_of(directory, options)  # what cannot be met is refused before a text is read
+    budget = budget_of(directory, options, words or None)  # what cannot be met is refused before a text is read
     rows, shape = None, (0, 0)
     if options.reads_text:
         wanted = Sequences(options.sequences, options.length, options.seed)
@@ -146,8 +151,10 @@ def _words(directory: Path, asked: PruneCommand, console: Console) -> Chosen:
     if documents is None:
         raise UserError("a vocabulary is chosen by a text: give --calibration FILE, or leave it out")
     words = choose_words(directory, str(asked.vocabulary), documents, console.report)
+    words = replace(words, input=asked.vocabulary_input)
+    who = "model has" if words.input else "head says"
     console.say(
-        f"  vocabulary: the head says {len(words.words):,} of {words.size:,} words; text like {words.source} takes "
+        f"  vocabulary: the {who} {len(words.words):,} of {words.size:,} words; text like {words.source} takes "
         f"{100 * words.longer:.1f}% more tokens"
     )
     return words

@@ -386,7 +386,15 @@ def shape_of(config: object) -> ModelShape:
         delta=_delta_heads(config) if architecture.delta else None,
         sources=_sources(config) if architecture.per_layer else (),
         per_layer=_per_layer(config) if architecture.per_layer else 0,
+        said=_said(config),
     )
+
+
+def _said(config: object) -> int:
+    from saap.models.modeling_slim import unpacked_words
+
+    words = said_words(config)
+    return len(unpacked_words(words, _count(config, "vocab_size", most=MOST_WORDS))) if words else 0
 
 
 def _of_gemma4(config: object, layers: tuple[LayerSizes, ...], whole: bool) -> tuple[LayerSizes, ...]:

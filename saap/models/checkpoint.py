@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -274,14 +274,20 @@ def write_slim(
     config: Mapping[str, object],
     tensors: Iterator[tuple[str, torch.Tensor]],
     record: Record,
+    change: Callable[[Path, Path], None] | None = None,
 ) -> Path:
-    """Write a slim directory: weights, config, the base's tokenizer files, and ``saap.json``."""
+    """Write a slim directory: weights, config, the base's tokenizer files, and ``saap.json``.
+
+    ``change``: is given the directory and the base, to change further files before they are hashed.
+    """
     from saap.models.resolve import copy_sidecars
 
     with writing_directory(out) as partial:
         write_shards(partial, tensors)
         (partial / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         copy_sidecars(Path(base), partial)
+        if change is not None:
+            change(partial, Path(base))
         if str(config["model_type"]).startswith(SLIM):
             shutil.copyfile(modeling_slim.__file__, partial / "modeling_slim.py")
         DOCUMENT.write(partial / RECORD, {**record, "files": hashes(partial)})

@@ -129,10 +129,11 @@ class Integers(TypedDict, total=False):
 
 
 class Words(TypedDict, total=False):
-    """Which part of the vocabulary a directory's head says."""
+    """Which part of the vocabulary a directory's head says, and reads."""
 
     rows: Count  # words that it says
     of: Count
+    kept: str  # where it reads no others either: which of the base model's they are, packed; an id is a place in it
     longer: float  # share of tokens that text like the one that chose them takes more
     text: str
 

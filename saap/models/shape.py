@@ -158,6 +158,12 @@ class ModelShape:
     delta: DeltaHeads | None = None  # of its gated delta nets
     sources: tuple[int, ...] = ()  # of each layer, the one whose keys and values it reads; empty: all have their own
     per_layer: int = 0  # elements of a token's embedding for each layer; 0: there is none. With it no layer goes whole
+    said: int = 0  # words that the head says; 0: all
+
+    @property
+    def head_rows(self) -> int:
+        """Words that the head says."""
+        return self.said or self.vocab
 
     @property
     def separable_heads(self) -> bool:

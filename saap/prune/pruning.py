@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from devices.common.progress import LOADING, WRITING, Progress
 from saap.models.architectures import architecture_of, shape_of
-from saap.models.checkpoint import load_model, read_config, slim_config, write_slim
+from saap.models.checkpoint import load_model, read_config, slim_config
 from saap.models.record import Calibration, Lineage, read_record
 from saap.models.resolve import resolve
 from saap.models.streaming import load_streamed, moved
@@ -40,7 +40,7 @@ from saap.prune.search.explain import after
 from saap.prune.search.prices import Losses
 from saap.prune.shares import joined, shares
 from saap.prune.stages import Stage, check_reachable, kept_stages, layers_plan, share_of, stages_of
-from saap.prune.vocabulary import Chosen
+from saap.prune.vocabulary import Chosen, write_trimmed
 from saap.system.allocator import kept_memory
 from saap.system.device_names import device_of
 from saap.system.errors import UserError
@@ -100,7 +100,7 @@ def prune(
     output = Path(output)
     check_output(output, model, calibration, record=RECORD)
     source = resolve(model, progress=progress)
-    budget = budget_of(source, options)
+    budget = budget_of(source, options, words)
     if budget.one_width:
         options = replace(options, heads=False)
     stages = stages_of(budget, options)
@@ -130,7 +130,8 @@ def prune(
         if text:
             lineage["calibration"] = convert(text.lineage(), Calibration)
         lineage |= Lineage(base_sha256=now.weights, base_record=None if known is None else dict(known))
-        pruning = Pruning(options, budget, ids, lineage, len(stages), words)
+        told = words.record() if words else read_record(source).get("vocabulary")
+        pruning = Pruning(options, budget, ids, lineage, len(stages), words, told)
         # The main process writes the stages, the others read what it wrote.
         with kept_stages(output, now.weights, options, budget.record(), ids, owner=together.main) as kept:
             together.wait()
@@ -159,7 +160,8 @@ def _prune_stage(
     report = progress or (lambda label, done, total: None)
     report(LOADING, 0, 0)
     model = _loaded(now.path, pruning.options)
-    cut = replace(shape, added_bias=stage.budget.cut.added_bias)
+    planned = stage.budget.cut
+    cut = replace(shape, added_bias=planned.added_bias, vocab=planned.vocab, said=planned.said)
     stage = replace(stage, budget=replace(stage.budget, dense=shape, cut=cut))
     options = pruning.options
     if kept := options.keep_layers:  # by their places in the model now
@@ -187,10 +189,10 @@ def _prune_stage(
     if shares().main:
         names, read = tensor_reader(now.path)
         tensors = cut_tensors(names, read, plan, shape, architecture_of(config), refitted)
-        words = pruning.words.packed if pruning.words and stage.last else ""
-        written = slim_config(config, plan.kept_shape(cut), kept=plan.kept_layers, words=words)
+        chosen = pruning.words if stage.last else None
+        written = (chosen.config if chosen else slim_config)(config, plan.kept_shape(cut), kept=plan.kept_layers)
         achieved = pruning.budget.report(shape_of(written), written)
-        write_slim(target, now.path, written, tensors, record_of(pruning, whole, achieved))
+        write_trimmed(target, now.path, written, tensors, record_of(pruning, whole, achieved), chosen)
     return whole
 
 
@@ -208,8 +210,10 @@ def _in_stage(progress: Progress | None, number: int, stages: int) -> Progress |
     return lambda label, done, total: progress(f"{label}, stage {number} of {stages}", done, total)
 
 
-def budget_of(model_dir: str | Path, options: PruneOptions) -> Budget:
+def budget_of(model_dir: str | Path, options: PruneOptions, words: Chosen | None = None) -> Budget:
     """The requirement on this model, before anything is scored; read and checked, nothing is written.
+
+    ``words``: that stay, which counts in parameters, bytes and milliseconds.
 
     Raises:
         UserError: the model cannot be pruned, or no choice of options can meet the requirement.
@@ -234,6 +238,9 @@ def budget_of(model_dir: str | Path, options: PruneOptions) -> Budget:
     if wrong:
         raise UserError(f"--keep-layers names layer {wrong[0]}; the model has layers 0 to {len(shape.layers) - 1}")
     cut = replace(shape, added_bias=True) if options.compensation == "bias" else shape
+    if words is not None:
+        count = len(words.words)
+        cut = replace(cut, vocab=count) if words.input else replace(cut, said=count)
     budget = replace(budget_for(options, shape, config, cut=cut), one_width=_one_width(options, config))
     if options.method == "saap":
         check_reachable(budget, options)

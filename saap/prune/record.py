@@ -10,7 +10,7 @@ import transformers
 from msgspec import convert, to_builtins
 
 from saap import __version__
-from saap.models.record import Lineage, Plan, Record
+from saap.models.record import Lineage, Plan, Record, Words
 from saap.prune.options import PruneOptions
 from saap.prune.plan import LayerPlan, PrunePlan, Reasons
 from saap.prune.search.budget import Budget
@@ -26,15 +26,16 @@ class Pruning:
     ids: torch.Tensor  # of calibration, [sequences, tokens]
     lineage: Lineage  # the base model, and what is known of the text
     stages: int  # how many there are
-    words: Chosen | None = None  # that the head keeps; None: as the base model
+    words: Chosen | None = None  # that stay; None: as the base model
+    vocabulary: Words | None = None  # what the record says of them
 
 
 def record_of(pruning: Pruning, plan: PrunePlan, achieved: dict[str, float | None]) -> Record:
     """The record of a slim directory, of the plan of the base and what the slim model has of what was asked."""
     options, lineage, ids = pruning.options, pruning.lineage, pruning.ids
-    ours, words = options.method == "saap", pruning.words
+    ours = options.method == "saap"
     return {
-        **({"vocabulary": words.record()} if words else {}),
+        **({"vocabulary": pruning.vocabulary} if pruning.vocabulary else {}),
         "method": options.method,
         "plan": {
             **pruning.budget.record(),

@@ -1,7 +1,8 @@
 """The output head as a structure: which words it keeps, chosen by a text, and a directory whose head says only those.
 
-The embedding and the tokenizer stay, so prompts are read as before. The kept words are closed
-(:mod:`saap.text.closed_words`), so whatever could be said can still be said, if by more tokens.
+The embedding and the tokenizer stay, so prompts are read as before, but where the input is trimmed too
+(:mod:`saap.prune.renumber`). The kept words are closed (:mod:`saap.text.closed_words`), so whatever could be said can
+still be said, if by more tokens.
 
 A word counts by how often it is in the text, and by how often the model would have said it there: a text of some
 hundred thousand tokens has few of the names that others like it have, and the model knows them (Gemma 3 270M, half of
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,11 +26,13 @@ from devices.common.progress import WRITING, Progress
 from saap.models.architectures import architecture_of, said_words, shape_of
 from saap.models.checkpoint import load_model, read_config, slim_config, write_slim
 from saap.models.modeling_slim import packed_words
-from saap.models.record import Words, read_record
+from saap.models.record import Record, Words, read_record
 from saap.models.resolve import load_tokenizer
+from saap.models.shape import ModelShape
 from saap.models.weight_files import tensor_reader
 from saap.prune.cut.surgery import cut_tensors
 from saap.prune.plan import PrunePlan, whole_layer
+from saap.prune.renumber import Renumbering, named_ids
 from saap.system.errors import UserError
 from saap.system.files import claimed, read_object
 from saap.text.closed_words import forest_of, trimmed
@@ -42,7 +45,6 @@ LONGER = 0.01  # what ``auto`` allows; bits per byte grow about as much, until t
 PREDICTED = 4096  # tokens of the text whose predictions count
 ROW = 256  # tokens of a forward pass
 HELD = 0.25  # of the text, by which a size is chosen that the other part counted
-NAMED_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "forced_eos_token_id")
 
 
 @dataclass(frozen=True)
@@ -54,19 +56,33 @@ class Chosen:
         size: rows of the embedding.
         longer: share of tokens that a text takes more, of the same kind as the one that chose, not itself.
         source: that text.
+        input: whether embedding and tokenizer lose the other words, too.
     """
 
     words: tuple[int, ...]
     size: int
     longer: float
     source: str
+    input: bool = False
 
     @property
     def packed(self) -> str:
         return packed_words(self.words, self.size)
 
+    @property
+    def renumbering(self) -> Renumbering | None:
+        return Renumbering(self.words) if self.input else None
+
+    def config(
+        self, config: Mapping[str, object], shape: ModelShape, *, kept: Sequence[int] | None = None
+    ) -> dict[str, object]:
+        """As :func:`saap.models.checkpoint.slim_config`, of these words."""
+        written = slim_config(config, shape, kept=kept, words="" if self.input else self.packed)
+        return self.renumbering.config(written) if self.renumbering else written
+
     def record(self) -> Words:
-        return Words(rows=len(self.words), of=self.size, longer=self.longer, text=self.source)
+        told = Words(rows=len(self.words), of=self.size, longer=self.longer, text=self.source)
+        return Words(**told, kept=self.packed) if self.input else told
 
 
 def rows_asked(asked: str, size: int) -> int | None:
@@ -100,8 +116,10 @@ def choose_words(directory: Path, asked: str, documents: Documents, progress: Pr
     """
     report = progress or (lambda *_: None)
     config = read_config(directory)
-    if said_words(config):
+    if said_words(config) or "vocabulary" in read_record(directory):
         raise UserError(f"{directory} has a trimmed vocabulary already: trim the model that it was made from")
+    if config.get("slim_quant"):
+        raise UserError(f"{directory} holds tuned integers, which cannot be trimmed: trim the model it was tuned from")
     shape = shape_of(config)
     rows = rows_asked(asked, shape.vocab)
     report("reading the vocabulary", 0, 0)
@@ -167,17 +185,29 @@ def _tokens(document: dict[str, object], text: str) -> int:
 def _named_ids(directory: Path, config: dict[str, object]) -> set[int]:
     """Ids that the configuration of the model, or of its generation, names."""
     path = directory / "generation_config.json"
-    places = [config, *([read_object(path, "get the model again")] if path.is_file() else [])]
-    found: set[int] = set()
-    for place in places:
-        for name in NAMED_IDS:
-            named = place.get(name)
-            found |= {each for each in (named if isinstance(named, list) else [named]) if isinstance(each, int)}
-    return found
+    return named_ids(config) | (named_ids(read_object(path, "get the model again")) if path.is_file() else set())
+
+
+def write_trimmed(
+    output: Path,
+    source: Path,
+    config: Mapping[str, object],
+    tensors: Iterator[tuple[str, torch.Tensor]],
+    record: Record,
+    chosen: Chosen | None,
+) -> Path:
+    """As :func:`saap.models.checkpoint.write_slim`, of the chosen words.
+
+    ``config``: of these words; the tensors have all.
+    """
+    if chosen is None or chosen.renumbering is None:
+        return write_slim(output, source, config, tensors, record)
+    fewer = chosen.renumbering.tensors(tensors, architecture_of(dict(config)))
+    return write_slim(output, source, config, fewer, record, chosen.renumbering.files)
 
 
 def trim(source: Path, chosen: Chosen, output: Path, progress: Progress | None = None) -> Path:
-    """Write a model whose head says the chosen words; its weights stay what they are.
+    """Write a model that says the chosen words; its weights stay what they are.
 
     Raises UserError: a place that cannot be written.
     """
@@ -187,6 +217,7 @@ def trim(source: Path, chosen: Chosen, output: Path, progress: Progress | None =
     shape, (names, read) = shape_of(config), tensor_reader(source)
     plan = PrunePlan(tuple(map(whole_layer, shape.layers)))
     tensors = cut_tensors(names, read, plan, shape, architecture_of(config))
-    written = slim_config(config, shape, words=chosen.packed)
+    written = chosen.config(config, shape)
+    record: Record = {**read_record(source), "vocabulary": chosen.record()}
     with claimed(output):
-        return write_slim(output, source, written, tensors, {**read_record(source), "vocabulary": chosen.record()})
+        return write_trimmed(output, source, written, tensors, record, chosen)

@@ -108,6 +108,7 @@ class BundleSize:
             *([] if shape.tied else self._embedding(shape)),
             *self._embedding(shape, head=True),
             *self._per_layer(shape),
+            *([FLOAT * shape.vocab] if shape.said else []),  # where each word's row is
         ]
         arrays += [each for each in self.rotary for _ in range(2)]
         return sum(map(paged, arrays)) - (paged(arrays[-1]) - arrays[-1])  # the file ends with its last array
@@ -115,6 +116,9 @@ class BundleSize:
     def looked_up(self, shape: ModelShape) -> int:
         """Bytes of tables of which a token reads single rows: rotary tables, and an embedding that is not the head."""
         table = [] if shape.tied else self._embedding(shape)
+        if shape.said:
+            gone = self._table(shape.vocab - shape.said, shape.hidden, "embedding") if shape.tied else []
+            table = [*table, *gone, FLOAT * shape.vocab]
         width = len(shape.layers) * shape.per_layer
         per_layer = self._table(shape.vocab, width, "per_layer") if width else []
         return sum(table) + sum(per_layer) + 2 * sum(self.rotary)
@@ -146,7 +150,8 @@ class BundleSize:
 
     def _embedding(self, shape: ModelShape, head: bool = False) -> list[int]:
         """Integers and scales of the embedding or the head, or its floats."""
-        return self._table(shape.vocab, shape.hidden, "head" if head else "embedding")
+        rows = shape.head_rows if head and not shape.tied else shape.vocab
+        return self._table(rows, shape.hidden, "head" if head else "embedding")
 
     def _table(self, rows: int, columns: int, which: str) -> list[int]:
         form, arch = MatrixForm(self.head_bits or self.bits, self.group_size), self.architecture

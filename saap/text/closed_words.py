@@ -154,3 +154,46 @@ def trimmed(document: Mapping[str, Any], kept: Collection[int]) -> dict[str, Any
         model["merges"] = [merge for merge, left, right in pairs if left + right in model["vocab"] and
                            left in model["vocab"] and right in model["vocab"]]  # fmt: skip
     return {**document, "model": model}
+
+
+def renumbered(document: Mapping[str, Any], kept: Collection[int]) -> dict[str, Any]:
+    """A ``tokenizer.json`` of the kept words alone; an id is now a word's place among them.
+
+    Raises UserError: an added or a special word is not kept.
+    """
+    places, model = {word: place for place, word in enumerate(sorted(kept))}, dict(trimmed(document, kept)["model"])
+    if isinstance(model["vocab"], list):
+        model["vocab"] = [entry for index, entry in enumerate(model["vocab"]) if index in places]
+        if model.get("unk_id") is not None:
+            model["unk_id"] = place_of(model["unk_id"], places)
+    else:
+        model["vocab"] = {word: places[index] for word, index in model["vocab"].items()}
+    added = [{**word, "id": place_of(word["id"], places)} for word in document.get("added_tokens", [])]
+    made = {**document, "model": model, "added_tokens": added}
+    if document.get("post_processor"):
+        made["post_processor"] = _of_places(document["post_processor"], places)
+    if isinstance(padding := document.get("padding"), dict):
+        made["padding"] = {**padding, "pad_id": place_of(padding["pad_id"], places)}
+    return made
+
+
+def _of_places(processor: Any, places: Mapping[int, int]) -> Any:
+    """What puts special words around a text, by the new ids."""
+    if isinstance(processor, list):
+        return [_of_places(part, places) for part in processor]
+    if not isinstance(processor, dict):
+        return processor
+    made = {name: _of_places(part, places) for name, part in processor.items()}
+    if isinstance(ids := processor.get("ids"), list):
+        made["ids"] = [place_of(word, places) for word in ids]
+    for name in ("sep", "cls"):  # of BERT and RoBERTa: a word and its id
+        if isinstance(pair := processor.get(name), list):
+            made[name] = [pair[0], place_of(pair[1], places)]
+    return made
+
+
+def place_of(word: int, places: Mapping[int, int]) -> int:
+    """Where a special word stands now. Raises UserError: it is gone."""
+    if word not in places:
+        raise UserError(f"token {word} is a special one and would go: keep it, or leave the vocabulary whole")
+    return places[word]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -24,12 +25,15 @@ from devices.common.progress import Progress
 from devices.common.wording import counted
 from saap.models.architectures import shape_of
 from saap.models.checkpoint import read_config
+from saap.models.modeling_slim import unpacked_words
+from saap.models.record import read_record
 from saap.models.resolve import load_tokenizer
 from saap.models.streaming import open_model
 from saap.models.weight_files import weights_hash
 from saap.system.errors import UserError
 from saap.system.processes import training_device
 from saap.system.sealed_tensors import load_sealed, save_sealed
+from saap.text.encoding import said_words_of
 
 FORMAT = 1  # counts up when the same inputs would give other numbers
 LIMIT_BYTES = 4 << 30  # of all entries
@@ -71,6 +75,27 @@ class TeacherTargets:
         return tokens, torch.cat([part.float() for part in parts["logprobs"]])
 
 
+@dataclass(frozen=True)
+class StudentWords:
+    """What a student says where it is fewer words than the teacher does.
+
+    Attributes:
+        ids: the teacher's, ascending int64.
+        renumbered: whether the student's ids are places in ``ids``; else they are the teacher's.
+    """
+
+    ids: torch.Tensor
+    renumbered: bool = False
+
+    @classmethod
+    def of(cls, student: str | Path) -> StudentWords | None:
+        """Those of a model directory; None: all."""
+        if told := read_record(student).get("vocabulary", {}).get("kept"):
+            return cls(unpacked_words(told, read_record(student)["vocabulary"]["of"]), True)
+        said = said_words_of(student)
+        return None if said is None else cls(said)
+
+
 def teacher_targets(
     teacher_dir: str | Path,
     ids: torch.Tensor,
@@ -78,7 +103,7 @@ def teacher_targets(
     k: int = 64,
     temperature: float = 1.0,
     autocast: bool = False,
-    words: torch.Tensor | None = None,
+    words: StudentWords | None = None,
     progress: Progress | None = None,
 ) -> TeacherTargets:
     """Run the teacher over the rows, but for those that the cache has, and keep its k likeliest tokens.
@@ -92,7 +117,7 @@ def teacher_targets(
             an entry of its own and costs the teacher one run.
         autocast: compute in bfloat16 where the model allows: faster on CPUs that have it, and about as exact as
             bfloat16 logits are (three digits).
-        words: the only tokens that the student says, int64; the teacher's probabilities are of them alone.
+        words: the only ones that the student says; the teacher's probabilities are of them alone.
 
     Raises:
         UserError: a value out of range, rows that do not fit with one token each, a cache that cannot be written.
@@ -105,7 +130,7 @@ def teacher_targets(
             f"{counted(rows, 'row')} of {counted(length, 'token')} cannot predict anything: give 1 of 2 or more"
         )
     vocabulary = _vocabulary(teacher_dir)
-    asked = min(k, vocabulary if words is None else len(words))
+    asked = min(k, vocabulary if words is None else len(words.ids))
     per_token = 2 + (2 if vocabulary <= 1 << 16 else 4)
     k = min(asked, LIMIT_BYTES // (rows * (length - 1) * per_token))
     if k < 1:
@@ -136,9 +161,13 @@ def check_same_vocabulary(teacher_dir: str | Path, student_dir: str | Path) -> N
     """Raise UserError for a teacher whose token ids mean something else than the student's."""
     advice = "a teacher must have the student's vocabulary; give the dense model that the student was made from"
     sizes = _vocabulary(teacher_dir), _vocabulary(student_dir)
-    if sizes[0] != sizes[1]:
-        raise UserError(f"{teacher_dir} has {sizes[0]} tokens and {student_dir} {sizes[1]}: {advice}")
     words = [load_tokenizer(directory).get_vocab() for directory in (teacher_dir, student_dir)]
+    fewer = StudentWords.of(student_dir)
+    if fewer is not None and fewer.renumbered and int(fewer.ids[-1]) < sizes[0]:
+        places = {word: place for place, word in enumerate(fewer.ids.tolist())}
+        words[0] = {word: places[index] for word, index in words[0].items() if index in places}
+    elif sizes[0] != sizes[1]:
+        raise UserError(f"{teacher_dir} has {sizes[0]} tokens and {student_dir} {sizes[1]}: {advice}")
     different = sorted(set(words[0].items()) ^ set(words[1].items()), key=lambda item: (item[1], item[0]))
     if different:
         word, index = different[0]
@@ -150,23 +179,25 @@ def check_same_vocabulary(teacher_dir: str | Path, student_dir: str | Path) -> N
 class _Kept:
     """Which of a teacher's numbers are kept, and in what form."""
 
-    def __init__(self, k: int, temperature: float, vocabulary: int, autocast: bool, words: torch.Tensor | None) -> None:
+    def __init__(self, k: int, temperature: float, vocabulary: int, autocast: bool, words: StudentWords | None) -> None:
         self.k, self.temperature, self.autocast, self.words = k, temperature, autocast, words
         self.tokens = torch.uint16 if vocabulary <= 1 << 16 else torch.int32
 
     @torch.inference_mode()
     def of(self, teacher: PreTrainedModel, ids: torch.Tensor) -> dict[str, torch.Tensor]:
         """``tokens`` and ``logprobs`` [rows, tokens - 1, k] of ids [rows, tokens]."""
-        tokens, logprobs = [], []
+        tokens, logprobs, words = [], [], self.words
+        if words is not None and words.renumbered:
+            ids = words.ids[ids]
         for few in ids.split(max(1, TOKENS_AT_ONCE // ids.shape[1])):
             with torch.autocast(teacher.device.type, torch.bfloat16, enabled=self.autocast):
                 logits = teacher(input_ids=few.to(teacher.device), use_cache=False).logits
             for row in logits:  # one by one: the float32 copies are as large as the logits
                 scaled = row[:-1].float() / self.temperature
-                scaled = scaled if self.words is None else scaled[:, self.words.to(scaled.device)]
+                scaled = scaled if words is None else scaled[:, words.ids.to(scaled.device)]
                 likeliest = scaled.topk(self.k)
                 found = likeliest.indices.cpu()
-                tokens.append((found if self.words is None else self.words[found]).to(self.tokens))
+                tokens.append((found if words is None or words.renumbered else words.ids[found]).to(self.tokens))
                 logprobs.append((likeliest.values - scaled.logsumexp(-1, keepdim=True)).half().cpu())
         return {"tokens": torch.stack(tokens), "logprobs": torch.stack(logprobs)}
 
@@ -216,6 +247,6 @@ def _key(teacher_dir: str | Path, ids: torch.Tensor, kept: _Kept) -> str:
     about = [FORMAT, weights_hash(teacher_dir), list(ids.shape), kept.k, float(kept.temperature), kept.autocast]
     digest = hashlib.sha256(json.dumps(about).encode())
     if kept.words is not None:
-        digest.update(kept.words.numpy().tobytes())
+        digest.update(bytes([kept.words.renumbered]) + kept.words.ids.numpy().tobytes())
     digest.update(ids.to(torch.int64).contiguous().numpy().tobytes())
     return digest.hexdigest()

@@ -48,7 +48,7 @@ def run(costs: Path, name: str, work: Path, threads: int, rounds: int) -> None:
     from bench.measure import BenchOptions, measure
     from bench.measure.statistics import bootstrap_ratio, typical
     from export.graph.probe_model import read_probe_model
-    from export.graph.probe_stacks import write_probe_stacks
+    from export.graph.probe_stacks import ProbeStack, write_probe_stacks
     from saap.models.resolve import resolve
     from saap.prune.search.layer_costs import read_costs
 
@@ -56,7 +56,7 @@ def run(costs: Path, name: str, work: Path, threads: int, rounds: int) -> None:
     full, precision = model.shape.layers[0], model.precision
     models = [tuple(model.shape.layers), *random_models(full, precision.block)]
     work.mkdir(parents=True, exist_ok=True)
-    bundles = write_probe_stacks(model, work, models)
+    bundles = write_probe_stacks(model, work, list(map(ProbeStack, models)))
     table = read_costs(costs, model.shape, bits=precision.bits, group_size=precision.block, threads=threads)
     result = measure([str(path) for path in bundles], BenchOptions(threads=threads, repetitions=rounds, cold=False))
     dense, *others = result.measurements

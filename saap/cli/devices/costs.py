@@ -86,7 +86,7 @@ def probe_costs(
     from devices.probe.host import probe
     from export.gguf.probe import check_probe, write_probe_gguf
     from export.graph.probe_model import WEIGHT_LIMIT, read_probe_model
-    from export.graph.probe_stacks import stack_layers, write_probe_stacks
+    from export.graph.probe_stacks import stacks_of, write_probe_stacks
     from saap.models.resolve import resolve
 
     check_place(out, COSTS, model)
@@ -100,8 +100,8 @@ def probe_costs(
     with tempfile.TemporaryDirectory(prefix="saap-costs-") as work, calling(Path(work), "the probe graphs"):
         stacks = write_probe_stacks(source, Path(work), progress=progress)
         if asked.options.engine != ONNXRUNTIME:
-            for stack, layers in zip(stacks, stack_layers(source), strict=True):
-                write_probe_gguf(source, layers, stack / FILES[asked.options.engine])
+            for stack, of in zip(stacks, stacks_of(source), strict=True):
+                write_probe_gguf(source, of, stack / FILES[asked.options.engine])
         return device.costs(stacks, asked.options, progress=progress)
 
 
@@ -124,7 +124,8 @@ def show_costs(costs: Costs) -> None:
         ffn = [(f"FFN {c.width}", c.ms) for c in table.ffn]
         ffn += [(f"convolution {c.channels}", c.ms) for c in table.conv]
         ffn += [(f"delta net of {c.heads} key heads", c.ms) for c in table.delta]
-        print_table("", ["part", "us"], [[name, f"{1000 * ms:.1f}"] for name, ms in [*attention, *ffn]])
+        heads = [(f"outside the layers with {c.rows:,} words", c.ms) for c in table.head]
+        print_table("", ["part", "us"], [[name, f"{1000 * ms:.1f}"] for name, ms in [*attention, *ffn, *heads]])
         node = "an unknown time" if table.node_ms is None else f"{1000 * table.node_ms:.1f} us"
         tell(
             f"  a step of the whole stack takes {table.step_ms:.2f} ms, {table.constant_ms:.2f} ms of it outside "

@@ -62,7 +62,7 @@ class StepTime:
     table: CostTable
 
     def outside(self, shape: ModelShape) -> float:
-        return self.table.constant_ms
+        return self.table.outside_ms(shape.head_rows)
 
     def block(self, kind: BlockKind, shape: ModelShape, sizes: LayerSizes) -> float:
         return self.table.block_ms(kind, sizes)
@@ -133,8 +133,8 @@ class Budget:
             "bytes": size.total(shape) if size else None,
         }
         if self.table:
-            ms = self.table.total_ms(shape.layers)
-            numbers |= {"ms_per_token": ms, "speedup": self.table.total_ms(self.dense.layers) / ms}
+            dense, ms = (self.table.total_ms(each.layers, each.head_rows) for each in (self.dense, shape))
+            numbers |= {"ms_per_token": ms, "speedup": dense / ms}
         return numbers
 
     def record(self) -> Plan:

@@ -1,9 +1,10 @@
 """What a decoder layer of some sizes costs on a device: milliseconds, read from the table that was measured there.
 
-A decode step is taken as a sum: a constant (embedding, final norm, head), and for each layer an attention block that
-depends on its heads, a short convolution on its channels or a delta net on its heads, and a feed-forward block on its
-width. What lies between those that were measured is interpolated. ``saap devices costs`` measures a table; one table is
-of one model's hidden size, head size and vocabulary, one precision, one thread count and one depth of the cache.
+A decode step is taken as a sum: a constant (embedding, final norm, and a head of so many words), and for each layer an
+attention block that depends on its heads, a short convolution on its channels or a delta net on its heads, and a
+feed-forward block on its width. What lies between those that were measured is interpolated. ``saap devices costs``
+measures a table; one table is of one model's hidden size, head size and vocabulary, one precision, one thread count and
+one depth of the cache.
 """
 
 from __future__ import annotations
@@ -68,6 +69,14 @@ class DeltaCost:
 
 
 @dataclass(frozen=True)
+class HeadCost:
+    """Of a step outside its layers, whose head says so many words."""
+
+    rows: Count
+    ms: Milliseconds
+
+
+@dataclass(frozen=True)
 class ThreadCosts:
     """With one thread count of ONNX Runtime."""
 
@@ -77,6 +86,7 @@ class ThreadCosts:
     ffn: Annotated[list[FfnCost], Meta(min_length=1)]
     conv: list[ConvCost] = field(default_factory=list)  # of families that have such layers
     delta: list[DeltaCost] = field(default_factory=list)  # likewise
+    head: list[HeadCost] = field(default_factory=list)  # of fewer words than all
 
 
 @dataclass(frozen=True)
@@ -113,6 +123,19 @@ class CostTable:
     ffn: dict[int, float]  # width -> ms of the feed-forward block with its norm
     conv: dict[int, float] = field(default_factory=dict)  # channels -> ms of the short convolution with its norm
     delta: dict[int, float] = field(default_factory=dict)  # key heads -> ms of the delta net with its norm
+    head: dict[int, float] = field(default_factory=dict)  # words of the head -> ms of a step without any layer
+
+    def outside_ms(self, rows: int | None = None) -> float:
+        """Milliseconds of a step without any layer, whose head says so many words; None: all of them.
+
+        Raises CostError: the table has no smaller heads.
+        """
+        if rows is None or rows == max(self.head, default=rows):
+            return self.constant_ms
+        if len(self.head) < 2:
+            raise CostError(f"the table of costs has no heads of fewer words: {AGAIN}, or leave --vocabulary out")
+        counts = sorted(self.head)
+        return float(np.interp(rows, counts, [self.head[count] for count in counts]))
 
     def attention_ms(self, query_heads: int, kv_heads: int) -> float:
         """Milliseconds of an attention block, interpolated over the query heads per group, then over the groups.
@@ -160,9 +183,9 @@ class CostTable:
     def layer_ms(self, sizes: LayerSizes) -> float:
         return sum(self.block_ms(kind, sizes) for kind in sizes.blocks)
 
-    def total_ms(self, layers: Iterable[LayerSizes]) -> float:
+    def total_ms(self, layers: Iterable[LayerSizes], rows: int | None = None) -> float:
         """Milliseconds of a decode step; CostError for a layer larger than what was measured."""
-        return self.constant_ms + sum(map(self.layer_ms, layers))
+        return self.outside_ms(rows) + sum(map(self.layer_ms, layers))
 
 
 def _interpolated(measured: dict[int, float], width: int, what: str) -> float:
@@ -207,10 +230,10 @@ def read_costs(
     version = found.device.get("onnxruntime")
     if onnxruntime not in (None, version):
         raise CostError(f"{path} was measured for ONNX Runtime {version}, not {onnxruntime}: {AGAIN} there")
-    return _table(path, found, threads)
+    return _table(path, found, threads, shape.vocab)
 
 
-def _table(path: Path, found: CostFile, threads: int | None) -> CostTable:
+def _table(path: Path, found: CostFile, threads: int | None, vocab: int) -> CostTable:
     tables = {table.n_threads: table for table in found.threads}
     if threads is None and len(tables) == 1:
         (threads,) = tables
@@ -223,4 +246,5 @@ def _table(path: Path, found: CostFile, threads: int | None) -> CostTable:
     ffn = {cost.width: cost.ms for cost in table.ffn}
     conv = {cost.channels: cost.ms for cost in table.conv}
     delta = {cost.heads: cost.ms for cost in table.delta}
-    return CostTable(threads, found.depth, table.constant_ms, attention, ffn, conv, delta)
+    head = {cost.rows: cost.ms for cost in table.head} | {vocab: table.constant_ms}
+    return CostTable(threads, found.depth, table.constant_ms, attention, ffn, conv, delta, head)

@@ -38,13 +38,15 @@ def stack(option: LayerSizes) -> Stack:
     return Stack(option, changed, LAYERS, 150 - changed * missing, 1 << 20)
 
 
+# 2 us for each thousand words that the head says.
+WORDS, FEWER = 50_000, (10_000, 20_000)
 OPTIONS = ((4, 2, 512), (4, 2, 0), (0, 0, 512), (4, 2, 64), (4, 2, 256), (1, 1, 512), (2, 1, 512), (2, 2, 512))
-STACKS = [stack(LayerSizes(*option)) for option in OPTIONS]
+STACKS = [stack(LayerSizes(*option)) for option in OPTIONS] + [replace(stack(FULL), head_rows=rows) for rows in FEWER]
 
 
 def step_ns(which: Stack) -> float:
     layers = which.changed * microseconds(which.option) + (LAYERS - which.changed) * microseconds(FULL)
-    return 1000 * (500 + layers)
+    return 1000 * (400 + 0.002 * (which.head_rows or WORDS) + layers)
 
 
 def processes(noise: float = 0.0, spoilt: int | None = None) -> list[CostProcess]:
@@ -63,7 +65,7 @@ def processes(noise: float = 0.0, spoilt: int | None = None) -> list[CostProcess
 
 
 def test_costs_are_what_the_parts_took() -> None:
-    quiet = [CostProcess([*range(8)], [[[round(step_ns(s))] * 3] * 2 for s in STACKS], [[[0] * 3] * 2] * 8)]
+    quiet = [CostProcess([*range(10)], [[[round(step_ns(s))] * 3] * 2 for s in STACKS], [[[0] * 3] * 2] * 10)]
     found = costs_from(STACKS, quiet, [0], BANDWIDTH)
     assert found.step_ms == pytest.approx(step_ns(STACKS[0]) / 1e6)
     assert found.constant_ms == pytest.approx(0.5, rel=1e-4)
@@ -71,6 +73,7 @@ def test_costs_are_what_the_parts_took() -> None:
     assert [c.ms for c in found.attention] == pytest.approx([0.006, 0.008, 0.009, 0.013], rel=1e-4)
     assert [c.width for c in found.ffn] == [64, 256, 512]
     assert [c.ms for c in found.ffn] == pytest.approx([0.00764, 0.00956, 0.01212], rel=1e-4)
+    assert [(c.rows, round(c.ms, 4)) for c in found.head] == [(10_000, 0.42), (20_000, 0.44)]
     assert found.node_ms == pytest.approx(0.007 / FFN_NODES, rel=1e-3)
 
 
@@ -137,7 +140,7 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Four stacks of a tiny model: whole, without FFN, without attention, and with a narrower FFN."""
     pytest.importorskip("onnx_ir")
     from export.graph.probe_model import read_probe_model
-    from export.graph.probe_stacks import write_probe_stacks
+    from export.graph.probe_stacks import ProbeStack, write_probe_stacks
     from saap.models.shape import LayerSizes as Sizes
 
     root = tmp_path_factory.mktemp("stacks")
@@ -150,7 +153,7 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     (out := root / "out").mkdir()
     full = Sizes(4, 2, 128)
     options = [full, Sizes(4, 2, 0), Sizes(0, 0, 128), Sizes(4, 2, 32)]
-    stacks = [[full, option, full, option] for option in options]
+    stacks = [ProbeStack([full, option, full, option]) for option in options]
     return write_probe_stacks(read_probe_model(root), out, stacks=stacks)
 
 

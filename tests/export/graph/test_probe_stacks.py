@@ -15,7 +15,7 @@ from bench.costs.worker import PlacedDecoder
 from export.bundle.graph_facts import read_graph
 from export.bundle.manifest import WEIGHTS, BundleError, read_manifest
 from export.graph.probe_model import LEAST_LAYERS, read_probe_model
-from export.graph.probe_stacks import stack_layers, write_probe_stacks
+from export.graph.probe_stacks import ProbeStack, stack_layers, stacks_of, write_probe_stacks
 from saap.models.shape import LayerSizes
 from saap.system.errors import UserError
 
@@ -75,7 +75,7 @@ def test_norms_and_biases_of_other_families_are_in_the_stack(
     export_bundle(model, tmp_path / "bundle")
     (stacks := tmp_path / "stacks").mkdir()
     source = read_probe_model(model)
-    written = write_probe_stacks(source, stacks, stacks=[source.shape.layers])
+    written = write_probe_stacks(source, stacks, stacks=[ProbeStack(source.shape.layers)])
     assert facts(written[0]) == facts(tmp_path / "bundle")
 
 
@@ -111,12 +111,16 @@ def test_every_stack_runs_and_all_share_one_file(tmp_path: Path) -> None:
     seen: list[tuple[float, float]] = []
     source = read_probe_model(directory)
     stacks = write_probe_stacks(source, out, progress=lambda _, done, total: seen.append((done, total)))
-    assert len(stacks) == len(stack_layers(source)) == seen[-1][0] == seen[-1][1]
+    assert len(stacks) == len(stacks_of(source)) == seen[-1][0] == seen[-1][1]
+    heads = []
     for path in stacks:
         decoder = PlacedDecoder(path, 1, 40)  # checks the hashes too
         decoder.place(31)
         logits = decoder.step(5)
-        assert decoder.length == 32 and abs(logits).max() < 100 and logits.std() > 0.01
+        said = logits[logits > -1000]
+        assert decoder.length == 32 and abs(said).max() < 100 and said.std() > 0.01
+        heads.append(len(said))
+    assert heads[-2:] == [16, 64] and set(heads[:-2]) == {128}
     assert len({(path / WEIGHTS).stat().st_ino for path in stacks}) == 1
 
 
@@ -128,7 +132,7 @@ def test_without_links_the_file_is_copied(tmp_path: Path, monkeypatch: pytest.Mo
     directory = config_only(tmp_path / "m", vocab_size=128, num_hidden_layers=4, intermediate_size=64)
     (out := tmp_path / "stacks").mkdir()
     source = read_probe_model(directory)
-    (path,) = write_probe_stacks(source, out, stacks=[source.shape.layers])
+    (path,) = write_probe_stacks(source, out, stacks=[ProbeStack(source.shape.layers)])
     assert (path / WEIGHTS).read_bytes() == (out / WEIGHTS).read_bytes()
     shutil.rmtree(out)
 

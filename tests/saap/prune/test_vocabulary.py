@@ -22,7 +22,7 @@ from saap.prune.vocabulary import Chosen, rows_asked, trim
 from saap.system.errors import UserError
 from saap.text.encoding import writing_tokenizer
 from saap.tune.options import TuneOptions
-from saap.tune.teacher import teacher_targets
+from saap.tune.teacher import StudentWords, teacher_targets
 from saap.tune.tuning import tune
 
 WORDS = sorted(random.Random(3).sample(range(320), 150))
@@ -102,7 +102,7 @@ def test_pruned_tuned_and_exported_it_stays_so(tiny_model, tmp_path):
 
 def test_a_teacher_is_asked_for_these_words_alone(tiny_model):
     dense, words = tiny_model(), torch.tensor(WORDS)
-    targets = teacher_targets(dense, IDS, k=8, words=words)
+    targets = teacher_targets(dense, IDS, k=8, words=StudentWords(words))
     tokens, logprobs = targets.batch(0, 2)
     assert set(tokens.flatten().tolist()) <= set(WORDS)
     with torch.inference_mode():

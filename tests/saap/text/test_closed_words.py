@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 from support.unicode_texts import TEXT, texts
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from saap.system.errors import UserError
-from saap.text.closed_words import forest_of, trimmed
+from saap.text.closed_words import forest_of, renumbered, trimmed
 
 
 def byte_level():
@@ -68,6 +68,33 @@ def test_whatever_could_be_said_can_still_be_said(tokenizer, share):
     for word, index in tokenizer.get_vocab().items():  # what stays is made as before
         if index in kept and tokenizer.encode(word).ids == [index]:
             assert fewer.encode(word).ids == [index]
+
+
+def test_new_ids_are_places_among_the_kept_words(tokenizer):
+    tokenizer.add_special_tokens(["<|end|>"])
+    end, size = tokenizer.token_to_id("<|end|>"), tokenizer.get_vocab_size()
+    tokenizer.post_processor = processors.Sequence([
+        processors.TemplateProcessing(single="$A <|end|>", special_tokens=[("<|end|>", end)])])  # fmt: skip
+    document = json.loads(tokenizer.to_str())
+    forest = forest_of(document, size)
+    kept = forest.kept([0] * size, len(forest.least) + len(forest.parts) // 2)
+    fewer, made = (Tokenizer.from_str(json.dumps(of(document, kept))) for of in (trimmed, renumbered))
+    assert sorted(made.get_vocab().values()) == list(range(len(kept)))
+    for text in texts():
+        ids = made.encode(text).ids
+        assert [kept[place] for place in ids] == fewer.encode(text).ids
+        assert made.decode(ids) == tokenizer.decode(tokenizer.encode(text).ids)
+    with pytest.raises(UserError, match=f"token {end} is a special one and would go"):
+        renumbered(document, [word for word in kept if word != end])
+
+
+def test_what_bert_puts_around_a_text_is_renumbered():
+    model = {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2, "[S]": 3, "[C]": 4}, "merges": [["a", "b"]]}
+    around = {"type": "RobertaProcessing", "sep": ["[S]", 3], "cls": ["[C]", 4]}
+    document = {"model": model, "added_tokens": [], "post_processor": around, "padding": {"pad_id": 3}}
+    made = renumbered(document, [0, 1, 3, 4])
+    assert made["post_processor"] == {"type": "RobertaProcessing", "sep": ["[S]", 2], "cls": ["[C]", 3]}
+    assert made["padding"] == {"pad_id": 2} and made["model"]["merges"] == []
 
 
 def test_the_least_counted_leaf_goes_first_and_its_count_goes_to_its_parts():

@@ -27,7 +27,7 @@ from devices.transport import BoardError
 from export.bundle.manifest import read_manifest
 from export.gguf.probe import write_probe_gguf
 from export.graph.probe_model import read_probe_model
-from export.graph.probe_stacks import write_probe_stacks
+from export.graph.probe_stacks import ProbeStack, write_probe_stacks
 from saap.cli.devices.costs import CostsCommand, keep_costs, probe_costs
 from saap.models.shape import LayerSizes, ModelShape
 from saap.prune.search.layer_costs import read_costs
@@ -182,11 +182,11 @@ def test_layers_are_timed_in_llama_cpp(model: Path, tmp_path: Path, bits: int) -
 @pytest.mark.parametrize("bits", [4, 8, 32])
 def test_a_probe_of_llama_cpp_holds_the_layers_of_its_stack(model: Path, tmp_path: Path, bits: int) -> None:
     layers = [LayerSizes(2, 1, 64), LayerSizes(0, 0, 64), LayerSizes(2, 1, 0), LayerSizes(1, 1, 32)]
-    write_probe_gguf(read_probe_model(model, bits), layers, tmp_path / "probe.gguf")
+    write_probe_gguf(read_probe_model(model, bits), ProbeStack(layers, 96), tmp_path / "probe.gguf")
     header = read_header(tmp_path / "probe.gguf")
     told = {name: list(header.metadata[f"deci.{name}"]) for name in ("attention.head_count", "feed_forward_length")}
     assert told == {"attention.head_count": [2, 0, 2, 1], "feed_forward_length": [64, 64, 32, 32]}
-    assert header.bits == bits and header.vocab_size == 128
+    assert header.bits == bits and header.vocab_size == 96
     assert header.tensors["blk.3.attn_q.weight"].shape in ((32, 64), (64, 32))
     assert not [name for name in header.tensors if name.startswith("blk.1.attn")]
 

@@ -12,7 +12,7 @@ from saap.prune.search.layer_costs import CostError, CostTable, read_costs
 SHAPE = ModelShape(hidden=576, head_dim=64, vocab=49152, tied=True, layers=())
 ATTENTION = {(1, 1): 10.0, (3, 1): 14.0, (3, 3): 30.0, (9, 3): 42.0}
 FFN = {64: 5.0, 256: 8.0, 1536: 40.0}
-TABLE = CostTable(1, 192, 100.0, ATTENTION, FFN)
+TABLE = CostTable(1, 192, 100.0, ATTENTION, FFN, head={49152: 100.0})
 
 
 def document(**changes: Any) -> dict[str, Any]:
@@ -53,6 +53,17 @@ def test_a_step_is_the_sum_of_what_was_measured_and_interpolated() -> None:
     assert TABLE.layer_ms(LayerSizes()) == 0
     assert TABLE.layer_ms(LayerSizes(9, 3, 0)) == 42 and TABLE.layer_ms(LayerSizes(0, 0, 1536)) == 40
     assert TABLE.total_ms([LayerSizes(9, 3, 1536), LayerSizes(0, 0, 64), LayerSizes(3, 1, 0)]) == 100 + 82 + 5 + 14
+
+
+def test_a_head_of_fewer_words_is_interpolated(tmp_path: Path) -> None:
+    heads = [{"rows": 8000, "ms": 20.0}, {"rows": 24000, "ms": 50.0}]
+    table = read_costs(written(tmp_path / "cost.json", with_table(head=heads)), SHAPE, bits=4, group_size=32)
+    assert [table.outside_ms(rows) for rows in (None, 49152, 24000, 16000, 100)] == [100, 100, 50, 35, 20]
+    assert table.total_ms([LayerSizes(9, 3, 1536)], 24000) == 50 + 82
+    older = read_costs(written(tmp_path / "old.json", document()), SHAPE, bits=4, group_size=32)
+    assert older.outside_ms() == older.outside_ms(49152) == 100
+    with pytest.raises(CostError, match=r"has no heads of fewer words: measure it again .* or leave --vocabulary out"):
+        older.outside_ms(24000)
 
 
 @pytest.mark.parametrize(
