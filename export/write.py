@@ -14,7 +14,7 @@ from devices.common.files import calling
 from devices.common.options import refuse_unused
 from devices.common.outputs import GGUF, check_place
 from devices.common.progress import Progress
-from export.bundle.manifest import MANIFEST, BundleManifest, write_manifest
+from export.bundle.manifest import MANIFEST, BundleManifest, Spelling, write_manifest
 from export.bundle.tokenizer import BundleTokenizer, ids_of
 from export.clients import write_client_files
 from export.engines import check_engines, engine_nll, engines_of, write_engine
@@ -40,11 +40,12 @@ from saap.system.errors import UserError
 from saap.system.files import beside, check_output, claimed, read_object, writing_directory, writing_file
 from saap.system.needs import check_disk, check_memory
 from saap.system.processes import computing_on
-from saap.text.documents import load_documents, pack
-from saap.text.encoding import check_ids, tokenizer_for
+from saap.text.documents import load_documents, pack, samples_of
+from saap.text.encoding import check_ids, encode, tokenizer_for, writing_tokenizer
 
 CACHE_ROWS = 16
 GPTQ_ROWS = 16  # of PARITY_TOKENS each
+SPELT = 200_000  # characters of the text whose tokens are counted: a second
 
 Rows = Callable[[int], tuple[torch.Tensor, str]]  # that many rows of ids [rows, tokens], and where they come from
 
@@ -243,6 +244,17 @@ def check_needs(directory: Path, out: Path, options: ExportOptions) -> None:
     check_disk(needs, out, "exporting")
 
 
+def spelling_of(directory: Path) -> Spelling | None:
+    """In how many tokens a model says text that neither chose its words nor tuned it."""
+    documents = samples_of("evaluation")
+    text = documents.text[:SPELT]
+    try:
+        count = len(encode(text, writing_tokenizer(directory)))
+    except UserError:  # no tokenizer, or one that cannot be used
+        return None
+    return Spelling(documents.source, len(text) / count) if count else None
+
+
 def _manifest(source: ModelSource, writer: GraphWriter, bytes_per_token: int, target: str) -> BundleManifest:
     """The manifest without its files and parity."""
     precision, config, record = writer.precision, source.transformers_config, read_record(source.directory)
@@ -251,6 +263,7 @@ def _manifest(source: ModelSource, writer: GraphWriter, bytes_per_token: int, ta
         sized_manifest(source.shape, precision, config),
         target=target,
         words=source.traits.words,
+        spelling=spelling_of(source.directory),
         windows=windows if target == "cpu" and any(windows) else [],
         weight_bytes_per_token=bytes_per_token,
         bos_token_id=next(iter(_ids_of(source, "begins", config.bos_token_id)), None),

@@ -152,6 +152,12 @@ class Measurement:
         return [s.decoding_s / self.n_gen for s in self.samples if self.n_gen]
 
     @property
+    def character_s(self) -> list[float]:
+        """Mean seconds per character of a text that the model says, one value per repetition; empty: unknown."""
+        spelling = self.model.spelling
+        return [each / spelling.characters_per_token for each in self.token_s] if spelling else []
+
+    @property
     def steps_s(self) -> list[float]:
         """Seconds of every single decode step of all repetitions; empty where only sums are known."""
         return [t for s in self.samples for t in s.token_s]

@@ -128,7 +128,7 @@ class Rounds:
         unknown = answer.sample.unknown | ({} if energy else {"energy": why or "no decode window"})
         outcome.samples.append(replace(answer.sample, energy=energy, unknown=unknown))
         if answer.facts.model is not None:
-            outcome.model = replace(answer.facts.model, vocab_size=peer.vocab_size)
+            outcome.model = replace(answer.facts.model, vocab_size=peer.vocab_size, spelling=peer.model.spelling)
         outcome.versions |= answer.facts.versions
 
     def _job(self, outcome: Outcome) -> Job:

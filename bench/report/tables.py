@@ -58,6 +58,7 @@ def main_table(result: Result) -> Table:
         _number("prefill tok/s", "prefill_ts"),
         _number("decode tok/s", "decode_ts"),
         ("decode IQR", _quartiles),
+        *_where_known(rows, _number("ms/ char", "character_s", 1e3, 2), "character_s"),
         _number("first token ms", "ttft_s", 1e3),
         _number("peak load MB", "peak_load_bytes", 1e-6),
         _number("peak decode MB", "peak_decode_bytes", 1e-6),
@@ -111,9 +112,19 @@ def energy_notes(result: Result) -> list[str]:
 
 
 def peer_notes(result: Result) -> list[str]:
-    """With which of its own settings each peer was measured, and what it was built without."""
+    """Which characters, with which of its own settings each peer was measured, and what it was built without."""
     pilots = [told(msgspec.convert(each, Pilot)) for each in as_list(result.settings.get("pilots"))]
-    return [*pilots, *filter(None, [built_without(result)])]
+    return [*spelling_notes(result), *pilots, *filter(None, [built_without(result)])]
+
+
+def spelling_notes(result: Result) -> list[str]:
+    """Of which text the times per character are, where models say it in different numbers of tokens."""
+    known = {m.name: m.model.spelling for m in result.measurements if m.model.spelling and m.character_s}
+    if len({each.characters_per_token for each in known.values()}) < 2:
+        return []
+    each = ", ".join(f"{name} {spelling.characters_per_token:.2f}" for name, spelling in known.items())
+    texts = " and ".join(dict.fromkeys(spelling.text for spelling in known.values()))
+    return [f"ms per character are of {texts}; characters per token: {each}"]
 
 
 def built_without(result: Result) -> str | None:
@@ -165,6 +176,7 @@ def _row(result: Result, m: Measurement) -> Row:
         "decode_ts": decode.median if decode else None,
         "decode_q1": decode.q1 if decode else None,
         "decode_q3": decode.q3 if decode else None,
+        "character_s": _median(m.character_s),
         **{f"step_p{percent}_s": percentile(m.steps_s, percent) for percent in (50, 90, 99)},
         "ttft_s": _median([s.ttft_s for s in m.samples]),
         "warmup_steps": _median([len(s.warmup_s) for s in m.samples]),

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from devices.common.caches import GROWING, Sliding
 from export.bundle.graph_facts import CacheInput, Tensor, read_graph
+from export.bundle.manifest import Spelling
 
 # A table that only these read gives up a few rows per token.
 _LOOKED_UP = {"Gather", "GatherBlockQuantized", "GroupQueryAttention", "RotaryEmbedding"}
@@ -28,6 +29,7 @@ class ModelFacts:
     vocab_size: int | None = None
     unknown: dict[str, str] = field(default_factory=dict)
     sliding: Sliding = GROWING  # of the cache
+    spelling: Spelling | None = None  # in how many tokens it says a text
 
 
 SIZES = ("parameters", "model_bytes", "weight_bytes_per_token", "kv_bytes_per_token", "bits")

@@ -146,7 +146,8 @@ def _bundle(spec: str, length: int) -> Peer:
         manifest = verify_files(placed.bundle)
         peer = _llama_cpp(f"{LLAMA_CPP}{placed.file()}", length)
         name = f"{placed.bundle.resolve().name}@{placed.engine}"
-        return replace(peer, name=name, spec=spec, bundle_hash=manifest.content_hash, unknown={})
+        model = replace(peer.model, spelling=manifest.spelling)
+        return replace(peer, name=name, spec=spec, bundle_hash=manifest.content_hash, unknown={}, model=model)
     if placed.engine == OPENVINO_ENGINE:
         path = placed.file().resolve()
         manifest = verify_files(path)
@@ -283,6 +284,7 @@ def bundle_facts(manifest: BundleManifest) -> ModelFacts:
         bits=manifest.bits,
         vocab_size=manifest.vocab_size,
         sliding=manifest.sliding,
+        spelling=manifest.spelling,
     )
 
 

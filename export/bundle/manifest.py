@@ -178,6 +178,14 @@ class Lineage(TypedDict, total=False):
 
 
 @dataclass(frozen=True)
+class Spelling:
+    """In how many tokens a model says a text."""
+
+    text: str  # which one
+    characters_per_token: Annotated[float, Meta(gt=0, le=1e6)]
+
+
+@dataclass(frozen=True)
 class BundleManifest:
     """``bundle.json``. Sizes are in bytes; ``None`` is unknown.
 
@@ -211,6 +219,7 @@ class BundleManifest:
     delta: DeltaHeads | None = None  # of the gated delta nets; None where there is none
     windows: list[Count] = field(default_factory=list)  # of each layer, as in CachePart; empty where none slides
     words: str = ""  # which tokens the head says, packed as in ``slim_vocabulary`` of a slim model; empty: all
+    spelling: Spelling | None = None  # None where the tokenizer cannot say it
     format: int = FORMAT
 
     @property

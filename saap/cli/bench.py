@@ -247,7 +247,7 @@ def show_reasons(result: Result, to_stderr: bool = False) -> None:
 
 
 def _show_against(result: Result, base: str, other: str, floor: float | None) -> None:
-    from bench.judge.comparison import compare_within
+    from bench.judge.comparison import DECODE, compare_within
     from bench.judge.wording import threads
 
     for row in compare_within(result, base, other).rows:
@@ -257,8 +257,17 @@ def _show_against(result: Result, base: str, other: str, floor: float | None) ->
         speed = f"{1 / row.ratio:.3f}x as fast as {base} (95 %: {1 / row.high:.3f} to {1 / row.low:.3f})"
         within = floor is not None and abs(row.ratio - 1) <= floor
         verdict = "within the noise floor" if within else row.reason or row.verdict
+        if row.what == DECODE and (longer := _longer(result, base, other)) != 1:
+            speed += f", {1 / row.ratio / longer:.3f}x per character"
         tell(f"  {other}, {row.setting}, {threads(row.n_threads)}: {row.what} {speed}: {verdict}")
     _show_turns(result, base, other)
+
+
+def _longer(result: Result, base: str, other: str) -> float:
+    """How many times as many tokens one model takes for a text as another; 1 where it is not known."""
+    spellings = [next(result.of(name)).model.spelling for name in (base, other)]
+    known = [each.characters_per_token for each in spellings if each]
+    return known[0] / known[1] if len(known) == len(spellings) else 1.0
 
 
 def _show_turns(result: Result, base: str, other: str) -> None:

@@ -155,7 +155,7 @@ class PruneOptions:
     ] = 32
     engine: Annotated[
         Literal["any", "llama.cpp"],
-        Option("What shall run it: llama.cpp wants one FFN width in some families.", _FOR, flags=("--for",)),
+        Option("Runtime; llama.cpp wants equal FFNs in some families.", _FOR, flags=("--for",)),
     ] = "any"
     onnxruntime: str | None = None  # version that the table of costs must be of; None accepts any
     method: Annotated[Method, Option("saap, flap, wanda_sp, ... (--help-all).", _HOW, metavar="NAME")] = "saap"

@@ -5,7 +5,7 @@ import io
 from dataclasses import replace
 
 import pytest
-from support.bench_samples import measurement, result, sample
+from support.bench_samples import FACTS, measurement, result, sample
 
 from bench.measure.result import INVALID, Energy, ModelFacts
 from bench.power.sensors import NO_SENSOR, NOT_ALLOWED
@@ -17,8 +17,10 @@ from bench.report.tables import (
     main_table,
     markdown,
     markdown_cell,
+    peer_notes,
     table_rows,
 )
+from export.bundle.manifest import Spelling
 
 BROKEN = measurement("broken", [], status=INVALID, reasons=["exit 1", "boom"], model=ModelFacts())
 
@@ -53,6 +55,20 @@ def test_columns_appear_where_they_say_something() -> None:
     assert table_rows(result(measured))[0]["energy_scope"] == "package"
     guessed = measurement("dense", [], samples=[sample([0.1] * 4, energy=replace(energy, estimate=True))])
     assert "~0.500" in main_table(result(guessed)).rows[0] and "0.500" in main_table(result(measured)).rows[0]
+
+
+def test_a_text_is_what_models_of_other_words_are_compared_by() -> None:
+    dense, slim = (
+        measurement(name, [0.02, 0.02], model=replace(FACTS, spelling=Spelling("a text", length)))
+        for name, length in (("dense", 4.0), ("slim", 3.2))
+    )
+    table = main_table(result(dense, slim, measurement("peer", [0.01])))
+    assert [row[table.header.index("ms/ char")] for row in table.rows] == ["5.00", "6.25", "-"]
+    assert peer_notes(result(dense, slim)) == [
+        "ms per character are of a text; characters per token: dense 4.00, slim 3.20"
+    ]
+    assert peer_notes(result(dense, replace(dense, name="again"))) == []
+    assert "ms/ char" not in main_table(result(measurement("peer", [0.01]))).header
 
 
 def test_what_the_energy_is_of() -> None:

@@ -10,6 +10,7 @@ from support.exported import export_bundle
 
 from export.bundle.decoder import OrtDecoder
 from export.gguf.write import export_gguf
+from export.write import SPELT
 from saap.evaluate.evaluation import evaluate
 from saap.evaluate.options import EvalOptions
 from saap.models.architectures import shape_of
@@ -24,7 +25,7 @@ from saap.prune.vocabulary import Chosen, choose_words, trim
 from saap.quantize.bundle_size import bundle_size
 from saap.system.errors import UserError
 from saap.text.closed_words import forest_of
-from saap.text.documents import documents_of
+from saap.text.documents import EVALUATION_SAMPLE, documents_of, samples_of
 from saap.text.encoding import writing_tokenizer
 from saap.tune.options import TuneOptions
 from saap.tune.teacher import StudentWords, check_same_vocabulary, teacher_targets
@@ -73,6 +74,17 @@ def test_it_is_a_plain_model_of_the_kept_words(models_of, chosen, tmp_path):
     export_gguf(slim, tmp_path / "model.gguf", kind="F32")
     ran = llama_cpp_run.run(tmp_path / "model.gguf", ids=ids, texts=["the quick brown fox"])
     assert ran["encoded"] == [ids] and np.abs(ran["logits"] - found[0].numpy()).max() < 1e-3
+
+
+def test_a_bundle_knows_how_long_its_tokens_are(tiny_model, chosen, tmp_path):
+    dense = tiny_model()
+    head = trim(dense, Chosen(chosen.words, 320, 0.01, "dice"), tmp_path / "head")
+    lengths = [export_bundle(path, tmp_path / f"b{n}", bits=32).spelling for n, path in enumerate((dense, head))]
+    text = samples_of("evaluation").text[:SPELT]
+    for each, path in zip(lengths, (dense, head), strict=True):
+        assert each.text == EVALUATION_SAMPLE
+        assert each.characters_per_token == len(text) / len(writing_tokenizer(path)(text)["input_ids"])
+    assert lengths[1].characters_per_token < lengths[0].characters_per_token
 
 
 def test_its_file_is_as_large_as_was_planned(models_of, chosen, tmp_path):
