@@ -84,6 +84,7 @@ def evaluate(paths: tuple[Path, ...], json_path: Path | None, options: EvalComma
     console.report(LOADING, 0, 0)
     from saap.evaluate.evaluation import evaluate as evaluate_subjects
     from saap.evaluate.evaluation import subjects_of, windows_for
+    from saap.text.encoding import long_spelling
 
     def keep(quality: Quality) -> None:
         """Before anything is shown, so that what took hours is there whatever happens then."""
@@ -100,6 +101,8 @@ def evaluate(paths: tuple[Path, ...], json_path: Path | None, options: EvalComma
     if on_text:
         windows = windows_for(subjects, options.options, options.text, console.report)
         console.say_text("evaluation", windows.protocol.text)
+        for note in filter(None, (long_spelling(each.path, windows.ids.flatten().tolist()) for each in subjects)):
+            console.say(f"  {note}")
     quality = evaluate_subjects(
         subjects, options.options, reference=base, text=windows, progress=console.report, keep=keep
     )

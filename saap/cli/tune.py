@@ -111,6 +111,7 @@ def tune_model(slim: str | Path, out: Path, asked: TuneCommand, console: Console
     from saap.system.files import RECORD, check_output
     from saap.system.processes import is_main_process
     from saap.text.documents import TooLittleTextError
+    from saap.text.encoding import long_spelling
     from saap.tune.pace import KeptTokens
     from saap.tune.tuning import check_model, tuning_text
     from saap.tune.tuning import tune as tune_directory
@@ -138,6 +139,8 @@ def tune_model(slim: str | Path, out: Path, asked: TuneCommand, console: Console
         replace(asked, options=options, minutes=None).check()
         kept.write(options.tokens)
     say_rows(rows, console)
+    if note := long_spelling(directory, rows.ids.flatten().tolist()):
+        console.say(f"  {note}")
     result = tune_directory(directory, options, output=out, teacher=teacher, data=rows, progress=console.report)
     if kept is not None:
         kept.discard()

@@ -29,7 +29,7 @@ from saap.system.gpu import CPU, out_of_memory
 from saap.system.needs import check_memory, fits
 from saap.system.precision import fast_float32
 from saap.text.documents import SELF
-from saap.text.encoding import check_ids, writing_tokenizer
+from saap.text.encoding import check_ids, said_words_of, writing_tokenizer
 from saap.text.overlap import refuse_seen
 from saap.text.windows import Windows, evaluation_windows, tokenizer_hash
 
@@ -242,8 +242,9 @@ def continuation_model(subject: Subject, device: torch.device = CPU) -> Callable
 
     def make(progress: Progress | None) -> ContinuationModel:
         tokenizer = writing_tokenizer(subject.path)
+        reader = None if said_words_of(subject.path) is None else load_tokenizer(subject.path)
         scorer, positions = subject.continuations(device)
-        return ContinuationModel(scorer, tokenizer, positions, progress)
+        return ContinuationModel(scorer, tokenizer, positions, progress, reader)
 
     return make
 

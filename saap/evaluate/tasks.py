@@ -79,13 +79,22 @@ class Found(TypedDict):
 
 
 class ContinuationModel(TemplateLM):  # type: ignore[misc]  # the harness has no types
-    """A model of the harness that only weighs continuations; ``score`` says how likely they are."""
+    """A model of the harness that only weighs continuations; ``score`` says how likely they are.
+
+    ``tokenizer`` is of what the model says; ``reader`` of what it reads, where it says fewer words than it reads.
+    """
 
     def __init__(
-        self, score: Scorer, tokenizer: PreTrainedTokenizerBase, max_length: int, progress: Progress | None = None
+        self,
+        score: Scorer,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        progress: Progress | None = None,
+        reader: PreTrainedTokenizerBase | None = None,
     ) -> None:
         super().__init__()
         self.score, self.tokenizer, self.max_length, self.progress = score, tokenizer, max_length, progress
+        self.reader = reader
 
     @property
     def eot_token_id(self) -> int:
@@ -108,6 +117,15 @@ class ContinuationModel(TemplateLM):  # type: ignore[misc]  # the harness has no
             first = self.tokenizer.bos_token
             add_special_tokens = not (first and string.startswith(first))
         return encode(string, self.tokenizer, add_special_tokens)
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Ids of a question, as the model reads it, and of an answer, as it says it."""
+        ids, tail = super()._encode_pair(context, continuation)
+        if self.reader is not None:
+            asked = context.rstrip()  # the harness has the spaces behind it belong to the answer
+            first = self.tokenizer.bos_token
+            ids = encode(asked, self.reader, not (first and asked.startswith(first)))
+        return ids, tail
 
     def loglikelihood(self, requests: list[object], disable_tqdm: bool = False) -> list[Likelihood]:
         """Without the harness's own bar."""

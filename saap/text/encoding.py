@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 # Of a text's beginning, read to see whether a tokenizer knows its letters.
 PROBED_CHARACTERS = 4000
+# Of a text, that are compared with what the whole vocabulary takes, and when a person is told.
+PROBED_TOKENS, LONG = 20_000, 0.1
 BUNDLE = "bundle.json"
 
 
@@ -74,6 +76,23 @@ def writing_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase:
     with tokenizing(f"the tokenizer of {directory} cannot be trimmed", "get the model again"):
         tokenizer._tokenizer = type(tokenizer.backend_tokenizer).from_str(json.dumps(made))
     return tokenizer
+
+
+def long_spelling(directory: str | Path, ids: Iterable[int]) -> str | None:
+    """What a person should know of a text that a model of fewer words spells out; None: nothing.
+
+    ``ids``: of the text, as the model says it.
+    """
+    from saap.models.resolve import load_tokenizer
+
+    if said_words_of(directory) is None:
+        return None
+    tokenizer, said = load_tokenizer(directory), list(ids)[:PROBED_TOKENS]
+    before = len(encode(str(tokenizer.decode(said, skip_special_tokens=True)), tokenizer))
+    longer = len(said) / max(1, before) - 1
+    if longer < LONG:
+        return None
+    return f"the trimmed vocabulary of {directory} takes {longer:.0%} more tokens for this text than the whole one"
 
 
 def said_words_of(directory: str | Path) -> torch.Tensor | None:

@@ -1,6 +1,8 @@
 """A head that says some words only: what torch, the bundle, tuning and the teacher make of it."""
 
+import json
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from export.bundle.decoder import OrtDecoder
 from export.generate.ort_model import BundleForCausalLM
 from export.generate.scoring import BundleScorer
 from export.gguf.write import export_gguf
+from saap.evaluate.evaluation import Directory, continuation_model
 from saap.models.architectures import said_words
 from saap.models.checkpoint import load_model, read_config
 from saap.models.modeling_slim import GONE, packed_words, unpacked_words
@@ -20,7 +23,8 @@ from saap.prune.options import PruneOptions
 from saap.prune.pruning import prune
 from saap.prune.vocabulary import Chosen, rows_asked, trim
 from saap.system.errors import UserError
-from saap.text.encoding import writing_tokenizer
+from saap.text.closed_words import forest_of
+from saap.text.encoding import long_spelling, writing_tokenizer
 from saap.tune.options import TuneOptions
 from saap.tune.teacher import StudentWords, teacher_targets
 from saap.tune.tuning import tune
@@ -133,3 +137,41 @@ def test_what_is_read_and_what_is_said(real_model, tmp_path):
         ids = says(text)["input_ids"]
         assert set(ids) <= set(chosen.words)
         assert says.decode(ids) == reads.decode(reads(text)["input_ids"])  # which lacks some bytes
+
+
+@pytest.fixture
+def spelling(tiny_model, tiny_tokenizer, tmp_path):
+    """A model whose head says hardly more than bytes."""
+    forest = forest_of(json.loads(tiny_tokenizer.backend_tokenizer.to_str()), 320)
+    words = tuple(forest.kept([0] * 320, len(forest.least) + 3))
+    return trim(tiny_model(), Chosen(words, 320, 0.01, "dice"), tmp_path / "slim")
+
+
+def test_a_question_is_read_in_all_words_and_answered_in_those_of_the_head(spelling):
+    make = continuation_model(Directory("slim", spelling))
+    asked = make(None)
+    pairs = [("The quick brown fox ", "jumps over"), ("the lazy dog", " sat on the mat")]
+    reads, says = load_tokenizer(spelling), writing_tokenizer(spelling)
+    for context, tail in pairs:
+        ids, answer = asked._encode_pair(context, tail)
+        assert ids == reads(context.rstrip())["input_ids"]
+        assert set(answer) <= set(unpacked_words(read_config(spelling)["slim_vocabulary"], 320).tolist())
+        assert says.decode(answer) == (context + tail)[len(context.rstrip()) :]
+    assert len(says("The quick brown fox")["input_ids"]) > len(reads("The quick brown fox")["input_ids"])
+    requests = [SimpleNamespace(args=pair) for pair in pairs]
+    model = load_model(spelling)
+    for (found, _), (context, tail) in zip(asked.loglikelihood(requests), pairs, strict=True):
+        ids, answer = asked._encode_pair(context, tail)
+        with torch.inference_mode():
+            logits = model(input_ids=torch.tensor([ids + answer])).logits[0].log_softmax(-1)
+        expected = sum(float(logits[len(ids) + n - 1, word]) for n, word in enumerate(answer))
+        assert found == pytest.approx(expected, abs=1e-3)
+
+
+def test_a_text_that_is_spelt_out_is_told(spelling, tiny_model):
+    text = "the quick brown fox jumps over the lazy dog " * 20
+    ids = writing_tokenizer(spelling)(text)["input_ids"]
+    share = len(ids) / len(load_tokenizer(spelling)(text)["input_ids"]) - 1
+    assert f"takes {share:.0%} more tokens for this text than the whole one" in long_spelling(spelling, ids)
+    assert long_spelling(spelling, writing_tokenizer(spelling)("żółć " * 50)["input_ids"]) is None
+    assert long_spelling(tiny_model("other"), ids) is None
