@@ -38,7 +38,9 @@ def optimum_config(config: dict[str, object], manifest: BundleManifest) -> dict[
     kv_heads = {layer.kv_heads for layer in manifest.kv_layers}
     if len(kv_heads) != 1 or not manifest.can_forget or manifest.hidden_size % manifest.head_dim:
         return None
-    ours = ("slim_layers", "slim_quant", "slim_bias", "auto_map", "quantization_config", "_name_or_path")
+    ours = (
+        "slim_layers", "slim_quant", "slim_bias", "slim_vocabulary", "auto_map", "quantization_config", "_name_or_path",
+    )  # fmt: skip
     cached = [index for index, layer in enumerate(manifest.layers) if layer.query_heads]
     lists = {key: [entries[i] for i in cached] for key in PER_LAYER if (entries := entries_of(config, key))}
     return {

@@ -23,7 +23,9 @@ from export.write import export
 from saap.cli import engines as module
 from saap.cli.engines import on_fastest
 from saap.prune.plan import PrunePlan
+from saap.prune.vocabulary import Chosen, trim
 from saap.system.errors import UserError
+from saap.text.closed_words import forest_of
 from saap.tune import TuneOptions, tune
 
 BOTH = ("onnxruntime", "llama.cpp")
@@ -226,12 +228,15 @@ def test_the_fastest_engine_by_turns(bundle, llama_cpp, monkeypatch):
     assert on_fastest(f"{bundle}@fastest") in {f"{bundle}@{engine}" for engine in BOTH}
 
 
-def test_openvino_reads_the_graph_of_any_bundle(tiny_model, tmp_path, text, monkeypatch):
+@pytest.mark.parametrize("words", ["all", "fewer"])
+def test_openvino_reads_the_graph_of_any_bundle(tiny_model, tiny_tokenizer, tmp_path, text, monkeypatch, words):
     pytest.importorskip("openvino")
     monkeypatch.delenv(PEER_PYTHON, raising=False)
-    made = export(
-        tiny_model(), ExportOptions(engines=("onnxruntime", "openvino"), text=str(text)), output=tmp_path / "bundle"
-    )
+    model = tiny_model()
+    if words == "fewer":
+        forest = forest_of(json.loads(tiny_tokenizer.backend_tokenizer.to_str()), 320)
+        model = trim(model, Chosen(tuple(sorted(forest.least)), 320, 0.01, "dice"), tmp_path / "trimmed")
+    made = export(model, ExportOptions(engines=("onnxruntime", "openvino"), text=str(text)), output=tmp_path / "bundle")
     told = made.manifest.lineage["engines"]["openvino"]
     assert told["exact"] is True and told["nll"] == pytest.approx(made.manifest.parity.nll_graph, abs=0.02)
     assert engines_in(read_manifest(tmp_path / "bundle")) == ["onnxruntime", "openvino"]
