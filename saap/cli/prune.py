@@ -104,9 +104,11 @@ def prune_model(model: str, out: Path, asked: PruneCommand, console: Console, na
 
     kind_of(model)  # before what takes seconds to import
     console.report(LOADING, 0, 0)
+    from saap.models.architectures import shape_of
+    from saap.models.checkpoint import read_config
     from saap.prune.pruning import budget_of, streamed
     from saap.prune.pruning import prune as prune_directory
-    from saap.prune.vocabulary import trim
+    from saap.prune.vocabulary import Chosen, trim
     from saap.system.files import RECORD, check_output
     from saap.text.documents import Sequences
     from saap.text.rows import training_rows
@@ -116,6 +118,9 @@ def prune_model(model: str, out: Path, asked: PruneCommand, console: Console, na
         options.check_requirement()
     check_output(out, model, asked.calibration, record=RECORD)
     directory = resolve(model, progress=console.report)
+    if asked.vocabulary and options.asked:  # what not even a head of one word meets is refused before a text is read
+        size = shape_of(read_config(directory)).vocab
+        budget_of(directory, options, Chosen((0,), size, 0.0, "", asked.vocabulary_input))
     words = asked.vocabulary and _words(directory, asked, console)
     if words and not options.asked:
         trim(directory, words, out, console.report)

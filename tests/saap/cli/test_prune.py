@@ -92,6 +92,44 @@ def test_milliseconds_can_be_met_by_whole_modules(model, tmp_path, river, costs)
     assert cells(done.stdout, "ms per token by the table")[3] <= 2.4
 
 
+@pytest.fixture
+def plain(tmp_path):
+    """Text of which a quarter is enough to try words on."""
+    path = tmp_path / "plain.txt"
+    path.write_text("the quick brown fox jumps over the lazy dog and the cat sat on the mat\n" * 400)
+    return path
+
+
+def test_words_alone(model, tmp_path, plain):
+    done = here("prune", model, "-o", tmp_path / "head", "--vocabulary", "290", "--calibration", plain)
+    assert "vocabulary: the head says 290 of 320 words; text like" in done.stderr
+    assert read_config(tmp_path / "head")["vocab_size"] == 320
+    words = ["--vocabulary", "290", "--vocabulary-input", "--calibration", plain]
+    done = here("prune", model, "-o", tmp_path / "all", *words)
+    assert "vocabulary: the model has 290 of 320 words" in done.stderr
+    assert read_config(tmp_path / "all")["vocab_size"] == 290
+
+
+def test_fewer_words_count_in_what_was_asked(model, tmp_path, plain):
+    (table,) = json.loads(cost_file(tmp_path / "old.json").read_text())["threads"]
+    heads = {**table, "head": [{"rows": 280, "ms": 0.3}, {"rows": 300, "ms": 0.35}]}
+    costs = cost_file(tmp_path / "cost.json", threads=[heads])
+    words = ["--vocabulary", "290", "--speedup", "1.1", "--costs"]
+    done = pruned(model, tmp_path / "slim", plain, *words, costs)
+    assert cells(done.stdout, "ms per token by the table") == pytest.approx([6.1, None, 5.425, 5.425], abs=1e-3)
+    assert cells(done.stdout, "layers' weights removed, %")[3] == 0, "fewer words are enough"
+    done = pruned(model, tmp_path / "slimmer", plain, "--vocabulary", "290", "--speedup", "1.5", "--costs", costs)
+    assert 1.5 <= cells(done.stdout, "speed-up by the table")[3] < 1.7
+    least = pruned_refused(model, tmp_path / "none", plain, *words, tmp_path / "old.json")
+    assert "the table of costs has no heads of fewer words: measure it again" in least
+    words = ["--vocabulary", "290", "--vocabulary-input", "--max-params"]
+    enough = shape_of(read_config(model)).parameters - (320 - 290) * 96
+    done = pruned(model, tmp_path / "few", plain, *words, str(enough))
+    assert shape_of(read_config(tmp_path / "few")).parameters == enough
+    assert cells(done.stdout, "layers' weights removed, %")[3] == 0
+    assert "asked 10,000 parameters, the smallest" in pruned_refused(model, tmp_path / "none", plain, *words, "10k")
+
+
 def pruned_refused(model, out, text, *options):
     message = refused(*prune_words(model, out, text, *options))
     assert not out.exists()
@@ -125,6 +163,9 @@ def test_a_slim_model_prunes_again(model, tmp_path, river, costs):
             "--ratio 0.9 --keep-layers 0-2",
             "options allow is 0: allow more with --modules or fewer --keep-layers",
         ),
+        ("--ratio 0.2 --vocabulary-input", "--vocabulary-input is for models that lose words: give --vocabulary too"),
+        ("--vocabulary 9", "a vocabulary of 9 words cannot be closed: 259 must stay"),
+        ("--vocabulary 320", "a vocabulary of '320' is none of this model's 320 words: give a number such as 24k"),
         ("--ratio 0.2 --method best", "--method best is not allowed: give saap, random,"),
         ("--ratio 0.2 --compensate hope", "--compensate hope is not allowed: give none, bias or refit"),
         ("--ratio 0.2 --set prices=low", "prices low is not allowed: give silenced or compensated"),
