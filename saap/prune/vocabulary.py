@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -40,8 +40,9 @@ from saap.text.documents import Documents
 from saap.text.encoding import beginning, encode
 
 AUTO = "auto"
-TRIED = 8  # sizes: what is found is a 256th of the vocabulary from the best
+TRIED = 5  # sizes at most
 LONGER = 0.01  # what ``auto`` allows; bits per byte grow about as much, until the model is tuned
+CLOSE = 0.9  # of it: no better size is looked for
 PREDICTED = 4096  # tokens of the text whose predictions count
 ROW = 256  # tokens of a forward pass
 HELD = 0.25  # of the text, by which a size is chosen that the other part counted
@@ -128,30 +129,61 @@ def choose_words(directory: Path, asked: str, documents: Documents, progress: Pr
     text = documents.text
     part, held = text[: int(len(text) * (1 - HELD))], text[int(len(text) * (1 - HELD)) :]
     guessed = predicted(directory, part, progress)
-    weights = np.add(counts_of(document, part, shape.vocab), guessed).tolist()
-    whole = _tokens(document, held)
-    longer: dict[int, float] = {}
-
-    def fits(count: int) -> bool:
-        """Whether the held text is hardly longer by so many words."""
-        report("trying sizes of the vocabulary", len(longer), 1 if rows else TRIED)
-        longer[count] = _tokens(trimmed(document, forest.kept(weights, count)), held) / whole - 1
-        return longer[count] <= LONGER
-
-    low, high = len(forest.least), len(forest.least) + len(forest.parts)
-    if rows is not None:
-        fits(high := rows)
-    for _ in range(0 if rows else TRIED):  # a text gets no longer by more words, so halving finds the edge
-        middle = (low + high + 1) // 2
-        low, high = (low, middle) if fits(middle) else (middle, high)
-    if high not in longer:
+    order = forest.order(np.add(counts_of(document, part, shape.vocab), guessed).tolist())
+    said = counts_of(document, held, shape.vocab)
+    sizes = Sizes(forest.size_of(0), len(forest.least), forest.longer(order, said) / max(1, sum(said)))
+    count: int | None = forest.checked(rows) if rows else sizes.next()
+    while count is not None:
+        report("trying sizes of the vocabulary", len(sizes.tried), 1 if rows else TRIED)
+        tokens = _tokens(trimmed(document, forest.without(order[: forest.size_of(count)])), held)
+        sizes.tried[count] = tokens / max(1, sum(said)) - 1
+        count = None if rows else sizes.next()
+    report("trying sizes of the vocabulary", 1, 1)
+    if rows is None and (rows := sizes.best) is None:
         raise UserError(
             f"no part of the vocabulary of {directory} says {documents.source} in as few tokens as all of it: give a "
             "number of words, or leave it whole"
         )
-    report("trying sizes of the vocabulary", 1, 1)
-    words = forest.kept(np.add(counts_of(document, text, shape.vocab), guessed).tolist(), high)
-    return Chosen(tuple(words), shape.vocab, longer[high], documents.source)
+    words = forest.kept(np.add(counts_of(document, text, shape.vocab), guessed).tolist(), rows)
+    return Chosen(tuple(words), shape.vocab, sizes.tried[rows], documents.source)
+
+
+@dataclass
+class Sizes:
+    """Numbers of words that are tried until a text gets by hardly more than :data:`LONGER` longer.
+
+    Attributes:
+        most, least: numbers that there may be.
+        expected: share of tokens more, of each number of words that goes, from none.
+        tried: what was found, by number of words.
+    """
+
+    most: int
+    least: int
+    expected: NDArray[np.float64]
+    tried: dict[int, float] = field(default_factory=dict)
+
+    @property
+    def best(self) -> int | None:
+        return min((count for count, longer in self.tried.items() if longer <= LONGER), default=None)
+
+    def next(self) -> int | None:
+        """The number to try; None: one that was tried will do, or none does better.
+
+        What was expected is corrected by how far it was off where it was nearest.
+        """
+        best, low = self.best, max((c for c, longer in self.tried.items() if longer > LONGER), default=self.least - 1)
+        if len(self.tried) == TRIED or (best is not None and self.tried[best] >= CLOSE * LONGER):
+            return None
+        high = self.most if best is None else best
+        off = 1.0
+        if self.tried:
+            nearest = min(self.tried, key=lambda count: abs(self.tried[count] - LONGER))
+            expected = float(self.expected[self.most - nearest])
+            off = expected / self.tried[nearest] if self.tried[nearest] > 0 and expected > 0 else 2.0
+        gone = int(np.searchsorted(self.expected, LONGER * off * (1 + CLOSE) / 2, side="right")) - 1
+        count = min(max(self.most - gone, low + 1), high - 1)
+        return count if low < count < high and count not in self.tried else None
 
 
 @torch.inference_mode()

@@ -14,6 +14,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from saap.system.errors import UserError
 
 
@@ -59,19 +62,43 @@ class Forest:
                     heapq.heappush(heap, (left[part], -part))
         return order
 
+    def longer(self, order: Sequence[int], counts: Sequence[float]) -> NDArray[np.float64]:
+        """How many tokens more a text takes when the first 0, 1, 2, ... words of an order are gone.
+
+        Not quite: merges that went may leave words in other pieces. A word that is made of none counts for two.
+
+        ``counts``: of each id in the text.
+        """
+        left, more = list(counts), [0.0]
+        for word in order:
+            more.append(left[word])
+            for part in self.parts[word]:
+                left[part] += left[word]
+        return np.cumsum(more)
+
+    def size_of(self, gone: int) -> int:
+        """Words that stay of so many that go; and the other way round."""
+        return len(self.parts) + len(self.least) - gone
+
+    def checked(self, count: int) -> int:
+        """A number of words that can stay. Raises UserError: fewer than must, or more than there are."""
+        if not len(self.least) <= count <= self.size_of(0):
+            raise UserError(
+                f"a vocabulary of {count} words cannot be closed: {len(self.least)} must stay (bytes, characters, "
+                f"added and special words), and there are {self.size_of(0)}"
+            )
+        return count
+
+    def without(self, gone: Collection[int]) -> list[int]:
+        """The ids that stay, ascending."""
+        return sorted((self.parts.keys() | self.least) - set(gone))
+
     def kept(self, counts: Sequence[float], count: int) -> list[int]:
         """The ids that stay, ascending, so many of them.
 
         Raises UserError: fewer than must stay.
         """
-        words = len(self.parts) + len(self.least)
-        if not len(self.least) <= count <= words:
-            raise UserError(
-                f"a vocabulary of {count} words cannot be closed: {len(self.least)} must stay (bytes, characters, "
-                f"added and special words), and there are {words}"
-            )
-        gone = set(self.order(counts)[: words - count])
-        return sorted((self.parts.keys() | self.least) - gone)
+        return self.without(self.order(counts)[: self.size_of(self.checked(count))])
 
 
 def forest_of(document: Mapping[str, Any], size: int, required: Collection[int] = ()) -> Forest:

@@ -21,7 +21,7 @@ from saap.models.modeling_slim import GONE, packed_words, unpacked_words
 from saap.models.resolve import load_tokenizer
 from saap.prune.options import PruneOptions
 from saap.prune.pruning import prune
-from saap.prune.vocabulary import Chosen, rows_asked, trim
+from saap.prune.vocabulary import LONGER, TRIED, Chosen, Sizes, rows_asked, trim
 from saap.system.errors import UserError
 from saap.text.closed_words import forest_of
 from saap.text.encoding import long_spelling, writing_tokenizer
@@ -175,3 +175,21 @@ def test_a_text_that_is_spelt_out_is_told(spelling, tiny_model):
     assert f"takes {share:.0%} more tokens for this text than the whole one" in long_spelling(spelling, ids)
     assert long_spelling(spelling, writing_tokenizer(spelling)("żółć " * 50)["input_ids"]) is None
     assert long_spelling(tiny_model("other"), ids) is None
+
+
+@pytest.mark.parametrize("off", [0.4, 1.0, 3.0])
+def test_the_size_of_auto_is_found_in_a_few_tries(off):
+    expected = np.cumsum(np.linspace(0, 2e-6, 10_001))  # 1 % at 10,000
+    sizes = Sizes(20_000, 10_000, expected)
+    while (count := sizes.next()) is not None:
+        sizes.tried[count] = off * float(expected[20_000 - count])
+    assert len(sizes.tried) <= TRIED
+    assert LONGER / 2 < sizes.tried[sizes.best] <= LONGER or (off == 0.4 and sizes.best <= 10_100)
+
+
+def test_there_may_be_no_size_that_is_hardly_longer():
+    sizes = Sizes(1000, 900, np.linspace(0, 1, 101))
+    while (count := sizes.next()) is not None:
+        assert 900 <= count < 1000 and count not in sizes.tried
+        sizes.tried[count] = 0.5
+    assert sizes.best is None and 0 < len(sizes.tried) <= TRIED

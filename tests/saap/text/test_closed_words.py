@@ -108,3 +108,17 @@ def test_the_least_counted_leaf_goes_first_and_its_count_goes_to_its_parts():
         forest.kept([0] * 6, 2)
     with pytest.raises(UserError, match="a tokenizer of type WordPiece cannot be closed"):
         forest_of({"model": {"type": "WordPiece", "vocab": {}}}, 6)
+
+
+def test_how_much_longer_a_text_gets_is_told_before_it_is_tried():
+    tokenizer = byte_level()
+    document, size = json.loads(tokenizer.to_str()), tokenizer.get_vocab_size()
+    forest = forest_of(document, size)
+    said = tokenizer.encode(TEXT).ids
+    counts = np.bincount(said, minlength=size).tolist()
+    order = forest.order(counts)
+    expected = forest.longer(order, counts)
+    assert len(expected) == len(order) + 1 and expected[0] == 0 and (np.diff(expected) >= 0).all()
+    for gone in (10, 40, 70):
+        fewer = Tokenizer.from_str(json.dumps(trimmed(document, forest.without(order[:gone]))))
+        assert len(fewer.encode(TEXT).ids) - len(said) == pytest.approx(expected[gone], rel=0.1)
