@@ -224,6 +224,8 @@ def show_plan(slim: Path, budget: Budget) -> None:
         if key in columns[0]
     ]
     print_table("", ["", "dense", "asked", "planned", "achieved"], rows)
+    if gap := plan.get("gap"):
+        tell(f"  the search ended at its limit: a plan whose price is up to {gap:.1%} less may exist")
     if costs := budget.costs:
         threads = counted(costs["threads"], "thread")
         tell(

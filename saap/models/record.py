@@ -78,6 +78,7 @@ class Plan(TypedDict, total=False):
     planned: Measures
     achieved: Measures
     price_nats: float | None
+    gap: float  # where the search ended before it knew its plan to be the best
     reasons: dict[str, object] | None
     dense_layers: list[Counts]
     layers: list[Kept]

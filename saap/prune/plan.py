@@ -118,6 +118,7 @@ class PrunePlan:
     layers: tuple[LayerPlan, ...]
     price: float = 0.0  # predicted loss, nats per token
     reasons: Reasons | None = None  # why each block lost what it lost
+    gap: float = 0.0  # by which share of its price a better plan might be cheaper; 0: none is
 
     @property
     def kept_layers(self) -> tuple[int, ...]:
@@ -161,7 +162,7 @@ def composed(first: PrunePlan, second: PrunePlan) -> PrunePlan:
             if isinstance(which, tuple):
                 kept[name] = tuple(getattr(before, name)[i] for i in which)
         layers[index] = LayerPlan(**kept)
-    return PrunePlan(tuple(layers), first.price + second.price)
+    return PrunePlan(tuple(layers), first.price + second.price, gap=max(first.gap, second.gap))
 
 
 def check_plan(plan: PrunePlan, dense: ModelShape) -> None:

@@ -42,6 +42,7 @@ def record_of(pruning: Pruning, plan: PrunePlan, achieved: dict[str, float | Non
             "planned": pruning.budget.report(plan.kept_shape(pruning.budget.cut)),
             "achieved": achieved,
             "price_nats": plan.price,
+            **({"gap": plan.gap} if plan.gap else {}),
             "reasons": plan.reasons.record() if plan.reasons else None,
             "dense_layers": to_builtins([sizes.told() for sizes in pruning.budget.dense.layers]),
             "layers": to_builtins([keep.told() for keep in plan.layers]),
@@ -72,4 +73,5 @@ def record_of(pruning: Pruning, plan: PrunePlan, achieved: dict[str, float | Non
 def plan_of(recorded: Plan) -> PrunePlan:
     """The plan as :func:`record_of` writes it; KeyError or ValueError where there is none."""
     layers, reasons = convert(recorded["layers"], tuple[LayerPlan, ...]), recorded["reasons"]
-    return PrunePlan(layers, recorded["price_nats"] or 0.0, convert(reasons, Reasons) if reasons else None)
+    told = convert(reasons, Reasons) if reasons else None
+    return PrunePlan(layers, recorded["price_nats"] or 0.0, told, recorded.get("gap", 0.0))

@@ -2,7 +2,8 @@
 
 Every block offers a few options (widths on the quantisation grid, query heads per KV group, KV groups, nothing). An
 option has a price in nats (predicted loss) and a cost in the budget's unit. Choosing one option per block is a
-multiple-choice knapsack, solved exactly as a mixed-integer program by HiGHS (scipy.optimize.milp).
+multiple-choice knapsack, solved as a mixed-integer program by HiGHS (scipy.optimize.milp): exactly, or to a gap that
+the plan states.
 """
 
 from __future__ import annotations
@@ -82,11 +83,20 @@ class Found:
     plan: PrunePlan
 
 
+@dataclass(frozen=True)
+class Solution:
+    """The option of each block, and by which share of their summed price a better choice might be cheaper."""
+
+    options: list[Option]
+    gap: float = 0.0
+
+
 def search(prices: Prices, budget: Budget, options: PruneOptions) -> Found:
     """The plan of least price that meets the budget; the UserError of one that cannot be met names the floor."""
     blocks = blocks_of(budget.dense, prices, budget, options)
-    chosen = solve(blocks, budget)
-    return Found(blocks, chosen, plan_from(blocks, chosen, budget.dense))
+    solution = solve(blocks, budget)
+    plan = plan_from(blocks, solution.options, budget.dense)
+    return Found(blocks, solution.options, replace(plan, gap=solution.gap))
 
 
 def blocks_of(shape: ModelShape, prices: Prices, budget: Budget, options: PruneOptions) -> list[Block]:
@@ -196,7 +206,7 @@ def _check_floor(blocks: list[Block], budget: Budget) -> None:
         raise budget.below_floor(floor)
 
 
-def solve(blocks: list[Block], budget: Budget) -> list[Option]:
+def solve(blocks: list[Block], budget: Budget) -> Solution:
     """The option of each block with the least summed price, all costs within the budget; some block keeps attention.
 
     Raises:
@@ -204,13 +214,13 @@ def solve(blocks: list[Block], budget: Budget) -> list[Option]:
     """
     _check_floor(blocks, budget)
     if budget.one_width:
-        return _of_one_width(blocks, budget)
+        return Solution(_of_one_width(blocks, budget))
     limit = budget.limit
     for _ in range(RETRIES):
-        chosen = _least_price(blocks, limit, budget)
-        excess = budget.fixed + sum(option.cost for option in chosen) - budget.most
+        found = _least_price(blocks, limit, budget)
+        excess = budget.fixed + sum(option.cost for option in found.options) - budget.most
         if budget.fits(budget.most + excess):
-            return _use_up(blocks, chosen, -excess, budget.dense)
+            return replace(found, options=_use_up(blocks, found.options, -excess, budget.dense))
         limit -= 2 * excess  # HiGHS holds a constraint to a tolerance only
     raise UserError(f"no choice of options was found within {budget.in_words(budget.most)}: require a little less")
 
@@ -225,7 +235,7 @@ def _of_one_width(blocks: list[Block], budget: Budget) -> list[Option]:
     raise UserError(f"no width of all FFNs meets {budget.in_words(budget.most)}: require less, or leave --for out")
 
 
-def _least_price(blocks: list[Block], limit: float, budget: Budget) -> list[Option]:
+def _least_price(blocks: list[Block], limit: float, budget: Budget) -> Solution:
     from scipy.optimize import Bounds, LinearConstraint, milp
     from scipy.sparse import coo_array
 
@@ -253,7 +263,8 @@ def _least_price(blocks: list[Block], limit: float, budget: Budget) -> list[Opti
         raise UserError(
             f"no choice of options meets {budget.in_words(budget.most)} ({answer.message}): require a little less"
         )
-    return [flat[i] for i in np.flatnonzero(answer.x > 0.5)]
+    gap = float(answer.mip_gap or 0.0) if answer.status else 0.0  # its limit of nodes ended the search
+    return Solution([flat[i] for i in np.flatnonzero(answer.x > 0.5)], gap)
 
 
 def _together(blocks: list[Block], shape: ModelShape) -> list[tuple[Numbers, int]]:

@@ -139,6 +139,25 @@ def test_what_is_read_and_what_is_said(real_model, tmp_path):
         assert says.decode(ids) == reads.decode(reads(text)["input_ids"])  # which lacks some bytes
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "asked"), [("smollm2-135m", "24k"), ("gemma3-270m", "auto")])
+def test_hundred_thousand_strings_and_each_word_can_be_said(name, asked, tmp_path):
+    from saap.models.resolve import resolve
+    from saap.prune.vocabulary import choose_words
+    from saap.text.documents import load_documents
+
+    directory = resolve(name)
+    chosen = choose_words(directory, asked, load_documents(None, split="calibration"))
+    slim = trim(directory, chosen, tmp_path / "slim")
+    reads, says = load_tokenizer(slim), writing_tokenizer(slim)
+    special, words = set(reads.all_special_ids), np.isin(np.arange(chosen.size), chosen.words)
+    spelt = [reads.decode([word]) for word in range(len(reads)) if word not in special]
+    for text in (*texts(100_000), *spelt):
+        ids = says(text, add_special_tokens=False)["input_ids"]
+        assert words[ids].all(), text
+        assert says.decode(ids) == reads.decode(reads(text, add_special_tokens=False)["input_ids"]), text
+
+
 @pytest.fixture
 def spelling(tiny_model, tiny_tokenizer, tmp_path):
     """A model whose head says hardly more than bytes."""

@@ -60,7 +60,7 @@ def test_the_dearest_step_taken_is_below_the_cheapest_left(seed, steps):
         for i, rise in enumerate(rises)
     ]  # fmt: skip
     modules.append(Block(0, "attention", (Option(LayerPlan((0,), (0,), ()), 0.0, 0.0),)))
-    found = reasons_of(modules, solve(modules, weights(16.0 - steps)), "weights")
+    found = reasons_of(modules, solve(modules, weights(16.0 - steps)).options, "weights")
     order = np.sort(rises.ravel())
     assert found.dearest_taken.last.per_unit == pytest.approx(order[steps - 1])
     assert found.cheapest_left.next.per_unit == pytest.approx(order[steps])
@@ -69,7 +69,7 @@ def test_the_dearest_step_taken_is_below_the_cheapest_left(seed, steps):
 @pytest.mark.parametrize("budget", [weights(0.6 * SHAPE.layer_weights), milliseconds(3.2)], ids=["weights", "ms"])
 def test_savings_and_prices_add_up_to_the_plan_s(budget):
     modules = blocks_of(SHAPE, prices(1), budget, PruneOptions())
-    chosen = solve(modules, budget)
+    chosen = solve(modules, budget).options
     found = reasons_of(modules, chosen, budget.unit)
     slim = budget.fixed + sum(option.cost for option in chosen)
     assert sum(block.saved for block in found.blocks) == pytest.approx(budget.total(SHAPE) - slim)

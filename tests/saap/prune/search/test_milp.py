@@ -9,8 +9,8 @@ from support.search_cases import SHAPE, TABLE, milliseconds, prices, weights
 from saap.models.shape import LayerSizes
 from saap.prune.baselines.plans import meet
 from saap.prune.options import PruneOptions
-from saap.prune.plan import LayerPlan, PrunePlan, check_plan, whole_layer
-from saap.prune.search.milp import blocks_of, check_floor, plan_from, solve
+from saap.prune.plan import LayerPlan, PrunePlan, check_plan, composed, whole_layer
+from saap.prune.search.milp import blocks_of, check_floor, plan_from, search, solve
 from saap.system.errors import UserError
 
 
@@ -20,7 +20,7 @@ def options_of(prices, budget, keep=frozenset()):
 
 def solved(prices, budget, keep=frozenset()):
     modules = options_of(prices, budget, keep)
-    return plan_from(modules, solve(modules, budget), SHAPE)
+    return plan_from(modules, solve(modules, budget).options, SHAPE)
 
 
 @pytest.mark.parametrize("share", [0.9, 0.6, 0.3])
@@ -34,7 +34,7 @@ def test_the_choice_is_the_cheapest_of_all(seed, share, budget_of):
     costs = ((c, budget.fixed + sum(o.cost for o in c)) for c in every if any(o.keep.query_heads for o in c))
     legal = [c for c, cost in costs if budget.fits(cost)]
     best = min(sum(o.price for o in c) for c in legal)
-    chosen = solve(modules, budget)
+    chosen = solve(modules, budget).options
     assert sum(o.price for o in chosen) == pytest.approx(best, rel=1e-9)
     plan = plan_from(modules, chosen, SHAPE)
     check_plan(plan, SHAPE)
@@ -44,7 +44,7 @@ def test_the_choice_is_the_cheapest_of_all(seed, share, budget_of):
 def test_keeping_everything_is_free_and_the_costs_are_the_models():
     budget = weights(SHAPE.layer_weights)
     modules = options_of(prices(), budget)
-    chosen = solve(modules, budget)
+    chosen = solve(modules, budget).options
     assert sum(o.price for o in chosen) == 0
     assert sum(o.cost for o in chosen) == SHAPE.layer_weights
     assert plan_from(modules, chosen, SHAPE).kept_shape(SHAPE) == SHAPE
@@ -69,7 +69,7 @@ def test_widths_are_whole_groups_and_attention_never_goes_everywhere():
     assert all(len(o.keep.ffn) % 32 == 0 and len(o.keep.query_heads) * 16 % 32 == 0 for m in modules for o in m.options)
     least = min(o.cost for o in modules[0].options if o.keep.query_heads)
     budget = weights(least)  # everything may go but one attention block of the fewest heads
-    plan = plan_from(modules, solve(modules, budget), SHAPE)
+    plan = plan_from(modules, solve(modules, budget).options, SHAPE)
     assert sorted(len(layer.query_heads) for layer in plan.layers) == [0, 2]
     with pytest.raises(UserError, match="the largest that these options allow is"):
         solve(modules, weights(least - 1))
@@ -158,7 +158,7 @@ def test_prices_far_below_the_largest_still_count():
     whole = weights(1).total(SHAPE)
     budget = weights(round(0.9 * whole))
     modules = options_of(small, budget)
-    chosen = solve(modules, budget)
+    chosen = solve(modules, budget).options
     left = budget.limit - sum(option.cost for option in chosen)
     assert left >= 0
     for module, option in zip(modules, chosen, strict=True):
@@ -167,3 +167,19 @@ def test_prices_far_below_the_largest_still_count():
     legal = [c for c in itertools.product(*(m.options for m in modules)) if sum(o.cost for o in c) <= budget.limit]
     best = min(sum(o.price for o in c) for c in legal)
     assert sum(o.price for o in chosen) <= best + 2e-6 * max(o.price for m in modules for o in m.options)
+
+
+def test_a_search_that_ends_at_its_limit_says_how_far_from_the_best_it_may_be(monkeypatch):
+    from scipy.optimize import OptimizeResult, milp
+
+    budget = weights(0.6 * weights(1).total(SHAPE))
+    assert search(prices(0), budget, PruneOptions()).plan.gap == 0
+
+    def stopped(*arguments, **options):
+        """HiGHS as it answers at its limit of nodes, which none of our searches has been hard enough to reach."""
+        answer = milp(*arguments, **options)
+        return OptimizeResult({**answer, "status": 1, "mip_gap": 0.03})
+
+    monkeypatch.setattr("scipy.optimize.milp", stopped)
+    plan = search(prices(0), budget, PruneOptions()).plan
+    assert plan.gap == 0.03 and composed(PrunePlan(()), PrunePlan((), gap=0.03)).gap == 0.03
