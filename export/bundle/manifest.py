@@ -173,6 +173,7 @@ class Lineage(TypedDict, total=False):
     method: str | None
     plan: LineagePlan | None
     calibration: LineageText | None
+    words: LineageText | None
     tuning: LineageText | None
     versions: dict[str, str] | None
 

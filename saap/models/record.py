@@ -94,6 +94,13 @@ class Calibration(TypedDict, total=False):
     text_sha256: str | None
 
 
+class WordsText(TypedDict, total=False):
+    """The text that chose the words of a trimmed vocabulary."""
+
+    source: str
+    text_sha256: str | None
+
+
 class Lineage(TypedDict, total=False):
     """Where a directory comes from."""
 
@@ -101,6 +108,7 @@ class Lineage(TypedDict, total=False):
     base_sha256: str
     base_record: dict[str, object] | None
     calibration: Calibration
+    words: WordsText
     versions: dict[str, str]
 
 
@@ -136,7 +144,6 @@ class Words(TypedDict, total=False):
     of: Count
     kept: str  # where it reads no others either: which of the base model's they are, packed; an id is a place in it
     longer: float  # share of tokens that text like the one that chose them takes more
-    text: str
 
 
 class Record(TypedDict, total=False):

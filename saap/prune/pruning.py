@@ -130,6 +130,8 @@ def prune(
         if text:
             lineage["calibration"] = convert(text.lineage(), Calibration)
         lineage |= Lineage(base_sha256=now.weights, base_record=None if known is None else dict(known))
+        if words:
+            lineage["words"] = words.lineage()
         told = words.record() if words else read_record(source).get("vocabulary")
         pruning = Pruning(options, budget, ids, lineage, len(stages), words, told)
         # The main process writes the stages, the others read what it wrote.

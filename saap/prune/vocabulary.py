@@ -26,7 +26,7 @@ from devices.common.progress import WRITING, Progress
 from saap.models.architectures import architecture_of, said_words, shape_of
 from saap.models.checkpoint import load_model, read_config, slim_config, write_slim
 from saap.models.modeling_slim import packed_words
-from saap.models.record import Record, Words, read_record
+from saap.models.record import Lineage, Record, Words, WordsText, read_record
 from saap.models.resolve import load_tokenizer
 from saap.models.shape import ModelShape
 from saap.models.weight_files import tensor_reader
@@ -56,7 +56,7 @@ class Chosen:
         words: their ids, ascending.
         size: rows of the embedding.
         longer: share of tokens that a text takes more, of the same kind as the one that chose, not itself.
-        source: that text.
+        source: that text; ``sha256`` its hash.
         input: whether embedding and tokenizer lose the other words, too.
     """
 
@@ -65,6 +65,7 @@ class Chosen:
     longer: float
     source: str
     input: bool = False
+    sha256: str | None = None
 
     @property
     def packed(self) -> str:
@@ -82,8 +83,11 @@ class Chosen:
         return self.renumbering.config(written) if self.renumbering else written
 
     def record(self) -> Words:
-        told = Words(rows=len(self.words), of=self.size, longer=self.longer, text=self.source)
+        told = Words(rows=len(self.words), of=self.size, longer=self.longer)
         return Words(**told, kept=self.packed) if self.input else told
+
+    def lineage(self) -> WordsText:
+        return WordsText(source=self.source, text_sha256=self.sha256)
 
 
 def rows_asked(asked: str, size: int) -> int | None:
@@ -145,7 +149,7 @@ def choose_words(directory: Path, asked: str, documents: Documents, progress: Pr
             "number of words, or leave it whole"
         )
     words = forest.kept(np.add(counts_of(document, text, shape.vocab), guessed).tolist(), rows)
-    return Chosen(tuple(words), shape.vocab, sizes.tried[rows], documents.source)
+    return Chosen(tuple(words), shape.vocab, sizes.tried[rows], documents.source, sha256=documents.sha256)
 
 
 @dataclass
@@ -250,6 +254,8 @@ def trim(source: Path, chosen: Chosen, output: Path, progress: Progress | None =
     plan = PrunePlan(tuple(map(whole_layer, shape.layers)))
     tensors = cut_tensors(names, read, plan, shape, architecture_of(config))
     written = chosen.config(config, shape)
-    record: Record = {**read_record(source), "vocabulary": chosen.record()}
+    before = read_record(source)
+    lineage: Lineage = {**before.get("lineage", {}), "words": chosen.lineage()}
+    record: Record = {**before, "vocabulary": chosen.record(), "lineage": lineage}
     with claimed(output):
         return write_trimmed(output, source, written, tensors, record, chosen)

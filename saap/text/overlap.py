@@ -1,4 +1,4 @@
-"""No model is judged on text that it was calibrated or tuned on.
+"""No model is judged on text that it was calibrated or tuned on, or that chose its words.
 
 A record keeps where such text came from and its hash, not the text. Where the file is still what it was, its lines are
 held against the evaluation's; where it is gone, the evaluation is refused only if it is that very text.
@@ -66,7 +66,7 @@ def _same_text(training: str, evaluation: str) -> str:
 
 def _texts_in(lineage: Mapping[str, object]) -> Iterator[Mapping[str, object]]:
     """What is known of each text, that of earlier prunings too."""
-    for key in ("calibration", "tuning", "integers"):
+    for key in ("calibration", "words", "tuning", "integers"):
         if isinstance(about := lineage.get(key), Mapping):
             yield about
     if isinstance(before := lineage.get("base_record"), Mapping):

@@ -62,16 +62,15 @@ def speed(models: Mapping[str, str], work: Path) -> list[Cell]:
             continue
         out = work / f"{model}-speed.json"
         if not out.is_file():
-            words = ["-p", 128, "-n", 64, "-t", 1, "-r", 3, "--ratio-time", 60]
-            saap("bench", base, path, "--name", first, "--name", model, *words, "--json", out)
+            saap("bench", base, path, "-p", 128, "-n", 64, "-t", 1, "-r", 3, "--ratio-time", 60, "--json", out)
         result = read_result(out)
-        dense, slim = (next(result.of(name)) for name in (first, model))
+        dense, slim = result.measurements
         found = result.ratio(slim, dense, "decode")
         lengths = [m.model.spelling.characters_per_token if m.model.spelling else None for m in (dense, slim)]
         peaks = {row["name"]: row["peak_decode_bytes"] for row in table_rows(result)}
         rows.append({
             "model": model, "against": first, "decode": [found.ratio, found.low, found.high] if found else None,
-            "characters_per_token": lengths, "peak_bytes": [peaks[first], peaks[model]],
+            "characters_per_token": lengths, "peak_bytes": [peaks[dense.name], peaks[slim.name]],
             "bytes": [dense.model.model_bytes, slim.model.model_bytes],
         })  # fmt: skip
     return rows

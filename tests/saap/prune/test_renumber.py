@@ -1,6 +1,7 @@
 """A vocabulary that is trimmed for reading, too: one that any client has, whose ids are places among the kept words."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from support.exported import export_bundle
 from export.bundle.decoder import OrtDecoder
 from export.gguf.write import export_gguf
 from export.write import SPELT
+from saap.cli.eval import Bundle
 from saap.evaluate.evaluation import evaluate
 from saap.evaluate.options import EvalOptions
 from saap.models.architectures import shape_of
@@ -25,7 +27,7 @@ from saap.prune.vocabulary import Chosen, choose_words, trim
 from saap.quantize.bundle_size import bundle_size
 from saap.system.errors import UserError
 from saap.text.closed_words import forest_of
-from saap.text.documents import EVALUATION_SAMPLE, documents_of, samples_of
+from saap.text.documents import EVALUATION_SAMPLE, documents_of, load_documents, samples_of
 from saap.text.encoding import writing_tokenizer
 from saap.tune.options import TuneOptions
 from saap.tune.teacher import StudentWords, check_same_vocabulary, teacher_targets
@@ -166,3 +168,20 @@ def test_which_fields_name_ids():
     config = {"eos_token_id": [1, 2], "bos_token_id": None, "image_token_index": 9, "suppress_tokens": [4],
               "bad_words_ids": [[5, 6]], "max_new_tokens": 77, "num_tokens": 3, "pad_token_id": -1}  # fmt: skip
     assert named_ids(config) == {1, 2, 9, 4, 5, 6}
+
+
+@pytest.mark.parametrize("reads_all", [True, False])
+def test_text_that_chose_the_words_is_not_what_a_model_is_judged_by(tiny_model, tmp_path, reads_all):
+    dense, text = tiny_model(), tmp_path / "text.txt"
+    lines = [f"{sentence} number {n} of them\n" for n, sentence in enumerate(SENTENCES)]
+    text.write_text("".join(lines))
+    documents = load_documents(text, split="calibration")
+    slim = trim(dense, replace(choose_words(dense, "290", documents), input=not reads_all), tmp_path / "slim")
+    bundle = tmp_path / "bundle"
+    export_bundle(slim, bundle, bits=32)
+    other = tmp_path / "other.txt"
+    other.write_text("a river rose and a bridge was closed " * 60)
+    for model in (slim, Bundle("bundle", bundle)):
+        with pytest.raises(UserError, match="hold the same text: a model is not evaluated on what"):
+            evaluate([model], EvalOptions(chunk=32, max_chunks=2), text=text)
+        assert evaluate([model], EvalOptions(chunk=32, max_chunks=2), text=other).rows[0].bits_per_byte
