@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,6 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerBase
 
 from devices.common.progress import WRITING, Progress
 from saap.models.architectures import architecture_of, said_words, shape_of
@@ -36,6 +38,7 @@ from saap.prune.renumber import Renumbering, named_ids
 from saap.system.errors import UserError
 from saap.system.files import claimed, read_object
 from saap.text.closed_words import forest_of, trimmed
+from saap.text.conversations import ChatEncoder
 from saap.text.documents import Documents
 from saap.text.encoding import beginning, encode
 
@@ -128,8 +131,9 @@ def choose_words(directory: Path, asked: str, documents: Documents, progress: Pr
     shape = shape_of(config)
     rows = rows_asked(asked, shape.vocab)
     report("reading the vocabulary", 0, 0)
-    document = json.loads(load_tokenizer(directory).backend_tokenizer.to_str())
-    forest = forest_of(document, shape.vocab, _named_ids(directory, config))
+    tokenizer = load_tokenizer(directory)
+    document = json.loads(tokenizer.backend_tokenizer.to_str())
+    forest = forest_of(document, shape.vocab, _named_ids(directory, config) | _template_ids(tokenizer))
     text = documents.text
     part, held = text[: int(len(text) * (1 - HELD))], text[int(len(text) * (1 - HELD)) :]
     guessed = predicted(directory, part, progress)
@@ -222,6 +226,14 @@ def _named_ids(directory: Path, config: dict[str, object]) -> set[int]:
     """Ids that the configuration of the model, or of its generation, names."""
     path = directory / "generation_config.json"
     return named_ids(config) | (named_ids(read_object(path, "get the model again")) if path.is_file() else set())
+
+
+def _template_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """What a chat template writes around a conversation."""
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    with suppress(UserError):  # no template, or one that wants another conversation
+        return {word for ids, _ in ChatEncoder(tokenizer).samples(talk, "the chat template") for word in ids}
+    return set()
 
 
 def write_trimmed(

@@ -21,9 +21,10 @@ from saap.models.modeling_slim import GONE, packed_words, unpacked_words
 from saap.models.resolve import load_tokenizer
 from saap.prune.options import PruneOptions
 from saap.prune.pruning import prune
-from saap.prune.vocabulary import LONGER, TRIED, Chosen, Sizes, rows_asked, trim
+from saap.prune.vocabulary import LONGER, TRIED, Chosen, Sizes, choose_words, rows_asked, trim
 from saap.system.errors import UserError
 from saap.text.closed_words import forest_of
+from saap.text.documents import load_documents
 from saap.text.encoding import long_spelling, writing_tokenizer
 from saap.tune.options import TuneOptions
 from saap.tune.teacher import StudentWords, teacher_targets
@@ -124,8 +125,6 @@ def test_what_cannot_hold_it_says_so(models_of, tmp_path):
 
 def test_what_is_read_and_what_is_said(real_model, tmp_path):
     """The packaged model's tokenizer, half of it: prompts as before, answers of kept words."""
-    from saap.prune.vocabulary import choose_words
-    from saap.text.documents import load_documents
 
     documents = load_documents(None, split="calibration")
     chosen = choose_words(real_model, "0.5", documents)
@@ -143,8 +142,6 @@ def test_what_is_read_and_what_is_said(real_model, tmp_path):
 @pytest.mark.parametrize(("name", "asked"), [("smollm2-135m", "24k"), ("gemma3-270m", "auto")])
 def test_hundred_thousand_strings_and_each_word_can_be_said(name, asked, tmp_path):
     from saap.models.resolve import resolve
-    from saap.prune.vocabulary import choose_words
-    from saap.text.documents import load_documents
 
     directory = resolve(name)
     chosen = choose_words(directory, asked, load_documents(None, split="calibration"))
@@ -185,6 +182,19 @@ def test_a_question_is_read_in_all_words_and_answered_in_those_of_the_head(spell
             logits = model(input_ids=torch.tensor([ids + answer])).logits[0].log_softmax(-1)
         expected = sum(float(logits[len(ids) + n - 1, word]) for n, word in enumerate(answer))
         assert found == pytest.approx(expected, abs=1e-3)
+
+
+def test_what_the_chat_template_writes_stays(tiny_model, tmp_path):
+    dense, text = tiny_model(), tmp_path / "text.txt"
+    text.write_text("zzz yyy xxx www " * 2000)
+    tokenizer = load_tokenizer(dense)
+    around = tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=True, return_dict=False)
+    documents = load_documents(text, split="calibration")
+    forest = forest_of(json.loads(tokenizer.backend_tokenizer.to_str()), 320)
+    assert set(around) & forest.parts.keys(), "the template has words that could go"
+    with pytest.raises(UserError, match=r"cannot be closed: 2\d\d must stay"):
+        choose_words(dense, str(len(forest.least)), documents)
+    assert set(around) <= set(choose_words(dense, "290", documents).words)
 
 
 def test_a_text_that_is_spelt_out_is_told(spelling, tiny_model):

@@ -110,6 +110,13 @@ def test_the_least_counted_leaf_goes_first_and_its_count_goes_to_its_parts():
         forest_of({"model": {"type": "WordPiece", "vocab": {}}}, 6)
 
 
+def test_with_a_word_stays_what_it_is_made_of():
+    vocabulary = {"a": 0, "b": 1, "c": 2, "ab": 3, "abc": 4, "bc": 5}
+    document = {"model": {"type": "BPE", "vocab": vocabulary, "merges": ["a b", "ab c", "b c"]}, "added_tokens": []}
+    forest = forest_of(document, 6, {4})
+    assert forest.least == {0, 1, 2, 3, 4} and forest.parts == {5: (1, 2)}
+
+
 def test_how_much_longer_a_text_gets_is_told_before_it_is_tried():
     tokenizer = byte_level()
     document, size = json.loads(tokenizer.to_str()), tokenizer.get_vocab_size()
