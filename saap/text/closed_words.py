@@ -112,7 +112,6 @@ def forest_of(document: Mapping[str, Any], size: int, required: Collection[int] 
     """
     model, added = document.get("model", {}), {int(word["id"]) for word in document.get("added_tokens", [])}
     kind = model.get("type") or ("BPE" if "merges" in model else None)
-    parts: dict[int, tuple[int, ...]]
     if kind == "BPE":
         if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
             raise UserError("the tokenizer marks parts of words, so its vocabulary cannot be closed: leave it whole")
@@ -130,11 +129,10 @@ def forest_of(document: Mapping[str, Any], size: int, required: Collection[int] 
         raise UserError(f"a tokenizer of type {kind} cannot be closed: BPE and Unigram can")
     if beyond := [index for index in (*words.values(), *added) if not 0 <= index < size]:
         raise UserError(f"the tokenizer has token {beyond[0]} and the model has {size}: get the model again")
-    stays: set[int] = set()
-    left: list[int] = [*added, *required]
+    stays, left = set[int](), [*added, *required]
     while left:  # with a word stays what it is made of
-        stays.add(word := left.pop())
-        left += [part for part in parts.get(word, ()) if part not in stays]
+        stays.add(index := left.pop())
+        left += [part for part in parts.get(index, ()) if part not in stays]
     may_go = {word: made for word, made in parts.items() if word not in stays}
     least = frozenset(set(words.values()) - may_go.keys() | stays)
     return Forest(size, may_go, least)
