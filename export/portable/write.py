@@ -41,7 +41,7 @@ class PortableWriter:
         if source.words is not None:
             raise UserError(
                 f"the head of {source.directory} says some words only, which is not written in standard operators: "
-                "give --target cpu"
+                "give --target cpu, or prune it with --vocabulary-input"
             )
         bits = options.bits if options.bits or source.quant else 32
         precision = source.precision(bits, options.group_size, options.head_bits)

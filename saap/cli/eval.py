@@ -84,7 +84,7 @@ def evaluate(paths: tuple[Path, ...], json_path: Path | None, options: EvalComma
     console.report(LOADING, 0, 0)
     from saap.evaluate.evaluation import evaluate as evaluate_subjects
     from saap.evaluate.evaluation import subjects_of, windows_for
-    from saap.text.encoding import long_spelling
+    from saap.text.encoding import long_spelling, said_words_of
 
     def keep(quality: Quality) -> None:
         """Before anything is shown, so that what took hours is there whatever happens then."""
@@ -103,6 +103,10 @@ def evaluate(paths: tuple[Path, ...], json_path: Path | None, options: EvalComma
         console.say_text("evaluation", windows.protocol.text)
         for note in filter(None, (long_spelling(each.path, windows.ids.flatten().tolist()) for each in subjects)):
             console.say(f"  {note}")
+    if options.options.tasks:
+        for each in subjects:
+            if said_words_of(each.path) is not None:
+                console.say(f"  {each.name} reads questions in all words, and its answers are weighed in those it says")
     quality = evaluate_subjects(
         subjects, options.options, reference=base, text=windows, progress=console.report, keep=keep
     )
