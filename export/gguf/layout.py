@@ -70,8 +70,8 @@ class GGUFSource(ModelSource):
         if self.words is not None:
             raise UserError(
                 f"llama.cpp has one vocabulary for what is read and what is said, and the head of {directory} says "
-                f"{len(self.words)} of {self.shape.vocab} words: prune it with --vocabulary-input, or export it for the "
-                "cpu target"
+                f"{len(self.words)} of {self.shape.vocab} words: prune it with --vocabulary-input, or export it "
+                "for the cpu target"
             )
         self.kind = kind or (None if self.quant else "Q4_1")
         self.head_kind = head_kind or self.kind

@@ -104,9 +104,9 @@ def evaluate(paths: tuple[Path, ...], json_path: Path | None, options: EvalComma
         for note in filter(None, (long_spelling(each.path, windows.ids.flatten().tolist()) for each in subjects)):
             console.say(f"  {note}")
     if options.options.tasks:
-        for each in subjects:
-            if said_words_of(each.path) is not None:
-                console.say(f"  {each.name} reads questions in all words, and its answers are weighed in those it says")
+        for subject in subjects:
+            if said_words_of(subject.path) is not None:
+                console.say(f"  {subject.name} reads questions in all words, and its answers are weighed in those it says")
     quality = evaluate_subjects(
         subjects, options.options, reference=base, text=windows, progress=console.report, keep=keep
     )
