@@ -106,7 +106,7 @@ def evaluate(paths: tuple[Path, ...], json_path: Path | None, options: EvalComma
     if options.options.tasks:
         for subject in subjects:
             if said_words_of(subject.path) is not None:
-                console.say(f"  {subject.name} reads questions in all words, and its answers are weighed in those it says")
+                console.say(f"  {subject.name}: questions are read in all words, answers weighed in those it says")
     quality = evaluate_subjects(
         subjects, options.options, reference=base, text=windows, progress=console.report, keep=keep
     )
