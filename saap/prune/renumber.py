@@ -86,7 +86,8 @@ class Renumbering:
         if (path := directory / "tokenizer_config.json").is_file():
             told = read_object(path, "get the model again")
             if isinstance(decoder := told.get("added_tokens_decoder"), dict):
-                told["added_tokens_decoder"] = {str(self.places[int(word)]): said for word, said in decoder.items()}
+                kept = ((self.places.get(int(word)), said) for word, said in decoder.items())
+                told["added_tokens_decoder"] = {str(place): said for place, said in kept if place is not None}
             _write(path, told)
 
 
