@@ -83,7 +83,8 @@ class RunOptions:
         Part(
             flags=("ratio", "max_params", "max_bytes", "speedup", "ms_per_token", "costs", "method", "compensate",
                    "drop_layers", "calibration", "seed"),
-            without=("bits", "group_size", "threads", "here", "explain", "onnxruntime", "vocabulary", "vocabulary_input"),
+            without=("bits", "group_size", "threads", "here", "explain", "onnxruntime", "vocabulary",
+                     "vocabulary_input"),
             headings={"What is planned for": MUST, "How it is chosen": _STEPS, "What may go": _STEPS},
         ),
     ] = field(default_factory=PruneCommand)  # fmt: skip
