@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from transformers import PreTrainedModel
 from devices.common.files import cache_directory, make_room
 from devices.common.progress import Progress
 from devices.common.wording import counted
-from saap.models.architectures import shape_of
+from saap.models.architectures import MOST_WORDS, shape_of
 from saap.models.checkpoint import read_config
 from saap.models.modeling_slim import unpacked_words
 from saap.models.record import read_record
@@ -89,9 +90,13 @@ class StudentWords:
 
     @classmethod
     def of(cls, student: str | Path) -> StudentWords | None:
-        """Those of a model directory; None: all."""
-        if told := read_record(student).get("vocabulary", {}).get("kept"):
-            return cls(unpacked_words(told, read_record(student)["vocabulary"]["of"]), True)
+        """Those of a model directory; None: all. Raises UserError: its record says it in a way that nothing means."""
+        told = read_record(student).get("vocabulary", {})
+        if kept := told.get("kept"):
+            try:
+                return cls(unpacked_words(kept, min(told.get("of", 0), MOST_WORDS)), True)
+            except (ValueError, zlib.error) as error:
+                raise UserError(f"{student} has a damaged vocabulary in its record ({error}): make it again") from None
         said = said_words_of(student)
         return None if said is None else cls(said)
 

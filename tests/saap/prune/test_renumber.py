@@ -185,3 +185,14 @@ def test_text_that_chose_the_words_is_not_what_a_model_is_judged_by(tiny_model, 
         with pytest.raises(UserError, match="hold the same text: a model is not evaluated on what"):
             evaluate([model], EvalOptions(chunk=32, max_chunks=2), text=text)
         assert evaluate([model], EvalOptions(chunk=32, max_chunks=2), text=other).rows[0].bits_per_byte
+
+
+@pytest.mark.parametrize("wrong", [{"kept": "none"}, {"of": 1000}, {"of": 1 << 60}, {"kept": "eNoDAAAAAAE="}])
+def test_a_record_whose_words_mean_nothing_is_refused(tiny_model, chosen, tmp_path, wrong):
+    dense = tiny_model()
+    slim = trim(dense, chosen, tmp_path / "slim")
+    record = json.loads((slim / "saap.json").read_text())
+    record.pop("checksum", None)
+    (slim / "saap.json").write_text(json.dumps({**record, "vocabulary": {**record["vocabulary"], **wrong}}))
+    with pytest.raises(UserError, match="has a damaged vocabulary in its record"):
+        check_same_vocabulary(dense, slim)
