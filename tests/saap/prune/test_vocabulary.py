@@ -15,13 +15,13 @@ from export.generate.ort_model import BundleForCausalLM
 from export.generate.scoring import BundleScorer
 from export.gguf.write import export_gguf
 from saap.evaluate.evaluation import Directory, continuation_model
-from saap.models.architectures import said_words
+from saap.models.architectures import said_words, shape_of
 from saap.models.checkpoint import load_model, read_config
 from saap.models.modeling_slim import GONE, packed_words, unpacked_words
 from saap.models.resolve import load_tokenizer
 from saap.prune.options import PruneOptions
 from saap.prune.pruning import prune
-from saap.prune.vocabulary import LONGER, TRIED, Chosen, Sizes, choose_words, rows_asked, trim
+from saap.prune.vocabulary import LONGER, TRIED, WORTH, Chosen, Sizes, choose_words, read_less, rows_asked, trim
 from saap.system.errors import UserError
 from saap.text.closed_words import forest_of
 from saap.text.documents import load_documents
@@ -182,6 +182,18 @@ def test_a_question_is_read_in_all_words_and_answered_in_those_of_the_head(spell
             logits = model(input_ids=torch.tensor([ids + answer])).logits[0].log_softmax(-1)
         expected = sum(float(logits[len(ids) + n - 1, word]) for n, word in enumerate(answer))
         assert found == pytest.approx(expected, abs=1e-3)
+
+
+def test_where_there_is_little_to_gain_auto_says_so(tiny_model, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog and the cat sat on the mat\n" * 400)
+    documents = load_documents(text, split="calibration")
+    deep = tiny_model("deep", num_hidden_layers=4, intermediate_size=512)
+    assert read_less(shape_of(read_config(deep)), 260) < WORTH
+    with pytest.raises(UserError, match=r"would read 0\.\d% less: leave --vocabulary out, or give a number of words"):
+        choose_words(deep, "auto", documents)
+    assert read_less(shape_of(read_config(tiny_model("flat", num_hidden_layers=1))), 160) > WORTH
+    assert len(choose_words(deep, "290", documents).words) == 290
 
 
 def test_what_the_chat_template_writes_stays(tiny_model, tmp_path):
