@@ -23,6 +23,7 @@ from studies.common import Cell, markdown, parser_of, provenance, read_cells, sh
 HERE = Path(__file__).resolve().parent
 CELLS = HERE / "cells"
 TASKS = ("arc_easy", "piqa")
+QUESTIONS = 200  # of each: a model of 262,144 words takes 0.3 s for an answer
 
 
 def saap(*words: object) -> None:
@@ -48,7 +49,8 @@ def tasks(models: Mapping[str, str], folder: str, work: Path) -> list[Cell]:
     for model, path in models.items():
         out = work / f"{model}-tasks.json"
         if not out.is_file():
-            saap("eval", path, "--tasks", ",".join(TASKS), "--task-dir", folder, "--json", out)
+            words = ["--tasks", ",".join(TASKS), "--task-dir", folder, "--max-examples", QUESTIONS]
+                saap("eval", path, *words, "--json", out)
         for score in json.loads(out.read_text())["tasks"]:
             rows.append({"model": model, **{key: score[key] for key in ("task", "acc", "acc_stderr", "examples")}})
     return rows
