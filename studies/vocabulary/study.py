@@ -50,9 +50,10 @@ def tasks(models: Mapping[str, str], folder: str, work: Path) -> list[Cell]:
         out = work / f"{model}-tasks.json"
         if not out.is_file():
             words = ["--tasks", ",".join(TASKS), "--task-dir", folder, "--max-examples", QUESTIONS]
-                saap("eval", path, *words, "--json", out)
+            saap("eval", path, *words, "--json", out)
         for score in json.loads(out.read_text())["tasks"]:
-            rows.append({"model": model, **{key: score[key] for key in ("task", "acc", "acc_stderr", "examples")}})
+            kept = {key: score[key] for key in ("task", "acc", "acc_stderr")}
+            rows.append({"model": model, **kept, "examples": len(score["examples"])})
     return rows
 
 
