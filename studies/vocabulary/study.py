@@ -44,7 +44,7 @@ def quality(models: Mapping[str, str], texts: Mapping[str, str], work: Path) -> 
 
 
 def tasks(models: Mapping[str, str], folder: str, work: Path) -> list[Cell]:
-    """Accuracies of each model, and the share of questions where it differs from the first one."""
+    """Accuracies of each model."""
     rows = []
     for model, path in models.items():
         out = work / f"{model}-tasks.json"
