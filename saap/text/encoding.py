@@ -105,6 +105,8 @@ def said_words_of(directory: str | Path) -> torch.Tensor | None:
     if (bundle := Path(directory) / BUNDLE).is_file():
         told = read_object(bundle, "export the bundle again")
         config = {"vocab_size": told.get("vocab_size"), "slim_vocabulary": told.get("words") or None}
+    elif not (Path(directory) / "config.json").is_file():  # a tokenizer alone, of a GGUF file
+        return None
     else:
         config = read_config(directory)
     packed = said_words(config)

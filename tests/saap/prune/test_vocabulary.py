@@ -25,7 +25,7 @@ from saap.prune.vocabulary import LONGER, TRIED, WORTH, Chosen, Sizes, choose_wo
 from saap.system.errors import UserError
 from saap.text.closed_words import forest_of
 from saap.text.documents import load_documents
-from saap.text.encoding import long_spelling, writing_tokenizer
+from saap.text.encoding import long_spelling, said_words_of, writing_tokenizer
 from saap.tune.options import TuneOptions
 from saap.tune.teacher import StudentWords, teacher_targets
 from saap.tune.tuning import tune
@@ -234,3 +234,9 @@ def test_there_may_be_no_size_that_is_hardly_longer():
         assert 900 <= count < 1000 and count not in sizes.tried
         sizes.tried[count] = 0.5
     assert sizes.best is None and 0 < len(sizes.tried) <= TRIED
+
+
+def test_a_tokenizer_alone_says_all_its_words(tiny_tokenizer, tmp_path):
+    tiny_tokenizer.save_pretrained(tmp_path / "alone")
+    assert said_words_of(tmp_path / "alone") is None
+    assert writing_tokenizer(tmp_path / "alone").get_vocab() == tiny_tokenizer.get_vocab()
