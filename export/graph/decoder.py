@@ -27,7 +27,7 @@ from export.graph.rotary import rotary_names
 from export.graph.weights import WORD_ROWS
 from export.source import Precision
 from saap.models.architectures import LayerTraits, Traits
-from saap.models.modeling_slim import GONE, unpacked_words
+from saap.models.modeling_slim import GONE
 from saap.models.shape import LayerSizes, ModelShape
 from saap.models.slim_quant import MatrixForm
 from saap.system.errors import UserError
@@ -124,19 +124,13 @@ class DecoderGraph(ABC):
         """
         g = self.graph
         more = g.op("Pad", logits, self.constant("behind", [0, 0, 0, 0, 0, 1]), self.constant("gone", GONE))
-        places = g.op("Min", g.weight(WORD_ROWS), g.constant("head_rows", self.head_rows, ir.DataType.INT32))
+        places = g.op("Min", g.weight(WORD_ROWS), g.constant("head_rows", self.shape.head_rows, ir.DataType.INT32))
         if scoring:
             by_word = g.op("Gather", g.op("Transpose", more, perm=[2, 0, 1]), places, axis=0)
             return g.op("Transpose", by_word, perm=[1, 2, 0])
         batch = g.op("Gather", g.op("Shape", ids), self.constant("axis0", [0]))
         shape = g.op("Concat", batch, self.constant("each_word", [1, self.shape.vocab]), axis=0)
         return g.op("GatherElements", more, g.op("Expand", places, shape), axis=-1)
-
-    @property
-    def head_rows(self) -> int:
-        """Tokens that the head says."""
-        words = self.traits.words
-        return len(unpacked_words(words, self.shape.vocab)) if words else self.shape.vocab
 
     @abstractmethod
     def begin(self, ids: ir.Value, mask: ir.Value) -> None:
@@ -507,7 +501,7 @@ class MicrosoftGraph(DecoderGraph):
         if self.precision.head_bits == 32:
             return self.graph.op("FusedMatMul", x, self.graph.weight(f"{name}.weight"), domain=MICROSOFT, transB=1)
         inputs = [x, self.graph.weight(f"{name}.qweight"), self.graph.weight(f"{name}.scales")]
-        return self._quantised(name, inputs, self.shape.hidden, self.head_rows)
+        return self._quantised(name, inputs, self.shape.hidden, self.shape.head_rows)
 
     def matrix_product(self, x: ir.Value, name: str, k: int, n: int) -> ir.Value:
         bias = self.graph.weight(f"{name}.bias") if f"{name}.bias" in self.tensors else None

@@ -217,7 +217,8 @@ def _write_stack(
     model: ProbeModel, stack: ProbeStack, whole: WeightFile, tables: Mapping[str, Array], directory: Path
 ) -> Path:
     directory.mkdir()
-    file, rows, shape = _StackFile(whole, directory), stack.head_rows, model.shape.with_layers(tuple(stack.layers))
+    file, rows = _StackFile(whole, directory), stack.head_rows
+    shape = replace(model.shape, layers=tuple(stack.layers), said=rows)
     write_model(_MadeUp(model, shape, "meta", rows), model.precision, MicrosoftLayout(file), tables)
     traits = replace(model.traits, words=packed_words(range(rows), shape.vocab) if rows else "")
     graph = MicrosoftGraph(

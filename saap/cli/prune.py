@@ -64,7 +64,7 @@ class PruneCommand:
         ),
     ] = None
     vocabulary_input: Annotated[
-        bool, Option("Words that go are not read either, for llama.cpp.", section="What may go")
+        bool, Option("Tokenizer and embedding lose the words too, for llama.cpp.", section="What may go")
     ] = False
     explain: Annotated[bool, Option("Say why each layer lost what it lost.", section="How it is chosen")] = False
 

@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from saap.models.architectures import Traits, architecture_of, traits_of
-from saap.models.modeling_slim import GONE, unpacked_words
+from saap.models.modeling_slim import only_said
 from saap.models.streaming import absent, present
 
 ROWS = 8  # sequences of one forward pass
@@ -122,11 +122,7 @@ def finished_logits(products: torch.Tensor, traits: Traits) -> torch.Tensor:
         products = products * traits.logit_scale
     cap = traits.logit_cap
     logits = cap * torch.tanh(products / cap) if cap else products
-    if traits.words:
-        gone = torch.ones(logits.shape[-1], dtype=torch.bool, device=logits.device)
-        gone[unpacked_words(traits.words, len(gone)).to(gone.device)] = False
-        logits = logits.masked_fill(gone, GONE)
-    return logits
+    return only_said(logits, traits.words) if traits.words else logits
 
 
 def loss_after(model: PreTrainedModel, hidden: Sequence[torch.Tensor], ids: torch.Tensor) -> float:

@@ -53,6 +53,13 @@ def unpacked_words(packed: str, size: int) -> torch.Tensor:
     return words
 
 
+def only_said(logits: torch.Tensor, packed: str) -> torch.Tensor:
+    """Logits [..., vocab], :data:`GONE` where a token is none of those that ``packed`` names."""
+    gone = torch.ones(logits.shape[-1], dtype=torch.bool)
+    gone[unpacked_words(packed, len(gone))] = False
+    return logits.masked_fill(gone.to(logits.device), GONE)
+
+
 def unpack_codes(packed: torch.Tensor, bits: int, block: int) -> torch.Tensor:
     """Integers of a MatMulNBits weight, low nibble first: [N, K/block, block*bits/8] uint8 -> [N, K/block, block]."""
     if bits == 8:
@@ -196,11 +203,9 @@ def _saying_kept_words(forward: Callable[..., Any]) -> Callable[..., Any]:
         if not packed:
             return forward(self, *args, **kwargs)
         out = forward(self, *args, **{**kwargs, "labels": None})
-        gone = torch.ones(out.logits.shape[-1], dtype=torch.bool)
-        gone[unpacked_words(packed, len(gone))] = False
-        out.logits = out.logits.masked_fill(gone.to(out.logits.device), GONE)
+        out.logits = only_said(out.logits, packed)
         if labels is not None:
-            out.loss = self.loss_function(logits=out.logits, labels=labels, vocab_size=len(gone))
+            out.loss = self.loss_function(logits=out.logits, labels=labels, vocab_size=out.logits.shape[-1])
         return out
 
     return wrapped

@@ -137,15 +137,16 @@ def choose_words(directory: Path, asked: str, documents: Documents, progress: Pr
     forest = forest_of(document, shape.vocab, _named_ids(directory, config) | _template_ids(tokenizer))
     text = documents.text
     part, held = text[: int(len(text) * (1 - HELD))], text[int(len(text) * (1 - HELD)) :]
-    guessed = predicted(directory, part, progress)
-    order = forest.order(np.add(counts_of(document, part, shape.vocab), guessed).tolist())
-    said = counts_of(document, held, shape.vocab)
-    sizes = Sizes(forest.size_of(0), len(forest.least), forest.longer(order, said) / max(1, sum(said)))
+    guessed = predicted(directory, tokenizer, part, progress)
+    whole = Tokenizer.from_str(json.dumps(document))
+    counted, said = (counts_of(whole, each, shape.vocab) for each in (part, held))
+    order = forest.order((counted + guessed).tolist())
+    sizes = Sizes(forest.size_of(0), len(forest.least), forest.longer(order, said.tolist()) / max(1, said.sum()))
     count: int | None = forest.checked(rows) if rows else sizes.next()
     while count is not None:
         report("trying sizes of the vocabulary", len(sizes.tried), 1 if rows else TRIED)
         tokens = _tokens(trimmed(document, forest.without(order[: forest.size_of(count)])), held)
-        sizes.tried[count] = tokens / max(1, sum(said)) - 1
+        sizes.tried[count] = float(tokens / max(1, said.sum()) - 1)
         count = None if rows else sizes.next()
     report("trying sizes of the vocabulary", 1, 1)
     if rows is None and (rows := sizes.best) is None:
@@ -158,7 +159,7 @@ def choose_words(directory: Path, asked: str, documents: Documents, progress: Pr
             f"{rows} of {shape.vocab} words are as few as say such text as well, and a token of {directory} would read "
             f"{less:.1%} less: leave --vocabulary out, or give a number of words"
         )
-    words = forest.kept(np.add(counts_of(document, text, shape.vocab), guessed).tolist(), rows)
+    words = forest.kept((counted + said + guessed).tolist(), rows)
     return Chosen(tuple(words), shape.vocab, sizes.tried[rows], documents.source, sha256=documents.sha256)
 
 
@@ -206,9 +207,10 @@ class Sizes:
 
 
 @torch.inference_mode()
-def predicted(directory: Path, text: str, progress: Progress | None = None) -> NDArray[np.float64]:
+def predicted(
+    directory: Path, tokenizer: PreTrainedTokenizerBase, text: str, progress: Progress | None = None
+) -> NDArray[np.float64]:
     """How often the model would have said each word in a text, [vocab]: as often in all as the text has tokens."""
-    tokenizer = load_tokenizer(directory)
     ids = encode(text, tokenizer)
     first, model = beginning(tokenizer), load_model(directory)
     starts = random.Random(0).sample(range(0, max(1, len(ids) - ROW), ROW), min(PREDICTED // ROW, len(ids) // ROW))
@@ -223,10 +225,9 @@ def predicted(directory: Path, text: str, progress: Progress | None = None) -> N
     return (total * (len(ids) / max(float(total.sum()), 1.0))).numpy()
 
 
-def counts_of(document: dict[str, object], text: str, size: int) -> Sequence[int]:
-    """How often each id is in a text."""
-    ids = Tokenizer.from_str(json.dumps(document)).encode(text, add_special_tokens=False).ids
-    return np.bincount(np.asarray(ids, np.int64), minlength=size).tolist()  # type: ignore[no-any-return]
+def counts_of(tokenizer: Tokenizer, text: str, size: int) -> NDArray[np.int64]:
+    """How often each id is in a text, [size]."""
+    return np.bincount(np.asarray(tokenizer.encode(text, add_special_tokens=False).ids, np.int64), minlength=size)
 
 
 def _tokens(document: dict[str, object], text: str) -> int:

@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 
 from saap.system.errors import UserError
 
+Document = dict[str, Any]  # a ``tokenizer.json``
+
 
 @dataclass(frozen=True)
 class Forest:
@@ -101,7 +103,7 @@ class Forest:
         return self.without(self.order(counts)[: self.size_of(self.checked(count))])
 
 
-def forest_of(document: Mapping[str, Any], size: int, required: Collection[int] = ()) -> Forest:
+def forest_of(document: Document, size: int, required: Collection[int] = ()) -> Forest:
     """The forest of a ``tokenizer.json``.
 
     Args:
@@ -138,7 +140,7 @@ def forest_of(document: Mapping[str, Any], size: int, required: Collection[int] 
     return Forest(size, may_go, least)
 
 
-def _made_of(words: Mapping[str, int], merges: Sequence[Any]) -> dict[int, tuple[int, ...]]:
+def _made_of(words: Mapping[str, int], merges: Sequence[str | list[str]]) -> dict[int, tuple[int, ...]]:
     """Of each word that merges make, the two of the last merge; of one that they do not reach, none."""
     ranks: dict[tuple[str, str], int] = {}
     for rank, merge in enumerate(merges):
@@ -170,7 +172,7 @@ def _is_byte(word: str) -> bool:
     return len(word) == 6 and word.startswith("<0x") and word.endswith(">")
 
 
-def trimmed(document: Mapping[str, Any], kept: Collection[int]) -> dict[str, Any]:
+def trimmed(document: Document, kept: Collection[int]) -> Document:
     """A ``tokenizer.json`` that makes only the words that are kept; ids stay what they are."""
     words, model = set(kept), dict(document["model"])
     if isinstance(model["vocab"], list):  # a word's place is its id: what went must never be the best
@@ -186,7 +188,7 @@ def trimmed(document: Mapping[str, Any], kept: Collection[int]) -> dict[str, Any
     return {**document, "model": model}
 
 
-def renumbered(document: Mapping[str, Any], kept: Collection[int]) -> dict[str, Any]:
+def renumbered(document: Document, kept: Collection[int]) -> Document:
     """A ``tokenizer.json`` of the kept words alone; an id is now a word's place among them.
 
     Raises UserError: an added or a special word is not kept.
@@ -207,7 +209,7 @@ def renumbered(document: Mapping[str, Any], kept: Collection[int]) -> dict[str, 
     return made
 
 
-def _of_places(processor: Any, places: Mapping[int, int]) -> Any:
+def _of_places(processor: object, places: Mapping[int, int]) -> object:
     """What puts special words around a text, by the new ids."""
     if isinstance(processor, list):
         return [_of_places(part, places) for part in processor]
