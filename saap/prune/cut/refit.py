@@ -13,11 +13,16 @@
   sequences that the fit does not see, among values that include leaving the weights alone; the weights then come from
   all sequences, but for stages on the way: a later stage could not choose lambda on what an earlier one was fitted to.
   It adds no parameter.
+
+  Where whole blocks go, the matrix before the gap learns what they added too: its target is what the blocks of the gap,
+  run one after the other, would have made of the stream there. ReplaceMe (arXiv 2505.02819) merges a linear map of the
+  layers' outputs instead; here the inputs of the matrix are regressed, which can say more. It is not done in a family
+  with a norm behind its blocks, which divides by the sum that is fitted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -27,7 +32,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from devices.common.progress import Progress
-from saap.models.architectures import Architecture, architecture_of, shape_of
+from saap.models.architectures import Architecture, architecture_of, shape_of, traits_of
 from saap.models.layer_walk import ROWS, batches_of, inputs_of, layers_of, loss_after, run_layer, run_until
 from saap.models.shape import ATTENTION, KINDS, ModelShape
 from saap.models.streaming import is_streamed, present
@@ -95,7 +100,7 @@ def compensate(
     if kind == "none":
         return
     architecture, shape = architecture_of(model.config), shape_of(model.config)
-    walk = _Walk(kind, model, ids, last)
+    walk = _Walk(kind, model, plan, ids, last)
     number = 0
     for index, (layer, keep) in enumerate(zip(layers_of(model), plan.layers, strict=True)):
         with present(layer), _restored(blocks := _blocks(layer, keep, shape, architecture)):
@@ -124,7 +129,7 @@ def losses_compensated(
         nats per token of each judged sequence, [sequences] float64; the same bits in all processes.
     """
     architecture, shape = architecture_of(model.config), shape_of(model.config)
-    walk = _Walk(kind, model, ids, last=True)
+    walk = _Walk(kind, model, plan, ids, last=True)
     parts = shares().mine(list(enumerate(judged.split(ROWS))))
     batches = batches_of(model, [rows for _, rows in parts])
     stream = [batch.hidden for batch in batches]
@@ -146,8 +151,11 @@ def losses_compensated(
 class _Walk:
     """This process's calibration sequences on their way through a decoder that is compensated layer by layer."""
 
-    def __init__(self, kind: Compensation, model: PreTrainedModel, ids: torch.Tensor, last: bool) -> None:
+    def __init__(
+        self, kind: Compensation, model: PreTrainedModel, plan: PrunePlan, ids: torch.Tensor, last: bool
+    ) -> None:
         self._kind, self._last, self._keeps = kind, last, not is_streamed(model)
+        self._model, self._plan = model, plan
         fitted, held = _parts(ids)
         mine = shares().mine(range(len(fitted) + len(held)))
         self._batches = batches_of(model, [fitted[n] for n in mine if n < len(fitted)])
@@ -162,9 +170,41 @@ class _Walk:
             new, self._stream = _biases(layer, blocks, self._stream, given, sum(map(sum, self._sizes)))
         else:
             runs = _Runs(layer, blocks, self._stream, given, self._keeps)
-            new = _refitted(runs, self._sizes, self._last)
+            new = _refitted(runs, self._sizes, self._last, lambda block: self._gap(index, layer, block, blocks))
             self._stream = runs.outputs()
         return new
+
+    def _gap(self, index: int, layer: nn.Module, block: _Block, blocks: list[_Block]) -> list[torch.Tensor] | None:
+        """What the blocks that go right behind this one would add to the stream, in units of what its matrix gives.
+
+        Batch by batch; None where nothing goes. The blocks before are cut already, this one and those behind are whole.
+        """
+        architecture, shape = architecture_of(self._model.config), shape_of(self._model.config)
+        behind = blocks[blocks.index(block) + 1 :]
+        normed = architecture.attention_post_norm or architecture.ffn_post_norm
+        if normed or any(len(other.kept) for other in behind):
+            return None
+        with _silenced(behind):
+            before = self._after(index, layer, self._stream)
+        stream = self._after(index, layer, self._stream) if behind else before
+        for further, keep in enumerate(self._plan.layers[index + 1 :], index + 1):
+            layer = layers_of(self._model)[further]
+            with present(layer):
+                blocks = _blocks(layer, keep, shape, architecture)
+                stays = next((place for place, other in enumerate(blocks) if len(other.kept)), len(blocks))
+                if stays:
+                    with _silenced(blocks[stays:]):
+                        stream = self._after(further, layer, stream)
+            if stays < len(blocks):
+                break
+        if stream is before:
+            return None
+        scale = traits_of(self._model.config).residual_scale or 1.0
+        return [(after - x) / scale for after, x in zip(stream, before, strict=True)]
+
+    def _after(self, index: int, layer: nn.Module, stream: list[torch.Tensor]) -> list[torch.Tensor]:
+        pairs = zip(stream, self._batches, strict=True)
+        return [run_layer(layer, hidden, batch.given[index]) for hidden, batch in pairs]
 
 
 def _parts(ids: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
@@ -195,6 +235,16 @@ def _restored(blocks: list[_Block]) -> Iterator[None]:
         for linear, weight, bias in saved:
             linear.weight.data.copy_(weight)
             linear.bias = bias
+
+
+@contextmanager
+def _silenced(blocks: list[_Block]) -> Iterator[None]:
+    """These blocks add nothing inside the block."""
+    with _restored(blocks):
+        for block in blocks:
+            block.linear.weight.zero_()
+            block.linear.register_parameter("bias", None)
+        yield
 
 
 def _zeros(block: _Block) -> torch.Tensor:
@@ -280,29 +330,47 @@ def _last_product(block: _Block, x: torch.Tensor, *_: object, **__: object) -> t
     return (out, None) if block.attends else out
 
 
-def _refitted(runs: _Runs, sizes: tuple[list[int], list[int]], last: bool) -> dict[str, torch.Tensor]:
-    """Refitted weights of the blocks that lose something; the layer is cut to them."""
+def _refitted(
+    runs: _Runs,
+    sizes: tuple[list[int], list[int]],
+    last: bool,
+    gap: Callable[[_Block], list[torch.Tensor] | None],
+) -> dict[str, torch.Tensor]:
+    """Refitted weights of the blocks that lose something, or others behind them; the layer is cut to them.
+
+    ``gap`` gives what those behind a block would add.
+    """
     new = {}
     for block in runs.blocks:
-        if not block.gone.any():
+        added = gap(block) if len(block.kept) else None
+        if added is None and not block.gone.any():
             continue
         if len(block.kept):
-            new[f"{block.matrix}.weight"] = _ridge(runs, block, sizes, last)
+            new[f"{block.matrix}.weight"] = _ridge(runs, block, sizes, last, added)
         block.cut(new)
     return new
 
 
-def _ridge(runs: _Runs, block: _Block, sizes: tuple[list[int], list[int]], last: bool) -> torch.Tensor:
-    """The kept columns of the block's matrix, [hidden, kept], with what the others added regressed on them."""
+def _ridge(
+    runs: _Runs, block: _Block, sizes: tuple[list[int], list[int]], last: bool, added: list[torch.Tensor] | None
+) -> torch.Tensor:
+    """The kept columns of the block's matrix, [hidden, kept], with what the others added regressed on them.
+
+    ``added``: batch by batch, what further blocks added that go.
+    """
     weight, gone, size = block.linear.weight, block.gone, len(block.kept)
     if not sizes[0]:  # none to fit, where the only one chooses lambda
         return weight[:, block.kept]
     fit, held = (regression(sum(map(sum, sizes)), size, len(weight), weight.device) for _ in range(2))
     first_held, parts = len(sizes[0]), len(sizes[0]) + len(sizes[1])
-    for number, (x, stream) in zip(shares().mine(range(parts)), runs.until(block), strict=True):
+    for place, (number, (x, stream)) in enumerate(zip(shares().mine(range(parts)), runs.until(block), strict=True)):
         normed = block.linear(x) if stream is None else stream
-        x = (x * normed.square().mean(-1, keepdim=True).rsqrt()).flatten(0, -2).float()
-        (held if number >= first_held else fit).add(x[:, block.kept], x[:, gone] @ weight[:, gone].float().t())
+        counts = normed.square().mean(-1, keepdim=True).rsqrt()
+        x = (x * counts).flatten(0, -2).float()
+        rest = x[:, gone] @ weight[:, gone].float().t()
+        if added is not None:
+            rest += (added[place] * counts).flatten(0, -2).float()
+        (held if number >= first_held else fit).add(x[:, block.kept], rest)
     fit.gather(sizes[0], 0)
     held.gather(sizes[1], first_held)
     best, least = None, held.rest

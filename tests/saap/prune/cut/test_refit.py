@@ -8,6 +8,7 @@ import torch
 from saap.models.architectures import FAMILIES, architecture_of, shape_of
 from saap.models.checkpoint import load_model, read_config, slim_config, write_slim
 from saap.models.layer_walk import layers_of
+from saap.models.shape import KINDS
 from saap.models.weight_files import tensor_reader
 from saap.prune.cut import refit as module
 from saap.prune.cut.refit import compensate, losses_compensated
@@ -207,3 +208,108 @@ def test_what_is_kept_between_runs_changes_no_bit(family, blocks, tiny_family, m
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
     once, again = "".join(map(str, runs)).split("0")[:2]
     assert 0 < len(once) < len(again)
+
+
+SAME = IDS[:1].repeat(6, 1)  # what is fitted and what chooses lambda are one text
+
+
+def without(shape, *gone):
+    """All whole but for these blocks: a layer, or a layer and ``attention`` or ``ffn``."""
+    layers = list(map(whole_layer, shape.layers))
+    for index, kind in gone:
+        layers[index] = layers[index].with_block(KINDS[kind], LayerPlan())
+    return PrunePlan(tuple(layers))
+
+
+@pytest.mark.parametrize(
+    ("gone", "matrix", "before", "after"),
+    [
+        ([(1, "attention"), (1, "ffn")], "0.mlp.down_proj", 1, 2),
+        ([(2, "attention"), (2, "ffn"), (1, "attention"), (1, "ffn")], "0.mlp.down_proj", 1, 3),
+        ([(1, "ffn"), (2, "attention"), (2, "ffn")], "1.self_attn.o_proj", None, 3),
+    ],
+)
+def test_the_matrix_before_a_gap_learns_what_the_gap_added(tiny_model, monkeypatch, gone, matrix, before, after):
+    """Plain linear algebra on the dense model's own states must agree: nothing before the gap is cut."""
+    monkeypatch.setattr("saap.prune.cut.refit.LAMBDAS", (0.1,))
+    model = load_model(tiny_model(num_hidden_layers=4))
+    found = dict(compensate("refit", model, without(shape_of(model.config), *gone), SAME))
+    name = f"model.layers.{matrix}.weight"
+    assert list(found) == [name]
+    linear = model.get_submodule(f"model.layers.{matrix}")
+    seen = {}
+    index = int(matrix[0])
+    handles = [
+        linear.register_forward_pre_hook(lambda _, args: seen.update(x=args[0])),
+        model.model.layers[index].post_attention_layernorm.register_forward_pre_hook(
+            lambda _, args: seen.update(middle=args[0])
+        ),
+    ]
+    states = hidden_after(model, SAME)
+    for handle in handles:
+        handle.remove()
+    attention = before is None
+    stream = states[index] if attention else seen["middle"]
+    counts = stream.square().mean(-1, keepdim=True).rsqrt()
+    x = (seen["x"] * counts).flatten(0, 1)
+    rest = ((_last_states(model, SAME, after) - (seen["middle"] if attention else states[before])) * counts).flatten(
+        0, 1
+    )
+    squares = x.t() @ x
+    expected = rest.t() @ x @ torch.linalg.inv(squares + 0.1 * torch.diag(squares.diagonal()))
+    assert expected.abs().max() > 1
+    assert torch.allclose(found[name] - linear.weight, expected, atol=1e-3)
+
+
+def _last_states(model, ids, layer):
+    """The stream that leaves ``layer`` layers, before any final norm."""
+    seen = []
+    handle = model.model.layers[layer - 1].register_forward_hook(
+        lambda _, __, out: seen.append(out[0] if isinstance(out, tuple) else out)
+    )
+    hidden_after(model, ids)
+    handle.remove()
+    return seen[0]
+
+
+def test_a_gap_learnt_is_worth_more_than_a_gap(dense):
+    """On the text that it is fitted to, of a model whose layers do add something."""
+    _, model, shape = dense
+    for layer in model.model.layers:
+        layer.mlp.down_proj.weight.data *= 20
+        layer.self_attn.o_proj.weight.data *= 20
+    plan = without(shape, (1, "attention"), (1, "ffn"))
+    whole = hidden_after(model, SAME)[-1]
+    off = {}
+    for kind in ("none", "refit"):
+        new = dict(compensate(kind, model, plan, SAME))
+        before = {name: model.get_parameter(name).detach().clone() for name in new}
+        with masked(model, plan.cut_layers(shape)), torch.no_grad():
+            for name, weight in new.items():
+                model.get_parameter(name).copy_(weight)
+            off[kind] = (hidden_after(model, SAME)[-1] - whole).square().mean()
+            for name, weight in before.items():
+                model.get_parameter(name).copy_(weight)
+    assert off["refit"] < 0.9 * off["none"]
+
+
+@pytest.mark.parametrize(
+    "family", ["granite", "granitemoehybrid", "lfm2", "qwen3_5_text", "phi3", "olmo2", "gemma3_text"]
+)
+def test_a_gap_of_families_of_another_kind(family, tiny_family, monkeypatch):
+    """What a block adds is scaled in some, and an FFN follows more than attention; a norm behind blocks stops it."""
+    monkeypatch.setattr("saap.prune.cut.refit.LAMBDAS", (1e-4,))
+    scaled = {"residual_multiplier": 0.3} if family.startswith("granite") else {}
+    model = load_model(tiny_family(family, **scaled))
+    shape = shape_of(model.config)
+    mixer = shape.layers[1].mixer.name
+    plan = without(shape, (1, mixer), (1, "ffn"))
+    found = dict(compensate("refit", model, plan, SAME))
+    if family in ("olmo2", "gemma3_text"):
+        assert not found
+        return
+    ((name, weight),) = found.items()
+    whole = _last_states(model, SAME, 2)
+    before = (_last_states(model, SAME, 1) - whole).square().mean()
+    model.get_parameter(name).data.copy_(weight)
+    assert (_last_states(model, SAME, 1) - whole).square().mean() < 1e-3 * before
