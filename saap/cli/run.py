@@ -60,7 +60,7 @@ PROMPTS = (
 )
 ANSWER_TOKENS = 96
 TUNED, DENSE_TUNED = "tuned", "dense-tuned"  # directories
-QUICK_STAGES, QUICK_TOKENS = 1, 8192
+QUICK_TOKENS = 8192
 QUICK = {"max_chunks": 20, "repetitions": 3, "threads": 1}
 RATIO_S = 15  # of turns for each model: of two, a ratio within about 1 %
 _STEPS = "How each step is done"
@@ -82,7 +82,7 @@ class RunOptions:
         PruneCommand,
         Part(
             flags=("ratio", "max_params", "max_bytes", "speedup", "ms_per_token", "costs", "method", "compensate",
-                   "drop_layers", "calibration", "seed"),
+                   "calibration", "seed"),
             without=("bits", "group_size", "threads", "here", "explain", "onnxruntime", "vocabulary",
                      "vocabulary_input"),
             headings={"What is planned for": MUST, "How it is chosen": _STEPS, "What may go": _STEPS},
@@ -103,7 +103,7 @@ class RunOptions:
     threads: Annotated[
         int | None, Option("Threads of the bench; default: 1, and all physical cores.", _STEPS), THREADS
     ] = None
-    quick: Annotated[bool, Option("A first look: less text, one stage of pruning, one thread count.", _STEPS)] = False
+    quick: Annotated[bool, Option("A first look: less text, one thread count.", _STEPS)] = False
 
     @property
     def asked(self) -> RunOptions:
@@ -111,8 +111,6 @@ class RunOptions:
         if not self.quick:
             return self
         plain, pruning, tuning = RunOptions(), self.pruning, self.tuning
-        if pruning.options.method == "saap" and pruning.options.stages is None:
-            pruning = replace(pruning, options=replace(pruning.options, stages=QUICK_STAGES))
         if tuning.options.tokens == plain.tuning.options.tokens:
             tuning = replace(tuning, options=replace(tuning.options, tokens=QUICK_TOKENS))
         fewer: dict[str, Any] = {

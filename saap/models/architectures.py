@@ -303,6 +303,8 @@ class UnknownFamilyError(UserError):
 def architecture_of(config: object) -> Architecture:
     """The table row for a transformers config (or its dict). Raises UserError: the architecture is not supported."""
     name = field_of(config, "model_type")
+    if name is None:
+        raise UserError("config.json has no model_type: it is damaged, or of no transformers model")
     if not isinstance(name, str) or name not in ARCHITECTURES:
         raise UnknownFamilyError(name)
     architecture = ARCHITECTURES[name]

@@ -7,6 +7,9 @@ from saap.models.shape import ModelShape
 from saap.models.weight_files import SHARD_BYTES
 from saap.prune.scores.importance import ROWS
 from saap.prune.scores.layerwise import rows_at_once
+from saap.prune.search.adaptive import PRICING_SHARE
+from saap.prune.search.choices import RUNS
+from saap.prune.search.library import fitted_on, held_blocks
 from saap.system.needs import PROCESS, Needs
 
 MAPPED = 150_000_000  # at most, of the pages of a layer's file; the system takes back older ones
@@ -20,7 +23,8 @@ def prune_needs(
     """Of pruning in float32, whole in memory or layer by layer: the largest of loading, computing and writing."""
     layers = [shape.weights_of(s) for s in shape.layers]
     refit = _refit(shape, sequences, tokens, kept=not streamed)
-    computing = 4 * max(_scoring(shape, layers, sequences, tokens, streamed, element), refit)
+    pricing = _pricing(shape, sequences, tokens, streamed)
+    computing = 4 * max(_scoring(shape, layers, sequences, tokens, streamed, element), pricing, refit)
     stages: list[dict[str, int]] = [{"a file of the slim model": min(SHARD_BYTES, file_bytes)}]
     if streamed:
         outside = 4 * shape.held_outside
@@ -63,6 +67,18 @@ def _refit(shape: ModelShape, sequences: int, tokens: int, *, kept: bool) -> int
     few = sequences * tokens < widest
     sums = 2 * sequences * tokens * (widest + shape.hidden) if few else SQUARES * widest**2
     return stream + batch + sums + 3 * shape.hidden * (widest + heads)
+
+
+def _pricing(shape: ModelShape, sequences: int, tokens: int, streamed: bool) -> int:
+    """Numbers that a library of prices takes: gradients of all blocks, a window of blocks, and what runs would add."""
+    widths = sorted((shape.inner_width(kind, s) for s in shape.layers for kind in s.blocks), reverse=True)
+    judged = max(1, sequences // PRICING_SHARE)
+    text = tokens * (judged + min(sequences - judged, fitted_on(streamed)))
+    held = held_blocks(streamed) + 1
+    window = text * sum(width + shape.hidden for width in widths[:held:2] + widths[-(held // 2) :])
+    runs = text * shape.hidden * (held // 2) * (1 if streamed else len(RUNS))
+    sums = 2 * text * (widths[0] + shape.hidden) if text < widths[0] else SQUARES * widths[0] ** 2
+    return judged * tokens * shape.hidden * len(widths) // 2 + window + runs + sums
 
 
 def prune_disk(shape: ModelShape, file_bytes: int, share: float, stages: int) -> dict[str, int]:

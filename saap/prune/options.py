@@ -37,7 +37,6 @@ FUSIONS: dict[Score, tuple[Term, ...]] = {
     "vector-token": ("vector", "token"),
     "fused-token": ("vector", "element", "token"),
 }
-Pricing = Literal["silenced", "compensated"]
 REQUIREMENTS = ("ratio", "max_params", "max_bytes", "speedup", "ms_per_token")
 TIMED = ("speedup", "ms_per_token")
 MOST_STAGES = 100  # each writes a model: at 100, what goes in one is at most 1 % of the layers' cost
@@ -89,14 +88,6 @@ class AdaptiveOptions:
     exact: Annotated[
         bool, Option("The exact element score: two more numbers per weight in memory.", _SCORES, shown=False)
     ] = False
-    corrections: Annotated[
-        int,
-        Option("Correct the prices this many times by measured loss.", _HOW, metavar="N", shown=False),
-        Meta(ge=0, le=100),
-    ] = 0
-    prices: Annotated[
-        Pricing, Option("Prices of what goes, or of what compensation leaves of that (slower).", _HOW, shown=False)
-    ] = "silenced"
 
     @property
     def element(self) -> Element:
@@ -105,8 +96,6 @@ class AdaptiveOptions:
         return "exact" if self.exact else "streamed"
 
     def check(self) -> None:
-        if self.corrections and self.prices == "compensated":
-            raise UserError("corrections measure without compensation: leave them out, or set prices to silenced")
         if self.exact and self.element == "none":
             raise UserError(
                 f"the score {self.fusion.score} has no element score to be exact: leave exact out, or set score to "
@@ -163,27 +152,25 @@ class PruneOptions:
         Compensation | None, Option("How the remaining weights compensate; default: the method's own.", _HOW)
     ] = None
     stages: Annotated[
-        int | None,
+        int,
         Option(
-            "Prune in this many stages, each scored anew (saap); default: one for every 15 % of the layers' cost.",
+            "Prune in this many stages, each scored anew (saap).",
             _HOW,
             old=("--iterative-steps",),
             metavar="N",
             hidden=True,
         ),
         Meta(ge=1, le=MOST_STAGES),
-    ] = None
+    ] = 1
     adaptive: AdaptiveOptions = field(default_factory=AdaptiveOptions)
     heads: Annotated[
         bool | None,
-        Option("Query heads and KV groups too; default: where measured to pay.", _GOES, flags=("--heads/--no-heads",)),
+        Option("Query heads and KV groups too; default: as the method.", _GOES, flags=("--heads/--no-heads",)),
     ] = None
-    modules: Annotated[bool, Option("Whole attention and FFN blocks too (each is measured: slower).", _GOES)] = False
-    drop_layers: Annotated[
-        int,
-        Option("Remove this many whole layers first, then prune in width (saap).", _GOES, metavar="N"),
-        Meta(ge=0, le=10_000),
-    ] = 0
+    blocks: Annotated[
+        bool,
+        Option("Whole attention and FFN blocks, and layers, too (saap).", _GOES, flags=("--blocks/--no-blocks",)),
+    ] = True
     keep_layers: Annotated[
         frozenset[int] | None,
         Option(
@@ -246,7 +233,7 @@ class PruneOptions:
         self.adaptive.check()
         check_device_is_there(self.device)
         if self.method != "saap":
-            ours = {"modules", "drop_layers", "stages", *settings_of(AdaptiveOptions)}
+            ours = {"blocks", "stages", *settings_of(AdaptiveOptions)}
             refuse_unused(self, ours, "the method saap", f"leave --method {self.method} out")
         if self.stream and self.method in TAYLOR:
             raise UserError(
@@ -259,7 +246,7 @@ class PruneOptions:
             names = ("sequences", "length", *([] if self.draws else ["seed"]))
             refuse_unused(self, names, f"methods that read a text, and {self.method} does not")
         if self.method == "shortgpt":
-            names = ("heads", *(["compensate"] if self.compensation != "none" else []))
+            names = ("heads", *(["compensate"] if self.compensation == "bias" else []))
             refuse_unused(self, names, "methods that prune in width, and shortgpt removes whole layers")
 
     def check_requirement(self) -> None:

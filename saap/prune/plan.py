@@ -9,7 +9,6 @@ from saap.models.shape import ATTENTION, LayerSizes, ModelShape, OfBlocks
 from saap.system.errors import UserError
 
 Amount = int | float  # in the budget's unit; what is counted stays whole, on disk too
-CLEAR = 2.0  # standard errors: what is gained by less on calibration text was lost several times over on other text
 
 
 @dataclass(frozen=True)
@@ -63,24 +62,11 @@ class Reason:
 
 
 @dataclass(frozen=True)
-class Weighed:
-    """A plan that cuts attention, held against one that leaves it whole: :mod:`saap.prune.search.adaptive`."""
-
-    gain: float  # by how much it was measured to lose less, nats per token
-    error: float  # standard error of that, over sequences
-
-    @property
-    def pays(self) -> bool:
-        return self.gain > CLEAR * self.error
-
-
-@dataclass(frozen=True)
 class Reasons:
-    """All blocks of a plan, in the budget's unit; and how attention was weighed, once per search where it was."""
+    """All blocks of a plan, in the budget's unit."""
 
     unit: str
     blocks: tuple[Reason, ...]
-    weighed: tuple[Weighed, ...] = ()
 
     @property
     def dearest_taken(self) -> Reason | None:
@@ -100,7 +86,6 @@ class Reasons:
             "dearest_taken": taken.last.per_unit if taken and taken.last else None,
             "cheapest_left": left.next.per_unit if left and left.next else None,
             "blocks": [_told(block) for block in self.blocks],
-            "weighed": [asdict(each) for each in self.weighed],
         }
 
 

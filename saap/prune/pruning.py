@@ -30,16 +30,15 @@ from saap.prune.baselines.methods import ranked_plan
 from saap.prune.cut.refit import compensate
 from saap.prune.cut.surgery import cut_tensors
 from saap.prune.needs import prune_disk, prune_needs
-from saap.prune.options import TAYLOR, Compensation, PruneOptions
+from saap.prune.options import TAYLOR, PruneOptions
 from saap.prune.plan import LayerPlan, PrunePlan, composed, whole_layer
 from saap.prune.record import Pruning, record_of
-from saap.prune.scores.scoring import scores_of
-from saap.prune.search.adaptive import adaptive_plan, divided
+from saap.prune.search.adaptive import adaptive_plan
 from saap.prune.search.budget import Budget, budget_for
 from saap.prune.search.explain import after
-from saap.prune.search.prices import Losses
+from saap.prune.search.milp import check_floor
 from saap.prune.shares import joined, shares
-from saap.prune.stages import Stage, check_reachable, kept_stages, layers_plan, share_of, stages_of
+from saap.prune.stages import Stage, kept_stages, share_of, stages_of
 from saap.prune.vocabulary import Chosen, write_trimmed
 from saap.system.allocator import kept_memory
 from saap.system.device_names import device_of
@@ -169,21 +168,15 @@ def _prune_stage(
     if kept := options.keep_layers:  # by their places in the model now
         kept = frozenset(place for place, index in enumerate(now.plan.kept_layers) if index in kept)
         options = replace(options, keep_layers=kept)
-    if stage.layers:
-        plan = layers_plan(model, pruning.ids, stage, options, progress)
-    elif options.method == "saap":
-        scored, priced = divided(pruning.ids)
-        scores = scores_of(model, shape, scored, options.adaptive, weights=now.weights, progress=progress)
-        losses = Losses(model, scored, priced, options, weights=now.weights, progress=progress)
-        plan = adaptive_plan(scores, losses, stage.budget, options)
+    if options.method == "saap":
+        plan = adaptive_plan(model, pruning.ids, stage.budget, options, weights=now.weights, progress=progress)
     else:
         plan = ranked_plan(model, pruning.ids, stage.budget, options, progress)
     layers = shares().agreed([asdict(layer) for layer in plan.layers])
     plan = replace(plan, layers=convert(layers, tuple[LayerPlan, ...]))
 
-    kind: Compensation = "none" if stage.layers else options.compensation  # nothing of a layer stays to compensate
     refitted = {} if aside is None else TensorFolder(aside, weights_dtype(now.path))
-    refitted.update(compensate(kind, model, plan, pruning.ids, last=stage.last, progress=progress))
+    refitted.update(compensate(options.compensation, model, plan, pruning.ids, last=stage.last, progress=progress))
     del model
 
     whole = replace(composed(now.plan, plan), reasons=after(now.plan.reasons, plan.reasons, now.plan.kept_layers))
@@ -226,9 +219,8 @@ def budget_of(model_dir: str | Path, options: PruneOptions, words: Chosen | None
         raise UserError(f"{model_dir} holds tuned integers, which cannot be pruned: prune the model it was tuned from")
     check_sizes(model_dir)
     shape = shape_of(config)
-    if shape.per_layer and (options.drop_layers or options.method == "shortgpt"):
-        asked = "--drop-layers" if options.drop_layers else "--method shortgpt"
-        raise UserError(f"{model_dir} has embeddings for each layer, so no layer goes: leave {asked} out")
+    if shape.per_layer and options.method == "shortgpt":
+        raise UserError(f"{model_dir} has embeddings for each layer, so no layer goes: leave --method shortgpt out")
     if shape.sources and options.heads and options.method != "saap":
         raise UserError(
             f"{model_dir} has layers that read keys and values of earlier ones, so only saap prunes their heads: "
@@ -245,8 +237,7 @@ def budget_of(model_dir: str | Path, options: PruneOptions, words: Chosen | None
         cut = replace(cut, vocab=count) if words.input else replace(cut, said=count)
     budget = replace(budget_for(options, shape, config, cut=cut), one_width=_one_width(options, config))
     if options.method == "saap":
-        check_reachable(budget, options)
-        stages_of(budget, options)
+        check_floor(shape, budget, options)
     return budget
 
 
@@ -262,8 +253,7 @@ def _one_width(options: PruneOptions, config: Mapping[str, object]) -> bool:
         raise UserError(f"no GGUF file is written of {config['model_type']} models: leave --for {options.engine} out")
     if holds == "any widths":
         return False
-    asked = {"--heads": options.heads, "--modules": options.modules, "--drop-layers": options.drop_layers,
-             "--keep-layers": options.kept_layers, "--method": options.method != "saap",
+    asked = {"--heads": options.heads, "--keep-layers": options.kept_layers, "--method": options.method != "saap",
              "--compensate bias": options.compensation == "bias"}  # fmt: skip
     if other := [name for name, value in asked.items() if value]:
         raise UserError(

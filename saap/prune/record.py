@@ -52,10 +52,9 @@ def record_of(pruning: Pruning, plan: PrunePlan, achieved: dict[str, float | Non
             "compensate": options.compensation,
             "heads": options.heads if ours else options.prunes_heads(pruning.budget.dense),
             "steps": pruning.stages,
-            **({"drop_layers": options.drop_layers} if options.drop_layers else {}),
             "keep_layers": sorted(options.kept_layers),
             "seed": options.seed,
-            **({"modules": options.modules, "adaptive": asdict(options.adaptive)} if ours else {}),
+            **({"blocks": options.blocks, "adaptive": asdict(options.adaptive)} if ours else {}),
         },
         "lineage": {
             **lineage,

@@ -37,14 +37,14 @@ def options_of(variant: Variant) -> PruneOptions:
         part: {name: variant[name] for name in names if name in variant}
         for part, names in (
             ("fusion", ("score", "slices", "sigma", "learned", "stability", "layer_power")),
-            ("adaptive", ("c", "exact", "corrections", "prices")),
-            ("rest", ("method", "compensate", "heads", "modules", "seed")),
+            ("adaptive", ("c", "exact")),
+            ("rest", ("method", "compensate", "heads", "blocks", "seed")),
         )
     }
     adaptive = AdaptiveOptions(fusion=FusionOptions(**given["fusion"]), **given["adaptive"])
     kept = None if variant.get("text") == "alike" else frozenset[int]()  # alike: every layer may be pruned
     return PruneOptions(
-        ratio=variant["ratio"], stages=variant.get("steps"), adaptive=adaptive, keep_layers=kept, **given["rest"]
+        ratio=variant["ratio"], stages=variant.get("steps", 1), adaptive=adaptive, keep_layers=kept, **given["rest"]
     )
 
 
@@ -135,7 +135,6 @@ def run_cell(where: Path, variant: Variant, model_dir: Path, ids: torch.Tensor, 
         "achieved": plan["achieved"],
         "sizes": [[len(k["query_heads"]), len(k["kv_heads"]), len(k["ffn"])] for k in plan["layers"]],
         "price": plan["price_nats"],
-        "weighed": plan["reasons"]["weighed"],  # how attention was, in each step where it was
         "nll": {**known.get("nll", {}), **nll},
         "seconds": round(pruned, 1),
         **provenance(),

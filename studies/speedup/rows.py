@@ -62,13 +62,13 @@ class Setup:
 
 
 def row_variants(published: bool = False) -> list[Variant]:
-    """SAAP with and without whole modules, and every baseline on our text with its own compensation and the refit.
+    """SAAP with and without whole blocks, and every baseline on our text with its own compensation and the refit.
 
     Args:
         published: each baseline on its authors' text and layers too, with its own compensation.
     """
     rows: list[Variant] = [{"method": "saap", "compensate": "refit"}]
-    rows.append({**rows[0], "modules": True})
+    rows.append({**rows[0], "blocks": False})
     for method in STRONGEST_FIRST:
         kinds = (OWN_COMPENSATION.get(method, "none"), "refit")
         rows += [{"method": method, "text": "alike", "compensate": kind} for kind in kinds]

@@ -21,8 +21,6 @@ import torch
 from support.bench_samples import measurement, result
 from support.cost_files import cost_file
 
-import studies.prices.measure as prices
-import studies.prices.study as price_study
 import studies.pruning.bars as bars
 import studies.pruning.study as pruning
 import studies.speedup.measure as speed
@@ -33,12 +31,6 @@ from bench.measure.result import INVALID, Bursts, Load, write_result
 from devices.probe.host import probe
 from export.generate.scoring import BundleScorer
 from saap.cli.main import cli
-from saap.models.architectures import shape_of
-from saap.models.checkpoint import load_model, read_config
-from saap.prune.plan import LayerPlan, PrunePlan, whole_layer
-from saap.prune.search.budget import budget_for
-from saap.prune.search.masking import masked, mean_nll
-from saap.prune.search.milp import Block, Option
 from studies.checks import study as checks
 from studies.common import provenance, read_cells, with_tables
 from studies.field import rows as field
@@ -257,66 +249,6 @@ def test_peers_are_made_in_a_fresh_folder(tmp_path, monkeypatch):
     assert len(ran) == len(peers.GRAPHS)  # the files are there; the graphs were not written
 
 
-@pytest.fixture
-def judged(tiny_model):
-    """The tiny model, and 20 of its options priced and measured."""
-    directory = tiny_model(head_dim=32)
-    model = load_model(directory)
-    options = options_of({"ratio": 0.3})
-    budget = budget_for(options, shape_of(model.config), read_config(directory))
-    return model, prices.judged(model, IDS, HELD, options, budget, None, count=20, seed=1)
-
-
-def test_options_of_all_types_and_depths_are_priced_and_measured(judged):
-    model, record = judged
-    shape = shape_of(model.config)
-    counts = {}
-    for point in record["points"]:
-        counts[point["type"]] = counts.get(point["type"], 0) + 1
-    # Three layers have one option each without a module, and one with fewer query heads in every group.
-    assert counts == {"FFN width": 4, "KV groups": 4, "no FFN": 3, "no attention": 3, "query heads": 3}
-    for kind in counts:
-        assert {p["layer"] for p in record["points"] if p["type"] == kind} >= {0, 2}
-    point = next(p for p in record["points"] if p["type"] == "no attention" and p["layer"] == 1)
-    base = mean_nll(model, HELD)
-    with masked(model, {1: LayerPlan((), (), whole_layer(shape.layers[1]).ffn)}):
-        assert point["alone"] == pytest.approx(mean_nll(model, HELD) - base, abs=1e-4)
-    assert abs(point["alone"]) > 1e-3
-
-
-def test_on_a_plan_a_module_counts_from_whole(tiny_model):
-    model = load_model(tiny_model())
-    shape = shape_of(model.config)
-    whole = [whole_layer(sizes) for sizes in shape.layers]
-    kept = {width: LayerPlan((), (), tuple(range(width))) for width in (32, 64, 128)}
-    plan = PrunePlan((prices.with_module(whole[0], "ffn", kept[64]), *whole[1:]))
-    drawn = [("FFN width", Block(0, "ffn", ()), Option(kept[width], 1.0, 1.0)) for width in (32, 128)]
-    base = mean_nll(model, HELD)
-    with masked(model, {0: prices.with_module(whole[0], "ffn", kept[32])}):
-        quarter = mean_nll(model, HELD)
-    found = prices.increases(model, shape, plan, drawn, HELD)
-    assert found == pytest.approx([quarter - base, 0], abs=1e-5) and abs(quarter - base) > 1e-3
-
-
-def test_rank_correlation_is_of_ranks():
-    found = prices.rank_correlation([1, 2, 3, 4, 5, 6], [0.1, 0.2, 10, 20, 30, 300])
-    assert found == {"rho": pytest.approx(1), "low": pytest.approx(1), "high": pytest.approx(1)}
-    found = prices.rank_correlation([1, 2, 3, 4], [2, 1, 4, 3])
-    assert found["rho"] == pytest.approx(1 - 6 * 4 / (4 * 15)) and found["low"] < found["rho"] < found["high"]
-    assert prices.rank_correlation([1, 1, 1], [1, 2, 3]) == {"rho": None, "low": None, "high": None}
-
-
-def test_variants_are_judged_by_the_same_options(tiny_model):
-    directory = tiny_model()
-    model, drawn = load_model(directory), []
-    for variant in ({"score": "token"}, {"score": "vector", "corrections": 1}):
-        options = options_of({**variant, "ratio": 0.3})
-        budget = budget_for(options, shape_of(model.config), read_config(directory))
-        record = prices.judged(model, IDS, HELD, options, budget, None, count=12)
-        drawn.append([(p["layer"], p["type"], p["keep"]) for p in record["points"]])
-    assert drawn[0] == drawn[1]
-
-
 def timed(asked, speedup=None, **fields):
     return {"asked": asked, **({"speed": {"speedup": speedup}} if speedup else {}), **fields}
 
@@ -377,7 +309,7 @@ def setup(tiny_model, tmp_path, monkeypatch):
 
 
 FLAP = {"method": "flap", "text": "alike", "compensate": "bias", "speedup": 1.3, "seed": 0}
-SAAP = {"method": "saap", "compensate": "refit", "speedup": 1.3, "seed": 0}
+SAAP = {"method": "saap", "compensate": "refit", "blocks": False, "speedup": 1.3, "seed": 0}
 
 
 def test_bundles_are_made_measured_and_not_made_again(setup, monkeypatch):
@@ -584,13 +516,6 @@ def test_speed_bars_take_the_bundle_that_is_closest():
     assert others.reached is True and "+4.2%" in others.found
     rows[0][0]["speed"]["speedup"] = 1.15
     assert speedup.planned_bars(rows)[0].reached is False
-
-
-def test_prices_are_judged_alone_and_on_the_plan():
-    c = {"low": 0.7, "high": 0.9}
-    record = {"points": [0] * 40, "correlation": {"alone": {"rho": 0.81, **c}, "planned": {"rho": 0.79, **c}}}
-    assert [bar.reached for bar in price_study.price_bars({"a": record}, "a")] == [True, False]
-    assert [bar.reached for bar in price_study.price_bars({}, "a")] == [None]
 
 
 def test_two_runs_that_are_not_there():

@@ -5,9 +5,11 @@ from __future__ import annotations
 import numpy as np
 
 from saap.models.shape import LayerSizes, ModelShape
+from saap.prune.options import PruneOptions
 from saap.prune.search.budget import Budget, StepTime, Weights
+from saap.prune.search.choices import choices, runs_of
 from saap.prune.search.layer_costs import CostTable
-from saap.prune.search.milp import Prices
+from saap.prune.search.milp import Gap, Library
 
 SHAPE = ModelShape(hidden=96, head_dim=16, vocab=320, tied=True, layers=(LayerSizes(6, 3, 128),) * 2)
 TABLE = CostTable(1, 192, 1.0, {(1, 1): 0.3, (2, 1): 0.4, (3, 3): 0.5, (6, 3): 0.9}, {32: 0.25, 128: 0.85})
@@ -21,17 +23,12 @@ def milliseconds(limit):
     return Budget("ms", limit, StepTime(TABLE), {"ms_per_token": limit}, SHAPE, SHAPE, table=TABLE)
 
 
-def prices(seed=0, modules=True, alpha=0.0):
+def library(seed=0, options=None):
+    """Random prices of all that is on offer; more costs more, and the whole block nothing."""
     rng = np.random.default_rng(seed)
-    structures = {
-        "ffn": [rng.random(128) for _ in range(2)],
-        "head": [rng.random(6) * 5 for _ in range(2)],
-        "group": [rng.random(3) * 15 for _ in range(2)],
-        "conv": [np.zeros(0)] * 2,
-    }
-    gone = {
-        "attention": list(rng.random(2) * 60) if modules else [None, None],
-        "ffn": list(rng.random(2) * 80) if modules else [None, None],
-        "conv": [None, None],
-    }
-    return Prices(structures, gone, dict.fromkeys(structures, alpha))
+    options = options or PruneOptions()
+    offers = {}
+    for (index, kind), plans in choices(SHAPE, options).items():
+        prices = sorted(rng.random(len(plans) - 1) * (60 if kind == "attention" else 80), reverse=True)
+        offers[index, kind] = tuple(zip(plans, [0.0, *map(float, prices)], strict=True))
+    return Library(offers, tuple(Gap(run, float(rng.random() * 70 * len(run))) for run in runs_of(SHAPE, options)))

@@ -33,7 +33,7 @@ from transformers import PreTrainedModel
 
 from devices.common.progress import Progress
 from saap.models.architectures import Architecture, architecture_of, shape_of, traits_of
-from saap.models.layer_walk import ROWS, batches_of, inputs_of, layers_of, loss_after, run_layer, run_until
+from saap.models.layer_walk import ROWS, batches_of, inputs_of, layers_of, run_layer, run_until
 from saap.models.shape import ATTENTION, KINDS, ModelShape
 from saap.models.streaming import is_streamed, present
 from saap.prune.cut.ridge import regression
@@ -112,40 +112,6 @@ def compensate(
             number += 1
         if progress:
             progress("compensating (layers)", index + 1, len(plan.layers))
-
-
-@torch.no_grad()
-def losses_compensated(
-    kind: Compensation,
-    model: PreTrainedModel,
-    plan: PrunePlan,
-    ids: torch.Tensor,
-    judged: torch.Tensor,
-    progress: Progress | None = None,
-) -> torch.Tensor:
-    """Losses on ``judged`` of the model cut to the plan and compensated on ``ids``, other text; nothing is changed.
-
-    Returns:
-        nats per token of each judged sequence, [sequences] float64; the same bits in all processes.
-    """
-    architecture, shape = architecture_of(model.config), shape_of(model.config)
-    walk = _Walk(kind, model, plan, ids, last=True)
-    parts = shares().mine(list(enumerate(judged.split(ROWS))))
-    batches = batches_of(model, [rows for _, rows in parts])
-    stream = [batch.hidden for batch in batches]
-    for index, (layer, keep) in enumerate(zip(layers_of(model), plan.layers, strict=True)):
-        with present(layer), _restored(blocks := _blocks(layer, keep, shape, architecture)):
-            new = walk.enter(index, layer, blocks) if kind != "none" else {}
-            for block in blocks:
-                block.cut(new)
-            stream = [run_layer(layer, x, batch.given[index]) for x, batch in zip(stream, batches, strict=True)]
-        if progress:
-            progress("trying a plan (layers)", index + 1, len(plan.layers))
-    losses = torch.zeros(len(judged), dtype=torch.float64)
-    for x, (part, rows) in zip(stream, parts, strict=True):
-        for row in range(len(rows)):
-            losses[part * ROWS + row] = loss_after(model, [x[row : row + 1]], rows[row : row + 1])
-    return shares().add_up(losses)
 
 
 class _Walk:

@@ -6,7 +6,8 @@ way up, and a layer runs once more on the way down, which is one forward pass mo
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
+from contextlib import AbstractContextManager
 
 import torch
 from transformers import PreTrainedModel
@@ -34,37 +35,65 @@ def estimate_layerwise(
 ) -> Scores:
     """Score every structure, layer by layer; arguments and result as of
     :func:`saap.prune.scores.importance.estimate`."""
-    sums, steps = Sums(shape, c, element), 2 * len(shape.layers)
+    sums, losses = Sums(shape, c, element), []
+    matrices = matrices_of(model, shape)
 
-    def say(step: int) -> None:
+    def loss_of(hidden: torch.Tensor, index: int) -> torch.Tensor:
+        row = ids[index].to(hidden.device)
+        loss = torch.nn.functional.cross_entropy(logits_after(model, hidden[:, :-1])[0], row[1:])
+        losses.append(check_loss(float(loss), index))
+        return loss
+
+    def watch(index: int) -> AbstractContextManager[None]:
+        return watched(model, [m for m in matrices if m.layer == index], sums)
+
+    def say(done: int, of: int) -> None:
         if progress:
-            progress("scoring (sequences)", step, steps)
+            progress("scoring (sequences)", done, of)
 
+    down_again(model, ids, loss_of, watch, say)
+    return sums.scores(len(ids), sum(losses) / len(losses))
+
+
+def down_again(
+    model: PreTrainedModel,
+    ids: torch.Tensor,
+    loss_of: Callable[[torch.Tensor, int], torch.Tensor],
+    watch: Callable[[int], AbstractContextManager[None]],
+    say: Callable[[int, int], object],
+) -> None:
+    """Every sequence forward and backward, a layer at a time.
+
+    Args:
+        loss_of: the loss of the states after the last layer, [1, tokens, hidden], and the number of the sequence.
+        watch: a context in which a layer, by its number, runs forward and backward; hooks there take what they want.
+        say: called as (done, of).
+    """
+    layers = layers_of(model)
+    steps = 2 * len(layers)
     batches = layer_inputs(model, ids, batch=1)
     states = [[batch.hidden for batch in batches]]
     with torch.no_grad():
-        for index, layer in enumerate(layers_of(model)):
-            say(index)
+        for index, layer in enumerate(layers):
+            say(index, steps)
             with present(layer):
                 states.append([run_layer(layer, x, b.given[index]) for x, b in zip(states[-1], batches, strict=True)])
     left = [SharedGradients(batch) for batch in batches]
-    losses, gradients = [], []
-    for index, (hidden, row) in enumerate(zip(states.pop(), ids, strict=True)):
-        loss, gradient = _loss(model, hidden, row)
-        losses.append(check_loss(loss, index))
-        gradients.append(gradient)
-    # Down again: hooks on a layer's matrices take the sums.
-    matrices, layers = matrices_of(model, shape), layers_of(model)
+    gradients = []
+    for index, hidden in enumerate(states.pop()):
+        hidden = hidden.detach().requires_grad_(True)
+        loss_of(hidden, index).backward()
+        assert hidden.grad is not None
+        gradients.append(hidden.grad)
     for index in reversed(range(len(layers))):
-        with present(layers[index]), watched(model, [m for m in matrices if m.layer == index], sums):
+        with present(layers[index]), watch(index):
             for number, (hidden, batch) in enumerate(zip(states.pop(), batches, strict=True)):
                 x = hidden.detach().requires_grad_(True)
                 left[number].begin()
                 left[number].backward(run_layer(layers[index], x, batch.given[index]), gradients[number])
                 assert x.grad is not None
                 gradients[number] = x.grad
-        say(steps - index)
-    return sums.scores(len(ids), sum(losses) / len(losses))
+        say(steps - index, steps)
 
 
 class SharedGradients:
@@ -101,12 +130,3 @@ class SharedGradients:
 def rows_at_once(shape: ModelShape, tokens: int) -> int:
     """Sequences whose states fit into :data:`STATE_BYTES`."""
     return max(1, STATE_BYTES // (4 * shape.hidden * max(1, tokens) * (len(shape.layers) + 1)))
-
-
-def _loss(model: PreTrainedModel, hidden: torch.Tensor, row: torch.Tensor) -> tuple[float, torch.Tensor]:
-    """Mean NLL of a sequence and its gradient by the states after the last layer, [1, tokens, hidden]."""
-    hidden = hidden.detach().requires_grad_(True)
-    loss = torch.nn.functional.cross_entropy(logits_after(model, hidden[:, :-1])[0], row[1:].to(hidden.device))
-    loss.backward()
-    assert hidden.grad is not None
-    return float(loss.item()), hidden.grad

@@ -216,8 +216,8 @@ def budget_for(
 
 
 def _further(options: PruneOptions, dense: ModelShape) -> Iterator[str]:
-    if options.method == "saap" and not options.modules:
-        yield "--modules"
+    if options.method == "saap" and not options.blocks:
+        yield "--blocks"
     if dense.separable_heads and options.method != "shortgpt" and not options.prunes_heads(dense):
         yield "--heads"
     if options.group_size > 32:

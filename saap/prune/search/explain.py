@@ -92,7 +92,7 @@ def after(first: Reasons | None, second: Reasons | None, kept_layers: tuple[int,
     if first is None:
         return replace(second, blocks=tuple(later.values()))
     blocks = tuple(_added(b, later.get((b.layer, b.kind))) for b in first.blocks)
-    return replace(second, blocks=blocks, weighed=first.weighed + second.weighed)
+    return replace(second, blocks=blocks)
 
 
 def _added(before: Reason, now: Reason | None) -> Reason:
@@ -203,7 +203,7 @@ def sentences(reasons: Reasons, method: str, kept: frozenset[int] = frozenset())
         change = "they change" if len(gone) > 1 else "it changes"
         told.append(f"{went} went whole, as asked: {change} least what passes through.")
         layers = [layer for layer in layers if layer not in gone]
-    told += [_most(layers, reasons.unit), _whole(layers, reasons, kept), _weighed(reasons), _next(reasons)]
+    told += [_most(layers, reasons.unit), _whole(layers, reasons, kept), _next(reasons)]
     return [sentence for sentence in told if sentence]
 
 
@@ -255,17 +255,6 @@ def _whole(layers: list[_Layer], reasons: Reasons, kept: frozenset[int]) -> str:
             )
         told.append(f"{text}.")
     return " ".join(told)
-
-
-def _weighed(reasons: Reasons) -> str:
-    """How attention was weighed in each search, of which later ones are of a model that is smaller."""
-    told = []
-    for each in reasons.weighed:
-        gain = (
-            f"{'gains' if each.gain > 0 else 'loses'} {short(abs(each.gain))} nats (standard error {short(each.error)})"
-        )
-        told.append(f"cut, as that {gain}" if each.pays else f"left whole, as cutting it {gain}")
-    return f"Attention was {'; then '.join(told)}." if told else ""
 
 
 def _next(reasons: Reasons) -> str:

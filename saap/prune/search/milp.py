@@ -1,25 +1,28 @@
 """Adaptive structure search: one option per block, least summed price, whole model within a budget.
 
-Every block offers a few options (widths on the quantisation grid, query heads per KV group, KV groups, nothing). An
-option has a price in nats (predicted loss) and a cost in the budget's unit. Choosing one option per block is a
-multiple-choice knapsack, solved as a mixed-integer program by HiGHS (scipy.optimize.milp): exactly, or to a gap that
-the plan states.
+Every block offers some options (:mod:`saap.prune.search.choices`), each with a price in nats and a cost in units of the
+budget; a run of blocks may go in one piece instead. To cover every block once is a set partition with
+a knapsack, solved as a mixed-integer program by HiGHS (scipy.optimize.milp): exactly, or to a gap that the plan states.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from saap.models.shape import ATTENTION, FFN, KINDS, BlockKind, LayerSizes, ModelShape
+from saap.models.shape import ATTENTION, FFN, KINDS, ModelShape
 from saap.prune.options import PruneOptions
-from saap.prune.plan import LayerPlan, PrunePlan, widths_of
+from saap.prune.plan import LayerPlan, PrunePlan
 from saap.prune.search.budget import Budget
+from saap.prune.search.choices import Place, choices, runs_of
 from saap.system.errors import UserError
+
+if TYPE_CHECKING:
+    from scipy.optimize import LinearConstraint, OptimizeResult
 
 GAP = 0.0  # between the answer and the bound: none, the answer is the best
 NODES = 50_000  # of branch and bound; a limit in seconds would make the answer depend on the machine
@@ -60,21 +63,6 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Prices:
-    """Prices in nats: per structure, and per whole block (None where it may not go)."""
-
-    structures: dict[str, list[Numbers]]  # by type of structure, per layer [structures]
-    gone: dict[str, list[float | None]]  # by kind of block, per layer
-    alpha: dict[str, float]  # interaction per type: price * (1 + alpha * share of the block's structures that goes)
-    heads: bool = True  # whether query heads and KV groups may go one by one
-
-    def with_attention_whole(self) -> Prices:
-        """These, with nothing of attention on offer."""
-        nothing: list[float | None] = [None] * len(self.gone[ATTENTION.name])
-        return replace(self, heads=False, gone={**self.gone, ATTENTION.name: nothing})
-
-
-@dataclass(frozen=True)
 class Found:
     """What a search chose: one option of each block, and the plan that they are."""
 
@@ -91,111 +79,50 @@ class Solution:
     gap: float = 0.0
 
 
-def search(prices: Prices, budget: Budget, options: PruneOptions) -> Found:
+@dataclass(frozen=True)
+class Gap:
+    """A run of blocks that may go in one piece, for a price in nats; the last block before it makes up for them."""
+
+    blocks: tuple[Place, ...]
+    price: float
+
+
+@dataclass(frozen=True)
+class Library:
+    """All that is on offer: what a block may keep and at which price in nats per token, and what may go whole."""
+
+    offers: dict[Place, tuple[tuple[LayerPlan, float], ...]]  # the whole block among them, at 0
+    gaps: tuple[Gap, ...] = ()
+
+    def blocks(self, budget: Budget) -> list[Block]:
+        """All blocks in order, with what their options cost."""
+        return [
+            Block(i, kind, tuple(Option(keep, nats, budget.cost(KINDS[kind], keep.sizes)) for keep, nats in offers))
+            for (i, kind), offers in self.offers.items()
+        ]
+
+
+def search(library: Library, budget: Budget) -> Found:
     """The plan of least price that meets the budget; the UserError of one that cannot be met names the floor."""
-    blocks = blocks_of(budget.dense, prices, budget, options)
-    solution = solve(blocks, budget)
+    blocks = library.blocks(budget)
+    solution = solve(blocks, budget, () if budget.one_width else library.gaps)
     plan = plan_from(blocks, solution.options, budget.dense)
     return Found(blocks, solution.options, replace(plan, gap=solution.gap))
 
 
-def blocks_of(shape: ModelShape, prices: Prices, budget: Budget, options: PruneOptions) -> list[Block]:
-    """All blocks with their options; layers that are kept offer only to stay whole. The budget says costs."""
-    found = []
-    for index, sizes in enumerate(shape.layers):
-        whole = index in options.kept_layers
-        for kind in sizes.blocks:
-            if kind is ATTENTION:
-                counts = _head_counts(sizes, shape.head_of(sizes), options.group_size)
-                if whole or budget.one_width or not prices.heads:
-                    counts = [(sizes.kv_heads, sizes.heads_per_group)]
-                together = [other for other in shape.sharing(index) if shape.layers[other].has(ATTENTION)]
-                order = _group_order(prices, together)
-                heads = [_cheapest_heads(sizes, prices, index, order, *count) for count in counts]
-                facts = {name: getattr(sizes, name) for name in ATTENTION.facts}
-                offers = [(replace(keep, **facts), price) for keep, price in heads]
-            else:
-                channels = getattr(sizes, kind.sizes[0])
-                step = shape.width_of(kind.writes, sizes)
-                stays = whole or (budget.one_width and kind is not FFN)
-                widths = [channels] if stays else widths_of(channels, options.group_size, step)
-                offers = _cheapest_channels(kind, prices, index, widths)
-            plans = [Option(keep, price, budget.cost(kind, keep.sizes)) for keep, price in offers]
-            fixed = whole or budget.one_width
-            gone = None if fixed else prices.gone[kind.name][index]
-            if gone is not None:
-                plans.append(Option(LayerPlan(), gone, 0.0))
-            found.append(Block(index, kind.name, tuple(plans)))
-    return found
-
-
-def _cheapest_channels(kind: BlockKind, prices: Prices, index: int, widths: list[int]) -> list[tuple[LayerPlan, float]]:
-    """What each width keeps, and its price, of a kind of block whose structures are channels."""
-    (type_,) = kind.types
-    each = prices.structures[type_][index]
-    order = np.argsort(each, kind="stable")
-    ranked: list[int] = order.tolist()
-    lost = np.concatenate([[0.0], np.cumsum(each[order], dtype=np.float64)])
-    offers = []
-    for width in widths:
-        gone = len(order) - width
-        kept = tuple(sorted(ranked[gone:]))  # every width shares the numbers: there are hundreds
-        price = float(lost[gone]) * (1 + prices.alpha[type_] * gone / len(order))
-        only: dict[str, Any] = {kind.sizes[0]: kept}
-        offers.append((LayerPlan(**only), price))
-    return offers
-
-
-def _head_counts(sizes: LayerSizes, head_dim: int, group_size: int) -> list[tuple[int, int]]:
-    """KV groups and query heads of each that an attention block may keep."""
-    return [
-        (groups, per_group)
-        for groups in range(1, sizes.kv_heads + 1)
-        for per_group in range(1, sizes.heads_per_group + 1)
-        if (groups, per_group) == (sizes.kv_heads, sizes.heads_per_group)
-        or groups * per_group * head_dim % group_size == 0
-    ]
-
-
-def _group_order(prices: Prices, layers: list[int]) -> NDArray[np.intp]:
-    """KV groups that these layers share, the cheapest to remove from all of them first."""
-    return np.argsort(np.sum([prices.structures["group"][index] for index in layers], axis=0), kind="stable")
-
-
-def _cheapest_heads(
-    sizes: LayerSizes, prices: Prices, index: int, order: NDArray[np.intp], groups: int, per_group: int
-) -> tuple[LayerPlan, float]:
-    """What so many groups, the last in ``order``, keep with so many query heads each, and its price."""
-    group_prices, head_prices = (prices.structures[type_][index] for type_ in ("group", "head"))
-    kept_groups = sorted(int(g) for g in order[sizes.kv_heads - groups :])
-    gone = sizes.kv_heads - groups
-    price = float(group_prices[order[:gone]].sum()) * (1 + prices.alpha["group"] * gone / sizes.kv_heads)
-    heads: list[int] = []
-    per_head = 1 + prices.alpha["head"] * (1 - per_group / sizes.heads_per_group)
-    for group in kept_groups:
-        members = np.arange(sizes.heads_per_group) + group * sizes.heads_per_group
-        ranked = members[np.argsort(head_prices[members], kind="stable")]
-        heads += [int(h) for h in ranked[sizes.heads_per_group - per_group :]]
-        price += float(head_prices[ranked[: sizes.heads_per_group - per_group]].sum()) * per_head
-    return LayerPlan(tuple(sorted(heads)), tuple(kept_groups)), price
-
-
 def check_floor(shape: ModelShape, budget: Budget, options: PruneOptions) -> None:
     """Refuse, before minutes of scoring, what no choice of options can meet; the UserError names the floor."""
-    gone = [0.0 if options.modules and i not in options.kept_layers else None for i in range(len(shape.layers))]
-    counted = {type_: size for kind in KINDS.values() for type_, size in zip(kind.types, kind.sizes, strict=True)}
-    free = Prices(
-        structures={type_: [np.zeros(getattr(s, size)) for s in shape.layers] for type_, size in counted.items()},
-        gone=dict.fromkeys(KINDS, gone),
-        alpha=dict.fromkeys(counted, 0.0),
-        heads=options.prunes_heads(shape),
-    )
-    _check_floor(blocks_of(shape, free, budget, options), budget)
+    free = {place: tuple((keep, 0.0) for keep in plans) for place, plans in choices(shape, options).items()}
+    if budget.one_width:
+        free = {(i, kind): offers if kind == FFN.name else offers[:1] for (i, kind), offers in free.items()}
+    gaps = [] if budget.one_width else [Gap(run, 0.0) for run in runs_of(shape, options)]
+    _check_floor(Library(free).blocks(budget), budget, gaps)
 
 
-def _check_floor(blocks: list[Block], budget: Budget) -> None:
+def _check_floor(blocks: list[Block], budget: Budget, gaps: Sequence[Gap] = ()) -> None:
     """The least summed cost of any choice that leaves attention somewhere must fit."""
-    least = [min(o.cost for o in block.options) for block in blocks]
+    free = {place for gap in gaps for place in gap.blocks}
+    least = [0.0 if (b.layer, b.kind) in free else min(o.cost for o in b.options) for b in blocks]
     to_attend = [
         min(o.cost for o in block.options if o.keep.query_heads) - cost
         for block, cost in zip(blocks, least, strict=True)
@@ -206,18 +133,20 @@ def _check_floor(blocks: list[Block], budget: Budget) -> None:
         raise budget.below_floor(floor)
 
 
-def solve(blocks: list[Block], budget: Budget) -> Solution:
+def solve(blocks: list[Block], budget: Budget, gaps: Sequence[Gap] = ()) -> Solution:
     """The option of each block with the least summed price, all costs within the budget; some block keeps attention.
+
+    ``gaps``: runs of blocks that may go instead, no two of them side by side: their prices are of runs as they are.
 
     Raises:
         UserError: even the smallest options exceed the budget; the floor is named.
     """
-    _check_floor(blocks, budget)
+    _check_floor(blocks, budget, gaps)
     if budget.one_width:
         return Solution(_of_one_width(blocks, budget))
     limit = budget.limit
     for _ in range(RETRIES):
-        found = _least_price(blocks, limit, budget)
+        found = _least_price(blocks, limit, budget, gaps)
         excess = budget.fixed + sum(option.cost for option in found.options) - budget.most
         if budget.fits(budget.most + excess):
             return replace(found, options=_use_up(blocks, found.options, -excess, budget.dense))
@@ -235,36 +164,77 @@ def _of_one_width(blocks: list[Block], budget: Budget) -> list[Option]:
     raise UserError(f"no width of all FFNs meets {budget.in_words(budget.most)}: require less, or leave --for out")
 
 
-def _least_price(blocks: list[Block], limit: float, budget: Budget) -> Solution:
+def _least_price(blocks: list[Block], limit: float, budget: Budget, gaps: Sequence[Gap]) -> Solution:
     from scipy.optimize import Bounds, LinearConstraint, milp
     from scipy.sparse import coo_array
 
     flat = [option for block in blocks for option in block.options]
-    owner = np.repeat(np.arange(len(blocks)), [len(block.options) for block in blocks])
-    price, cost = np.array([o.price for o in flat]), np.array([o.cost for o in flat])
-    columns = np.arange(len(flat))
+    covered = _covered(blocks, gaps)
+    owner = np.concatenate([np.repeat(np.arange(len(blocks)), [len(b.options) for b in blocks]), *covered])
+    columns = np.concatenate([np.arange(len(flat)), *(np.full(len(c), len(flat) + n) for n, c in enumerate(covered))])
+    size = len(flat) + len(gaps)
+    price = np.array([o.price for o in flat] + [gap.price for gap in gaps])
+    cost = np.array([o.cost for o in flat] + [0.0] * len(gaps))
     attends = [i for i, option in enumerate(flat) if option.keep.query_heads]
-    some_attention = coo_array((np.ones(len(attends)), (np.zeros(len(attends), int), attends)), (1, len(flat)))
+    some_attention = coo_array((np.ones(len(attends)), (np.zeros(len(attends), int), attends)), (1, size))
     largest = max(float(cost.max()), 1e-12)
+    within = LinearConstraint(cost[None] / largest, -np.inf, limit / largest)
     constraints = [
-        *(LinearConstraint(row, -np.inf, most) for row, most in _together(blocks, budget.dense)),
-        LinearConstraint(coo_array((np.ones(len(flat)), (owner, columns)), (len(blocks), len(flat))), 1, 1),
-        LinearConstraint(cost[None] / largest, -np.inf, limit / largest),
+        *(
+            LinearConstraint(np.pad(row, (0, len(gaps))), -np.inf, most)
+            for row, most in _together(blocks, budget.dense)
+        ),
+        LinearConstraint(coo_array((np.ones(len(owner)), (owner, columns)), (len(blocks), size)), 1, 1),
+        *([_apart(covered, len(blocks), len(flat))] if gaps else []),
+        within,
         LinearConstraint(some_attention, 1, np.inf),
     ]
-    answer = milp(
-        price / max(float(price.max()), 1e-12),
-        integrality=np.ones(len(flat)),
-        bounds=Bounds(0, 1),
-        constraints=constraints,
-        options={"mip_rel_gap": GAP, "node_limit": NODES},
-    )
+
+    def least(of: Numbers, constraints: list[LinearConstraint]) -> OptimizeResult:
+        return milp(
+            of / max(float(of.max()), 1e-12),
+            integrality=np.ones(size),
+            bounds=Bounds(0, 1),
+            constraints=constraints,
+            options={"mip_rel_gap": GAP, "node_limit": NODES},
+        )
+
+    answer = least(price, constraints)
+    if answer.x is None and gaps:  # runs that may not touch leave more than the blocks one by one
+        smallest = least(cost, [each for each in constraints if each is not within])
+        if smallest.x is not None and not budget.fits(floor := budget.fixed + float(cost @ np.round(smallest.x))):
+            raise budget.below_floor(floor)
     if answer.x is None:
         raise UserError(
             f"no choice of options meets {budget.in_words(budget.most)} ({answer.message}): require a little less"
         )
     gap = float(answer.mip_gap or 0.0) if answer.status else 0.0  # its limit of nodes ended the search
-    return Solution([flat[i] for i in np.flatnonzero(answer.x > 0.5)], gap)
+    chosen: list[Option | None] = [None] * len(blocks)
+    for column in np.flatnonzero(answer.x > 0.5):
+        if column < len(flat):
+            chosen[owner[column]] = flat[column]
+            continue
+        places = covered[column - len(flat)]
+        for place in places:  # each bears its part of the price
+            chosen[place] = Option(LayerPlan(), gaps[column - len(flat)].price / len(places), 0.0)
+    return Solution([option for option in chosen if option is not None], gap)
+
+
+def _covered(blocks: list[Block], gaps: Sequence[Gap]) -> list[NDArray[np.intp]]:
+    """Numbers of the blocks of each gap."""
+    numbers = {(block.layer, block.kind): number for number, block in enumerate(blocks)}
+    return [np.array([numbers[place] for place in gap.blocks], dtype=np.intp) for gap in gaps]
+
+
+def _apart(covered: list[NDArray[np.intp]], blocks: int, options: int) -> LinearConstraint:
+    """Of the gaps that end before a block and those that start with it, at most one is chosen."""
+    from scipy.optimize import LinearConstraint
+    from scipy.sparse import coo_array
+
+    rows = [place for places in covered for place in (places[0], places[-1] + 1)]
+    columns = [options + number for number in range(len(covered)) for _ in range(2)]
+    shape = (blocks + 1, options + len(covered))
+    return LinearConstraint(coo_array((np.ones(len(rows)), (rows, columns)), shape), -np.inf, 1)
 
 
 def _together(blocks: list[Block], shape: ModelShape) -> list[tuple[Numbers, int]]:

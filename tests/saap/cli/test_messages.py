@@ -42,9 +42,9 @@ def inside(place, monkeypatch):
 
 
 UNUSED = {
-    "prune dense -o o --ratio 0.2 --method flap --modules": "--modules is for the method saap: leave it out, or leave",
-    "prune dense -o o --ratio 0.2 --method flap --set score=fused --drop-layers 1": "score and --drop-layers are for",
-    "prune dense -o o --ratio 0.2 --method shortgpt --heads --compensate refit": "--compensate and --heads are for",
+    "prune dense -o o --ratio 0.2 --method flap --no-blocks": "--blocks is for the method saap: leave it out, or leave",
+    "prune dense -o o --ratio 0.2 --method flap --set score=fused --stages 2": "--stages and score are for",
+    "prune dense -o o --ratio 0.2 --method shortgpt --heads --compensate bias": "--compensate and --heads are for",
     "prune dense -o o --ratio 0.2 --method random --calibration long.txt": "--calibration is for methods that read a",
     "prune dense -o o --ratio 0.2 --method magnitude --seed 1 --length 9": "--length and --seed are for methods that",
     "prune dense -o o --ratio 0.2 --threads 1": "--threads is for --speedup and --ms-per-token: leave it out, or ask",
@@ -110,7 +110,7 @@ def test_an_option_without_effect_is_refused(command, message):
 
 
 TRUE = {
-    "prune dense -o o --max-params 1": "allow is 57,792 parameters: give a larger --max-params, or allow more with",
+    "prune dense -o o --max-params 1": "allow is 26,752 parameters: give a larger --max-params",
     "prune dense -o o --max-params 100G": "already, which meets 100,000,000,000 parameters: give a smaller",
     "prune dense -o o --ratio 0.2 --length 1": "--length 1 is not allowed: give a whole number from 2 to",
     "prune dense -o o --ratio 0.2 --length 600 --calibration long.txt": "--length 600 is more than the 512 positions",

@@ -10,7 +10,7 @@ from support.command_line import every_command, here
 
 # Options that may be 0, as large as 10^9 or below 0, by their names in Python.
 ZERO = {
-    "c", "cool_down_s", "corrections", "depth", "drop_layers", "generate", "held_out", "keep_layers", "layer_power",
+    "c", "cool_down_s", "depth", "generate", "held_out", "keep_layers", "layer_power",
     "learning_rate", "memory", "min_p", "norm_rate", "patience", "prompt", "rank", "ratio_time_s", "save_seconds",
     "seconds", "seed", "skip", "spread", "stability", "teacher_weight", "temperature", "warmup", "warmup_share",
     "weight_decay",
@@ -22,7 +22,7 @@ HUGE = {
 NEGATIVE = {"layer_power", "stability"}
 # Below 10^9, and yet more than anybody can mean.
 TOO_MANY = {
-    "corrections": 101, "evaluations": 1001, "kept_tokens": 32_769, "passes": 1001, "stages": 101, "rounds": 1001,
+    "evaluations": 1001, "kept_tokens": 32_769, "passes": 1001, "stages": 101, "rounds": 1001,
 }  # fmt: skip
 
 

@@ -86,9 +86,9 @@ def test_a_speed_up(model, tmp_path, river, costs):
 
 def test_milliseconds_can_be_met_by_whole_modules(model, tmp_path, river, costs):
     arguments = ["--ms-per-token", "2.4", "--costs", costs, "--threads", "1"]
-    message = pruned_refused(model, tmp_path / "slim", river, *arguments)
+    message = pruned_refused(model, tmp_path / "slim", river, *arguments, "--no-blocks")
     assert "asked 2.4 ms per token, the smallest that these options allow is 2.8 ms per token: give a larger" in message
-    done = pruned(model, tmp_path / "slim", river, *arguments, "--modules")
+    done = pruned(model, tmp_path / "slim", river, *arguments)
     assert cells(done.stdout, "ms per token by the table")[3] <= 2.4
 
 
@@ -152,26 +152,24 @@ def test_a_slim_model_prunes_again(model, tmp_path, river, costs):
         ("", "give one requirement: --ratio, --max-params, --max-bytes, --speedup or --ms-per-token (given: none)"),
         ("--ratio 0.2 --max-bytes 1MB", "(given: --ratio and --max-bytes)"),
         ("--ratio 0.95", "asked a ratio of 0.95, the largest that these options allow is 0."),
-        ("--max-params 50k", "asked 50,000 parameters, the smallest that these options allow is"),
+        ("--max-params 20k", "asked 20,000 parameters, the smallest that these options allow is"),
         ("--max-bytes many", "'many' is not a number of bytes: write something like 80MB, 80MiB or 1.5G"),
         ("--max-params -5", "'-5' is not a number of parameters: write something like 100M or 1.5B"),
-        ("--speedup 9 --costs COSTS", "asked a speed-up of 9, the largest that these options allow is 2.178"),
+        ("--speedup 9 --costs COSTS", "asked a speed-up of 9, the largest that these options allow is 4.357"),
         ("--speedup 1.5 --costs no.json", "there is no no.json: give a file of `saap devices costs"),
         ("--max-bytes 150kB --group-size 64", "the hidden size is 96 wide, which groups of 64 do not divide"),
         ("--ratio 0.2 --keep-layers 7", "--keep-layers names layer 7; the model has layers 0 to 2"),
         (
             "--ratio 0.9 --keep-layers 0-2",
-            "options allow is 0: allow more with --modules or fewer --keep-layers",
+            "options allow is 0: allow more with fewer --keep-layers",
         ),
         ("--ratio 0.2 --vocabulary-input", "--vocabulary-input is for models that lose words: give --vocabulary too"),
         ("--vocabulary 9", "a vocabulary of 9 words cannot be closed: 261 must stay"),
         ("--vocabulary 320", "a vocabulary of '320' is none of this model's 320 words: give a number such as 24k"),
         ("--ratio 0.2 --method best", "--method best is not allowed: give saap, random,"),
         ("--ratio 0.2 --compensate hope", "--compensate hope is not allowed: give none, bias or refit"),
-        ("--ratio 0.2 --set prices=low", "prices low is not allowed: give silenced or compensated"),
         ("--ratio 0.2 --set c=nan", "c nan is not allowed"),
-        ("--ratio 0.2 --set corrections=1 --method flap", "corrections is for the method saap: leave it out, or"),
-        ("--ratio 0.2 --set corrections=1 --set prices=compensated", "corrections measure without compensation: leave"),
+        ("--ratio 0.2 --no-blocks --method flap", "--blocks is for the method saap: leave it out, or"),
     ],
 )
 def test_what_cannot_be_met_or_makes_no_sense(model, tmp_path, river, costs, options, message):

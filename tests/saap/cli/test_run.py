@@ -81,7 +81,6 @@ def test_the_words_of_a_command(costs):
     told = arguments_of(options(ms_per_token=4.5, costs=costs, threads=1, compensate="bias", seed=3).prune)
     timed = ["--ms-per-token", "4.5", "--costs", str(costs), "--threads", "1"]
     assert told == [*timed, "--compensate", "bias", "--seed", "3"]
-    assert arguments_of(options(drop_layers=2).prune) == ["--ratio", "0.2", "--drop-layers", "2"]
     assert arguments_of(options(slices="output").prune) == ["--ratio", "0.2", "--set", "slices=output"]
     assert arguments_of(options(group_size=64).tune("a model")) == ["--group-size", "64", "--teacher", "a model"]
 
@@ -109,8 +108,8 @@ def test_pruning_is_done_anew_where_its_settings_changed(tiny_model, tmp_path, t
     assert done and record["method"] == "wanda_sp"
     assert not step(method="wanda_sp")[0]
     assert step(method="wanda_sp", compensate="bias")[1]["options"]["compensate"] == "bias"
-    done, record = step(ratio=0.4, drop_layers=1)
-    assert done and record["options"]["drop_layers"] == 1 and not step(ratio=0.4, drop_layers=1)[0]
+    done, record = step(ratio=0.4, blocks=False)
+    assert done and record["options"]["blocks"] is False and not step(ratio=0.4, blocks=False)[0]
     done, record = step(max_bytes=210_000)
     assert done and record["plan"]["achieved"]["bytes"] <= 210_000
     timed = {"speedup": 1.5, "costs": costs}
@@ -128,10 +127,10 @@ def test_pruning_is_done_anew_where_its_settings_changed(tiny_model, tmp_path, t
         ("--ratio 0.2 --max-params 1M", "give one requirement"),
         ("--speedup 1.5", "--speedup needs --costs FILE"),
         ("--costs COSTS", "--costs is for --speedup and --ms-per-token"),
-        ("--max-bytes 80kB", "the smallest that these options allow is"),
+        ("--max-bytes 30kB", "the smallest that these options allow is"),
         ("--speedup 1.5 --costs COSTS --threads 2", "holds costs for 1 thread, it has none for 2"),
         ("--method best", "--method best is not allowed: give saap"),
-        ("--method flap --set modules=true", "--modules is for the method saap"),
+        ("--method flap --set blocks=false", "--blocks is for the method saap"),
         ("--threads 1000", "1000 threads cannot be used: this process has"),
         (
             "--tokens 512",
@@ -347,7 +346,6 @@ def test_a_run_resumes_and_each_of_its_steps_does_the_same_alone(tiny_model, tmp
 def test_a_quick_run_takes_less_text_but_for_what_is_given():
     plain, quick = options(), options(quick=True).asked
     assert plain.asked == plain and not quick.quick
-    assert (plain.pruning.options.stages, quick.pruning.options.stages) == (None, 1)
     assert quick.repetitions < plain.repetitions and quick.threads == 1
     assert quick.tuning.options.tokens < plain.tuning.options.tokens and quick.max_chunks < plain.max_chunks
     given = options(quick=True, tokens=12_288, max_chunks=30).asked

@@ -27,9 +27,8 @@ from saap.models.record import read_record
 from saap.models.shape import ModelShape
 from saap.models.streaming import load_streamed
 from saap.prune.options import AdaptiveOptions, PruneOptions
-from saap.prune.plan import LayerPlan
 from saap.prune.pruning import prune
-from saap.prune.scores.cache import KnownLosses, keep_scores, read_scores, scores_path
+from saap.prune.scores.cache import keep_scores, read_scores, scores_path
 from saap.prune.scores.scoring import scores_of
 from saap.prune.search.layer_costs import read_costs
 from saap.system.errors import UserError
@@ -175,12 +174,6 @@ def test_caches_are_made_anew(tiny_model, tmp_path, monkeypatch):
     monkeypatch.setenv("SAAP_CACHE", str(tmp_path / "cache"))
     calls = []
 
-    def losses() -> float:
-        known = KnownLosses("w", IDS)
-        value = known.of({0: LayerPlan([0], [0], [0])}, lambda: calls.append("loss") or 2.5)
-        known.save()
-        return value
-
     def scores() -> list[float]:
         from saap.models.architectures import shape_of
         from saap.models.checkpoint import read_config
@@ -197,11 +190,11 @@ def test_caches_are_made_anew(tiny_model, tmp_path, monkeypatch):
     def teacher() -> Any:
         return [part.tolist() for part in teacher_targets(path, IDS, k=4).batch(0, 8)]
 
-    for read, pattern in ((losses, "scores/*.json"), (scores, "scores/*.safetensors"), (teacher, "teacher/*/*")):
+    for read, pattern in ((scores, "scores/*.safetensors"), (teacher, "teacher/*/*")):
         expected = read()
         (file,) = (tmp_path / "cache").glob(pattern)
         assert holds(file, read, 10, expected) == 0
-    assert calls.count("loss") > 5 and calls.count("scores") == 11
+    assert calls.count("scores") == 11
 
 
 def test_the_cache_of_converted_models_is_made_anew(tmp_path):

@@ -52,25 +52,21 @@ def test_every_method_and_every_compensation(model, tmp_path, river, method, com
     assert priced == [method == "saap"] * 6
 
 
-def test_scored_anew_in_steps_and_corrected(model, tmp_path, river):
-    asked = ["--ratio", "0.4", "--stages", "2", "--set", "corrections=1"]
-    here(*prune_words(model, tmp_path / "slim", river, *asked))
+def test_scored_anew_in_steps(model, tmp_path, river):
+    here(*prune_words(model, tmp_path / "slim", river, "--ratio", "0.4", "--stages", "2"))
     record = read_record(tmp_path / "slim")
     assert record["options"]["steps"] == 2 and record["plan"]["achieved"]["ratio"] >= 0.4
-    assert record["options"]["adaptive"]["corrections"] == 1
     assert torch.isfinite(load_model(tmp_path / "slim")(input_ids=IDS).logits).all()
 
 
-def test_prices_of_what_compensation_leaves(model, tmp_path, river):
-    """Streamed or not, the plan is the same; the other prices choose another."""
-    after, plans = ["--set", "prices=compensated"], {}
-    ways = {"after": [*after, "--no-stream"], "streamed": [*after, "--stream"], "before": ["--set", "prices=silenced"]}
-    for name, options in ways.items():
-        here(*prune_words(model, tmp_path / name, river, "--ratio", "0.4", "--stages", "1", *options))
-        record = read_record(tmp_path / name)
-        plans[name] = record["plan"]["layers"], record["plan"]["price_nats"]
-    assert record["options"]["adaptive"]["prices"] == "silenced"
-    assert plans["after"] == plans["streamed"] and plans["after"][1] != plans["before"][1]
+def test_shortgpt_may_make_up_for_its_layers(model, tmp_path, river):
+    """As published it does not; a comparison may compensate on both sides."""
+    asked = ["--ratio", "0.3", "--method", "shortgpt"]
+    for name, more in (("published", []), ("refit", ["--compensate", "refit"])):
+        here(*prune_words(model, tmp_path / name, river, *asked, *more))
+    plans = [read_record(tmp_path / name)["plan"]["layers"] for name in ("published", "refit")]
+    assert plans[0] == plans[1]
+    assert weights_of(tmp_path / "published").keys() == weights_of(tmp_path / "refit").keys()
 
 
 def test_the_biases_that_flap_adds_count(model, tmp_path, river):

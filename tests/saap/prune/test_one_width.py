@@ -39,7 +39,7 @@ def test_where_widths_may_differ_they_do(tiny_model, tmp_path):
 
 @pytest.mark.parametrize(
     ("asked", "named"),
-    [({"heads": True}, "--heads"), ({"modules": True}, "--modules"), ({"keep_layers": frozenset({1})}, "--keep-layers"),
+    [({"heads": True}, "--heads"), ({"keep_layers": frozenset({1})}, "--keep-layers"),
      ({"method": "flap"}, "--method")],
 )  # fmt: skip
 def test_what_one_width_leaves_no_room_for_is_refused(tiny_family, tmp_path, asked, named):

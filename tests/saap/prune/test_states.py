@@ -4,10 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from support.compensated import losses_compensated
 
 from saap.models.architectures import FAMILIES, LAYER_TYPES, shape_of
 from saap.models.checkpoint import load_model, read_config
-from saap.prune.cut.refit import compensate, losses_compensated
+from saap.prune.cut.refit import compensate
 from saap.prune.options import PruneOptions
 from saap.prune.plan import PrunePlan, whole_layer
 from saap.prune.pruning import prune
@@ -28,10 +29,10 @@ def test_all_of_it_is_pruned_and_explained(dense, family, tmp_path):
     """Scores, prices, search, refit and record know what mixes tokens; the budget is met."""
     kind = FAMILIES[family].rare
     ids = torch.randint(320, (12, 48), generator=torch.Generator().manual_seed(4))
-    options = PruneOptions(ratio=0.3, heads=True, modules=True, group_size=32)
+    options = PruneOptions(ratio=0.5, heads=True, blocks=False, group_size=32)
     result = prune(dense, options, output=tmp_path / "slim", calibration=ids)
     before, after = shape_of(read_config(dense)), shape_of(read_config(tmp_path / "slim"))
-    assert after.layer_weights <= 0.7 * before.layer_weights
+    assert after.layer_weights <= 0.5 * before.layer_weights
     blocks = result.plan.reasons.blocks
     assert {block.kind for block in blocks} == {"attention", kind.name, "ffn"}
     (field,) = kind.sizes

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from support.compensated import losses_compensated
 
 from saap.models.architectures import FAMILIES, architecture_of, shape_of
 from saap.models.checkpoint import load_model, read_config, slim_config, write_slim
@@ -11,7 +12,7 @@ from saap.models.layer_walk import layers_of
 from saap.models.shape import KINDS
 from saap.models.weight_files import tensor_reader
 from saap.prune.cut import refit as module
-from saap.prune.cut.refit import compensate, losses_compensated
+from saap.prune.cut.refit import compensate
 from saap.prune.cut.surgery import cut_tensors
 from saap.prune.plan import LayerPlan, PrunePlan, whole_layer
 from saap.prune.search.masking import masked, mean_nll

@@ -5,15 +5,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from support.search_cases import SHAPE, milliseconds, prices, weights
+from support.search_cases import SHAPE, library, milliseconds, weights
 
 from saap.models.record import read_record
 from saap.models.shape import LayerSizes
 from saap.prune.options import PruneOptions
-from saap.prune.plan import LayerPlan, Move, PrunePlan, Reason, Reasons, Weighed, whole_layer
+from saap.prune.plan import LayerPlan, Move, PrunePlan, Reason, Reasons, whole_layer
 from saap.prune.pruning import prune
 from saap.prune.search.explain import after, layer_table, reasons_of, sentences, short, sizes_lost
-from saap.prune.search.milp import Block, Option, blocks_of, solve
+from saap.prune.search.milp import Block, Option, search, solve
 
 IDS = torch.randint(320, (8, 16), generator=torch.Generator().manual_seed(3))
 FFN = Block(
@@ -68,9 +68,9 @@ def test_the_dearest_step_taken_is_below_the_cheapest_left(seed, steps):
 
 @pytest.mark.parametrize("budget", [weights(0.6 * SHAPE.layer_weights), milliseconds(3.2)], ids=["weights", "ms"])
 def test_savings_and_prices_add_up_to_the_plan_s(budget):
-    modules = blocks_of(SHAPE, prices(1), budget, PruneOptions())
-    chosen = solve(modules, budget).options
-    found = reasons_of(modules, chosen, budget.unit)
+    searched = search(library(1), budget)
+    chosen = searched.chosen
+    found = reasons_of(searched.blocks, chosen, budget.unit)
     slim = budget.fixed + sum(option.cost for option in chosen)
     assert sum(block.saved for block in found.blocks) == pytest.approx(budget.total(SHAPE) - slim)
     assert sum(block.price for block in found.blocks) == pytest.approx(sum(option.price for option in chosen))
@@ -109,9 +109,6 @@ def test_pruned_again_prices_and_savings_add_up():
         block(0, "ffn", 128, 0, 8.0, 8.0, 3.0),
         block(1, "ffn", 128, 64, 8.0, 4.0, 1.25, last=step, quarter=step),
     )
-    one, two = Weighed(0.003, 0.004), Weighed(-0.01, 0.0)
-    again = after(replace(first, weighed=(one,)), replace(second, weighed=(two,)), (1,))
-    assert again.weighed == (one, two) and found.weighed == ()
     assert after(None, second, (1,)).blocks[0].layer == 1
     assert after(first, None, (1,)) is first
 
@@ -167,22 +164,6 @@ def test_where_most_went_what_stayed_and_what_would_go_next():
         "Next would go the FFN of layer 1, to 32, at 0.07 nats per million weights; "
         "the dearest step taken, the FFN of layer 1, cost 0.03.",
     ]
-
-
-def test_how_attention_was_weighed():
-    def about(*found):
-        before, after_it = (sentences(replace(told(), weighed=each), "saap") for each in ((), found))
-        (said,) = [sentence for sentence in after_it if sentence not in before]
-        return said
-
-    assert (
-        about(Weighed(0.0034, 0.0041))
-        == "Attention was left whole, as cutting it gains 0.0034 nats (standard error 0.0041)."
-    )
-    assert about(Weighed(-0.02, 0.01), Weighed(0.1234, 0.01)) == (
-        "Attention was left whole, as cutting it loses 0.02 nats (standard error 0.01); "
-        "then cut, as that gains 0.123 nats (standard error 0.01)."
-    )
 
 
 def test_what_is_not_cheap_is_not_called_cheap():

@@ -1,106 +1,121 @@
 from __future__ import annotations
 
-import itertools
+from dataclasses import replace
 
-import numpy as np
 import pytest
-from support.search_cases import SHAPE, TABLE, milliseconds, prices, weights
+from support.search_cases import SHAPE, TABLE, library, milliseconds, weights
 
-from saap.models.shape import LayerSizes
+from saap.models.shape import ATTENTION, FFN, LayerSizes
 from saap.prune.baselines.plans import meet
 from saap.prune.options import PruneOptions
 from saap.prune.plan import LayerPlan, PrunePlan, check_plan, composed, whole_layer
-from saap.prune.search.milp import blocks_of, check_floor, plan_from, search, solve
+from saap.prune.search.milp import Gap, Library, check_floor, search
 from saap.system.errors import UserError
 
-
-def options_of(prices, budget, keep=frozenset()):
-    return blocks_of(SHAPE, prices, budget, PruneOptions(keep_layers=keep))
+WHOLE_ONLY = PruneOptions(blocks=False)
 
 
-def solved(prices, budget, keep=frozenset()):
-    modules = options_of(prices, budget, keep)
-    return plan_from(modules, solve(modules, budget).options, SHAPE)
+def choices_within(found, budget):
+    """Every way to cover the blocks in order by an option each and by gaps, no two side by side: (price, cost)."""
+    blocks = found.blocks(budget)
+
+    def ways(at, after_gap, attends):
+        if at == len(blocks):
+            if attends:
+                yield 0.0, budget.fixed
+            return
+        for option in blocks[at].options:
+            for price, cost in ways(at + 1, False, attends or bool(option.keep.query_heads)):
+                yield price + option.price, cost + option.cost
+        for gap in found.gaps if not after_gap else ():
+            if gap.blocks[0] == (blocks[at].layer, blocks[at].kind):
+                for price, cost in ways(at + len(gap.blocks), True, attends):
+                    yield price + gap.price, cost
+
+    return [(price, cost) for price, cost in ways(0, False, False) if budget.fits(cost)]
 
 
 @pytest.mark.parametrize("share", [0.9, 0.6, 0.3])
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("budget_of", [weights, milliseconds])
-def test_the_choice_is_the_cheapest_of_all(seed, share, budget_of):
+@pytest.mark.parametrize("options", [PruneOptions(), WHOLE_ONLY])
+def test_the_choice_is_the_cheapest_of_all(seed, share, budget_of, options):
     whole = budget_of(1).total(SHAPE)
     budget = budget_of(share * whole + (1 - share) * budget_of(1).fixed)
-    modules = options_of(prices(seed), budget)
-    every = itertools.product(*(m.options for m in modules))
-    costs = ((c, budget.fixed + sum(o.cost for o in c)) for c in every if any(o.keep.query_heads for o in c))
-    legal = [c for c, cost in costs if budget.fits(cost)]
-    best = min(sum(o.price for o in c) for c in legal)
-    chosen = solve(modules, budget).options
-    assert sum(o.price for o in chosen) == pytest.approx(best, rel=1e-9)
-    plan = plan_from(modules, chosen, SHAPE)
+    found = library(seed, options)
+    legal = choices_within(found, budget)
+    if not legal:
+        with pytest.raises(UserError, match="that these options allow is"):
+            search(found, budget)
+        return
+    plan = search(found, budget).plan
+    assert plan.price == pytest.approx(min(price for price, _ in legal), rel=1e-9)
     check_plan(plan, SHAPE)
     assert budget.meets(plan.kept_shape(SHAPE))
 
 
+def test_gaps_go_where_they_are_cheap_and_not_side_by_side():
+    """The price of a run is that of the run: two cheap halves of it say nothing about both."""
+    found = library(0)
+    cheap = [gap for gap in found.gaps if len(gap.blocks) == 1]
+    found = replace(found, gaps=tuple(replace(gap, price=0.001) for gap in cheap))
+    chosen = search(found, weights(0.45 * SHAPE.layer_weights)).plan
+    gone = [(i, kind.name) for i, layer in enumerate(chosen.layers) for kind in (ATTENTION, FFN) if not layer.has(kind)]
+    assert gone in ([(0, kind), (1, kind)] for kind in ("attention", "ffn"))
+    one = replace(found, gaps=(replace(found.gaps[0], blocks=((1, "attention"), (1, "ffn")), price=0.002),))
+    result = search(one, weights(0.6 * SHAPE.layer_weights))
+    assert not result.plan.layers[1].blocks
+    assert [option.price for option in result.chosen[2:]] == [0.001, 0.001]  # each bears its part
+
+
 def test_keeping_everything_is_free_and_the_costs_are_the_models():
-    budget = weights(SHAPE.layer_weights)
-    modules = options_of(prices(), budget)
-    chosen = solve(modules, budget).options
-    assert sum(o.price for o in chosen) == 0
-    assert sum(o.cost for o in chosen) == SHAPE.layer_weights
-    assert plan_from(modules, chosen, SHAPE).kept_shape(SHAPE) == SHAPE
+    found = search(library(), weights(SHAPE.layer_weights))
+    assert found.plan.price == 0
+    assert sum(o.cost for o in found.chosen) == SHAPE.layer_weights
+    assert found.plan.kept_shape(SHAPE) == SHAPE
 
 
 def test_costs_are_in_the_budgets_unit():
-    modules = options_of(prices(), milliseconds(2.0))
-    assert max(o.cost for o in modules[0].options) == 0.9  # six query heads in three groups
-    assert {round(o.cost, 9) for o in modules[1].options} == {0, 0.25, 0.45, 0.65, 0.85}  # widths 0, 32, 64, 96, 128
+    blocks = library().blocks(milliseconds(2.0))
+    assert max(o.cost for o in blocks[0].options) == 0.9  # six query heads in three groups
+    assert {round(o.cost, 9) for o in blocks[1].options} == {0.25, 0.45, 0.65, 0.85}  # widths 32, 64, 96, 128
 
 
 def test_a_budget_that_fits_exactly_is_met_exactly():
     """A solver's tolerance must not become a model that is a little too large."""
     for width in range(32, 129, 32):
         kept = SHAPE.with_layers((LayerSizes(6, 3, width), LayerSizes(6, 3, 96)))
-        budget = weights(kept.layer_weights)
-        assert solved(prices(modules=False), budget).kept_shape(SHAPE).layer_weights <= kept.layer_weights
+        found = search(library(0, WHOLE_ONLY), weights(kept.layer_weights)).plan
+        assert found.kept_shape(SHAPE).layer_weights <= kept.layer_weights
 
 
 def test_widths_are_whole_groups_and_attention_never_goes_everywhere():
-    modules = options_of(prices(), weights(1))
-    assert all(len(o.keep.ffn) % 32 == 0 and len(o.keep.query_heads) * 16 % 32 == 0 for m in modules for o in m.options)
-    least = min(o.cost for o in modules[0].options if o.keep.query_heads)
-    budget = weights(least)  # everything may go but one attention block of the fewest heads
-    plan = plan_from(modules, solve(modules, budget).options, SHAPE)
+    found = library()
+    blocks = found.blocks(weights(1))
+    assert all(len(o.keep.ffn) % 32 == 0 and len(o.keep.query_heads) * 16 % 32 == 0 for b in blocks for o in b.options)
+    free = replace(found, gaps=tuple(Gap(((0, "ffn"), (1, "attention"), (1, "ffn")), 1.0) for _ in range(1)))
+    least = min(o.cost for o in blocks[0].options if o.keep.query_heads)
+    plan = search(free, weights(least)).plan  # everything may go but one attention block of the fewest heads
     assert sorted(len(layer.query_heads) for layer in plan.layers) == [0, 2]
     with pytest.raises(UserError, match="the largest that these options allow is"):
-        solve(modules, weights(least - 1))
+        search(free, weights(least - 1))
 
 
 def test_kept_layers_stay_whole():
-    plan = solved(prices(modules=False), weights(0.7 * SHAPE.layer_weights), frozenset({1}))
+    plan = search(library(0, PruneOptions(keep_layers=frozenset({1}))), weights(0.7 * SHAPE.layer_weights)).plan
     assert plan.layers[1].sizes == SHAPE.layers[1]
     assert plan.layers[0].sizes != SHAPE.layers[0]
 
 
-def test_interaction_spreads_the_removal():
-    """With equal prices everywhere a convex price must not empty one layer and spare the other."""
-    flat = prices(modules=False, alpha=4.0)
-    flat.structures["ffn"][:] = [np.ones(128), np.ones(128)]
-    flat.structures["group"][:] = [np.full(3, 1e6)] * 2
-    flat.structures["head"][:] = [np.full(6, 1e6)] * 2
-    plan = solved(flat, weights(0.8 * SHAPE.layer_weights))
-    widths = [len(layer.ffn) for layer in plan.layers]
-    assert abs(widths[0] - widths[1]) <= 32
-
-
 def test_the_named_floor_can_be_met_and_less_cannot():
-    keep = frozenset({1})
+    kept = PruneOptions(keep_layers=frozenset({1}), blocks=False)
     floor = 1.0 + 0.4 + 0.25 + 0.9 + 0.85  # two heads in one group, width 32; the other layer is whole
-    check_floor(SHAPE, milliseconds(floor), PruneOptions(keep_layers=keep))
-    assert milliseconds(floor).meets(solved(prices(modules=False), milliseconds(floor), keep).kept_shape(SHAPE))
+    check_floor(SHAPE, milliseconds(floor), kept)
+    assert milliseconds(floor).meets(search(library(0, kept), milliseconds(floor)).plan.kept_shape(SHAPE))
     with pytest.raises(UserError, match=r"asked 3\.39 ms per token, the smallest that these options allow is 3\.4 ms"):
-        check_floor(SHAPE, milliseconds(floor - 0.01), PruneOptions(keep_layers=keep))
+        check_floor(SHAPE, milliseconds(floor - 0.01), kept)
     with pytest.raises(UserError, match=r"the smallest that these options allow is 1\.4 ms"):
-        check_floor(SHAPE, milliseconds(1.3), PruneOptions(modules=True))
+        check_floor(SHAPE, milliseconds(1.3), PruneOptions())
 
 
 def uniform(share):
@@ -150,30 +165,29 @@ def refusing(share):
 
 def test_prices_far_below_the_largest_still_count():
     """HiGHS sees differences down to a millionth of the largest price."""
-    small = prices(0, modules=False)
-    small.structures["ffn"][0] *= 1e9
-    for part in (small.structures["ffn"][1:], small.structures["head"], small.structures["group"]):
-        for values in part:
-            values *= 1e-6
+    found = library(0, WHOLE_ONLY)
+    small = {
+        place: tuple((keep, price * (1e9 if place == (0, "ffn") else 1e-6)) for keep, price in offers)
+        for place, offers in found.offers.items()
+    }
     whole = weights(1).total(SHAPE)
     budget = weights(round(0.9 * whole))
-    modules = options_of(small, budget)
-    chosen = solve(modules, budget).options
+    result = search(Library(small), budget)
+    chosen = result.chosen
     left = budget.limit - sum(option.cost for option in chosen)
     assert left >= 0
-    for module, option in zip(modules, chosen, strict=True):
-        for other in module.options:
+    for block, option in zip(result.blocks, chosen, strict=True):
+        for other in block.options:
             assert not (0 < other.cost - option.cost <= left and other.price <= option.price)
-    legal = [c for c in itertools.product(*(m.options for m in modules)) if sum(o.cost for o in c) <= budget.limit]
-    best = min(sum(o.price for o in c) for c in legal)
-    assert sum(o.price for o in chosen) <= best + 2e-6 * max(o.price for m in modules for o in m.options)
+    best = min(price for price, _ in choices_within(Library(small), budget))
+    assert result.plan.price <= best + 2e-6 * max(price for offers in small.values() for _, price in offers)
 
 
 def test_a_search_that_ends_at_its_limit_says_how_far_from_the_best_it_may_be(monkeypatch):
     from scipy.optimize import OptimizeResult, milp
 
     budget = weights(0.6 * weights(1).total(SHAPE))
-    assert search(prices(0), budget, PruneOptions()).plan.gap == 0
+    assert search(library(0), budget).plan.gap == 0
 
     def stopped(*arguments, **options):
         """HiGHS as it answers at its limit of nodes, which none of our searches has been hard enough to reach."""
@@ -181,5 +195,5 @@ def test_a_search_that_ends_at_its_limit_says_how_far_from_the_best_it_may_be(mo
         return OptimizeResult({**answer, "status": 1, "mip_gap": 0.03})
 
     monkeypatch.setattr("scipy.optimize.milp", stopped)
-    plan = search(prices(0), budget, PruneOptions()).plan
+    plan = search(library(0), budget).plan
     assert plan.gap == 0.03 and composed(PrunePlan(()), PrunePlan((), gap=0.03)).gap == 0.03

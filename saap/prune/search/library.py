@@ -1,0 +1,252 @@
+"""What each block, and each run of blocks, would cost if it were smaller or gone: prices in nats after compensation.
+
+One walk through the model, which stays whole, collects what enters the matrix that writes of every block. For a few
+widths of a block, for every choice of its heads, and for runs of blocks that could go, the remaining matrix is refitted
+as :mod:`saap.prune.cut.refit` would, and what is still missing on other text, d, is priced by the Fisher information
+there, 1/2 E[(g.d)^2] (:mod:`saap.prune.scores.gradients`). All prices are of one kind, the KL divergence from the model
+as it is, so that a channel, a KV group, a block and a run of layers compete for the same milliseconds.
+
+What goes whole is taken as half its price: it is what tuning recovers more of (studies/search).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from devices.common.progress import Progress
+from saap.models.architectures import architecture_of
+from saap.models.layer_walk import batches_of, inputs_of, layers_of, run_layer
+from saap.models.shape import ATTENTION, KINDS, ModelShape
+from saap.models.streaming import is_streamed, present
+from saap.prune.cut.ridge import regression
+from saap.prune.cut.surgery import kept_columns
+from saap.prune.options import Compensation, PruneOptions
+from saap.prune.plan import LayerPlan
+from saap.prune.scores.gradients import adding_module, block_gradients
+from saap.prune.search.choices import RUNS, Place, choices, runs_of
+from saap.prune.search.milp import Gap, Library
+from saap.system.errors import UserError
+
+FITTED, FITTED_STREAMED = 24, 12
+DAMPING = 0.3
+ANCHORS = (0.125, 0.25, 0.5, 0.75, 0.875)  # shares of a block's channels that are refitted; widths between are read off
+MOST_STREAMED = 1  # layers in one piece, where layers are read one at a time: what enters their matrices is held
+RECOVERED = 0.5  # of what a missing block costs, tuning gives back about half more than of narrower ones
+LEAST_PRICE = 1e-7  # nats per token
+
+
+@dataclass
+class _Point:
+    """A block of the model as it is, on text that is fitted and text that is judged: both in batches, one after one."""
+
+    place: Place
+    linear: nn.Linear
+    behind: nn.Module | None  # the norm behind the matrix
+    x: list[torch.Tensor]  # what enters the matrix
+    out: list[torch.Tensor]  # what the block adds
+    weigh: list[torch.Tensor]  # by what a token counts
+    later: list[tuple[tuple[Place, ...], list[torch.Tensor]]] = field(default_factory=list)  # runs and what they add
+
+
+def held_blocks(streamed: bool) -> int:
+    """Blocks in the longest run that is priced; what enters as many matrices, and one, is held at a time."""
+    return 2 * (MOST_STREAMED if streamed else max(RUNS))
+
+
+def fitted_on(streamed: bool) -> int:
+    """Sequences that prices are fitted on; the refit of the plan itself takes all."""
+    return FITTED_STREAMED if streamed else FITTED
+
+
+class Pricing:
+    """The walk that prices a library.
+
+    Args:
+        scores: P of every structure by its type, per layer [structures]; they say which go first of a block.
+        fitted, judged: ids [sequences, tokens] of two texts.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        shape: ModelShape,
+        scores: Mapping[str, list[torch.Tensor]],
+        texts: tuple[torch.Tensor, torch.Tensor],
+        options: PruneOptions,
+    ) -> None:
+        self.model, self.shape, self.options = model, shape, options
+        ranked = {type_: [row.double().cpu().numpy() for row in rows] for type_, rows in scores.items()}
+        self._choices = choices(shape, options, ranked)
+        self._fitted, self._judged = texts[0][: fitted_on(is_streamed(model))], texts[1]
+        architecture = architecture_of(model.config)
+        self._normed = bool(architecture.attention_post_norm or architecture.ffn_post_norm)
+
+    def library(self, progress: Progress | None = None) -> Library:
+        """Raises UserError: a price is not finite."""
+        self._gradients = block_gradients(self.model, self.shape, self._judged, progress=progress)
+        with torch.no_grad():
+            return self._priced(progress)
+
+    def _priced(self, progress: Progress | None) -> Library:
+        offers: dict[Place, tuple[tuple[LayerPlan, float], ...]] = {}
+        gaps: list[Gap] = []
+        most = held_blocks(is_streamed(self.model))
+        runs: dict[Place, list[tuple[Place, ...]]] = {}
+        for run in runs_of(self.shape, self.options):
+            if len(run) <= most:
+                runs.setdefault(run[-1], []).append(run)
+        order = list(self._choices)
+        waiting: deque[_Point] = deque()
+        for done, point in enumerate(self._points()):
+            if progress:
+                progress("pricing (blocks)", done, len(order))
+            for run in runs.get(point.place, []):
+                before = order.index(run[0]) - 1
+                absorber = next((p for p in waiting if before >= 0 and p.place == order[before]), None)
+                added = [sum(rows) for rows in zip(*(p.out for p in [*waiting, point] if p.place in run), strict=True)]
+                if absorber is None:
+                    gaps.append(Gap(run, RECOVERED * self._price(run[-1], [-x for x in added[self._first_judged :]])))
+                else:
+                    absorber.later.append((run, added))
+            offers[point.place] = self._offers(point)
+            waiting.append(point)
+            if len(waiting) > most + 1:
+                gaps += self._gaps(waiting.popleft())
+        for left in waiting:
+            gaps += self._gaps(left)
+        if progress:
+            progress("pricing (blocks)", len(order), len(order))
+        return Library(offers, tuple(gaps))
+
+    def _points(self) -> Iterator[_Point]:
+        texts = [self._fitted, self._judged]
+        batches = [batches_of(self.model, list(text.split(8))) for text in texts]
+        flat = [batch for part in batches for batch in part]
+        self._first_judged = len(batches[0])
+        stream = [batch.hidden for batch in flat]
+        architecture = architecture_of(self.model.config)
+        for index, layer in enumerate(layers_of(self.model)):
+            with present(layer):
+                modules = dict(layer.named_modules())
+                wanted: dict[str, nn.Module] = {}
+                for kind in self.shape.layers[index].blocks:
+                    wanted[f"x {kind.name}"] = modules[architecture.writing(kind)]
+                    if (norm := modules.get(architecture.norm_before(kind))) is not None and norm is not layer:
+                        wanted[f"stream {kind.name}"] = norm
+                seen: list[dict[str, torch.Tensor]] = []
+                for number, (hidden, batch) in enumerate(zip(stream, flat, strict=True)):
+                    with inputs_of(wanted) as inputs:
+                        stream[number] = run_layer(layer, hidden, batch.given[index])
+                    seen.append(dict(inputs))
+                for kind in self.shape.layers[index].blocks:
+                    linear = modules[architecture.writing(kind)]
+                    adding = adding_module(self.model, index, kind)
+                    behind = None if adding is linear else adding
+                    x = [inputs.pop(f"x {kind.name}") for inputs in seen]
+                    products = [linear(each) for each in x]
+                    read = [inputs.pop(f"stream {kind.name}", None) for inputs in seen]
+                    weigh = [
+                        (p if s is None else s).float().square().mean(-1, keepdim=True).rsqrt()
+                        for p, s in zip(products, read, strict=True)
+                    ]
+                    out = products if behind is None else [behind(p) for p in products]
+                    yield _Point((index, kind.name), linear, behind, x, out, weigh)
+
+    def _gaps(self, point: _Point) -> Iterator[Gap]:
+        """The runs behind a block, each at the price of what the block's matrix cannot make up for."""
+        if not point.later:
+            return
+        fits = self.options.compensation == "refit" and not self._normed
+        added = [torch.cat(rows, -1) for rows in zip(*(a for _, a in point.later), strict=True)]
+        change = self._fit(point, torch.arange(point.linear.in_features), added) if fits else None
+        hidden = point.linear.out_features
+        for number, (run, missing) in enumerate(point.later):
+            left = [-x for x in missing[self._first_judged :]]
+            if change is not None:
+                part = change[number * hidden : (number + 1) * hidden]
+                left = [d + x @ part.t() for d, x in zip(left, point.x[self._first_judged :], strict=True)]
+            yield Gap(run, RECOVERED * self._price(run[-1], left))
+        point.later.clear()
+
+    def _fit(self, point: _Point, kept: torch.Tensor, targets: list[torch.Tensor]) -> torch.Tensor:
+        """C of the targets, batch by batch, on those inputs: [outputs, kept], in the matrix's type."""
+        tokens = sum(x[..., 0].numel() for x in point.x[: self._first_judged])
+        found = regression(tokens, len(kept), targets[0].shape[-1], point.x[0].device)
+        for x, weigh, target in list(zip(point.x, point.weigh, targets, strict=False))[: self._first_judged]:
+            found.add((x[..., kept].float() * weigh).flatten(0, -2), (target.float() * weigh).flatten(0, -2))
+        return found.solved(DAMPING).to(point.x[0].dtype)
+
+    def _price(self, place: Place, change: list[torch.Tensor]) -> float:
+        """Nats per token of a change of what a block adds, in batches of the judged text."""
+        d = torch.cat(change).float()
+        price = 0.5 * float((self._gradients[place].to(d.device).float() * d).sum(-1).square().mean())
+        if not math.isfinite(price):
+            raise UserError("a price is not finite on the calibration text: check the model and the text")
+        return max(price, LEAST_PRICE)
+
+    def _offers(self, point: _Point) -> tuple[tuple[LayerPlan, float], ...]:
+        """What the block may keep, each at its price: of channels some are refitted, and others read off."""
+        index, name = point.place
+        whole, *plans = self._choices[point.place]
+        if name == ATTENTION.name:
+            return ((whole, 0.0), *((plan, self._option_price(point, plan)) for plan in plans))
+        if not plans:
+            return ((whole, 0.0),)
+        field = KINDS[name].sizes[0]
+        channels = getattr(self.shape.layers[index], field)
+        widths = [len(getattr(plan, field)) for plan in plans]
+        near = {int(np.abs(np.array(widths) - share * channels).argmin()) for share in ANCHORS}
+        prices = {widths[n]: self._option_price(point, plans[n]) for n in near}
+        return ((whole, 0.0), *zip(plans, between(prices, channels, widths), strict=True))
+
+    def _option_price(self, point: _Point, plan: LayerPlan) -> float:
+        """The price of what is missing after compensation where the block keeps this."""
+        kept = kept_columns(KINDS[point.place[1]], plan, self.shape)
+        gone = torch.ones(point.linear.in_features, dtype=torch.bool)
+        gone[kept] = False
+        weight, bias = point.linear.weight, point.linear.bias
+        lost = [x[..., gone] @ weight[:, gone].t() for x in point.x]
+        new = self._compensated(point, kept, lost)
+        left = []
+        for x, out, missing in list(zip(point.x, point.out, lost, strict=True))[self._first_judged :]:
+            change = new(x[..., kept]) - missing
+            if point.behind is not None:
+                whole = x @ weight.t() + (0 if bias is None else bias)
+                change = point.behind(whole + change) - out
+            left.append(change)
+        return self._price(point.place, left)
+
+    def _compensated(
+        self, point: _Point, kept: torch.Tensor, lost: list[torch.Tensor]
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
+        """What compensation adds, by what enters the columns that are kept."""
+        kind: Compensation = self.options.compensation
+        if kind == "refit":
+            change = self._fit(point, kept, lost)
+            return lambda x: x @ change.t()
+        if kind == "bias":
+            mean = torch.cat([each.flatten(0, -2) for each in lost[: self._first_judged]]).mean(0)
+            return lambda x: mean
+        return lambda x: x.new_zeros(())
+
+
+def between(prices: Mapping[int, float], channels: int, widths: Sequence[int]) -> list[float]:
+    """Prices of all widths from those of some: log price runs straight in log channels gone, and never falls."""
+    known = sorted(prices, reverse=True)  # fewest gone first
+    x = np.log([channels - width for width in known])
+    y = np.maximum.accumulate(np.log([max(prices[width], LEAST_PRICE) for width in known]))
+    at = np.log([channels - width for width in widths])
+    found = np.interp(at, x, y)
+    slope = max(1.0, (y[1] - y[0]) / (x[1] - x[0])) if len(known) > 1 else 1.0
+    found = np.where(at < x[0], y[0] + slope * (at - x[0]), found)
+    slope = max(1.0, (y[-1] - y[-2]) / (x[-1] - x[-2])) if len(known) > 1 else 1.0
+    found = np.where(at > x[-1], y[-1] + slope * (at - x[-1]), found)
+    return [float(price) for price in np.exp(found)]
