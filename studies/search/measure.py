@@ -1,0 +1,39 @@
+"""Rows of a field at one planned speed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+from saap.models.record import read_record
+from studies.common import Cell, provenance
+
+
+def row(name: str, asked: list[str], texts: dict[str, str], tokens: int, work: Path, python: str) -> Cell:
+    """Prune, tune and judge one row of a field by commands that anyone can type; ``python`` runs the code to use."""
+    slim, tuned = work / name, work / f"{name}-tuned"
+
+    def saap(*words: object) -> None:
+        subprocess.run([python, "-m", "saap.cli", *map(str, words)], check=True, env=dict(os.environ))
+
+    if not (slim / "saap.json").is_file():
+        saap("prune", *asked, "-o", slim)
+    if not (tuned / "saap.json").is_file():
+        saap("tune", slim, "-o", tuned, "--teacher", asked[0], "--tokens", tokens)
+    plan = read_record(slim)["plan"]
+    cell: Cell = {
+        "asked": [word for word in asked if not word.startswith("/")], "tokens": tokens,
+        "planned": plan["planned"]["speedup"], "removed": plan["planned"]["ratio"],
+        "gone": sum((not layer["query_heads"]) + (not layer["ffn"]) for layer in plan["layers"]),
+    }  # fmt: skip
+    for kind, path in (("untuned", slim), ("tuned", tuned)):
+        for text, file in texts.items():
+            out = work / f"{name}-{kind}-{text}.json"
+            if not out.is_file():
+                words = ["--reference", asked[0], "--max-chunks", 40, "--json", out]
+                saap("eval", path, *(["--text", file] if file else []), *words)
+            found = json.loads(out.read_text())["rows"][-1]
+            cell[f"{kind} {text}"] = {key: found[key] for key in ("perplexity", "bits_per_byte", "kl", "top1")}
+    return {**cell, **provenance()}

@@ -1,0 +1,95 @@
+"""One search over depth and width: is it better at one planned speed?
+
+    python -m studies.search.study row before --speedup 1.5 --costs cost.json --work W --python OLD/.venv/bin/python
+    python -m studies.search.study row search --speedup 1.5 --costs cost.json --work W --texts Dolly=dolly.txt
+    python -m studies.search.study row shortgpt --speedup 1.5 --costs cost.json --work W --method shortgpt
+    python -m studies.search.study table --write
+
+What a command has made stays in --work, and is not made again.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from studies.common import Cell, add_write_option, markdown, parser_of, read_cells, show_tables
+
+HERE = Path(__file__).resolve().parent
+CELLS = HERE / "cells"
+MODEL = "smollm2-135m"
+ROWS = {
+    "search": "**SAAP**",
+    "before": "SAAP of ca0b679 (widths and heads, in stages)",
+    "shortgpt": "ShortGPT",
+    "shortgpt-refit": "ShortGPT with our refit",
+    "flap": "FLAP",
+    "stages": "SAAP, three stages",
+    "no-blocks": "SAAP, `--no-blocks`",
+}
+TEXTS = ("WikiText-2", "Dolly")
+
+
+def tables() -> dict[str, str]:
+    """The tables of the README."""
+    return {"rows": rows_table()}
+
+
+def rows_of() -> list[Cell]:
+    return [cell for cell in read_cells(CELLS) if "row" in cell]
+
+
+def rows_table() -> str:
+    """Quality of every row before and after tuning."""
+    lines = []
+    for cell in rows_of():
+        method, _, speed = cell["row"].rpartition("-")
+        told = [
+            f"{speed}x",
+            ROWS[method],
+            f"{cell['planned']:.3f}",
+            f"{100 * cell['removed']:.0f} %",
+            str(cell["gone"]),
+        ]
+        for text in TEXTS:
+            told += [f"{cell[f'untuned {text}']['kl']:.3f}", f"{cell[f'tuned {text}']['kl']:.3f}"]
+            told += [f"{cell[f'tuned {text}']['perplexity']:.1f}", f"{100 * cell[f'tuned {text}']['top1']:.1f} %"]
+        lines.append((speed, cell[f"tuned {TEXTS[1]}"]["kl"], told))
+    heads = ["asked", "method", "planned", "layers' weights gone", "blocks gone"]
+    for text in TEXTS:
+        heads += [f"{text}: KL untuned", "KL tuned", "perplexity", "top-1"]
+    return markdown(heads, [told for _, _, told in sorted(lines)])
+
+
+def main() -> None:
+    parser = parser_of(__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    made = commands.add_parser("row")
+    made.add_argument("name", choices=ROWS)
+    made.add_argument("--speedup", type=float, required=True)
+    made.add_argument("--work", type=Path, required=True)
+    made.add_argument("--tokens", type=int, default=16_384)
+    made.add_argument("--texts", nargs="*", default=[], help="NAME=FILE of further texts")
+    made.add_argument("--python", default=sys.executable)
+    made.add_argument("--method", default="saap")
+    made.add_argument("--compensate", choices=("none", "bias", "refit"))
+    made.add_argument("--costs", type=Path, required=True)
+    add_write_option(commands.add_parser("table"))
+    args = parser.parse_args()
+    if args.command == "table":
+        show_tables(HERE, tables(), args.write)
+        return
+    from studies.search.measure import row
+
+    asked = [MODEL, "--speedup", str(args.speedup), "--costs", str(args.costs.resolve())]
+    asked += ["--method", args.method] if args.method != "saap" else []
+    asked += ["--compensate", args.compensate] if args.compensate else []
+    texts = {"WikiText-2": "", **dict(each.split("=", 1) for each in args.texts)}
+    name = f"{args.name}-{args.speedup:g}"
+    cell = {"row": name} | row(name, asked, texts, args.tokens, args.work.resolve(), args.python)
+    (CELLS / f"row-{name}.json").write_text(json.dumps(cell, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
