@@ -23,8 +23,10 @@ from saap.models.shape import KINDS, BlockKind, ModelShape
 from saap.models.streaming import is_streamed
 from saap.prune.scores.importance import frozen
 from saap.prune.scores.layerwise import down_again
+from saap.system.errors import UserError
 
 SAYING = "pricing (gradients)"
+NOT_FINITE = "a price is not finite on the calibration text: check the model and the text"
 Place = tuple[int, str]  # a layer, and the name of a kind of block
 
 
@@ -40,13 +42,15 @@ def block_gradients(
 ) -> dict[Place, torch.Tensor]:
     """Gradients [sequences, tokens, hidden] bfloat16 of the summed loss on drawn labels, by what each block adds.
 
-    ``ids``: [sequences, tokens]. One label is drawn for each token.
+    ``ids``: [sequences, tokens]. One label is drawn for each token. UserError: the logits are not finite.
     """
     found: dict[Place, list[torch.Tensor]] = {}
     generator = torch.Generator().manual_seed(seed)
 
     def loss_of(logits: torch.Tensor) -> torch.Tensor:
         flat = logits.float().flatten(0, 1)
+        if not flat.isfinite().all():
+            raise UserError(NOT_FINITE)
         drawn = torch.multinomial(flat.detach().softmax(-1).cpu(), 1, generator=generator)
         return F.cross_entropy(flat, drawn.flatten().to(flat.device), reduction="sum")
 

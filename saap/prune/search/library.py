@@ -30,7 +30,7 @@ from saap.prune.cut.ridge import regression
 from saap.prune.cut.surgery import kept_columns
 from saap.prune.options import Compensation, PruneOptions
 from saap.prune.plan import LayerPlan
-from saap.prune.scores.gradients import adding_module, block_gradients
+from saap.prune.scores.gradients import NOT_FINITE, adding_module, block_gradients
 from saap.prune.search.choices import RUNS, Place, choices, runs_of
 from saap.prune.search.milp import Gap, Library
 from saap.system.errors import UserError
@@ -189,7 +189,7 @@ class Pricing:
         d = torch.cat(change).float()
         price = 0.5 * float((self._gradients[place].to(d.device).float() * d).sum(-1).square().mean())
         if not math.isfinite(price):
-            raise UserError("a price is not finite on the calibration text: check the model and the text")
+            raise UserError(NOT_FINITE)
         return max(price, LEAST_PRICE)
 
     def _offers(self, point: _Point) -> tuple[tuple[LayerPlan, float], ...]:

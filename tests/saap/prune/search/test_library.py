@@ -14,7 +14,6 @@ from saap.prune.options import PruneOptions
 from saap.prune.plan import LayerPlan, whole_layer
 from saap.prune.scores.fusion import fuse
 from saap.prune.scores.scoring import scores_of
-from saap.prune.search.choices import RUNS, runs_of
 from saap.prune.search.library import RECOVERED, Pricing, between
 from saap.prune.search.masking import masked
 from saap.system.errors import UserError
@@ -98,19 +97,6 @@ def test_the_same_prices_layer_by_layer(tiny_family, family):
             assert keep == other and price == pytest.approx(expected, rel=0.02)
 
 
-def test_what_may_go_in_one_piece(tiny_model):
-    shape = shape_of(load_model(tiny_model(num_hidden_layers=8)).config)
-    runs = list(runs_of(shape, PruneOptions()))
-    single = [(i, kind) for i in range(8) for kind in ("attention", "ffn")]
-    assert [run[0] for run in runs if len(run) == 1] == single
-    layers = [run for run in runs if len(run) > 1]
-    assert {len(run) // 2 for run in layers} == set(RUNS)
-    assert all(run[0][1] == "attention" and run[-1][1] == "ffn" for run in layers)
-    assert not list(runs_of(shape, PruneOptions(blocks=False)))
-    kept = list(runs_of(shape, PruneOptions(keep_layers=frozenset({3}))))
-    assert kept and all(index != 3 for run in kept for index, _ in run)
-
-
 def test_prices_of_widths_between():
     known = {32: 0.4, 64: 0.1, 96: 0.02}
     found = between(known, 128, [16, 32, 48, 64, 80, 96, 112])
@@ -126,5 +112,5 @@ def test_a_price_that_is_not_finite_is_refused(tiny_model):
     options = PruneOptions(ratio=0.3)
     ranked = fuse(scores_of(model, shape, FIT, options.adaptive), shape)
     model.model.layers[1].mlp.down_proj.weight.data[0, 0] = float("nan")
-    with pytest.raises((UserError, RuntimeError)):
+    with pytest.raises(UserError, match="a price is not finite on the calibration text"):
         Pricing(model, shape, ranked, (FIT, HELD), options).library()
