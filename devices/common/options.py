@@ -26,6 +26,7 @@ from typing import Annotated, Literal, TypeVar, Union, cast, get_args, get_origi
 from msgspec import Meta
 
 from devices.common.errors import UserError
+from devices.common.values import parse_names
 
 T = TypeVar("T")
 COUNT, THREADS = Meta(ge=1, le=1_000_000), Meta(ge=1, le=1024)  # of most options that count something
@@ -130,6 +131,8 @@ class Setting:
 
     def read(self, text: str) -> object:
         """The value that a text means; of a repeated flag one element. Raises ValueError: what is allowed."""
+        if self.choices and self.kind is frozenset:
+            return self.checked(frozenset(parse_names(text)))
         choice = next((choice for choice in self.choices if str(choice) == text), None)
         if choice is not None:
             return choice
@@ -167,7 +170,10 @@ class Setting:
             value = (value,)
         if self.kind is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
-        right = value in self.choices if self.choices and self.kind is not tuple else isinstance(value, self.kind)
+        if self.choices and self.kind in (tuple, frozenset):
+            right = isinstance(value, self.kind) and all(each in self.choices for each in value)
+        else:
+            right = value in self.choices if self.choices else isinstance(value, self.kind)
         if not right or (isinstance(value, bool) and self.kind is not bool) or not self._in_range(value):
             raise self._refusal(value)
         return value

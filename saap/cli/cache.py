@@ -13,6 +13,7 @@ from saap.cli.types import Sections
 
 KEPT = {  # a folder of the cache, or how its folders begin, and what it holds
     "scores": "scores and measured losses of calibration text",
+    "prices": "prices of what may go from a model",
     "teacher": "a teacher's answers",
     "prepacked": "weights packed for this CPU",
     "tensorrt": "TensorRT engines",

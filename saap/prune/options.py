@@ -37,6 +37,7 @@ FUSIONS: dict[Score, tuple[Term, ...]] = {
     "vector-token": ("vector", "token"),
     "fused-token": ("vector", "element", "token"),
 }
+Kept = Literal["blocks", "heads", "ffn"]  # kinds of structures that may be left as they are
 REQUIREMENTS = ("ratio", "max_params", "max_bytes", "speedup", "ms_per_token")
 TIMED = ("speedup", "ms_per_token")
 MOST_STAGES = 100  # each writes a model: at 100, what goes in one is at most 1 % of the layers' cost
@@ -88,6 +89,17 @@ class AdaptiveOptions:
     exact: Annotated[
         bool, Option("The exact element score: two more numbers per weight in memory.", _SCORES, shown=False)
     ] = False
+
+    recovered: Annotated[
+        float,
+        Option("Share of a missing block's price that tuning gives back; 0: none.", _SCORES, shown=False),
+        Meta(ge=0, lt=1),
+    ] = 0.5  # studies/search
+    most_gone: Annotated[
+        int | None,
+        Option("Blocks that go whole, at most; default: as many as the prices want.", _SCORES, shown=False),
+        Meta(ge=0),
+    ] = None
 
     @property
     def element(self) -> Element:
@@ -165,12 +177,12 @@ class PruneOptions:
     adaptive: AdaptiveOptions = field(default_factory=AdaptiveOptions)
     heads: Annotated[
         bool | None,
-        Option("Query heads and KV groups too; default: as the method.", _GOES, flags=("--heads/--no-heads",)),
+        Option("Query heads and KV groups too; default: as the method.", _GOES, flags=("--heads",)),
     ] = None
-    blocks: Annotated[
-        bool,
-        Option("Whole attention and FFN blocks, and layers, too (saap).", _GOES, flags=("--blocks/--no-blocks",)),
-    ] = True
+    keep: Annotated[
+        frozenset[Kept],
+        Option("Kinds that stay: blocks (none goes whole), heads, ffn, or several.", _GOES, metavar="KINDS"),
+    ] = frozenset()
     keep_layers: Annotated[
         frozenset[int] | None,
         Option(
@@ -223,6 +235,8 @@ class PruneOptions:
 
         By default SAAP weighs it, and other methods leave out whole KV groups of several query heads: those are dear.
         """
+        if "heads" in self.keep:
+            return False
         if self.heads is not None or not shape.separable_heads:
             return bool(self.heads)
         alone = not shape.sources and all(layer.heads_per_group <= 1 for layer in shape.layers)
@@ -233,8 +247,14 @@ class PruneOptions:
         self.adaptive.check()
         check_device_is_there(self.device)
         if self.method != "saap":
-            ours = {"blocks", "stages", *settings_of(AdaptiveOptions)}
+            ours = {"stages", *settings_of(AdaptiveOptions)}
             refuse_unused(self, ours, "the method saap", f"leave --method {self.method} out")
+            if other := sorted(self.keep - {"heads"}):
+                raise UserError(
+                    f"--keep {other[0]} is for the method saap: leave it out, or leave --method {self.method} out"
+                )
+        if self.heads and "heads" in self.keep:
+            raise UserError("--heads and --keep heads contradict each other: give one")
         if self.stream and self.method in TAYLOR:
             raise UserError(
                 f"{self.method} needs the gradients of all weights at once: leave --stream out, or use saap"

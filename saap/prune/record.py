@@ -54,7 +54,8 @@ def record_of(pruning: Pruning, plan: PrunePlan, achieved: dict[str, float | Non
             "steps": pruning.stages,
             "keep_layers": sorted(options.kept_layers),
             "seed": options.seed,
-            **({"blocks": options.blocks, "adaptive": asdict(options.adaptive)} if ours else {}),
+            "keep": sorted(options.keep),
+            **({"adaptive": asdict(options.adaptive)} if ours else {}),
         },
         "lineage": {
             **lineage,

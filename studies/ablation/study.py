@@ -31,7 +31,7 @@ def ablation_variants() -> list[Variant]:
     ]
     changes += [
         {"c": 1.0}, {"slices": "output"}, {"sigma": "layer"}, {"stability": -0.5}, {"stability": 0.5}, {"heads": False},
-        {"score": "fused", "exact": True}, {"blocks": False}, {"steps": 2}, {"compensate": "bias"},
+        {"score": "fused", "exact": True}, {"keep": "blocks"}, {"steps": 2}, {"compensate": "bias"},
         {"compensate": "refit"}, {"compensate": "refit", "steps": 2}, {"compensate": "refit", "steps": 4},
         {"layer_power": 1}, {"layer_power": 2}, {"compensate": "refit", "steps": 4, "layer_power": 1},
     ]  # fmt: skip

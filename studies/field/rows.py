@@ -27,15 +27,15 @@ RATE, TOKENS, SEQUENCES = "6e-3", 100_000, 64
 # What the pruning table (studies/pruning) found to be each baseline's best; SAAP is as it is by default.
 OPTIONS: dict[str, list[str]] = {
     "saap": [],
-    "flap": ["--method", "flap", "--no-heads", "--compensate", "bias", "--keep-layers", "none"],
-    "wanda_sp": ["--method", "wanda_sp", "--no-heads", "--keep-layers", "none"],
-    "param_second": ["--method", "param_second", "--no-heads", "--keep-layers", "none"],
-    "param_first": ["--method", "param_first", "--no-heads", "--keep-layers", "none"],
-    "param_mix": ["--method", "param_mix", "--no-heads", "--keep-layers", "none"],
-    "vector": ["--method", "vector", "--no-heads", "--keep-layers", "none"],
+    "flap": ["--method", "flap", "--keep", "heads", "--compensate", "bias", "--keep-layers", "none"],
+    "wanda_sp": ["--method", "wanda_sp", "--keep", "heads", "--keep-layers", "none"],
+    "param_second": ["--method", "param_second", "--keep", "heads", "--keep-layers", "none"],
+    "param_first": ["--method", "param_first", "--keep", "heads", "--keep-layers", "none"],
+    "param_mix": ["--method", "param_mix", "--keep", "heads", "--keep-layers", "none"],
+    "vector": ["--method", "vector", "--keep", "heads", "--keep-layers", "none"],
     "shortgpt": ["--method", "shortgpt"],
-    "magnitude": ["--method", "magnitude", "--no-heads", "--keep-layers", "none"],
-    "random": ["--method", "random", "--no-heads", "--keep-layers", "none"],
+    "magnitude": ["--method", "magnitude", "--keep", "heads", "--keep-layers", "none"],
+    "random": ["--method", "random", "--keep", "heads", "--keep-layers", "none"],
 }
 
 

@@ -38,13 +38,18 @@ def options_of(variant: Variant) -> PruneOptions:
         for part, names in (
             ("fusion", ("score", "slices", "sigma", "learned", "stability", "layer_power")),
             ("adaptive", ("c", "exact")),
-            ("rest", ("method", "compensate", "heads", "blocks", "seed")),
+            ("rest", ("method", "compensate", "heads", "seed")),
         )
     }
     adaptive = AdaptiveOptions(fusion=FusionOptions(**given["fusion"]), **given["adaptive"])
     kept = None if variant.get("text") == "alike" else frozenset[int]()  # alike: every layer may be pruned
     return PruneOptions(
-        ratio=variant["ratio"], stages=variant.get("steps", 1), adaptive=adaptive, keep_layers=kept, **given["rest"]
+        ratio=variant["ratio"],
+        stages=variant.get("steps", 1),
+        adaptive=adaptive,
+        keep_layers=kept,
+        keep=frozenset(variant.get("keep", "").split()),
+        **given["rest"],
     )
 
 

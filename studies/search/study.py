@@ -26,7 +26,7 @@ ROWS = {
     "shortgpt-refit": "ShortGPT with our refit",
     "flap": "FLAP",
     "stages": "SAAP, three stages",
-    "no-blocks": "SAAP, `--no-blocks`",
+    "no-blocks": "SAAP, `--keep blocks`",
 }
 TEXTS = ("WikiText-2", "Dolly")
 

@@ -68,7 +68,7 @@ def row_variants(published: bool = False) -> list[Variant]:
         published: each baseline on its authors' text and layers too, with its own compensation.
     """
     rows: list[Variant] = [{"method": "saap", "compensate": "refit"}]
-    rows.append({**rows[0], "blocks": False})
+    rows.append({**rows[0], "keep": "blocks"})
     for method in STRONGEST_FIRST:
         kinds = (OWN_COMPENSATION.get(method, "none"), "refit")
         rows += [{"method": method, "text": "alike", "compensate": kind} for kind in kinds]

@@ -309,7 +309,7 @@ def setup(tiny_model, tmp_path, monkeypatch):
 
 
 FLAP = {"method": "flap", "text": "alike", "compensate": "bias", "speedup": 1.3, "seed": 0}
-SAAP = {"method": "saap", "compensate": "refit", "blocks": False, "speedup": 1.3, "seed": 0}
+SAAP = {"method": "saap", "compensate": "refit", "keep": "blocks", "speedup": 1.3, "seed": 0}
 
 
 def test_bundles_are_made_measured_and_not_made_again(setup, monkeypatch):

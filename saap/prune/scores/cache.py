@@ -24,10 +24,11 @@ KEPT_BYTES = 4 << 30  # of all entries; those unused longest go
 
 def scores_path(weights: str, ids: torch.Tensor, settings: Mapping[str, object]) -> Path:
     """Where the scores by a hash of weights and config, ids [sequences, tokens] and other settings (JSON) are kept."""
-    return cache_directory() / "scores" / f"{_key(weights, ids, settings)}.safetensors"
+    return cache_directory() / "scores" / f"{key_of(weights, ids, settings)}.safetensors"
 
 
-def _key(weights: str, ids: torch.Tensor, settings: Mapping[str, object]) -> str:
+def key_of(weights: str, ids: torch.Tensor, settings: Mapping[str, object]) -> str:
+    """sha256 over a hash of weights and config, ids [sequences, tokens] and other settings (JSON)."""
     digest = hashlib.sha256(json.dumps([FORMAT, weights, list(ids.shape), settings], sort_keys=True).encode())
     digest.update(ids.numpy().tobytes())
     return digest.hexdigest()

@@ -12,14 +12,16 @@ import torch
 from transformers import PreTrainedModel
 
 from devices.common.progress import Progress
+from saap.models.streaming import is_streamed
 from saap.prune.options import PruneOptions
 from saap.prune.plan import PrunePlan
 from saap.prune.scores.fusion import fuse
 from saap.prune.scores.scoring import scores_of
 from saap.prune.search.budget import Budget
 from saap.prune.search.explain import reasons_of
+from saap.prune.search.kept_prices import keep_library, prices_path, read_library
 from saap.prune.search.library import Pricing
-from saap.prune.search.milp import search
+from saap.prune.search.milp import Library, search
 from saap.system.errors import UserError
 
 PRICING_SHARE = 8  # one eighth of the calibration sequences prices what the others scored
@@ -44,7 +46,7 @@ def adaptive_plan(
 ) -> PrunePlan:
     """Choose what to keep of ``budget.dense``, on calibration ids [sequences, tokens].
 
-    ``weights``: hash of the model's weights, under which scores are kept; None keeps none.
+    ``weights``: hash of the model's weights, under which scores and prices are kept; None keeps none.
 
     Raises:
         UserError: a loss or a price that is not finite, or a budget that cannot be met.
@@ -52,6 +54,18 @@ def adaptive_plan(
     scored, priced = divided(ids)
     scores = scores_of(model, budget.dense, scored, options.adaptive, weights=weights, progress=progress)
     ranked = fuse(scores, budget.dense, options.adaptive.fusion)
-    library = Pricing(model, budget.dense, ranked, (scored, priced), options).library(progress)
-    found = search(library, budget)
+    library = _library(Pricing(model, budget.dense, ranked, (scored, priced), options), weights, ids, progress)
+    found = search(library.recovering(options.adaptive.recovered), budget, options.adaptive.most_gone)
     return replace(found.plan, reasons=reasons_of(found.blocks, found.chosen, budget.unit))
+
+
+def _library(pricing: Pricing, weights: str | None, ids: torch.Tensor, progress: Progress | None) -> Library:
+    """The library at prices that were kept under ``weights``, else at new ones."""
+    if weights is None:
+        return pricing.library(progress)
+    path = prices_path(weights, ids, pricing.options, is_streamed(pricing.model))
+    library = read_library(path, pricing.choices)
+    if library is None:
+        library = pricing.library(progress)
+        keep_library(path, library)
+    return library

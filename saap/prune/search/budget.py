@@ -216,9 +216,10 @@ def budget_for(
 
 
 def _further(options: PruneOptions, dense: ModelShape) -> Iterator[str]:
-    if options.method == "saap" and not options.blocks:
-        yield "--blocks"
-    if dense.separable_heads and options.method != "shortgpt" and not options.prunes_heads(dense):
+    if options.keep:
+        yield f"fewer kinds than --keep {','.join(sorted(options.keep))}"
+    asked = "heads" in options.keep or options.method == "shortgpt"
+    if dense.separable_heads and not asked and not options.prunes_heads(dense):
         yield "--heads"
     if options.group_size > 32:
         yield "a smaller --group-size"

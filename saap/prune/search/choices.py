@@ -32,9 +32,9 @@ def choices(shape: ModelShape, options: PruneOptions, scores: Scores | None = No
         for kind in sizes.blocks:
             plans = [LayerPlan().with_block(kind, whole_layer(sizes))]
             if index not in options.kept_layers:
-                if kind is not ATTENTION:
+                if kind is not ATTENTION and kind.name not in options.keep:
                     plans += _narrower(shape, options, kind, index, scores)
-                elif heads:
+                elif kind is ATTENTION and heads:
                     plans += _fewer_heads(shape, options, index, scores)
             found[index, kind.name] = plans
     return found
@@ -45,7 +45,7 @@ def runs_of(shape: ModelShape, options: PruneOptions) -> Iterator[tuple[Place, .
 
     None starts with the first layer, before which nothing could make up for it.
     """
-    if not options.blocks:
+    if "blocks" in options.keep:
         return
     for index, sizes in enumerate(shape.layers):
         for kind in sizes.blocks:

@@ -5,8 +5,6 @@ widths of a block, for every choice of its heads, and for runs of blocks that co
 as :mod:`saap.prune.cut.refit` would, and what is still missing on other text, d, is priced by the Fisher information
 there, 1/2 E[(g.d)^2] (:mod:`saap.prune.scores.gradients`). All prices are of one kind, the KL divergence from the model
 as it is, so that a channel, a KV group, a block and a run of layers compete for the same milliseconds.
-
-What goes whole is taken as half its price: it is what tuning recovers more of (studies/search).
 """
 
 from __future__ import annotations
@@ -39,7 +37,6 @@ FITTED, FITTED_STREAMED = 24, 12
 DAMPING = 0.3
 ANCHORS = (0.125, 0.25, 0.5, 0.75, 0.875)  # shares of a block's channels that are refitted; widths between are read off
 MOST_STREAMED = 1  # layers in one piece, where layers are read one at a time: what enters their matrices is held
-RECOVERED = 0.5  # of what a missing block costs, tuning gives back about half more than of narrower ones
 LEAST_PRICE = 1e-7  # nats per token
 
 
@@ -84,7 +81,7 @@ class Pricing:
     ) -> None:
         self.model, self.shape, self.options = model, shape, options
         ranked = {type_: [row.double().cpu().numpy() for row in rows] for type_, rows in scores.items()}
-        self._choices = choices(shape, options, ranked)
+        self.choices = choices(shape, options, ranked)
         self._fitted, self._judged = texts[0][: fitted_on(is_streamed(model))], texts[1]
         architecture = architecture_of(model.config)
         self._normed = bool(architecture.attention_post_norm or architecture.ffn_post_norm)
@@ -103,7 +100,7 @@ class Pricing:
         for run in runs_of(self.shape, self.options):
             if len(run) <= most:
                 runs.setdefault(run[-1], []).append(run)
-        order = list(self._choices)
+        order = list(self.choices)
         waiting: deque[_Point] = deque()
         for done, point in enumerate(self._points()):
             if progress:
@@ -113,7 +110,7 @@ class Pricing:
                 absorber = next((p for p in waiting if before >= 0 and p.place == order[before]), None)
                 added = [sum(rows) for rows in zip(*(p.out for p in [*waiting, point] if p.place in run), strict=True)]
                 if absorber is None:
-                    gaps.append(Gap(run, RECOVERED * self._price(run[-1], [-x for x in added[self._first_judged :]])))
+                    gaps.append(Gap(run, self._price(run[-1], [-x for x in added[self._first_judged :]])))
                 else:
                     absorber.later.append((run, added))
             offers[point.place] = self._offers(point)
@@ -173,7 +170,7 @@ class Pricing:
             if change is not None:
                 part = change[number * hidden : (number + 1) * hidden]
                 left = [d + x @ part.t() for d, x in zip(left, point.x[self._first_judged :], strict=True)]
-            yield Gap(run, RECOVERED * self._price(run[-1], left))
+            yield Gap(run, self._price(run[-1], left))
         point.later.clear()
 
     def _fit(self, point: _Point, kept: torch.Tensor, targets: list[torch.Tensor]) -> torch.Tensor:
@@ -195,7 +192,7 @@ class Pricing:
     def _offers(self, point: _Point) -> tuple[tuple[LayerPlan, float], ...]:
         """What the block may keep, each at its price: of channels some are refitted, and others read off."""
         index, name = point.place
-        whole, *plans = self._choices[point.place]
+        whole, *plans = self.choices[point.place]
         if name == ATTENTION.name:
             return ((whole, 0.0), *((plan, self._option_price(point, plan)) for plan in plans))
         if not plans:

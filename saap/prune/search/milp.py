@@ -94,6 +94,10 @@ class Library:
     offers: dict[Place, tuple[tuple[LayerPlan, float], ...]]  # the whole block among them, at 0
     gaps: tuple[Gap, ...] = ()
 
+    def recovering(self, share: float) -> Library:
+        """With prices of what goes whole from which that share is taken, since tuning gives it back."""
+        return replace(self, gaps=tuple(Gap(gap.blocks, (1 - share) * gap.price) for gap in self.gaps))
+
     def blocks(self, budget: Budget) -> list[Block]:
         """All blocks in order, with what their options cost."""
         return [
@@ -102,10 +106,13 @@ class Library:
         ]
 
 
-def search(library: Library, budget: Budget) -> Found:
-    """The plan of least price that meets the budget; the UserError of one that cannot be met names the floor."""
+def search(library: Library, budget: Budget, most_gone: int | None = None) -> Found:
+    """The plan of least price that meets the budget; the UserError of one that cannot be met names the floor.
+
+    ``most_gone``: blocks that may go whole at most; None: any number.
+    """
     blocks = library.blocks(budget)
-    solution = solve(blocks, budget, () if budget.one_width else library.gaps)
+    solution = solve(blocks, budget, () if budget.one_width else library.gaps, most_gone)
     plan = plan_from(blocks, solution.options, budget.dense)
     return Found(blocks, solution.options, replace(plan, gap=solution.gap))
 
@@ -133,10 +140,11 @@ def _check_floor(blocks: list[Block], budget: Budget, gaps: Sequence[Gap] = ()) 
         raise budget.below_floor(floor)
 
 
-def solve(blocks: list[Block], budget: Budget, gaps: Sequence[Gap] = ()) -> Solution:
+def solve(blocks: list[Block], budget: Budget, gaps: Sequence[Gap] = (), most_gone: int | None = None) -> Solution:
     """The option of each block with the least summed price, all costs within the budget; some block keeps attention.
 
     ``gaps``: runs of blocks that may go instead, no two of them side by side: their prices are of runs as they are.
+    ``most_gone``: how many blocks may go so at most; None: any number.
 
     Raises:
         UserError: even the smallest options exceed the budget; the floor is named.
@@ -146,7 +154,7 @@ def solve(blocks: list[Block], budget: Budget, gaps: Sequence[Gap] = ()) -> Solu
         return Solution(_of_one_width(blocks, budget))
     limit = budget.limit
     for _ in range(RETRIES):
-        found = _least_price(blocks, limit, budget, gaps)
+        found = _least_price(blocks, limit, budget, gaps, most_gone)
         excess = budget.fixed + sum(option.cost for option in found.options) - budget.most
         if budget.fits(budget.most + excess):
             return replace(found, options=_use_up(blocks, found.options, -excess, budget.dense))
@@ -164,7 +172,9 @@ def _of_one_width(blocks: list[Block], budget: Budget) -> list[Option]:
     raise UserError(f"no width of all FFNs meets {budget.in_words(budget.most)}: require less, or leave --for out")
 
 
-def _least_price(blocks: list[Block], limit: float, budget: Budget, gaps: Sequence[Gap]) -> Solution:
+def _least_price(
+    blocks: list[Block], limit: float, budget: Budget, gaps: Sequence[Gap], most_gone: int | None
+) -> Solution:
     from scipy.optimize import Bounds, LinearConstraint, milp
     from scipy.sparse import coo_array
 
@@ -186,6 +196,11 @@ def _least_price(blocks: list[Block], limit: float, budget: Budget, gaps: Sequen
         ),
         LinearConstraint(coo_array((np.ones(len(owner)), (owner, columns)), (len(blocks), size)), 1, 1),
         *([_apart(covered, len(blocks), len(flat))] if gaps else []),
+        *(
+            []
+            if most_gone is None
+            else [LinearConstraint(np.array([[0] * len(flat) + list(map(len, covered))]), 0, most_gone)]
+        ),
         within,
         LinearConstraint(some_attention, 1, np.inf),
     ]

@@ -42,13 +42,13 @@ def inside(place, monkeypatch):
 
 
 UNUSED = {
-    "prune dense -o o --ratio 0.2 --method flap --no-blocks": "--blocks is for the method saap: leave it out, or leave",
+    "prune dense -o o --ratio 0.2 --method flap --keep ffn": "--keep ffn is for the method saap: leave it out, or",
     "prune dense -o o --ratio 0.2 --method flap --set score=fused --stages 2": "--stages and score are for",
     "prune dense -o o --ratio 0.2 --method shortgpt --heads --compensate bias": "--compensate and --heads are for",
     "prune dense -o o --ratio 0.2 --method random --calibration long.txt": "--calibration is for methods that read a",
     "prune dense -o o --ratio 0.2 --method magnitude --seed 1 --length 9": "--length and --seed are for methods that",
     "prune dense -o o --ratio 0.2 --threads 1": "--threads is for --speedup and --ms-per-token: leave it out, or ask",
-    "prune dense -o o --ratio 0.2 --heads --no-heads": "--heads and --no-heads contradict each other: give one",
+    "prune dense -o o --ratio 0.2 --heads --keep heads": "--heads and --keep heads contradict each other: give one",
     "prune dense -o o --ratio 0.2 --here": "--here is about the table of --costs",
     "tune slim -o o --teacher-weight 0.5": "--teacher-weight is for --teacher: leave it out, or name one",
     "tune slim -o o --teacher-weight 0.3 --temperature 2": "--teacher-weight and --temperature are for --teacher:",

@@ -86,7 +86,7 @@ def test_a_speed_up(model, tmp_path, river, costs):
 
 def test_milliseconds_can_be_met_by_whole_modules(model, tmp_path, river, costs):
     arguments = ["--ms-per-token", "2.4", "--costs", costs, "--threads", "1"]
-    message = pruned_refused(model, tmp_path / "slim", river, *arguments, "--no-blocks")
+    message = pruned_refused(model, tmp_path / "slim", river, *arguments, "--keep", "blocks")
     assert "asked 2.4 ms per token, the smallest that these options allow is 2.8 ms per token: give a larger" in message
     done = pruned(model, tmp_path / "slim", river, *arguments)
     assert cells(done.stdout, "ms per token by the table")[3] <= 2.4
@@ -169,7 +169,12 @@ def test_a_slim_model_prunes_again(model, tmp_path, river, costs):
         ("--ratio 0.2 --method best", "--method best is not allowed: give saap, random,"),
         ("--ratio 0.2 --compensate hope", "--compensate hope is not allowed: give none, bias or refit"),
         ("--ratio 0.2 --set c=nan", "c nan is not allowed"),
-        ("--ratio 0.2 --no-blocks --method flap", "--blocks is for the method saap: leave it out, or"),
+        (
+            "--ratio 0.2 --keep blocks --method flap",
+            "--keep blocks is for the method saap: leave it out, or leave --method",
+        ),
+        ("--ratio 0.2 --keep layers", "--keep layers is not allowed: give blocks, heads or ffn"),
+        ("--ratio 0.9 --keep blocks,ffn", "allow more with fewer kinds than --keep blocks,ffn"),
     ],
 )
 def test_what_cannot_be_met_or_makes_no_sense(model, tmp_path, river, costs, options, message):

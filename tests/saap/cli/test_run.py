@@ -108,8 +108,8 @@ def test_pruning_is_done_anew_where_its_settings_changed(tiny_model, tmp_path, t
     assert done and record["method"] == "wanda_sp"
     assert not step(method="wanda_sp")[0]
     assert step(method="wanda_sp", compensate="bias")[1]["options"]["compensate"] == "bias"
-    done, record = step(ratio=0.4, blocks=False)
-    assert done and record["options"]["blocks"] is False and not step(ratio=0.4, blocks=False)[0]
+    done, record = step(ratio=0.4, keep=frozenset({"blocks"}))
+    assert done and record["options"]["keep"] == ["blocks"] and not step(ratio=0.4, keep=frozenset({"blocks"}))[0]
     done, record = step(max_bytes=210_000)
     assert done and record["plan"]["achieved"]["bytes"] <= 210_000
     timed = {"speedup": 1.5, "costs": costs}
@@ -130,7 +130,7 @@ def test_pruning_is_done_anew_where_its_settings_changed(tiny_model, tmp_path, t
         ("--max-bytes 30kB", "the smallest that these options allow is"),
         ("--speedup 1.5 --costs COSTS --threads 2", "holds costs for 1 thread, it has none for 2"),
         ("--method best", "--method best is not allowed: give saap"),
-        ("--method flap --set blocks=false", "--blocks is for the method saap"),
+        ("--method flap --set keep=blocks", "--keep blocks is for the method saap"),
         ("--threads 1000", "1000 threads cannot be used: this process has"),
         (
             "--tokens 512",

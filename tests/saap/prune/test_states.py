@@ -29,7 +29,7 @@ def test_all_of_it_is_pruned_and_explained(dense, family, tmp_path):
     """Scores, prices, search, refit and record know what mixes tokens; the budget is met."""
     kind = FAMILIES[family].rare
     ids = torch.randint(320, (12, 48), generator=torch.Generator().manual_seed(4))
-    options = PruneOptions(ratio=0.5, heads=True, blocks=False, group_size=32)
+    options = PruneOptions(ratio=0.5, heads=True, keep=frozenset({"blocks"}), group_size=32)
     result = prune(dense, options, output=tmp_path / "slim", calibration=ids)
     before, after = shape_of(read_config(dense)), shape_of(read_config(tmp_path / "slim"))
     assert after.layer_weights <= 0.5 * before.layer_weights

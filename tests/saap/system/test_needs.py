@@ -23,7 +23,9 @@ from saap.system.errors import UserError
 from saap.system.needs import Needs, available_memory, check_disk, check_memory, fits
 
 IDS = torch.randint(0, 300, (8, 24), generator=torch.Generator().manual_seed(1))
-OPTIONS = PruneOptions(ratio=0.4, stages=2, blocks=False)  # longer runs of layers are tried where all are in memory
+OPTIONS = PruneOptions(
+    ratio=0.4, stages=2, keep=frozenset({"blocks"})
+)  # longer runs of layers are tried where all are in memory
 
 
 def files_of(directory):

@@ -16,6 +16,6 @@ def test_what_may_go_in_one_piece(tiny_model):
     layers = [run for run in runs if len(run) > 1]
     assert {len(run) // 2 for run in layers} == set(RUNS)
     assert all(run[0][1] == "attention" and run[-1][1] == "ffn" for run in layers)
-    assert not list(runs_of(shape, PruneOptions(blocks=False)))
+    assert not list(runs_of(shape, PruneOptions(keep=frozenset({"blocks"}))))
     kept = list(runs_of(shape, PruneOptions(keep_layers=frozenset({3}))))
     assert kept and all(index != 3 for run in kept for index, _ in run)

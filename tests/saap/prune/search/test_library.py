@@ -14,7 +14,7 @@ from saap.prune.options import PruneOptions
 from saap.prune.plan import LayerPlan, whole_layer
 from saap.prune.scores.fusion import fuse
 from saap.prune.scores.scoring import scores_of
-from saap.prune.search.library import RECOVERED, Pricing, between
+from saap.prune.search.library import Pricing, between
 from saap.prune.search.masking import masked
 from saap.system.errors import UserError
 
@@ -52,7 +52,7 @@ def test_without_compensation_a_price_is_the_divergence(tiny_family, family):
         for keep, price in offers[1:]
         if not (shape.sources and name == "attention")
     ]  # those are of several layers
-    asked += [(gap.blocks, LayerPlan(), gap.price / RECOVERED) for gap in found.gaps]
+    asked += [(gap.blocks, LayerPlan(), gap.price) for gap in found.gaps]
     ratios, gaps = [], 0
     for places, keep, price in asked:
         plans = {}

@@ -12,27 +12,28 @@ from saap.prune.plan import LayerPlan, PrunePlan, check_plan, composed, whole_la
 from saap.prune.search.milp import Gap, Library, check_floor, search
 from saap.system.errors import UserError
 
-WHOLE_ONLY = PruneOptions(blocks=False)
+WHOLE_ONLY = PruneOptions(keep=frozenset({"blocks"}))
 
 
-def choices_within(found, budget):
+def choices_within(found, budget, most_gone=None):
     """Every way to cover the blocks in order by an option each and by gaps, no two side by side: (price, cost)."""
     blocks = found.blocks(budget)
 
-    def ways(at, after_gap, attends):
+    def ways(at, after_gap, attends, left):
         if at == len(blocks):
             if attends:
                 yield 0.0, budget.fixed
             return
         for option in blocks[at].options:
-            for price, cost in ways(at + 1, False, attends or bool(option.keep.query_heads)):
+            for price, cost in ways(at + 1, False, attends or bool(option.keep.query_heads), left):
                 yield price + option.price, cost + option.cost
         for gap in found.gaps if not after_gap else ():
-            if gap.blocks[0] == (blocks[at].layer, blocks[at].kind):
-                for price, cost in ways(at + len(gap.blocks), True, attends):
+            if gap.blocks[0] == (blocks[at].layer, blocks[at].kind) and len(gap.blocks) <= left:
+                for price, cost in ways(at + len(gap.blocks), True, attends, left - len(gap.blocks)):
                     yield price + gap.price, cost
 
-    return [(price, cost) for price, cost in ways(0, False, False) if budget.fits(cost)]
+    left = len(blocks) if most_gone is None else most_gone
+    return [(price, cost) for price, cost in ways(0, False, False, left) if budget.fits(cost)]
 
 
 @pytest.mark.parametrize("share", [0.9, 0.6, 0.3])
@@ -52,6 +53,19 @@ def test_the_choice_is_the_cheapest_of_all(seed, share, budget_of, options):
     assert plan.price == pytest.approx(min(price for price, _ in legal), rel=1e-9)
     check_plan(plan, SHAPE)
     assert budget.meets(plan.kept_shape(SHAPE))
+
+
+@pytest.mark.parametrize("most_gone", [0, 1, 2])
+@pytest.mark.parametrize("seed", range(3))
+def test_so_many_blocks_go_at_most(seed, most_gone):
+    budget = weights(0.4 * SHAPE.layer_weights)
+    found = library(seed)
+    found = replace(found, gaps=tuple(replace(gap, price=0.1 * gap.price) for gap in found.gaps))
+    plan = search(found, budget, most_gone).plan
+    assert plan.price == pytest.approx(min(price for price, _ in choices_within(found, budget, most_gone)), rel=1e-9)
+    assert sum((not layer.query_heads) + (not layer.ffn) for layer in plan.layers) <= most_gone
+    with pytest.raises(UserError, match="that these options allow is"):
+        search(found, weights(0.01 * SHAPE.layer_weights), most_gone)
 
 
 def test_gaps_go_where_they_are_cheap_and_not_side_by_side():
@@ -108,7 +122,7 @@ def test_kept_layers_stay_whole():
 
 
 def test_the_named_floor_can_be_met_and_less_cannot():
-    kept = PruneOptions(keep_layers=frozenset({1}), blocks=False)
+    kept = PruneOptions(keep_layers=frozenset({1}), keep=frozenset({"blocks"}))
     floor = 1.0 + 0.4 + 0.25 + 0.9 + 0.85  # two heads in one group, width 32; the other layer is whole
     check_floor(SHAPE, milliseconds(floor), kept)
     assert milliseconds(floor).meets(search(library(0, kept), milliseconds(floor)).plan.kept_shape(SHAPE))

@@ -1,0 +1,77 @@
+"""Prices kept by the hash of what they depend on, so that another budget of the same model prices nothing twice."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from devices.common.files import cache_directory, make_room
+from saap.prune.options import PruneOptions
+from saap.prune.plan import LayerPlan
+from saap.prune.scores.cache import key_of
+from saap.prune.search.choices import Place
+from saap.prune.search.milp import Gap, Library
+from saap.system.sealed_tensors import load_sealed, save_sealed
+
+KEPT_BYTES = 256 << 20  # of all entries, some 20 kB each; those unused longest go
+OFFERS, GAP = "offers ", "gap "  # how names begin
+
+
+def prices_path(weights: str, ids: torch.Tensor, options: PruneOptions, streamed: bool) -> Path:
+    """Where the prices of a model by the hash of its weights on ids [sequences, tokens] are kept."""
+    adaptive = asdict(options.adaptive)
+    for counted in ("recovered", "most_gone"):  # by the search
+        del adaptive[counted]
+    settings = {
+        "adaptive": adaptive, "heads": options.heads, "keep": sorted(options.keep), "group": options.group_size,
+        "layers": sorted(options.kept_layers), "compensation": options.compensation, "streamed": streamed,
+    }  # fmt: skip
+    return cache_directory() / "prices" / f"{key_of(weights, ids, settings)}.safetensors"
+
+
+def read_library(path: Path, choices: Mapping[Place, Sequence[LayerPlan]]) -> Library | None:
+    """The library of these choices at the prices kept there; None where there are none that can be read."""
+    if not path.is_file():
+        return None
+    try:
+        kept, _ = load_sealed(path.read_bytes())
+        offers = {
+            place: tuple(zip(plans, kept[OFFERS + _name(place)].tolist(), strict=True))
+            for place, plans in choices.items()
+        }
+        gaps = [
+            Gap(tuple(map(_place, name.split(" ")[2].split("+"))), float(kept[name]))
+            for name in sorted(kept)
+            if name.startswith(GAP)
+        ]
+    except (OSError, KeyError, ValueError):
+        return None
+    path.touch()
+    return Library(offers, tuple(gaps))
+
+
+def keep_library(path: Path, library: Library) -> None:
+    """Write its prices; others that were unused longest make room. A cache that cannot be written costs time only."""
+    kept = {
+        OFFERS + _name(place): torch.tensor([price for _, price in offers], dtype=torch.float64)
+        for place, offers in library.offers.items()
+    }
+    for number, gap in enumerate(library.gaps):
+        kept[f"{GAP}{number:06d} " + "+".join(map(_name, gap.blocks))] = torch.tensor(gap.price, dtype=torch.float64)
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_sealed(kept, path)
+        make_room(path.parent, KEPT_BYTES - path.stat().st_size, path)
+
+
+def _name(place: Place) -> str:
+    return f"{place[0]}.{place[1]}"
+
+
+def _place(name: str) -> Place:
+    layer, _, kind = name.partition(".")
+    return int(layer), kind
