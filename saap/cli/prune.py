@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,6 +19,7 @@ from saap.prune.options import PruneOptions
 from saap.system.errors import UserError
 
 if TYPE_CHECKING:
+    from saap.models.record import Trial
     from saap.prune.plan import Reasons
     from saap.prune.search.budget import Budget
     from saap.prune.vocabulary import Chosen
@@ -108,6 +109,7 @@ def prune_model(model: str, out: Path, asked: PruneCommand, console: Console, na
     from saap.models.checkpoint import read_config
     from saap.prune.pruning import budget_of, streamed
     from saap.prune.pruning import prune as prune_directory
+    from saap.prune.trials import trial_rows
     from saap.prune.vocabulary import Chosen, trim
     from saap.system.files import RECORD, check_output
     from saap.text.documents import Sequences
@@ -129,10 +131,10 @@ def prune_model(model: str, out: Path, asked: PruneCommand, console: Console, na
     budget = budget_of(directory, options, words or None)  # what cannot be met is refused before a text is read
     rows, shape = None, (0, 0)
     if options.reads_text:
-        wanted = Sequences(options.sequences, options.length, options.seed)
+        wanted = Sequences(options.sequences + trial_rows(options), options.length, options.seed)
         rows = training_rows(directory, asked.calibration, "calibration", wanted, console.report)
         console.say_text("calibration", rows.source)
-        shape = (len(rows.ids), rows.ids.shape[1])
+        shape = (options.sequences, rows.ids.shape[1])
     options = replace(options, stream=streamed(directory, budget, options, *shape))
     if options.stream:
         console.say("  the model is read layer by layer, one is in memory at a time")
@@ -224,6 +226,8 @@ def show_plan(slim: Path, budget: Budget) -> None:
         if key in columns[0]
     ]
     print_table("", ["", "dense", "asked", "planned", "achieved"], rows)
+    if trials := plan.get("trials"):
+        show_trials(trials)
     if gap := plan.get("gap"):
         tell(f"  the search ended at its limit: a plan whose price is up to {gap:.1%} less may exist")
     if costs := budget.costs:
@@ -233,6 +237,21 @@ def show_plan(slim: Path, budget: Budget) -> None:
             f"ONNX Runtime {costs['onnxruntime']}, {threads}, {costs['depth']} tokens in the cache), not measured: "
             "export the model and its base, and `saap bench` them"
         )
+
+
+def show_trials(trials: Sequence[Trial]) -> None:
+    """The plans that were tuned to choose between them, the best last."""
+    rounds = sorted({int(tokens) for trial in trials for tokens in trial["kl"]})
+    if not rounds:
+        tell("  there was one plan only, so nothing was tuned to choose")
+        return
+    order = sorted(trials, key=lambda trial: [-len(trial["kl"]), *reversed(trial["kl"].values())], reverse=True)
+    rows = [
+        [str(trial["gone"]), *(f"{trial['kl'][str(n)]:.4f}" if str(n) in trial["kl"] else "-" for n in rounds)]
+        for trial in order
+    ]
+    heads = ["blocks gone", *(f"after {tokens:,} tokens" for tokens in rounds)]
+    print_table("KL to the dense model of every plan that was tuned a little; the last is kept", heads, rows)
 
 
 def show_reasons(reasons: Reasons, options: PruneOptions) -> None:

@@ -68,6 +68,16 @@ class Costs(TypedDict, total=False):
     depth: Count
 
 
+class Trial(TypedDict):
+    """A plan that was tuned a little, to choose between it and others."""
+
+    plan: Count  # its number; that of least price is 0
+    settings: dict[str, object]  # what the search was told
+    gone: Count  # blocks that went whole
+    price_nats: float
+    kl: dict[str, float]  # by tokens of tuning: from the dense model on other text, nats per token
+
+
 class Plan(TypedDict, total=False):
     """What was asked, planned and achieved, and what is kept."""
 
@@ -80,6 +90,7 @@ class Plan(TypedDict, total=False):
     price_nats: float | None
     gap: float  # where the search ended before it knew its plan to be the best
     reasons: dict[str, object] | None
+    trials: list[Trial]  # where plans were tuned to choose between them
     dense_layers: list[Counts]
     layers: list[Kept]
 

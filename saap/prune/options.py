@@ -37,6 +37,7 @@ FUSIONS: dict[Score, tuple[Term, ...]] = {
     "vector-token": ("vector", "token"),
     "fused-token": ("vector", "element", "token"),
 }
+Effort = Literal["quick", "normal", "thorough"]
 Kept = Literal["blocks", "heads", "ffn"]  # kinds of structures that may be left as they are
 REQUIREMENTS = ("ratio", "max_params", "max_bytes", "speedup", "ms_per_token")
 TIMED = ("speedup", "ms_per_token")
@@ -174,6 +175,7 @@ class PruneOptions:
         ),
         Meta(ge=1, le=MOST_STAGES),
     ] = 1
+    effort: Annotated[Effort, Option("Above quick, plans are tuned a little to choose one (saap).", _HOW)] = "quick"
     adaptive: AdaptiveOptions = field(default_factory=AdaptiveOptions)
     heads: Annotated[
         bool | None,
@@ -247,7 +249,7 @@ class PruneOptions:
         self.adaptive.check()
         check_device_is_there(self.device)
         if self.method != "saap":
-            ours = {"stages", *settings_of(AdaptiveOptions)}
+            ours = {"stages", "effort", *settings_of(AdaptiveOptions)}
             refuse_unused(self, ours, "the method saap", f"leave --method {self.method} out")
             if other := sorted(self.keep - {"heads"}):
                 raise UserError(

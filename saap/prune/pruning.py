@@ -32,13 +32,14 @@ from saap.prune.cut.surgery import cut_tensors
 from saap.prune.needs import prune_disk, prune_needs
 from saap.prune.options import TAYLOR, PruneOptions
 from saap.prune.plan import LayerPlan, PrunePlan, composed, whole_layer
-from saap.prune.record import Pruning, record_of
+from saap.prune.record import Pruning, plan_of, record_of
 from saap.prune.search.adaptive import adaptive_plan
 from saap.prune.search.budget import Budget, budget_for
 from saap.prune.search.explain import after
 from saap.prune.search.milp import check_floor
 from saap.prune.shares import joined, shares
 from saap.prune.stages import Stage, kept_stages, share_of, stages_of
+from saap.prune.trials import choose_by_tuning, trial_rows
 from saap.prune.vocabulary import Chosen, write_trimmed
 from saap.system.allocator import kept_memory
 from saap.system.device_names import device_of
@@ -99,6 +100,8 @@ def prune(
     output = Path(output)
     check_output(output, model, calibration, record=RECORD)
     source = resolve(model, progress=progress)
+    if words is not None and options.effort != "quick":
+        raise UserError("--effort chooses layers only: leave --vocabulary out, and trim what was pruned by it alone")
     budget = budget_of(source, options, words)
     if budget.one_width:
         options = replace(options, heads=False)
@@ -107,9 +110,11 @@ def prune(
     if rows is None and not options.reads_text:
         rows = NO_TEXT
     if not isinstance(rows, torch.Tensor | Rows):
-        wanted = Sequences(options.sequences, options.length, options.seed)
+        wanted = Sequences(options.sequences + trial_rows(options), options.length, options.seed)
         rows = training_rows(source, None if rows is None else str(rows), "calibration", wanted, progress)
     ids, text = (rows, None) if isinstance(rows, torch.Tensor) else (rows.ids, rows)
+    if options.effort != "quick":
+        return _by_trials(model, source, options, output, text or Rows(ids, "given ids", None), progress)
     disk = prune_disk(budget.dense, weights_bytes(source), share_of(budget), len(stages))
     check_disk(Needs({}, disk), output, "pruning")
     with (
@@ -150,6 +155,29 @@ def prune(
                 now = _Model(target, "" if stage.last else weights_hash(target), plan)
     achieved = budget.report(shape_of(config := read_config(output)), config)
     return PruneResult(output, now.plan, budget, achieved, text.source if text else None, bool(options.stream))
+
+
+def _by_trials(
+    model: str | Path, source: Path, options: PruneOptions, output: Path, rows: Rows, progress: Progress | None
+) -> PruneResult:
+    """As :func:`prune`, with a plan that tuning chose; the text has rows for that after those that score."""
+    budget = budget_of(source, options)
+    with claimed(output), joined() as together:
+        why = None
+        if together.count > 1:
+            why = "runs in one process"
+        if streamed(source, budget, options, options.sequences, options.length):
+            why = "tunes every plan, and the model does not fit into memory as a whole"
+        if why:
+            raise UserError(f"--effort {options.effort} {why}: leave it out")
+
+        def make(asked: PruneOptions, out: Path, scored: Rows, report: Progress | None) -> object:
+            return prune(model, asked, output=out, calibration=scored, progress=report)
+
+        choose_by_tuning(make, source, options, output, rows, progress)
+    plan = plan_of(read_record(output)["plan"])
+    achieved = budget.report(shape_of(config := read_config(output)), config)
+    return PruneResult(output, plan, budget, achieved, rows.source, False)
 
 
 def _prune_stage(

@@ -52,8 +52,8 @@ class KeptStages:
         """``key`` names all that the stages depend on."""
         self.folder, self._key = folder, key
 
-    def path(self, number: int) -> Path:
-        return self.folder / f"{number}-{self._key}"
+    def path(self, name: int | str) -> Path:
+        return self.folder / f"{name}-{self._key}"
 
     def fresh(self, name: str) -> Path:
         shutil.rmtree(self.folder / name, ignore_errors=True)

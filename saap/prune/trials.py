@@ -1,0 +1,201 @@
+"""Choose between plans by tuning each a little: successive halving (Jamieson and Talwalkar, arXiv 1502.07943).
+
+Prices are of a model that is not tuned, and their sum tells little about which depth is best for one that will be. So
+plans of several depths are made, each is tuned on a few tokens with the dense model as the teacher, and the half that
+stays closest to it on other text goes on to more tokens, until one is left. That one is kept as it was before tuning.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from devices.common.progress import Progress
+from saap.models.record import DOCUMENT, Trial, read_record
+from saap.models.streaming import open_model
+from saap.models.weight_files import weights_hash
+from saap.prune.options import AdaptiveOptions, Effort, PruneOptions
+from saap.prune.plan import PrunePlan
+from saap.prune.record import plan_of
+from saap.prune.stages import KeptStages, kept_stages
+from saap.system.device_names import device_of
+from saap.system.errors import UserError
+from saap.system.files import RECORD, put_in_place
+from saap.text.rows import Rows
+
+if TYPE_CHECKING:
+    from saap.tune.options import TuneOptions
+
+JUDGED = 32  # sequences, of which none is learnt from
+
+
+@dataclass(frozen=True)
+class Halving:
+    """How much is tried.
+
+    Attributes:
+        depths: of the blocks that go whole in the plan of least price, the shares that may go in further plans.
+        recovered: shares of a missing block's price that the search does not count in further plans.
+        tokens: that every plan that is left is tuned on, round by round; half of them stay after each but the last.
+    """
+
+    depths: tuple[float, ...]
+    recovered: tuple[float, ...]
+    tokens: tuple[int, ...]
+
+    def others(self, first: PrunePlan, options: AdaptiveOptions) -> list[AdaptiveOptions]:
+        """What the search is told for further plans, after the one of least price."""
+        gone = gone_of(first)
+        most = sorted({round(share * gone) for share in self.depths}, reverse=True) if gone else []
+        found = [replace(options, recovered=share) for share in self.recovered if gone]
+        return found + [replace(options, most_gone=count) for count in most]
+
+
+HALVINGS: dict[Effort, Halving] = {
+    "normal": Halving((2 / 3, 1 / 3, 0.0), (), (16_384, 32_768)),
+    "thorough": Halving((0.8, 0.6, 0.4, 0.2, 0.0), (0.0, 0.75), (16_384, 32_768, 65_536)),
+}
+
+
+def trial_rows(options: PruneOptions) -> int:
+    """Rows of text that are wanted beyond those that score: to learn from, and to be judged on."""
+    halving = HALVINGS.get(options.effort)
+    return 0 if halving is None else -(-halving.tokens[-1] // options.length) + JUDGED
+
+
+def gone_of(plan: PrunePlan) -> int:
+    """How many attention and FFN blocks a plan takes whole."""
+    return sum((not layer.query_heads) + (not layer.ffn) for layer in plan.layers)
+
+
+Make = Callable[[PruneOptions, Path, Rows, "Progress | None"], object]  # prunes into a directory, scored on rows
+
+
+def choose_by_tuning(
+    make: Make, directory: Path, options: PruneOptions, output: Path, rows: Rows, progress: Progress | None
+) -> None:
+    """Write the slim directory of the plan that is best after some tuning; its record holds all that were tried.
+
+    Args:
+        make: prunes as :func:`saap.prune.prune` does.
+        directory: where the model lies, which teaches.
+        rows: those that score, and :func:`trial_rows` more after them.
+
+    Raises:
+        UserError: too few rows, or what ``make`` raises.
+    """
+    wanted = options.sequences + trial_rows(options)
+    if len(rows.ids) < wanted:
+        raise UserError(
+            f"--effort {options.effort} needs {wanted} calibration sequences, these are {len(rows.ids)}: "
+            "give more text, or leave --effort out"
+        )
+    aside = output.with_name(f"{output.name}-trials")
+    with kept_stages(aside, weights_hash(directory), options, rows.ids) as kept:
+        trials = _Trials(make, directory, options, rows, kept, progress)
+        best = trials.run(HALVINGS[options.effort])
+        record = read_record(best)
+        record["plan"]["trials"] = trials.told
+        DOCUMENT.write(best / RECORD, record)
+        put_in_place(best, output)
+
+
+class _Trials:
+    """Plans in a folder that outlives a kill, and what is known of them."""
+
+    def __init__(
+        self,
+        make: Make,
+        directory: Path,
+        options: PruneOptions,
+        rows: Rows,
+        kept: KeptStages,
+        progress: Progress | None,
+    ) -> None:
+        self.make, self.directory, self.kept, self.progress = make, directory, kept, progress
+        self.options = replace(options, effort="quick")
+        self.scored = replace(rows, ids=rows.ids[: options.sequences])
+        self.learnt, self.judged = rows.ids[options.sequences : -JUDGED], rows.ids[-JUDGED:]
+        self.told: list[Trial] = []
+
+    def run(self, halving: Halving) -> Path:
+        """The directory of the best plan."""
+        self.told = list(self._plans(halving))
+        left = list(self.told)
+        for number, tokens in enumerate(halving.tokens):
+            if len(left) < 2:
+                break
+            for at, trial in enumerate(left, 1):
+                detail = f"{tokens:,} tokens of plan {at} of {len(left)}"
+                trial["kl"][str(tokens)] = self._divergence(trial["plan"], tokens, self._named(detail))
+            left.sort(key=lambda trial: trial["kl"][str(tokens)])
+            last = number == len(halving.tokens) - 1
+            left = left[: 1 if last else max(2, len(left) // 2)]
+        return self._path(left[0]["plan"])
+
+    def _plans(self, halving: Halving) -> Iterator[Trial]:
+        """All plans, no two alike; the one of least price is first."""
+        waiting, seen = [self.options.adaptive], []
+        for number, adaptive in enumerate(waiting):  # which grows by the first
+            try:
+                self._make(number, adaptive)
+            except UserError:
+                if not number:
+                    raise
+                continue  # with so few blocks gone the budget is not met
+            plan = plan_of(read_record(self._path(number))["plan"])
+            if not number:
+                waiting += halving.others(plan, adaptive)
+            if plan.layers in seen:
+                continue
+            seen.append(plan.layers)
+            asked = {name: getattr(adaptive, name) for name in ("recovered", "most_gone")}
+            yield Trial(plan=number, settings=asked, gone=gone_of(plan), price_nats=plan.price, kl={})
+
+    def _make(self, number: int, adaptive: AdaptiveOptions) -> None:
+        if not (self._path(number) / RECORD).is_file():
+            asked = replace(self.options, adaptive=adaptive)
+            self.make(asked, self._path(number), self.scored, self._named(f"plan {number + 1}"))
+
+    def _divergence(self, number: int, tokens: int, progress: Progress | None) -> float:
+        """KL to the dense model on the judged text after some tuning, nats per token; once done it is known."""
+        from saap.evaluate.perplexity import score_models, torch_scorer
+        from saap.tune.tuning import tune
+
+        known = self.kept.path(f"plan {number} after {tokens}.txt")
+        if known.is_file():
+            return float(known.read_text())
+        tuned = self.kept.path(f"plan {number} tuned")
+        rows = self.learnt[: -(-tokens // self.options.length)]
+        tune(
+            self._path(number), _tuning(self.options), output=tuned, teacher=self.directory, data=rows,
+            progress=progress,
+        )  # fmt: skip
+        device = device_of(self.options.device)
+        scorers = {
+            name: torch_scorer(open_model(at, device)) for name, at in (("dense", self.directory), ("tuned", tuned))
+        }
+        found = score_models(scorers, self.judged.to(device), reference="dense", progress=progress)
+        shutil.rmtree(tuned)
+        known.write_text(repr(found[1].kl))
+        return float(found[1].kl or 0.0)
+
+    def _path(self, number: int) -> Path:
+        return self.kept.path(f"plan {number}")
+
+    def _named(self, detail: str) -> Progress | None:
+        """Progress whose labels name the plan."""
+        report = self.progress
+        return report and (lambda label, done, total: report(f"{label}, {detail}", done, total))
+
+
+def _tuning(options: PruneOptions) -> TuneOptions:
+    """As the bundle will be tuned, in its bits; text is short, so none of it is held out."""
+    from saap.tune.options import TrainOptions, TuneOptions
+
+    training = TrainOptions(micro_rows=2, seed=options.seed, device=options.device)
+    bits = 8 if options.bits == 32 else options.bits
+    return TuneOptions(bits=bits, group_size=options.group_size, length=options.length, held_out=0.0, training=training)
