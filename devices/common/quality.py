@@ -87,8 +87,35 @@ class TaskScore:
 
 
 @dataclass(frozen=True)
+class AnswerScore:
+    """One model's greedy answers to some prompts (:mod:`saap.evaluate.answers`).
+
+    Attributes:
+        agreement: share of the tokens of the reference's answers that the model would say next behind their beginnings.
+        same: mean number of tokens until its own answer differs from the reference's.
+        repetition: mean share of an answer's 4-grams that were in it before.
+    """
+
+    model: str
+    agreement: float | None  # None without a reference, as same
+    same: float | None
+    repetition: float
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Answers of all models to the same prompts."""
+
+    source: str  # of the prompts
+    sha256: str  # over them
+    prompts: int
+    tokens: int  # of an answer, at most
+    scores: tuple[AnswerScore, ...]
+
+
+@dataclass(frozen=True)
 class Quality:
-    """Models on one text, on tasks, or on both."""
+    """Models on one text, on tasks, on prompts, or on several of these."""
 
     protocol: Protocol | None  # None where no text was evaluated
     reference: str | None  # the name of the dense model that KL and top-1 are against
@@ -96,6 +123,7 @@ class Quality:
     tasks: tuple[TaskScore, ...] = ()
     task_seed: int | None = None  # that examples were drawn with; None without tasks
     max_examples: int | None = None  # of each task; None is all
+    answers: Answers | None = None
     kind: Literal["saap-quality"] = KIND
 
 

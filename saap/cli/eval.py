@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import click
 
 from devices.common.options import Option
-from devices.common.quality import QUALITY, Quality, TaskScore
+from devices.common.quality import QUALITY, Answers, Quality, TaskScore
 from saap.cli.console import LOADING, Console, print_table
 from saap.cli.options import OptionsCommand, options_of
 from saap.cli.types import directory, force
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from devices.common.gguf_header import GgufHeader
     from export.bundle.manifest import BundleManifest
     from export.generate.scoring import BundleScorer
+    from saap.evaluate.answers import Writer
     from saap.evaluate.continuations import Scorer
     from saap.evaluate.evaluation import Subject
     from saap.evaluate.perplexity import Score
@@ -52,7 +53,7 @@ class EvalCommand:
 @click.option("--json", "json_path", type=directory, help="Write the numbers here, for compare and report.")
 @force
 def evaluate(paths: tuple[Path, ...], json_path: Path | None, options: EvalCommand) -> None:
-    """Perplexity, KL, top-1 agreement and zero-shot tasks of model directories and bundles.
+    """Perplexity, KL, top-1 agreement, zero-shot tasks and answers of model directories and bundles.
 
     llama.cpp:FILE.gguf and BUNDLE@llama.cpp run in llama.cpp, as `saap bench` takes them. A perplexity is told with its
     protocol; `saap compare` refuses two of different ones.
@@ -62,6 +63,7 @@ def evaluate(paths: tuple[Path, ...], json_path: Path | None, options: EvalComma
       saap eval out/bundle --reference smollm2-135m --max-chunks 40
       saap eval out/slim --text wiki.test.raw --chunk 2048 --join wikitext --max-chunks all
       saap eval out/slim out/bundle --tasks piqa,arc_easy --task-dir tasks/ --json quality.json
+      saap eval out/slim --reference smollm2-135m --answers 32
     """
     from devices.common.outputs import QUALITY as OF_EVAL
     from devices.common.outputs import check_place
@@ -73,13 +75,15 @@ def evaluate(paths: tuple[Path, ...], json_path: Path | None, options: EvalComma
     for each in filter(None, (*paths, options.reference)):
         if not is_for_llama_cpp(each):
             kind_of(Placed.of(each).bundle)  # before what takes seconds to import
-    on_text = options.text is not None or not options.options.tasks
+    on_text = options.text is not None or not (options.options.tasks or options.options.answers)
     check_options(options.options, on_text=on_text)
     check_place(json_path, OF_EVAL, *paths, options.reference, options.text)
-    if options.options.tasks and (
+    asked = [name for name in ("tasks", "answers") if getattr(options.options, name)]
+    if asked and (
         peers := [str(path) for path in paths if is_for_llama_cpp(path) or Placed.of(path).engine in PACKAGES]
     ):
-        raise UserError(f"{peers[0]}: only ONNX Runtime is asked zero-shot tasks: leave --tasks out, or give a bundle")
+        what = {"tasks": "asked zero-shot tasks", "answers": "given prompts"}[asked[0]]
+        raise UserError(f"{peers[0]}: only ONNX Runtime is {what}: leave --{asked[0]} out, or give a bundle")
     console = Console.of_command()
     console.report(LOADING, 0, 0)
     from saap.evaluate.evaluation import evaluate as evaluate_subjects
@@ -92,7 +96,9 @@ def evaluate(paths: tuple[Path, ...], json_path: Path | None, options: EvalComma
             if json_path is not None:
                 QUALITY.write(json_path, quality)
         finally:
-            if not quality.tasks:
+            if quality.answers and not quality.tasks:
+                show_answers(quality.answers)
+            elif not quality.tasks:
                 show_quality(quality)
 
     models, reference = [subject_of(path) for path in paths], options.reference and subject_of(options.reference)
@@ -181,6 +187,14 @@ class Bundle:
 
         return cached_continuations(self._scorer(1).read, torch.get_num_threads()), self.positions()
 
+    def writer(self, device: torch.device, stops: Sequence[int]) -> Writer:
+        import torch
+
+        from export.generate.ort_model import BundleForCausalLM
+        from saap.evaluate.answers import torch_writer
+
+        return torch_writer(BundleForCausalLM.from_bundle(self.path, torch.get_num_threads()), stops)
+
     def _scorer(self, threads: int) -> BundleScorer:
         from export.bundle.manifest import verify_files
         from export.generate.scoring import BundleScorer
@@ -206,6 +220,9 @@ class BundleInOpenVino(Bundle):
 
     def continuations(self, device: torch.device) -> tuple[Scorer, int]:
         raise NotImplementedError("zero-shot tasks are not asked of OpenVINO")
+
+    def writer(self, device: torch.device, stops: Sequence[int]) -> Writer:
+        raise NotImplementedError("OpenVINO is given no prompts")
 
 
 @dataclass(frozen=True)
@@ -259,6 +276,9 @@ class GGUFInLlamaCpp:
     def continuations(self, device: torch.device) -> tuple[Scorer, int]:
         raise NotImplementedError("zero-shot tasks are not asked of llama.cpp")
 
+    def writer(self, device: torch.device, stops: Sequence[int]) -> Writer:
+        raise NotImplementedError("llama.cpp is given no prompts")
+
 
 def show_quality(quality: Quality) -> None:
     protocol = quality.protocol
@@ -282,6 +302,20 @@ def show_quality(quality: Quality) -> None:
     )
     columns = ["model", "perplexity", "NLL", "bits/byte", "KL to dense", "top-1", "M params", "MB"]
     print_table(title, columns, rows, ("M params", "MB"))
+
+
+def show_answers(answers: Answers) -> None:
+    """Agreement and repetition, a row per model."""
+
+    def cell(value: float | None, form: str) -> str:
+        return "-" if value is None else format(value, form)
+
+    rows = [
+        [score.model, cell(score.agreement, ".1%"), cell(score.same, ".1f"), f"{score.repetition:.1%}"]
+        for score in answers.scores
+    ]
+    title = f"{answers.source}: greedy answers to {answers.prompts} prompts, {answers.tokens} tokens at most"
+    print_table(title, ["model", "agreement", "same tokens", "repetition"], rows)
 
 
 def show_tasks(quality: Quality) -> None:

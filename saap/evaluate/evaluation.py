@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from devices.common.progress import Progress
-from devices.common.quality import ModelQuality, Quality
+from devices.common.quality import Answers, ModelQuality, Quality
+from saap.evaluate.answers import Writer, read_prompts, score_answers, stop_ids, torch_writer
 from saap.evaluate.continuations import Scorer, torch_continuations
 from saap.evaluate.options import EvalOptions, check_options
 from saap.evaluate.perplexity import Score, score_models, torch_scorer
@@ -28,7 +29,7 @@ from saap.system.errors import UserError
 from saap.system.gpu import CPU, out_of_memory
 from saap.system.needs import check_memory, fits
 from saap.system.precision import fast_float32
-from saap.text.documents import SELF
+from saap.text.documents import SELF, documents_of
 from saap.text.encoding import check_ids, said_words_of, writing_tokenizer
 from saap.text.overlap import refuse_seen
 from saap.text.windows import Windows, evaluation_windows, tokenizer_hash
@@ -69,6 +70,9 @@ class Subject(Protocol):
     def continuations(self, device: torch.device) -> tuple[Scorer, int]:
         """Likelihoods of continuations, and the tokens of its context."""
 
+    def writer(self, device: torch.device, stops: Sequence[int]) -> Writer:
+        """What answers prompts, up to one of the tokens that end an answer. Raises UserError: it cannot."""
+
 
 @dataclass(frozen=True)
 class Directory:
@@ -95,6 +99,13 @@ class Directory:
         model = open_model(self.path, device)
         return torch_continuations(model), int(model.config.max_position_embeddings)
 
+    def writer(self, device: torch.device, stops: Sequence[int]) -> Writer:
+        if not fits(whole_needs(self.path)):
+            raise UserError(
+                f"{self.name} does not fit into memory as a whole, so it answers nothing: leave --answers out"
+            )
+        return torch_writer(open_model(self.path, device), stops)
+
 
 Model = str | Path | Subject
 
@@ -108,13 +119,14 @@ def evaluate(
     progress: Progress | None = None,
     keep: Callable[[Quality], None] | None = None,
 ) -> Quality:
-    """Perplexity, KL and top-1 agreement on a text, and zero-shot tasks.
+    """Perplexity, KL and top-1 agreement on a text, zero-shot tasks, and answers to prompts.
 
     Args:
         models: directories, names, or what else can be evaluated.
         reference: the dense model that KL and top-1 are against.
         text: a text, .jsonl or .gz file, or a data set id; None is SAAP_DATA, else the sample that ships, and
-            ``self`` text that the dense model writes. With tasks there is a perplexity only where a text is given.
+            ``self`` text that the dense model writes. With tasks or answers there is a perplexity only where a text is
+            given.
             Windows that are cut already are not checked.
         keep: called with what is known so far, after the text and after each model's tasks.
 
@@ -122,12 +134,16 @@ def evaluate(
         UserError: no such text, one that a model was calibrated or tuned on, models that do not compare, unknown tasks.
     """
     options, keep = options or EvalOptions(), keep or (lambda quality: None)
-    check_options(options, on_text=text is not None or not options.tasks)
+    on_text = text is not None or not (options.tasks or options.answers)
+    check_options(options, on_text=on_text)
     base, subjects = subjects_of(models, reference, progress)
     quality = Quality(None, base.name if base else None, tuple(ModelQuality(s.name, *s.size()) for s in subjects))
-    if text is not None or not options.tasks:
+    if on_text:
         windows = text if isinstance(text, Windows) else windows_for(subjects, options, text, progress)
         quality = _on_text(subjects, windows, quality, device_of(options.device), progress)
+        keep(quality)
+    if options.answers:
+        quality = _on_prompts(subjects, options, quality, progress)
         keep(quality)
     return _on_tasks(subjects, options, quality, progress, keep) if options.tasks else quality
 
@@ -211,6 +227,28 @@ def _on_text(
             row = replace(row, bits_per_byte=bits / windows.predicted_bytes)
         rows.append(row)
     return replace(quality, protocol=windows.protocol, rows=tuple(rows))
+
+
+@fast_float32()
+def _on_prompts(
+    subjects: Sequence[Subject], options: EvalOptions, quality: Quality, progress: Progress | None
+) -> Quality:
+    """All models answer the same prompts, in the first one's words."""
+    prompts = read_prompts(options.prompts, options.answers or 0)
+    documents = documents_of(prompts.texts, prompts.source)
+    tokenizer, device = load_tokenizer(subjects[0].path), device_of(options.device)
+    ids = prompts.ids(tokenizer)
+    for subject in subjects:
+        refuse_seen(subject.name, subject.lineage(), documents)
+        if tokenizer_hash(load_tokenizer(subject.path)) != tokenizer_hash(tokenizer):
+            raise UserError(f"{subject.name} has another tokenizer than {subjects[0].name}: leave --answers out")
+        if max(map(len, ids)) + options.answer_tokens > subject.positions():
+            raise UserError(f"{subject.name} holds {subject.positions()} tokens: give a smaller --answer-tokens")
+    stops = stop_ids(subjects[0].path, tokenizer)
+    models = {each.name: (each.writer(device, stops), each.scorer(device)) for each in subjects}
+    scores = score_answers(models, ids, options.answer_tokens, quality.reference, progress)
+    about = (prompts.source, prompts.sha256, len(ids), options.answer_tokens)
+    return replace(quality, answers=Answers(*about, tuple(scores)))
 
 
 def _on_tasks(

@@ -13,7 +13,7 @@ from devices.common.values import parse_count, parse_names
 from saap.system.device_names import check_device_is_there
 from saap.text.windows import Cut, Join
 
-_TEXT, _TASKS = "Perplexity", "Zero-shot tasks"
+_TEXT, _TASKS, _ANSWERS = "Perplexity", "Zero-shot tasks", "Answers"
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,15 @@ class EvalOptions:
         int | None, Option("Of each task, drawn with --seed; default: all.", _TASKS), Meta(ge=1)
     ] = None
     seed: Annotated[int, Option("Of the examples that are drawn.", _TASKS), Meta(ge=0)] = 0
+    answers: Annotated[
+        int | None,
+        Option("Prompts to answer: agreement with the dense model's answers, and repetition.", _ANSWERS),
+        Meta(ge=1),
+    ] = None
+    prompts: Annotated[Path | None, Option("A prompt on each line; default: 32 of saap's.", _ANSWERS)] = None
+    answer_tokens: Annotated[
+        int, Option("Tokens of an answer, at most.", _ANSWERS, metavar="N", hidden=True), Meta(ge=1, le=100_000)
+    ] = 48
     device: Annotated[str, Option(COMPUTE, metavar="NAME", hidden=True)] = "auto"
 
     @property
@@ -61,8 +70,12 @@ def check_options(options: EvalOptions, *, on_text: bool = True) -> None:
     check_device_is_there(options.device)
     if not options.tasks:
         refuse_unused(options, ("task_dir", "max_examples", "seed"), "--tasks", "name some, as piqa,arc_easy")
+    if options.answers is None:
+        refuse_unused(options, ("prompts", "answer_tokens"), "answers", "give --answers")
     if options.max_examples is None:
         refuse_unused(options, ("seed",), "drawing examples", "give --max-examples")
     if not on_text:
         cut = ("chunk", "stride", "bos", "join", "max_chunks")
-        refuse_unused(options, cut, "perplexity, which --tasks leaves out", "give --text")
+        refuse_unused(
+            options, cut, f"perplexity, which {'--tasks' if options.tasks else '--answers'} leaves out", "give --text"
+        )
