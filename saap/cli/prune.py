@@ -112,7 +112,7 @@ def prune_model(model: str, out: Path, asked: PruneCommand, console: Console, na
     from saap.prune.trials import trial_rows
     from saap.prune.vocabulary import Chosen, trim
     from saap.system.files import RECORD, check_output
-    from saap.text.documents import Sequences
+    from saap.text.documents import Sequences, one_kind
     from saap.text.rows import training_rows
 
     options = for_this_machine(asked)
@@ -134,6 +134,9 @@ def prune_model(model: str, out: Path, asked: PruneCommand, console: Console, na
         wanted = Sequences(options.sequences + trial_rows(options), options.length, options.seed)
         rows = training_rows(directory, asked.calibration, "calibration", wanted, console.report)
         console.say_text("calibration", rows.source)
+        if kind := one_kind(asked.calibration):
+            other = "instructions" if kind == "running text" else "running text"
+            console.say(f"  it is all {kind}: what the model does with {other} is not looked at; give a .jsonl of both")
         shape = (options.sequences, rows.ids.shape[1])
     options = replace(options, stream=streamed(directory, budget, options, *shape))
     if options.stream:

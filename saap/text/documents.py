@@ -101,6 +101,20 @@ def load_rows(source: str | Path, *, split: Split) -> list[tuple[str, object]] |
     return _json_rows(path, _content(path)) if path.is_file() else _hub_rows(str(source), split)
 
 
+def one_kind(source: str | None) -> str | None:
+    """What all of a file is, running text or instructions; None for both, and for what is no file.
+
+    A model that is pruned or tuned on one of them loses more of the other than it has to.
+    """
+    if source is None or not Path(source).is_file():
+        return None
+    rows = load_rows(source, split="calibration")
+    asked = [isinstance(row, dict) and ("instruction" in row or is_conversation(row)) for _, row in rows or []]
+    if not any(asked):
+        return "running text"
+    return "instructions" if all(asked) else None
+
+
 def read_file(path: Path, *, whole: bool = False) -> list[str]:
     """The documents of one file; ``whole`` keeps a plain text as one document.
 

@@ -157,3 +157,17 @@ def test_self_written_follows_the_distribution(tiny_model, tiny_tokenizer, monke
     observed = torch.bincount(written[:, 1], minlength=320) / 4000
     assert expected.max() > 0.2
     assert (observed - expected).abs().max() < 0.03
+
+
+def test_what_all_of_a_file_is(tmp_path):
+    plain, asked = {"text": LONG}, {"instruction": "Say it.", "output": LONG}
+    chat = {"messages": [{"role": "user", "content": "Say it."}, {"role": "assistant", "content": LONG}]}
+
+    def kind(*rows):
+        return text.one_kind(str(write(tmp_path / "rows.jsonl", "\n".join(map(json.dumps, rows)))))
+
+    assert kind(plain, plain) == "running text"
+    assert kind(asked, chat) == "instructions"
+    assert kind(plain, chat) is None
+    assert text.one_kind(str(write(tmp_path / "river.txt", LONG))) == "running text"
+    assert text.one_kind(None) is None and text.one_kind("self") is None and text.one_kind("org/name") is None
