@@ -26,6 +26,7 @@ from saap.models.architectures import (
 )
 from saap.models.checkpoint import read_config, transformers_config
 from saap.models.modeling_slim import unpack_zero_points, unpacked_words
+from saap.models.record import read_record
 from saap.models.shape import ModelShape
 from saap.models.slim_quant import module_form, quant_of, stacked_form
 from saap.models.weight_files import tensor_reader
@@ -164,7 +165,10 @@ class ModelSource:
         bits = 4 if bits is None else bits
         if bits not in (4, 8, 32):
             raise UserError(f"{bits} bits are not supported; allowed: 4, 8, 32")
-        return Precision(bits, 0 if bits == 32 else group_size or 32, 32 if bits == 32 else head_bits or bits)
+        planned = read_record(self.directory).get("plan", {}).get("bundle", {}).get("block")
+        return Precision(
+            bits, 0 if bits == 32 else group_size or planned or 32, 32 if bits == 32 else head_bits or bits
+        )
 
     def matrix(self, module: str, precision: Precision) -> torch.Tensor | QuantMatrix:
         """One linear, the embedding or the head: float [N, K] at 32 bit, integers otherwise.

@@ -36,6 +36,8 @@ class Stack:
     nodes: int  # of the graph as it was written
     weight_bytes: int  # read per step
     head_rows: int = 0  # words that its head says; 0: all
+    part: str = ""  # attention, ffn or outside: what has another group size, of every second layer
+    group_size: int = 0  # weights per scale there
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,16 @@ class HeadCost:
 
 
 @dataclass(frozen=True)
+class GroupCost:
+    """Milliseconds of the model's own blocks, and of a step outside its layers, where so many weights share a scale."""
+
+    group_size: int
+    attention_ms: float
+    ffn_ms: float
+    outside_ms: float
+
+
+@dataclass(frozen=True)
 class ThreadCosts:
     """The costs at one thread count. ``constant_ms``: embedding, final norm, head and choice of the token."""
 
@@ -114,6 +126,7 @@ class ThreadCosts:
     conv: list[ConvCost] = field(default_factory=list)  # of a model that has such layers
     delta: list[DeltaCost] = field(default_factory=list)  # likewise
     head: list[HeadCost] = field(default_factory=list)  # of fewer words than all
+    groups: list[GroupCost] = field(default_factory=list)  # of larger groups than the table's
 
 
 def read_stacks(manifests: Sequence[BundleManifest]) -> list[Stack]:
@@ -123,8 +136,10 @@ def read_stacks(manifests: Sequence[BundleManifest]) -> list[Stack]:
     for manifest in manifests:
         changed = [own for own, whole in zip(manifest.layers, base, strict=True) if own != whole]
         option = changed[0] if changed else base[0]
-        nodes, size = int(manifest.lineage["nodes"]), manifest.weight_bytes_per_token
-        stacks.append(Stack(option, len(changed), len(base), nodes, size, int(manifest.lineage.get("head_rows", 0))))
+        about, size = manifest.lineage, manifest.weight_bytes_per_token
+        words, part, group_size = about.get("head_rows", 0), about.get("part", ""), about.get("group_size", 0)
+        changes = len(changed), len(base), int(about["nodes"]), size, int(words), str(part), int(group_size)
+        stacks.append(Stack(option, *changes))
     return stacks
 
 
@@ -158,6 +173,13 @@ def costs_from(
         else:
             ffn.append(FfnCost(option.ffn, saved[no_ffn] - saved[i]))
     constant = base - stacks[0].layers * (saved[no_attention] + saved[no_ffn])
+    whole = {"attention": saved[no_attention], "ffn": saved[no_ffn], "outside": constant}
+    regrouped: dict[int, dict[str, float]] = {}
+    for i, stack in enumerate(stacks):
+        if stack.part:
+            places = 1 if stack.part == "outside" else stack.layers // 2
+            less = base * (1 - ratios[i]) / places
+            regrouped.setdefault(stack.group_size, {})[f"{stack.part}_ms"] = whole[stack.part] - less
     nodes = (stacks[0].nodes - stacks[no_ffn].nodes) / stacks[no_ffn].changed
     return ThreadCosts(
         n_threads=len(cpus),
@@ -172,6 +194,7 @@ def costs_from(
         conv=sorted(conv, key=lambda cost: cost.channels),
         delta=sorted(delta, key=lambda cost: cost.heads),
         head=[HeadCost(rows, constant - less) for rows, less in sorted(smaller.items())],
+        groups=[GroupCost(size, **parts) for size, parts in sorted(regrouped.items())],
     )
 
 

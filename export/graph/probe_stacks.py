@@ -2,7 +2,8 @@
 
 An operator that is timed over and over by itself finds its weights in the cache, and in a model it does not. So what
 is timed is whole decode steps. The first stack is the model itself; in each of the others every second layer takes one
-option instead: an FFN width, a count of heads, or a block less; in the last ones the head says fewer words. The
+option instead: an FFN width, a count of heads, or a block less; in the last ones the head says fewer words, or more
+weights share a scale in one kind of block or outside the layers. The
 difference of two steps is then what the option saves in its place, between layers that push its weights out of the
 cache.
 
@@ -34,12 +35,14 @@ from export.graph.weights import Array, MicrosoftLayout, WeightFile, write_model
 from export.source import DeltaRates, Kernel, Precision, StackedLinear, sized_manifest
 from saap.models.modeling_slim import packed_words
 from saap.models.shape import DELTA, DeltaHeads, LayerSizes, ModelShape
+from saap.models.slim_quant import GROUP_SIZES
 from saap.quantize.groups import QuantMatrix
 
 FFN_WIDTHS = 8
 RARE_SIZES = 4  # of short convolutions, or of delta nets
 HEAD_COUNTS = 3  # of KV groups, and of query heads in each
 FAST_ROWS = 64  # widths in multiples of it suit the fast kernels
+PARTS = {"attention": ("qkv", "o"), "ffn": ("gate_up", "down"), "outside": ()}
 HEAD_SHARES = (1 / 8, 1 / 2)  # of the vocabulary that a head says
 EPSILON = 1e-5
 
@@ -50,13 +53,23 @@ class ProbeStack:
 
     layers: Sequence[LayerSizes]
     head_rows: int = 0  # words that the head says; 0: all
+    part: str = ""  # of PARTS, whose matrices have another group size: of every second layer, or outside the layers
+    group_size: int = 0  # weights per scale there
 
 
 def stacks_of(model: ProbeModel) -> list[ProbeStack]:
     """All that is timed of a model, the model itself first."""
     layers, vocab = stack_layers(model), model.shape.vocab
     heads = [ProbeStack(layers[0], max(1, round(share * vocab))) for share in HEAD_SHARES]
-    return [*map(ProbeStack, layers), *heads]
+    return [*map(ProbeStack, layers), *heads, *_grouped(model, layers[0])]
+
+
+def _grouped(model: ProbeModel, layers: Sequence[LayerSizes]) -> list[ProbeStack]:
+    """A stack for each part and each larger group size that all parts can have."""
+    own, full, shape = model.precision.group_size, layers[0], model.shape
+    columns = (shape.hidden, full.query_heads * shape.head_dim, full.ffn)
+    larger = [size for size in GROUP_SIZES if own and size > own and not any(count % size for count in columns)]
+    return [ProbeStack(layers, 0, part, size) for size in larger for part in PARTS]
 
 
 def stack_layers(model: ProbeModel) -> list[tuple[LayerSizes, ...]]:
@@ -125,8 +138,10 @@ class _MadeUp:
     What comes out of a matrix is about as large as what goes in.
     """
 
-    def __init__(self, model: ProbeModel, shape: ModelShape, device: str, head_rows: int) -> None:
-        self.architecture, self.shape, self._device = model.architecture, shape, device
+    def __init__(
+        self, model: ProbeModel, shape: ModelShape, device: str, head_rows: int, stack: ProbeStack | None = None
+    ) -> None:
+        self.architecture, self.shape, self._device, self._stack = model.architecture, shape, device, stack
         self.words = torch.arange(head_rows) if head_rows else None
         self._random = torch.Generator().manual_seed(0) if device == "cpu" else None
 
@@ -148,10 +163,15 @@ class _MadeUp:
             "down": (shape.hidden, sizes.ffn, shape.mlp_bias),
         }[part]
         bias = self._filled(0.01, rows) if biased else None
-        return StackedLinear(self._matrix(rows, columns, precision.bits, precision.group_size), bias)
+        group_size, stack = precision.group_size, self._stack
+        if stack and layer % 2 and part in PARTS.get(stack.part, ()):
+            group_size = stack.group_size
+        return StackedLinear(self._matrix(rows, columns, precision.bits, group_size), bias)
 
     def table(self, module: str, precision: Precision) -> torch.Tensor | QuantMatrix:
-        return self._matrix(self.shape.vocab, self.shape.hidden, precision.head_bits, precision.group_size)
+        outside = self._stack is not None and self._stack.part == "outside"
+        group_size = self._stack.group_size if self._stack and outside else precision.group_size
+        return self._matrix(self.shape.vocab, self.shape.hidden, precision.head_bits, group_size)
 
     def norm(self, field: str, layer: int | None = None) -> torch.Tensor:
         """A norm that changes nothing."""
@@ -219,7 +239,7 @@ def _write_stack(
     directory.mkdir()
     file, rows = _StackFile(whole, directory), stack.head_rows
     shape = replace(model.shape, layers=tuple(stack.layers), said=rows)
-    write_model(_MadeUp(model, shape, "meta", rows), model.precision, MicrosoftLayout(file), tables)
+    write_model(_MadeUp(model, shape, "meta", rows, stack), model.precision, MicrosoftLayout(file), tables)
     traits = replace(model.traits, words=packed_words(range(rows), shape.vocab) if rows else "")
     graph = MicrosoftGraph(
         GraphModel(shape, traits, model.precision, EPSILON, model.architecture.value_norm), file.tensors
@@ -238,6 +258,8 @@ def _write_stack(
             "head_bits": model.precision.head_bits,
             "nodes": len(graph.graph),
             "head_rows": rows,
+            "part": stack.part,
+            "group_size": stack.group_size,
         },
     )
     write_manifest(directory, manifest)

@@ -147,7 +147,7 @@ def prune_model(model: str, out: Path, asked: PruneCommand, console: Console, na
     console.finish()
     if not speaks():
         return
-    show_plan(out, budget)
+    show_plan(out, result.budget)
     if asked.explain and result.plan.reasons:
         show_reasons(result.plan.reasons, options)
 
@@ -215,7 +215,7 @@ def show_plan(slim: Path, budget: Budget) -> None:
     plan, config = read_record(slim)["plan"], read_config(slim)
     click.echo(plan_chart(plan["dense_layers"], plan["layers"]))
     columns: list[Mapping[str, float | None]] = [
-        budget.report(budget.dense),
+        budget.report_dense(),
         {NAMES.get(kind, kind): value for kind, value in budget.asked.items()},
         plan["planned"],
         budget.report(shape_of(config), config),
@@ -229,6 +229,9 @@ def show_plan(slim: Path, budget: Budget) -> None:
         if key in columns[0]
     ]
     print_table("", ["", "dense", "asked", "planned", "achieved"], rows)
+    if budget.of_dense is not None:
+        before = budget.of_dense.group_size
+        tell(f"  {budget.group_size} weights share a scale, {before} in the dense model: saap tune and export do so")
     if trials := plan.get("trials"):
         show_trials(trials)
     if gap := plan.get("gap"):

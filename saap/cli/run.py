@@ -383,7 +383,7 @@ def check_model(source: Path, options: RunOptions) -> None:
 
     config, quant = read_config(source), options.tuning.options
     graph_writer(ModelSource(source), options.export(tuned=False))
-    bundle_size(config, quant.bits, quant.group_size).check(shape_of(config))
+    bundle_size(config, quant.bits, quant.group).check(shape_of(config))
     if options.tuning.teacher:
         check_same_vocabulary(resolve(options.tuning.teacher), source)
     positions, needed = positions_of(config), BenchOptions().positions
@@ -449,7 +449,7 @@ def run_needs(
     from saap.tune.needs import tune_needs
 
     shape, floats, tuning = shape_of(read_config(source)), weights_bytes(source), options.tuning.options
-    bundle = bundle_size(read_config(source), tuning.bits, tuning.group_size).total(shape)
+    bundle = bundle_size(read_config(source), tuning.bits, tuning.group).total(shape)
     share, training = share_of(budget), tuning.training
     tokens = (training.micro_rows or training.rows_per_step) * tuning.length
     disk = prune_disk(shape, floats, share, len(stages_of(budget, pruning)))
@@ -460,7 +460,7 @@ def run_needs(
     element = pruning.adaptive.element if pruning.method == "saap" else "none"
     steps = {
         "pruning": prune_needs(shape, pruning.sequences, pruning.length, floats, streamed=True, element=element),
-        "tuning": tune_needs(shape, tuning.bits, tuning.group_size, tokens, streamed=True),
+        "tuning": tune_needs(shape, tuning.bits, tuning.group, tokens, streamed=True),
         "exporting": export_needs(shape, bundle, PARITY_ROWS * PARITY_TOKENS),
         "evaluating": Needs({"the process": PROCESS, "both bundles, packed": round((2 - share) * PACKED * bundle)}),
     }

@@ -118,6 +118,7 @@ def tune_model(slim: str | Path, out: Path, asked: TuneCommand, console: Console
 
     check_output(out, slim, asked.teacher, asked.data, record=RECORD)
     directory = resolve(slim, progress=console.report)
+    asked = replace(asked, options=asked.options.for_model(directory))
     check_model(directory, asked.options)
     teacher = resolve(asked.teacher, progress=console.report) if asked.teacher else None
     kept = None if asked.minutes is None else KeptTokens(out, asked.minutes)

@@ -153,8 +153,9 @@ class PruneOptions:
     ] = None
     bits: Annotated[Literal[4, 8, 32], Option("Of the bundle, for its size and time.", _FOR)] = 4
     group_size: Annotated[
-        Literal[32, 64, 128], Option("Its weights per scale; every width is a multiple of it.", _FOR, old=("--group",))
-    ] = 32
+        Literal[32, 64, 128] | None,
+        Option("Its weights per scale; default: the best by --costs, else 32.", _FOR, old=("--group",)),
+    ] = None
     engine: Annotated[
         Literal["any", "llama.cpp"],
         Option("Runtime; llama.cpp wants equal FFNs in some families.", _FOR, flags=("--for",)),
@@ -208,6 +209,11 @@ class PruneOptions:
         ),
     ] = None
     device: Annotated[str, Option(COMPUTE, _RUNS, metavar="NAME", hidden=True)] = "auto"
+
+    @property
+    def least_group(self) -> Literal[32, 64, 128]:
+        """Weights per scale that every width is a multiple of; larger groups leave some widths out."""
+        return self.group_size or 32
 
     @property
     def asked(self) -> dict[str, float]:

@@ -104,6 +104,7 @@ class PrunePlan:
     price: float = 0.0  # predicted loss, nats per token
     reasons: Reasons | None = None  # why each block lost what it lost
     gap: float = 0.0  # by which share of its price a better plan might be cheaper; 0: none is
+    group_size: int | None = None  # weights per scale that the search chose; None: as was asked
 
     @property
     def kept_layers(self) -> tuple[int, ...]:
@@ -147,7 +148,9 @@ def composed(first: PrunePlan, second: PrunePlan) -> PrunePlan:
             if isinstance(which, tuple):
                 kept[name] = tuple(getattr(before, name)[i] for i in which)
         layers[index] = LayerPlan(**kept)
-    return PrunePlan(tuple(layers), first.price + second.price, gap=max(first.gap, second.gap))
+    return PrunePlan(
+        tuple(layers), first.price + second.price, gap=max(first.gap, second.gap), group_size=second.group_size
+    )
 
 
 def check_plan(plan: PrunePlan, dense: ModelShape) -> None:

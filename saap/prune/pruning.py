@@ -153,6 +153,7 @@ def prune(
                 if now.path.parent == kept.folder and together.main:
                     shutil.rmtree(now.path)
                 now = _Model(target, "" if stage.last else weights_hash(target), plan)
+    budget = budget.in_groups_of(now.plan.group_size)
     achieved = budget.report(shape_of(config := read_config(output)), config)
     return PruneResult(output, now.plan, budget, achieved, text.source if text else None, bool(options.stream))
 
@@ -176,6 +177,7 @@ def _by_trials(
 
         choose_by_tuning(make, source, options, output, rows, progress)
     plan = plan_of(read_record(output)["plan"])
+    budget = budget.in_groups_of(plan.group_size)
     achieved = budget.report(shape_of(config := read_config(output)), config)
     return PruneResult(output, plan, budget, achieved, rows.source, False)
 
@@ -191,7 +193,8 @@ def _prune_stage(
     model = _loaded(now.path, pruning.options)
     planned = stage.budget.cut
     cut = replace(shape, added_bias=planned.added_bias, vocab=planned.vocab, said=planned.said)
-    stage = replace(stage, budget=replace(stage.budget, dense=shape, cut=cut))
+    others = tuple(replace(each, dense=shape, cut=cut) for each in stage.budget.others)
+    stage = replace(stage, budget=replace(stage.budget, dense=shape, cut=cut, others=others))
     options = pruning.options
     if kept := options.keep_layers:  # by their places in the model now
         kept = frozenset(place for place, index in enumerate(now.plan.kept_layers) if index in kept)
@@ -202,6 +205,7 @@ def _prune_stage(
         plan = ranked_plan(model, pruning.ids, stage.budget, options, progress)
     layers = shares().agreed([asdict(layer) for layer in plan.layers])
     plan = replace(plan, layers=convert(layers, tuple[LayerPlan, ...]))
+    pruning = replace(pruning, budget=pruning.budget.in_groups_of(plan.group_size))
 
     refitted = {} if aside is None else TensorFolder(aside, weights_dtype(now.path))
     refitted.update(compensate(options.compensation, model, plan, pruning.ids, last=stage.last, progress=progress))

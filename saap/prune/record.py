@@ -48,7 +48,7 @@ def record_of(pruning: Pruning, plan: PrunePlan, achieved: dict[str, float | Non
             "layers": to_builtins([keep.told() for keep in plan.layers]),
         },
         "options": {
-            "block": options.group_size,
+            "block": pruning.budget.group_size,
             "compensate": options.compensation,
             "heads": options.heads if ours else options.prunes_heads(pruning.budget.dense),
             "steps": pruning.stages,
@@ -74,4 +74,5 @@ def plan_of(recorded: Plan) -> PrunePlan:
     """The plan as :func:`record_of` writes it; KeyError or ValueError where there is none."""
     layers, reasons = convert(recorded["layers"], tuple[LayerPlan, ...]), recorded["reasons"]
     told = convert(reasons, Reasons) if reasons else None
-    return PrunePlan(layers, recorded["price_nats"] or 0.0, told, recorded.get("gap", 0.0))
+    group_size = recorded["bundle"].get("block") or None
+    return PrunePlan(layers, recorded["price_nats"] or 0.0, told, recorded.get("gap", 0.0), group_size)

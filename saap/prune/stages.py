@@ -42,7 +42,7 @@ def stages_of(budget: Budget, options: PruneOptions) -> list[Stage]:
 
 def share_of(budget: Budget) -> float:
     """The share of what the layers cost that has to go."""
-    return 1 - budget.limit / (budget.total(budget.dense) - budget.measure.outside(budget.dense))
+    return max(0.0, 1 - budget.limit / (budget.total(budget.dense) - budget.measure.outside(budget.dense)))
 
 
 class KeptStages:

@@ -149,9 +149,9 @@ class _Trials:
             plan = plan_of(read_record(self._path(number))["plan"])
             if not number:
                 waiting += halving.others(plan, adaptive)
-            if plan.layers in seen:
+            if (plan.layers, plan.group_size) in seen:
                 continue
-            seen.append(plan.layers)
+            seen.append((plan.layers, plan.group_size))
             asked = {name: getattr(adaptive, name) for name in ("recovered", "most_gone")}
             yield Trial(plan=number, settings=asked, gone=gone_of(plan), price_nats=plan.price, kl={})
 
@@ -198,4 +198,4 @@ def _tuning(options: PruneOptions) -> TuneOptions:
 
     training = TrainOptions(micro_rows=2, seed=options.seed, device=options.device)
     bits = 8 if options.bits == 32 else options.bits
-    return TuneOptions(bits=bits, group_size=options.group_size, length=options.length, held_out=0.0, training=training)
+    return TuneOptions(bits=bits, length=options.length, held_out=0.0, training=training)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
-from typing import Annotated, Literal
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Literal, get_args
 
-from msgspec import Meta
+from msgspec import Meta, convert
 
 from devices.common.options import COMPUTE, COUNT, Option, check_values, refuse_unused
 from devices.common.values import parse_bytes
+from saap.models.record import read_record
 from saap.system.device_names import check_device_is_there
 
 Bits = Literal[4, 8]
@@ -85,7 +87,10 @@ class TuneOptions:
     """Precision, what is trained, and how the teacher counts."""
 
     bits: Annotated[Bits, Option("Bits of the linears.", _INTEGERS)] = 4
-    group_size: Annotated[GroupSize, Option("Weights per scale.", _INTEGERS, old=("--group",))] = 32
+    group_size: Annotated[
+        GroupSize | None,
+        Option("Weights per scale; default: as pruning planned, else 32.", _INTEGERS, old=("--group",)),
+    ] = None
     head_bits: Annotated[Bits | None, Option("Bits of embedding and head; default: as --bits.", _INTEGERS)] = None
     symmetric: Annotated[
         bool, Option("Zero points per group: closer, and a little slower.", _INTEGERS, flags=("--asymmetric",))
@@ -141,6 +146,18 @@ class TuneOptions:
         Meta(ge=0, le=1_000_000),
     ] = None
     training: TrainOptions = field(default_factory=lambda: TrainOptions(micro_rows=2))
+
+    @property
+    def group(self) -> GroupSize:
+        """Weights per scale, where a model's own plan says nothing."""
+        return self.group_size or 32
+
+    def for_model(self, directory: Path) -> TuneOptions:
+        """With the group size that the model's pruning planned for, where none is asked for."""
+        planned = read_record(directory).get("plan", {}).get("bundle", {}).get("block")
+        if self.group_size is not None or planned not in get_args(GroupSize):
+            return replace(self, group_size=self.group)
+        return replace(self, group_size=convert(planned, GroupSize))
 
     def recorded(self) -> dict[str, object]:
         """As saap.json and states hold them, whose name for the group size is older; the text is recorded apart."""

@@ -99,6 +99,7 @@ def tune(
     options.check()
     check_output(out, model, teacher, data, record=RECORD)
     directory = resolve(model, progress=progress)
+    options = options.for_model(directory)
     check_model(directory, options)
     teacher_dir = None if teacher is None else resolve(teacher, progress=progress)
     if isinstance(data, torch.Tensor):
@@ -223,7 +224,7 @@ def way_of(shape: ModelShape, length: int, options: TuneOptions) -> Way:
     device = CPU if shares_parameters() else training_device()
     training = options.training
     tokens = length * (training.micro_rows or training.rows_per_step)
-    needs = partial(tune_needs, shape, options.bits, options.group_size, tokens)
+    needs = partial(tune_needs, shape, options.bits, options.group, tokens)
 
     def fit(needs: Needs) -> bool:
         return fits(needs) and fits_device(needs, device)
@@ -249,7 +250,7 @@ def check_model(slim_dir: Path, options: TuneOptions) -> dict[str, object]:
     config = read_config(slim_dir)
     if config.get("slim_quant"):
         raise UserError(f"{slim_dir} holds tuned integers already: tune the slim directory it came from")
-    shape, block = shape_of(config), options.group_size
+    shape, block = shape_of(config), options.group
     if options.kept_tokens > (words := shape.vocab):
         refuse_unused(options, ("kept_tokens",), f"at most the {words} tokens of the vocabulary of {slim_dir}")
     check_widths(shape, block)
@@ -321,7 +322,7 @@ def _quantised(
     model: PreTrainedModel, ids: torch.Tensor, options: TuneOptions, progress: Progress | None
 ) -> tuple[PeftModel, list[Group], SlimQuant]:
     """The model of integers and adapters, what is trained at which peak rates, and the config's ``slim_quant``."""
-    form = IntegerForm(options.bits, options.group_size, options.head_bits or options.bits, options.symmetric)
+    form = IntegerForm(options.bits, options.group, options.head_bits or options.bits, options.symmetric)
     sample = ids[: options.calibration_rows]
     if options.max_bytes is not None:
         choice = choose_forms(model, sample, options.max_bytes, progress)
@@ -331,7 +332,7 @@ def _quantised(
         matrices = compensated_matrices(model, sample, form, progress)
     else:
         matrices = nearest_matrices(model, form)
-    quant = quantize_model(model, options.bits, options.group_size, form.head_bits, matrices)
+    quant = quantize_model(model, options.bits, options.group, form.head_bits, matrices)
     del matrices
     settle(model)
     for parameter in model.parameters():  # a view of the loaded file keeps all pages of it that were written

@@ -97,10 +97,13 @@ def probe_costs(
     source = read_probe_model(path, asked.bits, asked.group_size, limit)
     if asked.options.engine != ONNXRUNTIME:
         check_probe(source)
+    wanted = stacks_of(source)
+    if asked.options.engine != ONNXRUNTIME:
+        wanted = [stack for stack in wanted if not stack.part]  # its blocks have 32 weights
     with tempfile.TemporaryDirectory(prefix="saap-costs-") as work, calling(Path(work), "the probe graphs"):
-        stacks = write_probe_stacks(source, Path(work), progress=progress)
+        stacks = write_probe_stacks(source, Path(work), wanted, progress)
         if asked.options.engine != ONNXRUNTIME:
-            for stack, of in zip(stacks, stacks_of(source), strict=True):
+            for stack, of in zip(stacks, wanted, strict=True):
                 write_probe_gguf(source, of, stack / FILES[asked.options.engine])
         return device.costs(stacks, asked.options, progress=progress)
 
@@ -125,6 +128,9 @@ def show_costs(costs: Costs) -> None:
         ffn += [(f"convolution {c.channels}", c.ms) for c in table.conv]
         ffn += [(f"delta net of {c.heads} key heads", c.ms) for c in table.delta]
         heads = [(f"outside the layers with {c.rows:,} words", c.ms) for c in table.head]
+        for of in table.groups:
+            own = ("attention", of.attention_ms), ("FFN", of.ffn_ms), ("outside the layers", of.outside_ms)
+            heads += [(f"{name} in groups of {of.group_size}", ms) for name, ms in own]
         print_table("", ["part", "us"], [[name, f"{1000 * ms:.1f}"] for name, ms in [*attention, *ffn, *heads]])
         node = "an unknown time" if table.node_ms is None else f"{1000 * table.node_ms:.1f} us"
         tell(

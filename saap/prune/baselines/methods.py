@@ -111,7 +111,7 @@ def rank(
             if not torch.isfinite(values).all():
                 raise UserError(f"layer {layer}: the scores of {method} are not finite: check the model and the text")
             key = threshold_key(values) if method == "flap" else uniform_key(place, kind)
-            removals += [each.at(key(each)) for each in block_removals(shape, layer, kind, values, options.group_size)]
+            removals += [each.at(key(each)) for each in block_removals(shape, layer, kind, values, options.least_group)]
     return Ranking(method, shape, tuple(sorted(removals, key=lambda each: each.key)))
 
 

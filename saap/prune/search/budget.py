@@ -85,6 +85,21 @@ class Budget:
     costs: Costs | None = None  # what a record says about the table
     further: tuple[str, ...] = ()  # options that would let more go, as a person is told of them
     one_width: bool = False  # whether all FFNs keep the same number of channels, and all else stays
+    of_dense: Budget | None = None  # in groups as the dense model is exported in; None where these are such groups
+    others: tuple[Budget, ...] = ()  # the same requirement with larger groups of weights
+
+    @property
+    def each(self) -> tuple[Budget, ...]:
+        """The same requirement with every group size that may be chosen."""
+        return (self, *self.others)
+
+    def in_groups_of(self, group_size: int | None) -> Budget:
+        """The same requirement with that group size; None is this one."""
+        return self if group_size is None else {budget.group_size: budget for budget in self.each}[group_size]
+
+    def divides(self, kind: BlockKind, sizes: LayerSizes) -> bool:
+        """Whether the matrix that writes of a block of these sizes has whole groups."""
+        return self.cut.inner_width(kind, sizes) % self.group_size == 0
 
     @property
     def fixed(self) -> float:
@@ -117,7 +132,8 @@ class Budget:
     def partway(self, share: float) -> Budget:
         """The budget after ``share`` of the way from the dense model to what was asked, for pruning in stages."""
         whole = self.total(self.dense)
-        return replace(self, most=whole + share * (self.most - whole))
+        others = tuple(budget.partway(share) for budget in self.others)
+        return replace(self, most=whole + share * (self.most - whole), others=others)
 
     def report(self, shape: ModelShape, config: Mapping[str, object] | None = None) -> dict[str, float | None]:
         """A model in all units that are known; None is unknown.
@@ -133,15 +149,25 @@ class Budget:
             "bytes": size.total(shape) if size else None,
         }
         if self.table:
-            dense, ms = (self.table.total_ms(each.layers, each.head_rows) for each in (self.dense, shape))
+            dense = (self.of_dense or self).total_ms(self.dense)
+            ms = self.total_ms(shape)
             numbers |= {"ms_per_token": ms, "speedup": dense / ms}
         return numbers
+
+    def total_ms(self, shape: ModelShape) -> float:
+        """Of a decode step of a whole model, where there is a table."""
+        assert self.table is not None, "times are by a table"
+        return self.table.total_ms(shape.layers, shape.head_rows)
+
+    def report_dense(self) -> dict[str, float | None]:
+        """The dense model, as it is exported where nothing is said."""
+        return (self.of_dense or self).report(self.dense)
 
     def record(self) -> Plan:
         """What was asked, of which bundle and by which table, and what the dense model is, for ``saap.json``."""
         bundle = {"bits": self.bits, "block": self.group_size if self.bits != 32 else 0}
         costs = Plan(costs=self.costs) if self.costs else Plan()
-        return {"asked": self.asked, "bundle": bundle, **costs, "dense": self.report(self.dense)}
+        return {"asked": self.asked, "bundle": bundle, **costs, "dense": self.report_dense()}
 
     def in_words(self, value: float) -> str:
         if self.unit == "bytes":
@@ -154,7 +180,7 @@ class Budget:
         """The error where ``floor``, the least that a model can cost, is too much; the number it names can be met."""
         ((kind, asked),) = self.asked.items()
         if kind in ("ratio", "speedup"):
-            whole = self.total(self.dense)
+            whole = (self.of_dense or self).total(self.dense)
             best = 1 - floor / whole if kind == "ratio" else whole / floor
             name = {"ratio": "a ratio", "speedup": "a speed-up"}[kind]
             largest = _rounded(best, math.floor)
@@ -193,26 +219,44 @@ def budget_for(
     """
     options.check_requirement()
     ((kind, value),) = options.asked.items()
-    size, table, costs = _size(options, kind, dense, config), None, None
+    size, table, costs = _size(options, options.least_group, kind, dense, config), None, None
     if options.costs is not None:
         table = read_costs(
-            options.costs, dense, bits=options.bits, group_size=options.group_size, threads=options.threads,
+            options.costs, dense, bits=options.bits, group_size=options.least_group, threads=options.threads,
             onnxruntime=options.onnxruntime,
         )  # fmt: skip
         costs = _described(options.costs, table)
     unit, measure = _measure(kind, size, table)
     budget = Budget(
-        unit, math.inf, measure, options.asked, dense, cut or dense, options.bits, options.group_size, size, table,
+        unit, math.inf, measure, options.asked, dense, cut or dense, options.bits, options.least_group, size, table,
         costs, tuple(_further(options, dense)),
     )  # fmt: skip
     whole = budget.total(dense)
     budget = replace(budget, most={"ratio": (1 - value) * whole, "speedup": whole / value}.get(kind, value))
-    if budget.meets(dense):
+    if table is not None and options.bits != 32:
+        budget = _with_groups(budget, table, options, config)
+    if budget.meets(dense) and (options.group_size is None or budget.group_size == 32):
         raise UserError(
             f"the model has {budget.in_words(whole)} already, which meets {budget.in_words(value)}: "
             f"give a smaller {_flag(kind)}"
         )
     return budget
+
+
+def _with_groups(budget: Budget, table: CostTable, options: PruneOptions, config: Mapping[str, object]) -> Budget:
+    """The budget in the groups that were asked for, or with those that the search may choose."""
+
+    def of(group_size: int) -> Budget:
+        own = table.in_groups_of(group_size)
+        size = _size(options, group_size, "", budget.dense, config)
+        return replace(budget, measure=StepTime(own), table=own, group_size=group_size, size=size, of_dense=budget)
+
+    larger = [cost.group_size for cost in table.groups]
+    if options.group_size is not None:
+        return of(options.group_size) if options.group_size in larger else budget
+    others = tuple(map(of, larger)) if options.method == "saap" and options.engine == "any" else ()
+    whole = [all(each.divides(kind, s) for s in budget.dense.layers for kind in s.blocks) for each in others]
+    return replace(budget, others=tuple(each for each, fits in zip(others, whole, strict=True) if fits))
 
 
 def _further(options: PruneOptions, dense: ModelShape) -> Iterator[str]:
@@ -221,7 +265,7 @@ def _further(options: PruneOptions, dense: ModelShape) -> Iterator[str]:
     asked = "heads" in options.keep or options.method == "shortgpt"
     if dense.separable_heads and not asked and not options.prunes_heads(dense):
         yield "--heads"
-    if options.group_size > 32:
+    if options.least_group > 32:
         yield "a smaller --group-size"
     if options.keep_layers:
         yield "fewer --keep-layers"
@@ -237,9 +281,11 @@ def _measure(kind: str, size: BundleSize | None, table: CostTable | None) -> tup
     return ("weights", Weights(False)) if kind == "ratio" else ("parameters", Weights(True))
 
 
-def _size(options: PruneOptions, kind: str, dense: ModelShape, config: Mapping[str, object]) -> BundleSize | None:
+def _size(
+    options: PruneOptions, group_size: int, kind: str, dense: ModelShape, config: Mapping[str, object]
+) -> BundleSize | None:
     try:
-        size = bundle_size(config, options.bits, options.group_size)
+        size = bundle_size(config, options.bits, group_size)
         size.check(dense)
         return size
     except UserError:

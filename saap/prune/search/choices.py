@@ -67,7 +67,7 @@ def _narrower(shape: ModelShape, options: PruneOptions, kind: BlockKind, index: 
     channels = getattr(sizes, kind.sizes[0])
     order = np.argsort(scores[kind.types[0]][index], kind="stable").tolist()
     plans = []
-    for width in widths_of(channels, options.group_size, shape.width_of(kind.writes, sizes))[:-1]:
+    for width in widths_of(channels, options.least_group, shape.width_of(kind.writes, sizes))[:-1]:
         only: dict[str, Any] = {kind.sizes[0]: tuple(sorted(order[channels - width :]))}
         plans.append(LayerPlan(**only))
     return plans
@@ -80,7 +80,7 @@ def _fewer_heads(shape: ModelShape, options: PruneOptions, index: int, scores: S
     order = np.argsort(np.sum([scores["group"][i] for i in together], axis=0), kind="stable")
     facts: dict[str, Any] = {name: getattr(sizes, name) for name in ATTENTION.facts}
     plans = []
-    for groups, per_group in _counts(sizes, shape.head_of(sizes), options.group_size):
+    for groups, per_group in _counts(sizes, shape.head_of(sizes), options.least_group):
         kept = sorted(int(g) for g in order[sizes.kv_heads - groups :])
         heads: list[int] = []
         for group in kept:

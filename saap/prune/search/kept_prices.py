@@ -27,7 +27,7 @@ def prices_path(weights: str, ids: torch.Tensor, options: PruneOptions, streamed
     for counted in ("recovered", "most_gone"):  # by the search
         del adaptive[counted]
     settings = {
-        "adaptive": adaptive, "heads": options.heads, "keep": sorted(options.keep), "group": options.group_size,
+        "adaptive": adaptive, "heads": options.heads, "keep": sorted(options.keep), "group": options.least_group,
         "layers": sorted(options.kept_layers), "compensation": options.compensation, "streamed": streamed,
     }  # fmt: skip
     return cache_directory() / "prices" / f"{key_of(weights, ids, settings)}.safetensors"

@@ -101,9 +101,12 @@ class Library:
     def blocks(self, budget: Budget) -> list[Block]:
         """All blocks in order, with what their options cost."""
         return [
-            Block(i, kind, tuple(Option(keep, nats, budget.cost(KINDS[kind], keep.sizes)) for keep, nats in offers))
+            Block(i, kind, tuple(
+                Option(keep, nats, budget.cost(KINDS[kind], keep.sizes))
+                for keep, nats in offers if not nats or budget.divides(KINDS[kind], keep.sizes)
+            ))
             for (i, kind), offers in self.offers.items()
-        ]
+        ]  # fmt: skip
 
 
 def search(library: Library, budget: Budget, most_gone: int | None = None) -> Found:
@@ -119,6 +122,7 @@ def search(library: Library, budget: Budget, most_gone: int | None = None) -> Fo
 
 def check_floor(shape: ModelShape, budget: Budget, options: PruneOptions) -> None:
     """Refuse, before minutes of scoring, what no choice of options can meet; the UserError names the floor."""
+    budget = budget.each[-1]  # in the largest groups, which cost least
     free = {place: tuple((keep, 0.0) for keep in plans) for place, plans in choices(shape, options).items()}
     if budget.one_width:
         free = {(i, kind): offers if kind == FFN.name else offers[:1] for (i, kind), offers in free.items()}

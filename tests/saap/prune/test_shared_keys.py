@@ -28,7 +28,8 @@ def dense(tiny_family):
 @pytest.mark.parametrize("ratio", [0.3, 0.6])
 @pytest.mark.parametrize("blocks", [False, True])
 def test_what_layers_share_goes_from_all_of_them(dense, tmp_path, ratio, blocks):
-    options = PruneOptions(ratio=ratio, blocks=blocks, heads=True, group_size=32)
+    kept = frozenset() if blocks else frozenset({"blocks"})
+    options = PruneOptions(ratio=ratio, keep=kept, heads=True, group_size=32)
     result = prune(dense, options, output=tmp_path / "slim", calibration=IDS)
     before, after = shape_of(read_config(dense)), shape_of(read_config(tmp_path / "slim"))
     assert before.sources == after.sources == (0, 1, 2, 3, 2, 3)

@@ -63,7 +63,7 @@ def test_what_does_not_fit_is_read_layer_by_layer(tiny_model, monkeypatch):
     with pytest.raises(UserError, match=r"pruning needs .* \(the process 560 MB, .*\), and .* are free: leave"):
         streamed(path, budget, replace(OPTIONS, stream=False), 8, 24)
     with pytest.raises(UserError, match="param_first needs the whole model"):
-        streamed(path, budget, replace(OPTIONS, stages=1, blocks=True, method="param_first"), 8, 24)
+        streamed(path, budget, replace(OPTIONS, stages=1, keep=frozenset(), method="param_first"), 8, 24)
     monkeypatch.setattr(module, "available_memory", lambda: single / 2)
     with pytest.raises(UserError, match="fewer --sequences or a smaller --length"):
         streamed(path, budget, OPTIONS, 8, 24)

@@ -275,7 +275,7 @@ def test_what_memory_allows_is_kept_and_changes_no_loss(slim, tmp_path, monkeypa
             shape = shape_of(read_config(slim))
             tokens = options.training.rows_per_step * ROWS.shape[1]
             both = (
-                tune_needs(shape, options.bits, options.group_size, tokens, streamed=False, recomputed=each)
+                tune_needs(shape, options.bits, options.group, tokens, streamed=False, recomputed=each)
                 for each in (True, False)
             )
             free = sum(needs.memory_bytes for needs in both) / 2 / needs_module.FREE_SHARE
