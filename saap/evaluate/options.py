@@ -52,7 +52,7 @@ class EvalOptions:
     answers: Annotated[
         int | None,
         Option("Prompts to answer: agreement with the dense model's answers, and repetition.", _ANSWERS),
-        Meta(ge=1),
+        Meta(ge=1, le=10_000),
     ] = None
     prompts: Annotated[Path | None, Option("A prompt on each line; default: 32 of saap's.", _ANSWERS)] = None
     answer_tokens: Annotated[

@@ -99,7 +99,7 @@ class AdaptiveOptions:
     most_gone: Annotated[
         int | None,
         Option("Blocks that go whole, at most; default: as many as the prices want.", _SCORES, shown=False),
-        Meta(ge=0),
+        Meta(ge=0, le=100_000),
     ] = None
 
     @property
@@ -163,7 +163,7 @@ class PruneOptions:
     onnxruntime: str | None = None  # version that the table of costs must be of; None accepts any
     method: Annotated[Method, Option("saap, flap, wanda_sp, ... (--help-all).", _HOW, metavar="NAME")] = "saap"
     compensate: Annotated[
-        Compensation | None, Option("How the remaining weights compensate; default: the method's own.", _HOW)
+        Compensation | None, Option("How the other weights compensate; default: as the method.", _HOW)
     ] = None
     stages: Annotated[
         int,
@@ -180,7 +180,7 @@ class PruneOptions:
     adaptive: AdaptiveOptions = field(default_factory=AdaptiveOptions)
     heads: Annotated[
         bool | None,
-        Option("Query heads and KV groups too; default: as the method.", _GOES, flags=("--heads",)),
+        Option("Query heads and KV groups too; default: as the method.", _GOES, flags=("--heads",), hidden=True),
     ] = None
     keep: Annotated[
         frozenset[Kept],
