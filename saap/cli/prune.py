@@ -20,7 +20,7 @@ from saap.system.errors import UserError
 
 if TYPE_CHECKING:
     from saap.models.record import Trial
-    from saap.prune.plan import Reasons
+    from saap.prune.plan import PrunePlan
     from saap.prune.search.budget import Budget
     from saap.prune.vocabulary import Chosen
 
@@ -149,7 +149,7 @@ def prune_model(model: str, out: Path, asked: PruneCommand, console: Console, na
         return
     show_plan(out, result.budget)
     if asked.explain and result.plan.reasons:
-        show_reasons(result.plan.reasons, options)
+        show_reasons(result.plan, result.budget, options)
 
 
 def _words(directory: Path, asked: PruneCommand, console: Console) -> Chosen:
@@ -260,10 +260,14 @@ def show_trials(trials: Sequence[Trial]) -> None:
     print_table("KL to the dense model of every plan that was tuned a little; the last is kept", heads, rows)
 
 
-def show_reasons(reasons: Reasons, options: PruneOptions) -> None:
-    """Why each layer lost what it lost: a row each, then in words."""
-    from saap.prune.search.explain import layer_table, sentences
+def show_reasons(plan: PrunePlan, budget: Budget, options: PruneOptions) -> None:
+    """Why each layer lost what it lost: a row each, then by kinds, then in words."""
+    from saap.prune.search.explain import kinds_table, layer_table, sentences
 
+    reasons = plan.reasons
+    assert reasons is not None, "the method says why"
     print_table(*layer_table(reasons))
+    if options.method == "saap":
+        print_table(*kinds_table(plan, reasons, budget))
     for sentence in sentences(reasons, options.method, options.keep_layers or frozenset()):
         tell(f"  {sentence}", otherwise=PROSE)

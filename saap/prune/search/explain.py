@@ -43,6 +43,7 @@ COLUMNS = {
     "query_heads": "query heads", "kv_heads": "KV groups", "conv": "conv channels", "delta": "delta heads",
     "ffn": "FFN channels",
 }  # fmt: skip
+PARTS = {"attention": "query heads and KV groups", "ffn": "FFN channels"}  # of blocks that are narrower
 MOST_NAMED = 3  # layers that lost most, by name
 ALIKE = 0.005  # shares that are told as the same
 CHEAPER = 0.95  # times the price elsewhere, and less, is called cheap
@@ -138,6 +139,31 @@ class _Layer:
     def next(self) -> tuple[Reason, Move] | None:
         moves = [(block, block.next) for block in self.blocks if block.next]
         return min(moves, key=lambda pair: pair[1].per_unit, default=None)
+
+
+def kinds_table(plan: PrunePlan, reasons: Reasons, budget: Budget) -> tuple[str, list[str], list[list[str]]]:
+    """Title, headings, and a row of cells for each kind of structure that went: what it saved and what it costs.
+
+    ``budget``: in the groups of the plan, whose blocks the reasons are of.
+    """
+    scale, _, unit = UNITS[reasons.unit]
+    found: dict[str, list[float]] = {}
+    for block in reasons.blocks:
+        gone = not block.keeps.blocks
+        name = "whole blocks" if gone else PARTS.get(block.kind, KINDS[block.kind].said)
+        if block.saved:
+            found.setdefault(name, [0, 0.0, 0.0])
+            for place, number in enumerate((1, block.saved, block.price or 0.0)):
+                found[name][place] += number
+    if budget.of_dense is not None and reasons.unit == "ms":
+        saved = budget.of_dense.total(budget.dense) - budget.total(budget.dense)
+        price = plan.price - sum(block.price or 0.0 for block in reasons.blocks)
+        found[f"{budget.group_size} weights to a scale"] = [0, saved, price]
+    rows = [
+        [name, f"{count:.0f}" if count else "all", short(saved / scale), short(price), short(price / saved * scale)]
+        for name, (count, saved, price) in sorted(found.items(), key=lambda item: -item[1][1])
+    ]
+    return "What each kind gave and cost", ["kind", "blocks", f"{unit} saved", "nats", f"per {unit}"], rows
 
 
 def layer_table(reasons: Reasons) -> tuple[str, list[str], list[list[str]]]:
