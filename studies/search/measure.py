@@ -10,6 +10,8 @@ from pathlib import Path
 from saap.models.record import read_record
 from studies.common import Cell, provenance
 
+ANSWERS = 32
+
 
 def row(name: str, asked: list[str], texts: dict[str, str], tokens: int, work: Path, python: str) -> Cell:
     """Prune, tune and judge one row of a field by commands that anyone can type; ``python`` runs the code to use."""
@@ -26,6 +28,7 @@ def row(name: str, asked: list[str], texts: dict[str, str], tokens: int, work: P
     cell: Cell = {
         "asked": [word for word in asked if not word.startswith("/")], "tokens": tokens,
         "planned": plan["planned"]["speedup"], "removed": plan["planned"]["ratio"],
+        "group": plan["bundle"]["block"],
         "gone": sum((not layer["query_heads"]) + (not layer["ffn"]) for layer in plan["layers"]),
     }  # fmt: skip
     for kind, path in (("untuned", slim), ("tuned", tuned)):
@@ -36,4 +39,11 @@ def row(name: str, asked: list[str], texts: dict[str, str], tokens: int, work: P
                 saap("eval", path, *(["--text", file] if file else []), *words)
             found = json.loads(out.read_text())["rows"][-1]
             cell[f"{kind} {text}"] = {key: found[key] for key in ("perplexity", "bits_per_byte", "kl", "top1")}
+    out = work / f"{name}-answers.json"
+    if not out.is_file():
+        saap("eval", tuned, "--reference", asked[0], "--answers", ANSWERS, "--json", out)
+    found = json.loads(out.read_text())["answers"]["scores"][-1]
+    cell["answers"] = {key: found[key] for key in ("agreement", "same", "repetition")}
+    if trials := plan.get("trials"):
+        cell["trials"] = trials
     return {**cell, **provenance()}

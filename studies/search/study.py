@@ -21,12 +21,12 @@ CELLS = HERE / "cells"
 MODEL = "smollm2-135m"
 ROWS = {
     "search": "**SAAP**",
+    "normal": "**SAAP, `--effort normal`**",
+    "blocks": "SAAP, groups of 32",
     "before": "SAAP of ca0b679 (widths and heads, in stages)",
     "shortgpt": "ShortGPT",
     "shortgpt-refit": "ShortGPT with our refit",
-    "flap": "FLAP",
-    "stages": "SAAP, three stages",
-    "no-blocks": "SAAP, `--keep blocks`",
+    "shortgpt-refit-64": "ShortGPT with our refit, groups of 64",
 }
 TEXTS = ("WikiText-2", "Dolly")
 
@@ -52,13 +52,19 @@ def rows_table() -> str:
             f"{100 * cell['removed']:.0f} %",
             str(cell["gone"]),
         ]
+        told.append(str(cell.get("group", 32)))
         for text in TEXTS:
             told += [f"{cell[f'untuned {text}']['kl']:.3f}", f"{cell[f'tuned {text}']['kl']:.3f}"]
             told += [f"{cell[f'tuned {text}']['perplexity']:.1f}", f"{100 * cell[f'tuned {text}']['top1']:.1f} %"]
+        answers = cell.get("answers")
+        told += (
+            [f"{100 * answers['agreement']:.1f} %", f"{100 * answers['repetition']:.0f} %"] if answers else ["-", "-"]
+        )
         lines.append((speed, cell[f"tuned {TEXTS[1]}"]["kl"], told))
-    heads = ["asked", "method", "planned", "layers' weights gone", "blocks gone"]
+    heads = ["asked", "method", "planned", "layers' weights gone", "blocks gone", "weights to a scale"]
     for text in TEXTS:
         heads += [f"{text}: KL untuned", "KL tuned", "perplexity", "top-1"]
+    heads += ["answers: agreement", "repetition"]
     return markdown(heads, [told for _, _, told in sorted(lines)])
 
 
@@ -75,6 +81,8 @@ def main() -> None:
     made.add_argument("--method", default="saap")
     made.add_argument("--compensate", choices=("none", "bias", "refit"))
     made.add_argument("--costs", type=Path, required=True)
+    made.add_argument("--group-size", type=int)
+    made.add_argument("--effort")
     add_write_option(commands.add_parser("table"))
     args = parser.parse_args()
     if args.command == "table":
@@ -85,6 +93,8 @@ def main() -> None:
     asked = [MODEL, "--speedup", str(args.speedup), "--costs", str(args.costs.resolve())]
     asked += ["--method", args.method] if args.method != "saap" else []
     asked += ["--compensate", args.compensate] if args.compensate else []
+    asked += ["--group-size", str(args.group_size)] if args.group_size else []
+    asked += ["--effort", args.effort] if args.effort else []
     texts = {"WikiText-2": "", **dict(each.split("=", 1) for each in args.texts)}
     name = f"{args.name}-{args.speedup:g}"
     cell = {"row": name} | row(name, asked, texts, args.tokens, args.work.resolve(), args.python)
