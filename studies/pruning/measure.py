@@ -15,20 +15,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
+from saap.evaluate.perplexity import score_models, torch_scorer
 from saap.models.checkpoint import load_model
 from saap.models.record import read_record
 from saap.models.resolve import load_tokenizer
 from saap.prune.baselines.methods import published
 from saap.prune.options import AdaptiveOptions, FusionOptions, PruneOptions
 from saap.prune.pruning import prune
-from saap.prune.search.masking import mean_nll
 from saap.system.errors import UserError
 from saap.text.documents import Sequences, documents_of, pack, read_file
 from saap.text.rows import training_rows
 from saap.text.windows import Cut, windows_of
 from studies.common import provenance
 from studies.pruning.cells import HELD, LENGTH, SEQUENCES, Variant, slug
+
+
+def mean_nll(model: PreTrainedModel, ids: torch.Tensor) -> float:
+    """Mean negative log-likelihood in nats per predicted token, ids [sequences, tokens]."""
+    (found,) = score_models({"model": torch_scorer(model)}, ids)
+    return float(found.nll or 0.0)
 
 
 def options_of(variant: Variant) -> PruneOptions:

@@ -18,7 +18,6 @@ from saap.models.record import read_record
 from saap.models.weight_files import tensor_reader
 from saap.prune.options import PruneOptions
 from saap.prune.pruning import prune
-from saap.prune.search.masking import mean_nll
 from saap.system.files import write_json
 from saap.text.documents import Sequences
 from saap.text.rows import FEWEST_ROWS, TuningRows, held_out, tuning_rows
@@ -26,7 +25,7 @@ from saap.tune.loop.steps import Run, train
 from saap.tune.tuning import TuneOptions, loss_of, targets_of, tensors_of, tune
 from studies.common import ROOT, provenance
 from studies.pruning.cells import Variant, slug
-from studies.pruning.measure import Texts
+from studies.pruning.measure import Texts, mean_nll
 from studies.tuning.cells import CELLS, DEFAULTS
 
 OUT = ROOT / "out" / "tuning"

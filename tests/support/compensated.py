@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import torch
+from support.masking import masked, mean_nll
 from torch import nn
 
 from saap.models.architectures import architecture_of, shape_of
 from saap.models.shape import KINDS
 from saap.prune.cut.refit import compensate
 from saap.prune.cut.surgery import kept_columns
-from saap.prune.search.masking import masked, mean_nll
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from support.masking import masked
 
 from export.generate.ort_model import CACHE
 from saap.models.architectures import LLAMA, architecture_of, shape_of
@@ -18,7 +19,6 @@ from saap.models.shape import ATTENTION, CONV
 from saap.models.weight_files import tensor_reader
 from saap.prune.cut.surgery import cut_tensors
 from saap.prune.plan import LayerPlan, PrunePlan, whole_layer
-from saap.prune.search.masking import masked
 
 IDS = torch.randint(320, (2, 40), generator=torch.Generator().manual_seed(5))
 WINDOW = 8  # five windows in the 40 tokens

@@ -4,6 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.family_cuts import CASES
+from support.masking import masked, mean_nll
 
 from saap.models.architectures import shape_of
 from saap.models.checkpoint import load_model
@@ -15,7 +16,6 @@ from saap.prune.plan import LayerPlan, PrunePlan
 from saap.prune.scores.activations import collect
 from saap.prune.scores.importance import estimate
 from saap.prune.scores.layerwise import estimate_layerwise
-from saap.prune.search.masking import masked, mean_nll
 from saap.system.errors import UserError
 
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from support.compensated import losses_compensated
+from support.masking import masked, mean_nll
 
 from saap.models.architectures import FAMILIES, architecture_of, shape_of
 from saap.models.checkpoint import load_model, read_config, slim_config, write_slim
@@ -15,7 +16,6 @@ from saap.prune.cut import refit as module
 from saap.prune.cut.refit import compensate
 from saap.prune.cut.surgery import cut_tensors
 from saap.prune.plan import LayerPlan, PrunePlan, whole_layer
-from saap.prune.search.masking import masked, mean_nll
 
 IDS = torch.randint(320, (6, 24), generator=torch.Generator().manual_seed(4))
 

@@ -10,11 +10,11 @@ import sys
 import pytest
 import torch
 from support.cuts import EMPTY, PLANS, WHOLE, cut
+from support.masking import masked
 
 from saap.models.checkpoint import load_model, read_config, write_slim
 from saap.prune.cut.surgery import head_rows
 from saap.prune.plan import PrunePlan
-from saap.prune.search.masking import masked
 from saap.system.errors import UserError
 
 

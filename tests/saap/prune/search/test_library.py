@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.masking import masked
 from torch.nn import functional as F
 
 from saap.models.architectures import shape_of
@@ -15,7 +16,6 @@ from saap.prune.plan import LayerPlan, whole_layer
 from saap.prune.scores.fusion import fuse
 from saap.prune.scores.scoring import scores_of
 from saap.prune.search.library import Pricing, between
-from saap.prune.search.masking import masked
 from saap.system.errors import UserError
 
 FIT = torch.randint(320, (8, 32), generator=torch.Generator().manual_seed(3))

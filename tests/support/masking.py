@@ -18,7 +18,6 @@ from saap.models.layer_walk import layers_of, removed_hooks
 from saap.models.shape import KINDS
 from saap.prune.cut.surgery import kept_columns
 from saap.prune.plan import LayerPlan
-from saap.prune.shares import shares
 
 
 @contextmanager
@@ -49,9 +48,8 @@ def _silence(mask: torch.Tensor, _: torch.nn.Module, args: tuple[torch.Tensor, .
 def mean_nll(model: PreTrainedModel, ids: torch.Tensor, batch: int = 4) -> float:
     """Mean negative log-likelihood in nats per predicted token, ids [sequences, tokens]."""
 
-    def loss_of(rows: torch.Tensor) -> float:
+    losses = []
+    for rows in ids.split(batch):
         rows = rows.to(model.device)
-        return float(model(input_ids=rows, labels=rows, use_cache=False).loss.item()) * len(rows)
-
-    losses = shares().each(list(ids.split(batch)), loss_of)
+        losses.append(float(model(input_ids=rows, labels=rows, use_cache=False).loss) * len(rows))
     return sum(losses) / len(ids)
