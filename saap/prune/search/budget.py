@@ -23,6 +23,7 @@ from msgspec import convert
 
 from saap.models.record import Costs, Plan
 from saap.models.shape import BlockKind, LayerSizes, ModelShape
+from saap.models.slim_quant import GROUP_SIZES
 from saap.prune.options import TIMED, PruneOptions
 from saap.prune.search.layer_costs import COSTS, DEVICE, CostFile, CostTable, read_costs
 from saap.quantize.bundle_size import BundleSize, bundle_size
@@ -233,8 +234,8 @@ def budget_for(
     )  # fmt: skip
     whole = budget.total(dense)
     budget = replace(budget, most={"ratio": (1 - value) * whole, "speedup": whole / value}.get(kind, value))
-    if table is not None and options.bits != 32:
-        budget = _with_groups(budget, table, options, config)
+    if options.bits != 32:
+        budget = _with_groups(budget, options, config)
     if budget.meets(dense) and (options.group_size is None or budget.group_size == 32):
         raise UserError(
             f"the model has {budget.in_words(whole)} already, which meets {budget.in_words(value)}: "
@@ -243,18 +244,25 @@ def budget_for(
     return budget
 
 
-def _with_groups(budget: Budget, table: CostTable, options: PruneOptions, config: Mapping[str, object]) -> Budget:
-    """The budget in the groups that were asked for, or with those that the search may choose."""
+def _with_groups(budget: Budget, options: PruneOptions, config: Mapping[str, object]) -> Budget:
+    """The budget in the groups that were asked for, or with those that the search may choose.
+
+    Of milliseconds these are the groups that were timed, of bytes all.
+    """
 
     def of(group_size: int) -> Budget:
-        own = table.in_groups_of(group_size)
         size = _size(options, group_size, "", budget.dense, config)
-        return replace(budget, measure=StepTime(own), table=own, group_size=group_size, size=size, of_dense=budget)
+        own = budget.table.in_groups_of(group_size) if budget.table else None
+        measure = StepTime(own) if own else size or budget.measure
+        return replace(budget, measure=measure, table=own, group_size=group_size, size=size, of_dense=budget)
 
-    larger = [cost.group_size for cost in table.groups]
+    timed = [cost.group_size for cost in budget.table.groups] if budget.table else []
     if options.group_size is not None:
-        return of(options.group_size) if options.group_size in larger else budget
-    others = tuple(map(of, larger)) if options.method == "saap" and options.engine == "any" else ()
+        return of(options.group_size) if options.group_size in timed else budget
+    if options.method != "saap" or options.engine != "any":
+        return budget
+    larger = GROUP_SIZES[1:] if budget.unit == "bytes" else timed
+    others = [each for each in map(of, larger) if each.size is not None]
     whole = [all(each.divides(kind, s) for s in budget.dense.layers for kind in s.blocks) for each in others]
     return replace(budget, others=tuple(each for each, fits in zip(others, whole, strict=True) if fits))
 

@@ -155,7 +155,7 @@ def kinds_table(plan: PrunePlan, reasons: Reasons, budget: Budget) -> tuple[str,
             found.setdefault(name, [0, 0.0, 0.0])
             for place, number in enumerate((1, block.saved, block.price or 0.0)):
                 found[name][place] += number
-    if budget.of_dense is not None and reasons.unit == "ms":
+    if budget.of_dense is not None:
         saved = budget.of_dense.total(budget.dense) - budget.total(budget.dense)
         price = plan.price - sum(block.price or 0.0 for block in reasons.blocks)
         found[f"{budget.group_size} weights to a scale"] = [0, saved, price]

@@ -9,7 +9,7 @@ import torch
 from support.command_line import here, refused
 from support.cost_files import cost_file
 
-from export import export
+from export import ExportOptions, export
 from export.bundle.manifest import read_manifest
 from saap.models.checkpoint import load_model, read_config
 from saap.models.record import read_record
@@ -72,6 +72,20 @@ def test_larger_groups_come_before_pruning(model, costs, tmp_path, monkeypatch):
     alone, _ = pruned(model, costs, tmp_path / "alone", 2.0, group_size=32)
     assert more.budget.dense.layer_weights == alone.budget.dense.layer_weights
     assert more.achieved["parameters"] > alone.achieved["parameters"]
+
+
+def test_bytes_have_groups_too(model, tmp_path, monkeypatch):
+    monkeypatch.setattr("saap.prune.search.adaptive.rounding_prices", lambda *args: {32: 0.1, 64: 0.1, 128: 0.1})
+    whole = budget_of(model, PruneOptions(ratio=0.1)).report_dense()["bytes"]
+    options = PruneOptions(max_bytes=int(0.8 * whole), keep_layers=None)
+    assert [each.group_size for each in budget_of(model, options).each] == [32, 64, 128]
+    result = prune(model, options, output=tmp_path / "slim", calibration=IDS)
+    assert result.plan.group_size in (64, 128)
+    export(tmp_path / "slim", output=tmp_path / "bundle", options=ExportOptions(parity="none"))
+    real = (tmp_path / "bundle/model.onnx.data").stat().st_size
+    assert (
+        real == result.achieved["bytes"] == read_record(tmp_path / "slim")["plan"]["achieved"]["bytes"] <= 0.8 * whole
+    )
 
 
 def test_tuning_and_export_take_the_groups(model, costs, tmp_path):
