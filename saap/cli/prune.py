@@ -107,13 +107,11 @@ def prune_model(model: str, out: Path, asked: PruneCommand, console: Console, na
     console.report(LOADING, 0, 0)
     from saap.models.architectures import shape_of
     from saap.models.checkpoint import read_config
-    from saap.prune.pruning import budget_of, streamed
+    from saap.prune.pruning import budget_of, calibration_rows, streamed
     from saap.prune.pruning import prune as prune_directory
-    from saap.prune.trials import trial_rows
     from saap.prune.vocabulary import Chosen, trim
     from saap.system.files import RECORD, check_output
-    from saap.text.documents import Sequences, one_kind
-    from saap.text.rows import training_rows
+    from saap.text.documents import one_kind
 
     options = for_this_machine(asked)
     if asked.vocabulary is None or options.asked:
@@ -131,13 +129,12 @@ def prune_model(model: str, out: Path, asked: PruneCommand, console: Console, na
     budget = budget_of(directory, options, words or None)  # what cannot be met is refused before a text is read
     rows, shape = None, (0, 0)
     if options.reads_text:
-        wanted = Sequences(options.sequences + trial_rows(options), options.length, options.seed)
-        rows = training_rows(directory, asked.calibration, "calibration", wanted, console.report)
+        rows = calibration_rows(directory, asked.calibration, options, console.report)
         console.say_text("calibration", rows.source)
         if kind := one_kind(asked.calibration):
             other = "instructions" if kind == "running text" else "running text"
             console.say(f"  it is all {kind}: what the model does with {other} is not looked at; give a .jsonl of both")
-        shape = (options.sequences, rows.ids.shape[1])
+        shape = (min(options.rows, len(rows.ids)), rows.ids.shape[1])
     options = replace(options, stream=streamed(directory, budget, options, *shape))
     if options.stream:
         console.say("  the model is read layer by layer, one is in memory at a time")
@@ -257,7 +254,7 @@ def show_trials(trials: Sequence[Trial]) -> None:
         for trial in order
     ]
     heads = ["blocks gone", *(f"after {tokens:,} tokens" for tokens in rounds)]
-    print_table("KL to the dense model of every plan that was tuned a little; the last is kept", heads, rows)
+    print_table("Tuned a little: KL to dense", heads, rows)
 
 
 def show_reasons(plan: PrunePlan, budget: Budget, options: PruneOptions) -> None:

@@ -413,17 +413,16 @@ def check_texts(source: Path, options: RunOptions, console: Console) -> None:
     """Refuse a text that is too short for what is asked of it; one that the model will write is long enough."""
     from export.options import PARITY_ROWS
     from export.write import sample_rows
+    from saap.prune.pruning import calibration_rows
     from saap.text.documents import Sequences
-    from saap.text.rows import check_length, training_rows, tuning_rows
+    from saap.text.rows import check_length, tuning_rows
 
     pruning, tuning, data = options.pruning.options, options.tuning.options, options.tuning.data
     for length in (pruning.length, tuning.length):
         check_length(source, length)
     skip = _scored(options)
-    if pruning.reads_text:
-        wanted = Sequences(pruning.sequences, pruning.length, pruning.seed)
-        if options.pruning.calibration != SELF:
-            training_rows(source, options.pruning.calibration, "calibration", wanted, console.report)
+    if pruning.reads_text and options.pruning.calibration != SELF:
+        calibration_rows(source, options.pruning.calibration, pruning, console.report)
     sample_rows(source, options.export(tuned=True).text, PARITY_ROWS)
     if data != SELF or tuning.kind == "chat":
         wanted = Sequences(tuning.tokens // tuning.length, tuning.length, pruning.seed, skip)
@@ -507,9 +506,9 @@ def _depends_on(asked: object) -> dict[str, object]:
 
 
 def _scored(options: RunOptions) -> int:
-    """Sequences of the tuning text that scored the structures."""
+    """Sequences of the tuning text that scored the structures, and those of the refit."""
     pruning, tuning = options.pruning.options, options.tuning.options
-    return math.ceil(pruning.sequences * pruning.length / tuning.length) if pruning.reads_text else 0
+    return math.ceil(pruning.rows * pruning.length / tuning.length) if pruning.reads_text else 0
 
 
 def _tune(state: _State, step: str, source: Path, name: str, asked: TuneCommand, made_from: list[object]) -> str:

@@ -193,6 +193,11 @@ class PruneOptions:
         ),
     ] = frozenset()  # empty leaves it to the method, None keeps none whole, whatever the method
     sequences: Annotated[int, Option("Calibration sequences.", _HOW, metavar="N", hidden=True), COUNT] = 64
+    refit_text: Annotated[
+        int,
+        Option("Times as many sequences for the refit, where the text has them.", _HOW, shown=False),
+        Meta(ge=1, le=100),
+    ] = 2  # what makes up for a missing block has as many unknowns as an FFN (studies/search)
     length: Annotated[int, Option("Tokens per sequence.", _HOW, metavar="N", hidden=True), Meta(ge=2, le=1_000_000)] = (
         256
     )
@@ -209,6 +214,11 @@ class PruneOptions:
         ),
     ] = None
     device: Annotated[str, Option(COMPUTE, _RUNS, metavar="NAME", hidden=True)] = "auto"
+
+    @property
+    def rows(self) -> int:
+        """Sequences of calibration text: those that score, and those that only the refit reads."""
+        return self.sequences * (self.refit_text if self.compensation == "refit" else 1)
 
     @property
     def least_group(self) -> Literal[32, 64, 128]:

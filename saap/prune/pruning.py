@@ -48,7 +48,7 @@ from saap.system.files import RECORD, check_output, claimed
 from saap.system.gpu import fits_device, out_of_memory
 from saap.system.needs import Needs, check_disk, check_memory, fits
 from saap.system.precision import fast_float32
-from saap.text.documents import Sequences
+from saap.text.documents import SELF, Sequences, TooLittleTextError
 from saap.text.rows import Rows, training_rows
 
 NO_TEXT = torch.zeros(0, 0, dtype=torch.int64)  # of methods that read none
@@ -110,8 +110,7 @@ def prune(
     if rows is None and not options.reads_text:
         rows = NO_TEXT
     if not isinstance(rows, torch.Tensor | Rows):
-        wanted = Sequences(options.sequences + trial_rows(options), options.length, options.seed)
-        rows = training_rows(source, None if rows is None else str(rows), "calibration", wanted, progress)
+        rows = calibration_rows(source, None if rows is None else str(rows), options, progress)
     ids, text = (rows, None) if isinstance(rows, torch.Tensor) else (rows.ids, rows)
     if options.effort != "quick":
         return _by_trials(model, source, options, output, text or Rows(ids, "given ids", None), progress)
@@ -126,6 +125,7 @@ def prune(
             options, device=str(device_of(options.device)),
             stream=together.agreed(streamed(source, budget, options, *ids.shape)),
         )  # fmt: skip
+        ids = ids[: options.sequences if options.stream else options.rows]
         if together.count > 1:
             ids = together.tensors(0, {"ids": ids})["ids"]
         now = _Model(source, weights_hash(source), PrunePlan(tuple(map(whole_layer, budget.dense.layers))))
@@ -158,6 +158,23 @@ def prune(
     return PruneResult(output, now.plan, budget, achieved, text.source if text else None, bool(options.stream))
 
 
+def calibration_rows(
+    directory: Path, text: str | None, options: PruneOptions, progress: Progress | None = None
+) -> Rows:
+    """What is read of a text: for scores, more of it for the refit where there is more, and for trials.
+
+    Raises UserError: no such text, or too little of it.
+    """
+    least = options.sequences + trial_rows(options)
+    wanted = Sequences(least if text == SELF else options.rows + trial_rows(options), options.length, options.seed)
+    try:
+        return training_rows(directory, text, "calibration", wanted, progress)
+    except TooLittleTextError:
+        if wanted.count == least or options.effort != "quick":
+            raise
+        return training_rows(directory, text, "calibration", replace(wanted, count=least), progress)
+
+
 def _by_trials(
     model: str | Path, source: Path, options: PruneOptions, output: Path, rows: Rows, progress: Progress | None
 ) -> PruneResult:
@@ -167,7 +184,7 @@ def _by_trials(
         why = None
         if together.count > 1:
             why = "runs in one process"
-        if streamed(source, budget, options, options.sequences, options.length):
+        if streamed(source, budget, options, options.rows, options.length):
             why = "tunes every plan, and the model does not fit into memory as a whole"
         if why:
             raise UserError(f"--effort {options.effort} {why}: leave it out")
@@ -199,10 +216,11 @@ def _prune_stage(
     if kept := options.keep_layers:  # by their places in the model now
         kept = frozenset(place for place, index in enumerate(now.plan.kept_layers) if index in kept)
         options = replace(options, keep_layers=kept)
+    scored = pruning.ids[: options.sequences]
     if options.method == "saap":
-        plan = adaptive_plan(model, pruning.ids, stage.budget, options, weights=now.weights, progress=progress)
+        plan = adaptive_plan(model, scored, stage.budget, options, weights=now.weights, progress=progress)
     else:
-        plan = ranked_plan(model, pruning.ids, stage.budget, options, progress)
+        plan = ranked_plan(model, scored, stage.budget, options, progress)
     layers = shares().agreed([asdict(layer) for layer in plan.layers])
     plan = replace(plan, layers=convert(layers, tuple[LayerPlan, ...]))
     pruning = replace(pruning, budget=pruning.budget.in_groups_of(plan.group_size))
@@ -303,8 +321,8 @@ def streamed(model_dir: str | Path, budget: Budget, options: PruneOptions, seque
     """
     element = options.adaptive.element if options.method == "saap" else "none"
     whole, single = (
-        prune_needs(budget.dense, sequences, tokens, weights_bytes(model_dir), streamed=by_layer, element=element)
-        for by_layer in (False, True)
+        prune_needs(budget.dense, rows, tokens, weights_bytes(model_dir), streamed=by_layer, element=element)
+        for by_layer, rows in ((False, sequences), (True, min(sequences, options.sequences)))
     )
     if options.stream is False or (
         options.stream is None and fits(whole) and fits_device(whole, device_of(options.device))

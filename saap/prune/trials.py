@@ -117,8 +117,9 @@ class _Trials:
     ) -> None:
         self.make, self.directory, self.kept, self.progress = make, directory, kept, progress
         self.options = replace(options, effort="quick")
-        self.scored = replace(rows, ids=rows.ids[: options.sequences])
-        self.learnt, self.judged = rows.ids[options.sequences : -JUDGED], rows.ids[-JUDGED:]
+        spare = trial_rows(options)
+        self.scored = replace(rows, ids=rows.ids[:-spare])
+        self.learnt, self.judged = rows.ids[-spare:-JUDGED], rows.ids[-JUDGED:]
         self.told: list[Trial] = []
 
     def run(self, halving: Halving) -> Path:

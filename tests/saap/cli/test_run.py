@@ -142,7 +142,7 @@ def test_pruning_is_done_anew_where_its_settings_changed(tiny_model, tmp_path, t
         ("--text no.txt", "no text 'no.txt'"),
         (
             "--data SHORT",
-            "160 rows of 256 need 40960: give more text, or fewer --tokens",
+            "224 rows of 256 need 57344: give more text, or fewer --tokens",
         ),
         (
             "--calibration SHORT",

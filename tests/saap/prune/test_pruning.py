@@ -50,7 +50,11 @@ def test_a_text_is_read_as_the_options_say(tiny_model, tmp_path, river):
     asked = PruneOptions(ratio=0.2, sequences=6, length=16)
     result = prune(tiny_model(), asked, output=tmp_path / "slim", calibration=river)
     said = read_record(tmp_path / "slim")["lineage"]["calibration"]
-    assert (said["sequences"], said["tokens"], said["source"]) == (6, 16, result.text) and str(river) in result.text
+    assert (said["sequences"], said["tokens"], said["source"]) == (12, 16, result.text) and str(river) in result.text
+    short = tmp_path / "short.txt"  # which has not twice as many for the refit
+    short.write_text("\n".join(f"She sold {i} boats." for i in range(9)))
+    prune(tiny_model(), asked, output=tmp_path / "less", calibration=short)
+    assert read_record(tmp_path / "less")["lineage"]["calibration"]["sequences"] == 6
 
 
 def test_pruning_in_steps_is_pruning_again_and_again(tiny_model, tmp_path):
