@@ -89,7 +89,7 @@ def prune(
     Args:
         model: a model directory, a GGUF file, a hub id or the name of a packaged model.
         output: the directory to write; new, empty, or an earlier output of saap.
-        calibration: ids [sequences, tokens] int64, or a text: a file, a data set id, or ``self``, which the
+        calibration: ids [sequences, tokens] int64, all of which score, or a text: a file, a data set id, or ``self``, which the
             model writes itself. None takes the text in ``SAAP_DATA``, else the samples that ship.
         words: those that the head keeps; None is as the model has.
         progress: called as (label, done, total).
@@ -98,6 +98,8 @@ def prune(
         UserError: the requirement cannot be met, or the input does not fit.
     """
     output = Path(output)
+    if isinstance(calibration, torch.Tensor) and options.effort == "quick":  # all of it scores
+        options = replace(options, sequences=max(1, len(calibration)), refit_text=1)
     check_output(output, model, calibration, record=RECORD)
     source = resolve(model, progress=progress)
     if words is not None and options.effort != "quick":
