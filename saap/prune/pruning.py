@@ -89,8 +89,8 @@ def prune(
     Args:
         model: a model directory, a GGUF file, a hub id or the name of a packaged model.
         output: the directory to write; new, empty, or an earlier output of saap.
-        calibration: ids [sequences, tokens] int64, all of which score, or a text: a file, a data set id, or ``self``, which the
-            model writes itself. None takes the text in ``SAAP_DATA``, else the samples that ship.
+        calibration: ids [sequences, tokens] int64, all of which score, or a text: a file, a data set id, or ``self``,
+            which the model writes itself. None takes the text in ``SAAP_DATA``, else the samples that ship.
         words: those that the head keeps; None is as the model has.
         progress: called as (label, done, total).
 
