@@ -7,6 +7,7 @@ stays closest to it on other text goes on to more tokens, until one is left. Tha
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -94,7 +95,8 @@ def choose_by_tuning(
             "give more text, or leave --effort out"
         )
     aside = output.with_name(f"{output.name}-trials")
-    with kept_stages(aside, weights_hash(directory), options, rows.ids) as kept:
+    costs = None if options.costs is None else hashlib.sha256(options.costs.read_bytes()).hexdigest()
+    with kept_stages(aside, weights_hash(directory), options, costs, rows.ids) as kept:
         trials = _Trials(make, directory, options, rows, kept, progress)
         best = trials.run(HALVINGS[options.effort])
         record = read_record(best)
