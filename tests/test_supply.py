@@ -50,7 +50,10 @@ def test_a_wheel_holds_our_four_packages_and_nothing_else(tmp_path):
             f"License-File: {NOTICE}",
         ]
     kinds = {Path(name).suffix for name in names if ".dist-info/" not in name}
-    assert kinds <= {".py", ".toml", ".jinja", ".css", ".js", ".typed", ".sh", ".gz", ".md"}, kinds
+    assert kinds <= {".py", ".toml", ".jinja", ".css", ".js", ".typed", ".sh", ".gz", ".md", ".txt"}, kinds
+    assert {name for name in names if name.endswith(".txt") and ".dist-info/" not in name} == {
+        "saap/evaluate/prompts.txt"
+    }
     assert {name for name in names if name.endswith(".md") and ".dist-info/" not in name} == {NOTICE}
     assert not [name for name in names if "devices/baselines" in name or Path(name).name.startswith("test_")]
 
