@@ -237,6 +237,7 @@ def test_peers_are_made_in_a_fresh_folder(tmp_path, monkeypatch):
             Path(command[-1]).write_bytes(b"Q4_0")
 
     monkeypatch.setattr("saap.models.packaged.fetch", fetched)
+    importlib.import_module("export.write")  # whose own name for it stays as it is
     monkeypatch.setattr(importlib.import_module("saap.models.resolve"), "resolve", lambda name: tmp_path / name)
     monkeypatch.setattr(peers, "run", run)
     monkeypatch.setattr(peers, "make_venv", lambda venv, packages, over=None: venv / "bin" / "python")
@@ -538,7 +539,8 @@ def answered(tiny_model, tmp_path, monkeypatch):
     monkeypatch.setenv("SAAP_DATA", str(tmp_path))
     monkeypatch.setattr(tasks, "CELLS", tmp_path / "cells")
     monkeypatch.setattr(tasks, "BUNDLES", tmp_path / "bundles")
-    importlib.import_module("saap.evaluate.evaluation")  # whose own name for it stays as it is
+    for name in ("saap.evaluate.evaluation", "export.write"):
+        importlib.import_module(name)  # whose own name for it stays as it is
     monkeypatch.setattr(importlib.import_module("saap.models.resolve"), "resolve", lambda name: model)
 
     def answer(*who, again=False):
