@@ -228,7 +228,8 @@ def _prune_stage(
     pruning = replace(pruning, budget=pruning.budget.in_groups_of(plan.group_size))
 
     refitted = {} if aside is None else TensorFolder(aside, weights_dtype(now.path))
-    refitted.update(compensate(options.compensation, model, plan, pruning.ids, last=stage.last, progress=progress))
+    if options.compensation == "bias" or plan.cut_layers(shape):  # larger groups alone may meet the budget
+        refitted.update(compensate(options.compensation, model, plan, pruning.ids, last=stage.last, progress=progress))
     del model
 
     whole = replace(composed(now.plan, plan), reasons=after(now.plan.reasons, plan.reasons, now.plan.kept_layers))

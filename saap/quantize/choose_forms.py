@@ -141,7 +141,7 @@ def divergences(
     reference = [logits_after(model, x).log_softmax(-1) for x in reaching[-1]]
     found = []
     for place, unit in enumerate(units):
-        with rounded(model, unit):
+        with rounded(weights_of(model, unit), MEASURED):
             if unit.layer is None:
                 logits = [
                     model(input_ids=part.to(model.device), use_cache=False).logits
@@ -160,12 +160,12 @@ def divergences(
 
 
 @contextmanager
-def rounded(model: PreTrainedModel, unit: Unit) -> Iterator[None]:
-    """The model with one unit's weights rounded for the time of the block."""
-    saved = [(weight, weight.data) for weight in weights_of(model, unit)]
+def rounded(weights: Sequence[torch.Tensor], form: MatrixForm) -> Iterator[None]:
+    """Round the weights to integers of a form for the time of the block."""
+    saved = [(weight, weight.data) for weight in weights]
     try:
         for weight, values in saved:
-            weight.data = quantize(values, *MEASURED).dequantize().to(values.dtype)
+            weight.data = quantize(values, *form).dequantize().to(values)
         yield
     finally:
         for weight, values in saved:

@@ -6,8 +6,8 @@ integer. Tuning gives much of it back; as of what goes whole, a share of it is n
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
@@ -17,8 +17,9 @@ from transformers import PreTrainedModel
 from devices.common.progress import Progress
 from saap.models.architectures import architecture_of
 from saap.models.layer_walk import layer_inputs, layers_of, logits_after, run_layer
+from saap.models.slim_quant import MatrixForm
 from saap.models.streaming import present
-from saap.quantize.groups import quantize
+from saap.quantize.choose_forms import rounded
 
 ROWS = 4  # sequences
 
@@ -35,7 +36,7 @@ def rounding_prices(
     for number, group_size in enumerate(group_sizes):
         if progress:
             progress("pricing groups (sizes)", number, len(group_sizes))
-        own = _predicted(model, ids[:ROWS], (bits, group_size))
+        own = _predicted(model, ids[:ROWS], MatrixForm(bits, group_size))
         total = sum(F.kl_div(o, w, log_target=True, reduction="sum").item() for o, w in zip(own, whole, strict=True))
         found[group_size] = max(0.0, total / ids[:ROWS].numel())
     if progress:
@@ -43,8 +44,8 @@ def rounding_prices(
     return found
 
 
-def _predicted(model: PreTrainedModel, ids: torch.Tensor, form: tuple[int, int] | None) -> list[torch.Tensor]:
-    """Log-probabilities of each sequence, with the weights rounded to so many bits in groups of so many."""
+def _predicted(model: PreTrainedModel, ids: torch.Tensor, form: MatrixForm | None) -> list[torch.Tensor]:
+    """Log-probabilities of each sequence, with all matrices rounded to a form; None rounds nothing."""
     architecture = architecture_of(model.config)
     vocabulary = [model.get_submodule(name) for name in (architecture.embedding, architecture.head)]
     with _rounded(vocabulary, form):
@@ -59,19 +60,7 @@ def _predicted(model: PreTrainedModel, ids: torch.Tensor, form: tuple[int, int] 
         return [logits_after(model, x).log_softmax(-1) for x in hidden]
 
 
-@contextmanager
-def _rounded(modules: Sequence[nn.Module], form: tuple[int, int] | None) -> Iterator[None]:
-    """Modules with rounded weights for the time of the block; None rounds nothing."""
-    if form is None:
-        yield
-        return
+def _rounded(modules: Sequence[nn.Module], form: MatrixForm | None) -> AbstractContextManager[None]:
+    """Round the weights of modules, a shared one once."""
     found = {id(module.weight): module.weight for module in modules}.values()
-    parameters = [weight for weight in found if isinstance(weight, torch.Tensor)]
-    saved = [(weight, weight.data) for weight in parameters]
-    try:
-        for weight, values in saved:
-            weight.data = quantize(values, *form).dequantize().to(values)
-        yield
-    finally:
-        for weight, values in saved:
-            weight.data = values
+    return nullcontext() if form is None else rounded([w for w in found if isinstance(w, torch.Tensor)], form)

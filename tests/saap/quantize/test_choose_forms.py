@@ -11,7 +11,16 @@ from saap.models.architectures import shape_of
 from saap.models.checkpoint import load_model
 from saap.models.slim_quant import MatrixForm
 from saap.quantize.bundle_size import bundle_size
-from saap.quantize.choose_forms import choose_forms, divergences, knapsack, relative_losses, rounded, units_of
+from saap.quantize.choose_forms import (
+    MEASURED,
+    choose_forms,
+    divergences,
+    knapsack,
+    relative_losses,
+    rounded,
+    units_of,
+    weights_of,
+)
 from saap.quantize.groups import quantize
 from saap.system.errors import UserError
 
@@ -61,7 +70,7 @@ def test_other_forms_cost_as_their_errors_say(model):
 def test_rounding_is_taken_back_also_after_an_error(model):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for unit in units_of(model):
-        with pytest.raises(RuntimeError, match="in the middle"), rounded(model, unit):
+        with pytest.raises(RuntimeError, match="in the middle"), rounded(weights_of(model, unit), MEASURED):
             raise RuntimeError("in the middle")
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
