@@ -132,8 +132,8 @@ def prune_model(model: str, out: Path, asked: PruneCommand, console: Console, na
         rows = calibration_rows(directory, asked.calibration, options, console.report)
         console.say_text("calibration", rows.source)
         if kind := one_kind(asked.calibration):
-            other = "instructions" if kind == "running text" else "running text"
-            console.say(f"  it is all {kind}: what the model does with {other} is not looked at; give a .jsonl of both")
+            other = "instructions" if kind == "running text" else "running texts"
+            console.say(f"  all of it is {kind}, so {other} are not scored: give a .jsonl with both")
         shape = (min(options.rows, len(rows.ids)), rows.ids.shape[1])
     options = replace(options, stream=streamed(directory, budget, options, *shape))
     if options.stream:
@@ -227,8 +227,8 @@ def show_plan(slim: Path, budget: Budget) -> None:
     ]
     print_table("", ["", "dense", "asked", "planned", "achieved"], rows)
     if budget.of_dense is not None:
-        before = budget.of_dense.group_size
-        tell(f"  {budget.group_size} weights share a scale, {before} in the dense model: saap tune and export do so")
+        now, before = budget.group_size, budget.of_dense.group_size
+        tell(f"  {now} weights share a scale, {before} in the dense model; saap tune and export will use this")
     if trials := plan.get("trials"):
         show_trials(trials)
     if gap := plan.get("gap"):
@@ -246,7 +246,7 @@ def show_trials(trials: Sequence[Trial]) -> None:
     """The plans that were tuned to choose between them, the best last."""
     rounds = sorted({int(tokens) for trial in trials for tokens in trial["kl"]})
     if not rounds:
-        tell("  there was one plan only, so nothing was tuned to choose")
+        tell("  there was only one plan, so none was tuned")
         return
     order = sorted(trials, key=lambda trial: [-len(trial["kl"]), *reversed(trial["kl"].values())], reverse=True)
     rows = [

@@ -154,7 +154,7 @@ class PruneOptions:
     bits: Annotated[Literal[4, 8, 32], Option("Of the bundle, for its size and time.", _FOR)] = 4
     group_size: Annotated[
         Literal[32, 64, 128] | None,
-        Option("Its weights per scale; default: the best by --costs, else 32.", _FOR, old=("--group",)),
+        Option("Weights per scale; default: the best for a time or size, or 32.", _FOR, old=("--group",)),
     ] = None
     engine: Annotated[
         Literal["any", "llama.cpp"],
@@ -176,7 +176,7 @@ class PruneOptions:
         ),
         Meta(ge=1, le=MOST_STAGES),
     ] = 1
-    effort: Annotated[Effort, Option("Above quick, plans are tuned a little to choose one (saap).", _HOW)] = "quick"
+    effort: Annotated[Effort, Option("Beyond quick: tune several plans briefly, keep the best (saap).", _HOW)] = "quick"
     adaptive: AdaptiveOptions = field(default_factory=AdaptiveOptions)
     heads: Annotated[
         bool | None,

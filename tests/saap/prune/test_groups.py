@@ -104,7 +104,7 @@ def test_it_is_told(model, costs, tmp_path):
     (tmp_path / "text.txt").write_text("The boats came home before the storm, and nobody was lost at sea.\n" * 400)
     done = here("prune", model, "-o", tmp_path / "slim", "--speedup", 1.2, "--costs", costs, "--sequences", 8,
                 "--length", 16, "--calibration", tmp_path / "text.txt")  # fmt: skip
-    assert "64 weights share a scale, 32 in the dense model: saap tune and export do so" in done.stdout
+    assert "64 weights share a scale, 32 in the dense model; saap tune and export will use this" in done.stdout
 
 
 def test_what_is_asked_for_is_kept(model, costs, tmp_path):
