@@ -28,7 +28,7 @@ from saap.models.checkpoint import read_config, transformers_config
 from saap.models.modeling_slim import unpack_zero_points, unpacked_words
 from saap.models.record import read_record
 from saap.models.shape import ModelShape
-from saap.models.slim_quant import module_form, quant_of, stacked_form
+from saap.models.slim_quant import MatrixForm, module_form, quant_of, stacked_form
 from saap.models.weight_files import tensor_reader
 from saap.quantize.groups import QuantMatrix, check_groups, quantize
 from saap.system.errors import UserError
@@ -165,10 +165,25 @@ class ModelSource:
         bits = 4 if bits is None else bits
         if bits not in (4, 8, 32):
             raise UserError(f"{bits} bits are not supported; allowed: 4, 8, 32")
-        planned = read_record(self.directory).get("plan", {}).get("bundle", {}).get("block")
+        if bits == 32:
+            return Precision(bits, 0, 32)
+        record = read_record(self.directory)
+        planned = record.get("plan", {}).get("bundle", {})
+        if group_size is not None or head_bits is not None or bits != planned.get("bits"):
+            return Precision(bits, group_size or 32, head_bits or bits)
         return Precision(
-            bits, 0 if bits == 32 else group_size or planned or 32, 32 if bits == 32 else head_bits or bits
-        )
+            bits, planned["block"], planned.get("embedding_bits", bits), matrices=planned.get("matrices", {}),
+            blocks=planned.get("blocks", {}),
+        )  # fmt: skip
+
+    def own_forms(self, precision: Precision) -> dict[str, MatrixForm]:
+        """The forms of matrices that differ from the rest, by module name."""
+        return {name: self._form(name, precision) for name in {*precision.matrices, *precision.blocks}}
+
+    def _form(self, module: str, precision: Precision) -> MatrixForm:
+        in_vocabulary = module in self.architecture.tables
+        bits = precision.head_bits if in_vocabulary else precision.matrices.get(module, precision.bits)
+        return MatrixForm(bits, precision.blocks.get(module, precision.group_size))
 
     def matrix(self, module: str, precision: Precision) -> torch.Tensor | QuantMatrix:
         """One linear, the embedding or the head: float [N, K] at 32 bit, integers otherwise.
@@ -184,12 +199,11 @@ class ModelSource:
                     "directory again"
                 )
             return QuantMatrix(qweight, scales, zero_points, *form)
-        in_vocabulary = module in self.architecture.tables
-        bits, weight = precision.head_bits if in_vocabulary else precision.bits, self.read(f"{module}.weight").float()
-        if bits == 32:
+        form, weight = self._form(module, precision), self.read(f"{module}.weight").float()
+        if form.bits == 32:
             return weight
-        check_groups(weight.shape[1], precision.group_size, module)
-        return quantize(weight, bits, precision.group_size)
+        check_groups(weight.shape[1], form.group_size, module)
+        return quantize(weight, *form)
 
     def norm(self, field: str, layer: int | None = None) -> torch.Tensor:
         """The factors of a norm, [width] float32, by its field of :class:`Architecture`; ``layer`` None: the last."""

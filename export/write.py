@@ -114,7 +114,7 @@ def _integers(path: Path, output: Path, options: ExportOptions, progress: Progre
     if precision.bits not in (4, 8):
         yield path
         return
-    form = IntegerForm(precision.bits, precision.group_size, precision.head_bits)
+    form = IntegerForm(precision.bits, precision.group_size, precision.head_bits, own=source.own_forms(precision))
     with claimed(output), beside(output, "integers") as place:
         sample = sample_rows(path, options.text, GPTQ_ROWS, PARITY_ROWS)
         about = Integers(source=sample.source, text_sha256=sample.text_sha256)

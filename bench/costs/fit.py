@@ -36,8 +36,10 @@ class Stack:
     nodes: int  # of the graph as it was written
     weight_bytes: int  # read per step
     head_rows: int = 0  # words that its head says; 0: all
-    part: str = ""  # attention, ffn or outside: what has another group size, of every second layer
+    part: str = ""  # attention, ffn or outside: what has other integers, of every second layer
+    bits: int = 0  # of these
     group_size: int = 0  # weights per scale there
+    share: float = 1.0  # of the part's weights that have them
 
 
 @dataclass(frozen=True)
@@ -101,13 +103,17 @@ class HeadCost:
 
 
 @dataclass(frozen=True)
-class GroupCost:
-    """Milliseconds of the model's own blocks, and of a step outside its layers, where so many weights share a scale."""
+class FormCost:
+    """Milliseconds of the model's own blocks, and of a step outside its layers, in other integers.
 
+    Where only some matrices of a block can have them, of a block that had no others; None where none can.
+    """
+
+    bits: int
     group_size: int
-    attention_ms: float
-    ffn_ms: float
-    outside_ms: float
+    attention_ms: float | None = None
+    ffn_ms: float | None = None
+    outside_ms: float | None = None
 
 
 @dataclass(frozen=True)
@@ -126,7 +132,7 @@ class ThreadCosts:
     conv: list[ConvCost] = field(default_factory=list)  # of a model that has such layers
     delta: list[DeltaCost] = field(default_factory=list)  # likewise
     head: list[HeadCost] = field(default_factory=list)  # of fewer words than all
-    groups: list[GroupCost] = field(default_factory=list)  # of larger groups than the table's
+    forms: list[FormCost] = field(default_factory=list)  # of other integers than the table's
 
 
 def read_stacks(manifests: Sequence[BundleManifest]) -> list[Stack]:
@@ -137,9 +143,10 @@ def read_stacks(manifests: Sequence[BundleManifest]) -> list[Stack]:
         changed = [own for own, whole in zip(manifest.layers, base, strict=True) if own != whole]
         option = changed[0] if changed else base[0]
         about, size = manifest.lineage, manifest.weight_bytes_per_token
-        words, part, group_size = about.get("head_rows", 0), about.get("part", ""), about.get("group_size", 0)
-        changes = len(changed), len(base), int(about["nodes"]), size, int(words), str(part), int(group_size)
-        stacks.append(Stack(option, *changes))
+        bits, group_size = about.get("form", (0, 0))
+        counts = len(changed), len(base), int(about["nodes"]), size, int(about.get("head_rows", 0))
+        held = str(about.get("part", "")), int(bits), int(group_size), float(about.get("share", 1.0))
+        stacks.append(Stack(option, *counts, *held))
     return stacks
 
 
@@ -174,12 +181,12 @@ def costs_from(
             ffn.append(FfnCost(option.ffn, saved[no_ffn] - saved[i]))
     constant = base - stacks[0].layers * (saved[no_attention] + saved[no_ffn])
     whole = {"attention": saved[no_attention], "ffn": saved[no_ffn], "outside": constant}
-    regrouped: dict[int, dict[str, float]] = {}
+    formed: dict[tuple[int, int], dict[str, float]] = {}
     for i, stack in enumerate(stacks):
         if stack.part:
             places = 1 if stack.part == "outside" else stack.layers // 2
-            less = base * (1 - ratios[i]) / places
-            regrouped.setdefault(stack.group_size, {})[f"{stack.part}_ms"] = whole[stack.part] - less
+            less = base * (1 - ratios[i]) / places / stack.share
+            formed.setdefault((stack.bits, stack.group_size), {})[stack.part] = whole[stack.part] - less
     nodes = (stacks[0].nodes - stacks[no_ffn].nodes) / stacks[no_ffn].changed
     return ThreadCosts(
         n_threads=len(cpus),
@@ -194,7 +201,10 @@ def costs_from(
         conv=sorted(conv, key=lambda cost: cost.channels),
         delta=sorted(delta, key=lambda cost: cost.heads),
         head=[HeadCost(rows, constant - less) for rows, less in sorted(smaller.items())],
-        groups=[GroupCost(size, **parts) for size, parts in sorted(regrouped.items())],
+        forms=[
+            FormCost(*form, parts.get("attention"), parts.get("ffn"), parts.get("outside"))
+            for form, parts in sorted(formed.items())
+        ],
     )
 
 

@@ -2,10 +2,9 @@
 
 An operator that is timed over and over by itself finds its weights in the cache, and in a model it does not. So what
 is timed is whole decode steps. The first stack is the model itself; in each of the others every second layer takes one
-option instead: an FFN width, a count of heads, or a block less; in the last ones the head says fewer words, or more
-weights share a scale in one kind of block or outside the layers. The
-difference of two steps is then what the option saves in its place, between layers that push its weights out of the
-cache.
+option instead: an FFN width, a count of heads, or a block less; in the last ones the head says fewer words, or the
+matrices of one kind of block, or those outside the layers, are of other integers. The difference of two steps is then
+what the option saves in its place, between layers that push its weights out of the cache.
 
 Time does not depend on the weights' values. All stacks share one data file: a smaller matrix is the beginning of the
 largest one's bytes, and the file is hard-linked into every stack's bundle, or copied where there are no links.
@@ -34,8 +33,8 @@ from export.graph.targets import CPU
 from export.graph.weights import Array, MicrosoftLayout, WeightFile, write_model
 from export.source import DeltaRates, Kernel, Precision, StackedLinear, sized_manifest
 from saap.models.modeling_slim import packed_words
-from saap.models.shape import DELTA, DeltaHeads, LayerSizes, ModelShape
-from saap.models.slim_quant import GROUP_SIZES
+from saap.models.shape import DELTA, KINDS, DeltaHeads, LayerSizes, ModelShape
+from saap.models.slim_quant import GROUP_SIZES, MatrixForm
 from saap.quantize.groups import QuantMatrix
 
 FFN_WIDTHS = 8
@@ -53,23 +52,40 @@ class ProbeStack:
 
     layers: Sequence[LayerSizes]
     head_rows: int = 0  # words that the head says; 0: all
-    part: str = ""  # of PARTS, whose matrices have another group size: of every second layer, or outside the layers
-    group_size: int = 0  # weights per scale there
+    part: str = ""  # of PARTS, whose matrices have another form: of every second layer, or outside the layers
+    form: MatrixForm | None = None  # of those whose columns are whole groups of it
 
 
 def stacks_of(model: ProbeModel) -> list[ProbeStack]:
     """All that is timed of a model, the model itself first."""
     layers, vocab = stack_layers(model), model.shape.vocab
     heads = [ProbeStack(layers[0], max(1, round(share * vocab))) for share in HEAD_SHARES]
-    return [*map(ProbeStack, layers), *heads, *_grouped(model, layers[0])]
+    return [*map(ProbeStack, layers), *heads, *_of_forms(model, layers[0])]
 
 
-def _grouped(model: ProbeModel, layers: Sequence[LayerSizes]) -> list[ProbeStack]:
-    """A stack for each part and each larger group size that all parts can have."""
-    own, full, shape = model.precision.group_size, layers[0], model.shape
-    columns = (shape.hidden, full.query_heads * shape.head_dim, full.ffn)
-    larger = [size for size in GROUP_SIZES if own and size > own and not any(count % size for count in columns)]
-    return [ProbeStack(layers, 0, part, size) for size in larger for part in PARTS]
+def _of_forms(model: ProbeModel, layers: Sequence[LayerSizes]) -> list[ProbeStack]:
+    """A stack for each part and each form that some matrix of it can have: larger groups, and of 4 bits also 8."""
+    own = model.precision
+    forms = [MatrixForm(own.bits, size) for size in GROUP_SIZES if own.group_size and size > own.group_size]
+    if own.bits == 4:
+        wider = max(own.group_size, GROUP_SIZES[1])
+        forms.append(MatrixForm(8, own.group_size if model.shape.hidden % wider else wider))
+    return [
+        ProbeStack(layers, 0, part, form)
+        for form in forms
+        for part in PARTS
+        if _share(model.shape.with_layers(tuple(layers)), part, form)
+    ]
+
+
+def _share(shape: ModelShape, part: str, form: MatrixForm) -> float:
+    """The share of a part's weights that can have a form: in matrices whose columns are whole groups."""
+    if part == "outside":
+        return float(shape.hidden % form.group_size == 0)
+    kind, sizes = KINDS[part], shape.layers[0]
+    inner, whole = shape.inner_width(kind, sizes), shape.weights(kind, sizes)
+    writes = inner * shape.hidden / whole
+    return (1 - writes) * (shape.hidden % form.group_size == 0) + writes * (inner % form.group_size == 0)
 
 
 def stack_layers(model: ProbeModel) -> list[tuple[LayerSizes, ...]]:
@@ -120,9 +136,13 @@ def write_probe_stacks(
     everything = model.shape.with_layers(
         tuple(replace(sizes, conv=rare.conv, delta=rare.delta) for sizes in model.shape.layers)
     )
-    write_model(_MadeUp(model, everything, "cpu", model.shape.vocab), model.precision, MicrosoftLayout(whole), rotary)
-    whole.close()
     wanted, written = stacks_of(model) if stacks is None else stacks, []
+    most = {stack.form.bits for stack in wanted if stack.form} | {0}  # bytes for the largest form of each matrix
+    largest = replace(
+        model.precision, bits=max(most | {model.precision.bits}), head_bits=max(most | {model.precision.head_bits})
+    )
+    write_model(_MadeUp(model, everything, "cpu", model.shape.vocab), largest, MicrosoftLayout(whole), rotary)
+    whole.close()
     for index, stack in enumerate(wanted):
         if progress:
             progress("writing probe graphs (stacks)", index, len(wanted))
@@ -163,15 +183,16 @@ class _MadeUp:
             "down": (shape.hidden, sizes.ffn, shape.mlp_bias),
         }[part]
         bias = self._filled(0.01, rows) if biased else None
-        group_size, stack = precision.group_size, self._stack
-        if stack and layer % 2 and part in PARTS.get(stack.part, ()):
-            group_size = stack.group_size
-        return StackedLinear(self._matrix(rows, columns, precision.bits, group_size), bias)
+        form, stack = MatrixForm(precision.bits, precision.group_size), self._stack
+        if stack and stack.form and layer % 2 and part in PARTS[stack.part] and columns % stack.form.group_size == 0:
+            form = stack.form
+        return StackedLinear(self._matrix(rows, columns, form), bias)
 
     def table(self, module: str, precision: Precision) -> torch.Tensor | QuantMatrix:
-        outside = self._stack is not None and self._stack.part == "outside"
-        group_size = self._stack.group_size if self._stack and outside else precision.group_size
-        return self._matrix(self.shape.vocab, self.shape.hidden, precision.head_bits, group_size)
+        form, stack = MatrixForm(precision.head_bits, precision.group_size), self._stack
+        if stack and stack.form and stack.part == "outside":
+            form = stack.form
+        return self._matrix(self.shape.vocab, self.shape.hidden, form)
 
     def norm(self, field: str, layer: int | None = None) -> torch.Tensor:
         """A norm that changes nothing."""
@@ -198,12 +219,13 @@ class _MadeUp:
         heads = self.shape.delta
         assert heads is not None, "a layer has a delta net"
         count = self.shape.layers[layer].delta * heads.values
-        matrix = self._matrix(2 * count, self.shape.hidden, 32, 0)
+        matrix = self._matrix(2 * count, self.shape.hidden, MatrixForm(32, 0))
         assert isinstance(matrix, torch.Tensor), "the rates are floats"
         vectors = self._filled(-1.0, count), self._filled(0.01, count), self._filled(1.0, heads.value)
         return DeltaRates(matrix, *vectors)
 
-    def _matrix(self, rows: int, columns: int, bits: int, group_size: int) -> torch.Tensor | QuantMatrix:
+    def _matrix(self, rows: int, columns: int, form: MatrixForm) -> torch.Tensor | QuantMatrix:
+        bits, group_size = form
         if bits == 32:
             uniform: torch.Tensor = torch.rand(rows, columns, generator=self._random, device=self._device)
             return (uniform - 0.5).mul(math.sqrt(12 / columns))
@@ -258,8 +280,11 @@ def _write_stack(
             "head_bits": model.precision.head_bits,
             "nodes": len(graph.graph),
             "head_rows": rows,
-            "part": stack.part,
-            "group_size": stack.group_size,
+            **(
+                {"part": stack.part, "form": list(stack.form), "share": _share(shape, stack.part, stack.form)}
+                if stack.form
+                else {}
+            ),
         },
     )
     write_manifest(directory, manifest)

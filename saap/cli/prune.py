@@ -205,17 +205,18 @@ def runtime_here(costs: Path, here: bool) -> str | None:
 
 def show_plan(slim: Path, budget: Budget) -> None:
     """A chart of the plan, and what was asked, planned and achieved, as counted from the directory that was written."""
-    from saap.models.architectures import shape_of
+    from saap.models.architectures import architecture_of
     from saap.models.checkpoint import read_config
     from saap.models.record import read_record
+    from saap.prune.search.forms import in_words
 
-    plan, config = read_record(slim)["plan"], read_config(slim)
+    plan = read_record(slim)["plan"]
     click.echo(plan_chart(plan["dense_layers"], plan["layers"]))
     columns: list[Mapping[str, float | None]] = [
         budget.report_dense(),
         {NAMES.get(kind, kind): value for kind, value in budget.asked.items()},
         plan["planned"],
-        budget.report(shape_of(config), config),
+        plan["achieved"],
     ]
     rows = [
         [
@@ -226,9 +227,9 @@ def show_plan(slim: Path, budget: Budget) -> None:
         if key in columns[0]
     ]
     print_table("", ["", "dense", "asked", "planned", "achieved"], rows)
-    if budget.of_dense is not None:
-        now, before = budget.group_size, budget.of_dense.group_size
-        tell(f"  {now} weights share a scale, {before} in the dense model; saap tune and export will use this")
+    if budget.forms:
+        tables = architecture_of(read_config(slim)).tables
+        tell(f"  integers: {in_words(plan['bundle'], tables)}; saap tune and export will use these")
     if trials := plan.get("trials"):
         show_trials(trials)
     if gap := plan.get("gap"):
@@ -265,6 +266,6 @@ def show_reasons(plan: PrunePlan, budget: Budget, options: PruneOptions) -> None
     assert reasons is not None, "the method says why"
     print_table(*layer_table(reasons))
     if options.method == "saap":
-        print_table(*kinds_table(plan, reasons, budget))
+        print_table(*kinds_table(reasons))
     for sentence in sentences(reasons, options.method, options.keep_layers or frozenset()):
         tell(f"  {sentence}", otherwise=PROSE)

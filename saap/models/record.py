@@ -68,6 +68,16 @@ class Costs(TypedDict, total=False):
     depth: Count
 
 
+class PlannedBundle(TypedDict, total=False):
+    """The bundle that sizes and times were planned for; names as in ``slim_quant`` (:mod:`saap.models.slim_quant`)."""
+
+    bits: int
+    block: int  # 0 of floats
+    embedding_bits: int  # where not ``bits``
+    matrices: dict[str, int]
+    blocks: dict[str, int]
+
+
 class Trial(TypedDict):
     """A plan that was tuned a little, to choose between it and others."""
 
@@ -82,7 +92,7 @@ class Plan(TypedDict, total=False):
     """What was asked, planned and achieved, and what is kept."""
 
     asked: dict[str, float]
-    bundle: dict[str, int]
+    bundle: PlannedBundle
     costs: Costs
     dense: Measures
     planned: Measures

@@ -16,6 +16,7 @@ import msgspec
 from msgspec import Meta
 
 from saap.models.architectures import Architecture
+from saap.models.record import Record
 from saap.system.errors import UserError
 
 BITS = (4, 8)
@@ -55,6 +56,19 @@ def quant_of(config: Mapping[str, object]) -> SlimQuant | None:
         return msgspec.convert(found, SlimQuant) if found else None
     except ValueError as error:
         raise UserError(f"config.json has a damaged slim_quant ({error}): make the directory again") from None
+
+
+def planned_forms(record: Record, architecture: Architecture) -> dict[str, MatrixForm]:
+    """The integers that pruning planned for matrices that differ from the rest, by module name."""
+    bundle = record.get("plan", {}).get("bundle", {})
+    bits, blocks = bundle.get("matrices", {}), bundle.get("blocks", {})
+    base = MatrixForm(bundle.get("bits", 4), bundle.get("block", 32))
+    found = {
+        name: MatrixForm(bits.get(name, base.bits), blocks.get(name, base.group_size)) for name in {*bits, *blocks}
+    }
+    for name in (architecture.embedding, architecture.head):
+        found[name] = MatrixForm(bundle.get("embedding_bits", base.bits), blocks.get(name, base.group_size))
+    return found
 
 
 def module_form(quant: SlimQuant, architecture: Architecture, module: str) -> MatrixForm:

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from saap.models.shape import ATTENTION, LayerSizes, ModelShape, OfBlocks
+from saap.prune.search.forms import PlanForms
 from saap.system.errors import UserError
 
 Amount = int | float  # in the budget's unit; what is counted stays whole, on disk too
@@ -62,11 +63,21 @@ class Reason:
 
 
 @dataclass(frozen=True)
+class IntegersReason:
+    """What it gave that matrices are held in other integers than the bundle's."""
+
+    blocks: int  # that are
+    saved: float  # in the budget's unit; below 0 where it takes more
+    price: float  # nats per token; below 0 where it costs less
+
+
+@dataclass(frozen=True)
 class Reasons:
     """All blocks of a plan, in the budget's unit."""
 
     unit: str
     blocks: tuple[Reason, ...]
+    integers: IntegersReason | None = None
 
     @property
     def dearest_taken(self) -> Reason | None:
@@ -86,6 +97,7 @@ class Reasons:
             "dearest_taken": taken.last.per_unit if taken and taken.last else None,
             "cheapest_left": left.next.per_unit if left and left.next else None,
             "blocks": [_told(block) for block in self.blocks],
+            **({"integers": asdict(self.integers)} if self.integers else {}),
         }
 
 
@@ -104,7 +116,7 @@ class PrunePlan:
     price: float = 0.0  # predicted loss, nats per token
     reasons: Reasons | None = None  # why each block lost what it lost
     gap: float = 0.0  # by which share of its price a better plan might be cheaper; 0: none is
-    group_size: int | None = None  # weights per scale that the search chose; None: as was asked
+    forms: PlanForms | None = None  # integers that the search chose; None: as was asked
 
     @property
     def kept_layers(self) -> tuple[int, ...]:
@@ -148,9 +160,8 @@ def composed(first: PrunePlan, second: PrunePlan) -> PrunePlan:
             if isinstance(which, tuple):
                 kept[name] = tuple(getattr(before, name)[i] for i in which)
         layers[index] = LayerPlan(**kept)
-    return PrunePlan(
-        tuple(layers), first.price + second.price, gap=max(first.gap, second.gap), group_size=second.group_size
-    )
+    forms = second.forms and second.forms.of_layers(first.kept_layers)
+    return PrunePlan(tuple(layers), first.price + second.price, gap=max(first.gap, second.gap), forms=forms)
 
 
 def check_plan(plan: PrunePlan, dense: ModelShape) -> None:

@@ -155,8 +155,7 @@ def prune(
                 if now.path.parent == kept.folder and together.main:
                     shutil.rmtree(now.path)
                 now = _Model(target, "" if stage.last else weights_hash(target), plan)
-    budget = budget.in_groups_of(now.plan.group_size)
-    achieved = budget.report(shape_of(config := read_config(output)), config)
+    achieved = budget.report(shape_of(config := read_config(output)), config, now.plan)
     return PruneResult(output, now.plan, budget, achieved, text.source if text else None, bool(options.stream))
 
 
@@ -196,9 +195,7 @@ def _by_trials(
 
         choose_by_tuning(make, source, options, output, rows, progress)
     plan = plan_of(read_record(output)["plan"])
-    budget = budget.in_groups_of(plan.group_size)
-    achieved = budget.report(shape_of(config := read_config(output)), config)
-    return PruneResult(output, plan, budget, achieved, rows.source, False)
+    return PruneResult(output, plan, budget, read_record(output)["plan"]["achieved"], rows.source, False)
 
 
 def _prune_stage(
@@ -212,8 +209,7 @@ def _prune_stage(
     model = _loaded(now.path, pruning.options)
     planned = stage.budget.cut
     cut = replace(shape, added_bias=planned.added_bias, vocab=planned.vocab, said=planned.said)
-    others = tuple(replace(each, dense=shape, cut=cut) for each in stage.budget.others)
-    stage = replace(stage, budget=replace(stage.budget, dense=shape, cut=cut, others=others))
+    stage = replace(stage, budget=replace(stage.budget, dense=shape, cut=cut))
     options = pruning.options
     if kept := options.keep_layers:  # by their places in the model now
         kept = frozenset(place for place, index in enumerate(now.plan.kept_layers) if index in kept)
@@ -225,10 +221,9 @@ def _prune_stage(
         plan = ranked_plan(model, scored, stage.budget, options, progress)
     layers = shares().agreed([asdict(layer) for layer in plan.layers])
     plan = replace(plan, layers=convert(layers, tuple[LayerPlan, ...]))
-    pruning = replace(pruning, budget=pruning.budget.in_groups_of(plan.group_size))
 
     refitted = {} if aside is None else TensorFolder(aside, weights_dtype(now.path))
-    if options.compensation == "bias" or plan.cut_layers(shape):  # larger groups alone may meet the budget
+    if options.compensation == "bias" or plan.cut_layers(shape):  # other integers alone may meet the budget
         refitted.update(compensate(options.compensation, model, plan, pruning.ids, last=stage.last, progress=progress))
     del model
 
@@ -239,8 +234,8 @@ def _prune_stage(
         tensors = cut_tensors(names, read, plan, shape, architecture_of(config), refitted)
         chosen = pruning.words if stage.last else None
         written = (chosen.config if chosen else slim_config)(config, plan.kept_shape(cut), kept=plan.kept_layers)
-        achieved = pruning.budget.report(shape_of(written), written)
-        write_trimmed(target, now.path, written, tensors, record_of(pruning, whole, achieved), chosen)
+        achieved = pruning.budget.report(shape_of(written), written, whole)
+        write_trimmed(target, now.path, written, tensors, record_of(pruning, whole, achieved, config), chosen)
     return whole
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 import torch
@@ -10,6 +11,7 @@ import transformers
 from msgspec import convert, to_builtins
 
 from saap import __version__
+from saap.models.architectures import architecture_of
 from saap.models.record import Lineage, Plan, Record, Words
 from saap.prune.options import PruneOptions
 from saap.prune.plan import LayerPlan, PrunePlan, Reasons
@@ -30,8 +32,13 @@ class Pruning:
     vocabulary: Words | None = None  # what the record says of them
 
 
-def record_of(pruning: Pruning, plan: PrunePlan, achieved: dict[str, float | None]) -> Record:
-    """The record of a slim directory, of the plan of the base and what the slim model has of what was asked."""
+def record_of(
+    pruning: Pruning, plan: PrunePlan, achieved: dict[str, float | None], config: Mapping[str, object]
+) -> Record:
+    """The record of a slim directory, of the plan of the base and what the slim model has of what was asked.
+
+    ``config``: of a model of its family.
+    """
     options, lineage, ids = pruning.options, pruning.lineage, pruning.ids
     ours = options.method == "saap"
     return {
@@ -39,7 +46,8 @@ def record_of(pruning: Pruning, plan: PrunePlan, achieved: dict[str, float | Non
         "method": options.method,
         "plan": {
             **pruning.budget.record(),
-            "planned": pruning.budget.report(plan.kept_shape(pruning.budget.cut)),
+            **({"bundle": plan.forms.bundle(architecture_of(dict(config)), plan.kept_layers)} if plan.forms else {}),
+            "planned": pruning.budget.report(plan.kept_shape(pruning.budget.cut), plan=plan),
             "achieved": achieved,
             "price_nats": plan.price,
             **({"gap": plan.gap} if plan.gap else {}),
@@ -74,5 +82,4 @@ def plan_of(recorded: Plan) -> PrunePlan:
     """The plan as :func:`record_of` writes it; KeyError or ValueError where there is none."""
     layers, reasons = convert(recorded["layers"], tuple[LayerPlan, ...]), recorded["reasons"]
     told = convert(reasons, Reasons) if reasons else None
-    group_size = recorded["bundle"].get("block") or None
-    return PrunePlan(layers, recorded["price_nats"] or 0.0, told, recorded.get("gap", 0.0), group_size)
+    return PrunePlan(layers, recorded["price_nats"] or 0.0, told, recorded.get("gap", 0.0))

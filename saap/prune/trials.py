@@ -149,12 +149,13 @@ class _Trials:
                 if not number:
                     raise
                 continue  # with so few blocks gone the budget is not met
-            plan = plan_of(read_record(self._path(number))["plan"])
+            recorded = read_record(self._path(number))["plan"]
+            plan, bundle = plan_of(recorded), recorded["bundle"]
             if not number:
                 waiting += halving.others(plan, adaptive)
-            if (plan.layers, plan.group_size) in seen:
+            if (kept := (plan.layers, bundle)) in seen:
                 continue
-            seen.append((plan.layers, plan.group_size))
+            seen.append(kept)
             asked = {name: getattr(adaptive, name) for name in ("recovered", "most_gone")}
             yield Trial(plan=number, settings=asked, gone=gone_of(plan), price_nats=plan.price, kl={})
 

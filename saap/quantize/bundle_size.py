@@ -16,7 +16,7 @@ Queries, keys and values are one matrix, gate and up are one, and a tied head is
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from saap.models.architectures import (
     Architecture,
@@ -35,6 +35,7 @@ from saap.system.errors import UserError
 
 PAGE = 4096  # bytes
 FLOAT = 4  # bytes
+VOCABULARY = "vocabulary"  # embedding and head, among the parts of a model
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class BundleSize:
     quant: SlimQuant | None = None  # of a tuned model, for forms by matrix; only :meth:`total` asks it
     architecture: Architecture | None = None
     zero_points: bool = False  # its linears have zero points of their own
+    parts: Mapping[str, MatrixForm] = field(default_factory=dict)  # of a block, or VOCABULARY, that have other forms
 
     def block(self, kind: BlockKind, shape: ModelShape, sizes: LayerSizes, layer: int | None = None) -> int:
         """Bytes of one block with its norms, 0 where there is none of the kind. ``layer``: which, of a tuned model."""
@@ -141,7 +143,7 @@ class BundleSize:
     def _linear(self, rows: int, columns: int, layer: int | None, part: str) -> list[int]:
         """Integers, scales and zero points of one matrix of a layer, or its floats."""
         if self.quant is None or self.architecture is None or layer is None:
-            return matrix_bytes(rows, columns, MatrixForm(self.bits, self.group_size))
+            return matrix_bytes(rows, columns, self.parts.get(part, MatrixForm(self.bits, self.group_size)))
         form = stacked_form(self.quant, self.architecture, layer, part)
         arrays = matrix_bytes(rows, columns, form)
         if self.zero_points:
@@ -155,6 +157,8 @@ class BundleSize:
 
     def _table(self, rows: int, columns: int, which: str) -> list[int]:
         form, arch = MatrixForm(self.head_bits or self.bits, self.group_size), self.architecture
+        if which != "per_layer":
+            form = self.parts.get(VOCABULARY, form)
         if self.quant is not None and arch is not None:
             names = {"head": arch.head, "embedding": arch.embedding}
             module = names.get(which, arch.per_layer.table if arch.per_layer else "")

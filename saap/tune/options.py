@@ -146,6 +146,7 @@ class TuneOptions:
         Meta(ge=0, le=1_000_000),
     ] = None
     training: TrainOptions = field(default_factory=lambda: TrainOptions(micro_rows=2))
+    planned: bool = False  # each matrix has the integers that the model's pruning planned
 
     @property
     def group(self) -> GroupSize:
@@ -153,11 +154,12 @@ class TuneOptions:
         return self.group_size or 32
 
     def for_model(self, directory: Path) -> TuneOptions:
-        """With the group size that the model's pruning planned for, where none is asked for."""
-        planned = read_record(directory).get("plan", {}).get("bundle", {}).get("block")
-        if self.group_size is not None or planned not in get_args(GroupSize):
-            return replace(self, group_size=self.group)
-        return replace(self, group_size=convert(planned, GroupSize))
+        """With the integers that the model's pruning planned for, where no others are asked for."""
+        bundle = read_record(directory).get("plan", {}).get("bundle", {})
+        asked = self.group_size is not None or self.head_bits is not None or self.max_bytes is not None
+        if asked or self.bits != bundle.get("bits") or bundle.get("block") not in get_args(GroupSize):
+            return self if self.planned else replace(self, group_size=self.group)
+        return replace(self, group_size=convert(bundle["block"], GroupSize), planned=True)
 
     def recorded(self) -> dict[str, object]:
         """As saap.json and states hold them, whose name for the group size is older; the text is recorded apart."""

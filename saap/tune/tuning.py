@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -33,7 +34,7 @@ from saap.models.checkpoint import load_model, read_config, slim_config, write_s
 from saap.models.record import read_record
 from saap.models.resolve import resolve
 from saap.models.shape import ModelShape
-from saap.models.slim_quant import SlimQuant
+from saap.models.slim_quant import MatrixForm, SlimQuant, planned_forms
 from saap.models.streaming import load_streamed, moved, settle
 from saap.models.weight_files import weights_hash
 from saap.quantize.choose_forms import choose_forms
@@ -162,7 +163,8 @@ def _tune(
     model = load_streamed(model_dir, device=way.device) if way.streamed else moved(load_model(model_dir), way.device)
     learnt, judged = held_out(rows, options.held_out) if options.holds_out(len(rows)) else (rows, None)
     targets = targets_of(teacher_dir, rows, options, StudentWords.of(model_dir), progress)
-    adapted, groups, quant = _quantised(model, rows.ids, options, progress)
+    own = planned_forms(read_record(model_dir), architecture_of(config)) if options.planned else {}
+    adapted, groups, quant = _quantised(model, rows.ids, options, own, progress)
     trained = sum(p.numel() for group in groups for p in group["params"])
     use_short_attention(cast("PreTrainedModel", adapted.get_base_model()))
     head = None if way.recomputed else KeptMatrix()
@@ -319,10 +321,18 @@ def loss_name(targets: TeacherTargets | None, options: TuneOptions) -> str:
 
 
 def _quantised(
-    model: PreTrainedModel, ids: torch.Tensor, options: TuneOptions, progress: Progress | None
+    model: PreTrainedModel,
+    ids: torch.Tensor,
+    options: TuneOptions,
+    own: Mapping[str, MatrixForm],
+    progress: Progress | None,
 ) -> tuple[PeftModel, list[Group], SlimQuant]:
-    """The model of integers and adapters, what is trained at which peak rates, and the config's ``slim_quant``."""
-    form = IntegerForm(options.bits, options.group, options.head_bits or options.bits, options.symmetric)
+    """The model of integers and adapters, what is trained at which peak rates, and the config's ``slim_quant``.
+
+    ``own``: the integers that single matrices were planned in.
+    """
+    form = IntegerForm(options.bits, options.group, options.head_bits or options.bits, options.symmetric, own)
+    form = replace(form, head_bits=form.vocabulary(architecture_of(model.config).head).bits)
     sample = ids[: options.calibration_rows]
     if options.max_bytes is not None:
         choice = choose_forms(model, sample, options.max_bytes, progress)

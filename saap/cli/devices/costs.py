@@ -128,9 +128,11 @@ def show_costs(costs: Costs) -> None:
         ffn += [(f"convolution {c.channels}", c.ms) for c in table.conv]
         ffn += [(f"delta net of {c.heads} key heads", c.ms) for c in table.delta]
         heads = [(f"outside the layers with {c.rows:,} words", c.ms) for c in table.head]
-        for of in table.groups:
+        for of in table.forms:
             own = ("attention", of.attention_ms), ("FFN", of.ffn_ms), ("outside the layers", of.outside_ms)
-            heads += [(f"{name} in groups of {of.group_size}", ms) for name, ms in own]
+            heads += [
+                (f"{name} at {of.bits} bit in groups of {of.group_size}", ms) for name, ms in own if ms is not None
+            ]
         print_table("", ["part", "us"], [[name, f"{1000 * ms:.1f}"] for name, ms in [*attention, *ffn, *heads]])
         node = "an unknown time" if table.node_ms is None else f"{1000 * table.node_ms:.1f} us"
         tell(

@@ -22,7 +22,6 @@ from saap.prune.search.explain import reasons_of
 from saap.prune.search.kept_prices import keep_library, prices_path, read_library
 from saap.prune.search.library import Pricing
 from saap.prune.search.milp import Library, search
-from saap.prune.search.rounding import rounding_prices
 from saap.system.errors import UserError
 
 PRICING_SHARE = 8  # one eighth of the calibration sequences prices what the others scored
@@ -56,21 +55,9 @@ def adaptive_plan(
     scores = scores_of(model, budget.dense, scored, options.adaptive, weights=weights, progress=progress)
     ranked = fuse(scores, budget.dense, options.adaptive.fusion)
     library = _library(Pricing(model, budget.dense, ranked, (scored, priced), options), weights, ids, progress)
-    counted, prices = library.recovering(options.adaptive.recovered), {budget.group_size: 0.0}
-    if budget.others:
-        prices = rounding_prices(model, priced, budget.bits, [each.group_size for each in budget.each], progress)
-    plans: list[PrunePlan] = []
-    for each in budget.each:
-        try:
-            found = search(counted, each, options.adaptive.most_gone)
-        except UserError:
-            if each is budget.each[-1] and not plans:
-                raise
-            continue  # larger groups may meet it
-        more = (1 - options.adaptive.recovered) * (prices[each.group_size] - prices[budget.group_size])
-        reasons = reasons_of(found.blocks, found.chosen, budget.unit)
-        plans.append(replace(found.plan, price=found.plan.price + more, reasons=reasons, group_size=each.group_size))
-    return min(plans, key=lambda plan: plan.price)
+    found = search(library.recovering(options.adaptive.recovered), budget, options.adaptive.most_gone)
+    reasons = replace(reasons_of(found.blocks, found.chosen, budget.unit), integers=found.integers)
+    return replace(found.plan, reasons=reasons)
 
 
 def _library(pricing: Pricing, weights: str | None, ids: torch.Tensor, progress: Progress | None) -> Library:

@@ -14,32 +14,36 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from msgspec import convert
 
-from saap.models.record import Costs, Plan
+from saap.models.record import Costs, Plan, PlannedBundle
 from saap.models.shape import BlockKind, LayerSizes, ModelShape
-from saap.models.slim_quant import GROUP_SIZES
+from saap.models.slim_quant import BITS, GROUP_SIZES, MatrixForm
 from saap.prune.options import TIMED, PruneOptions
+from saap.prune.search.forms import READS, WRITES, BlockForms, PlanForms, writing_share
 from saap.prune.search.layer_costs import COSTS, DEVICE, CostFile, CostTable, read_costs
-from saap.quantize.bundle_size import BundleSize, bundle_size
+from saap.quantize.bundle_size import VOCABULARY, BundleSize, bundle_size
 from saap.system.errors import UserError
+
+if TYPE_CHECKING:
+    from saap.prune.plan import PrunePlan
 
 ROUNDING = 1e-12  # relative; a sum of milliseconds depends on its order by as much
 
 
 class Measure(Protocol):
-    """Costs in one unit; :class:`saap.quantize.bundle_size.BundleSize` is one."""
+    """Costs in one unit."""
 
-    def outside(self, shape: ModelShape) -> float:
-        """Of what is in no layer."""
+    def outside(self, shape: ModelShape, form: MatrixForm | None = None) -> float:
+        """Of what is in no layer, embedding and head in this form; None is the bundle's own."""
 
-    def block(self, kind: BlockKind, shape: ModelShape, sizes: LayerSizes) -> float:
-        """Of one block of a layer of these sizes; 0 where it has none of the kind."""
+    def block(self, kind: BlockKind, shape: ModelShape, sizes: LayerSizes, forms: BlockForms | None = None) -> float:
+        """Of one block of a layer of these sizes in these forms; 0 where it has none of the kind."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +52,29 @@ class Weights:
 
     everything: bool
 
-    def outside(self, shape: ModelShape) -> float:
+    def outside(self, shape: ModelShape, form: MatrixForm | None = None) -> float:
         """Embedding, head and last norm."""
         return shape.parameters - shape.layer_weights if self.everything else 0
 
-    def block(self, kind: BlockKind, shape: ModelShape, sizes: LayerSizes) -> float:
+    def block(self, kind: BlockKind, shape: ModelShape, sizes: LayerSizes, forms: BlockForms | None = None) -> float:
         return shape.weights(kind, sizes)
+
+
+@dataclass(frozen=True)
+class FileSize:
+    """Bytes of a bundle's weights file."""
+
+    size: BundleSize
+
+    def outside(self, shape: ModelShape, form: MatrixForm | None = None) -> float:
+        return self._in({VOCABULARY: form} if form else {}).outside(shape)
+
+    def block(self, kind: BlockKind, shape: ModelShape, sizes: LayerSizes, forms: BlockForms | None = None) -> float:
+        parts = dict(zip((READS[kind.name], WRITES[kind.name]), forms, strict=True)) if forms else {}
+        return self._in(parts).block(kind, shape, sizes)
+
+    def _in(self, parts: Mapping[str, MatrixForm]) -> BundleSize:
+        return replace(self.size, parts=parts) if parts else self.size
 
 
 @dataclass(frozen=True)
@@ -61,12 +82,23 @@ class StepTime:
     """Milliseconds of a decode step by a table of costs."""
 
     table: CostTable
+    form: MatrixForm | None = None  # of all matrices where nothing else is said; None is the table's own
 
-    def outside(self, shape: ModelShape) -> float:
-        return self.table.outside_ms(shape.head_rows)
+    def outside(self, shape: ModelShape, form: MatrixForm | None = None) -> float:
+        return self.table.outside_ms(shape.head_rows) * self._share("outside", form)
 
-    def block(self, kind: BlockKind, shape: ModelShape, sizes: LayerSizes) -> float:
-        return self.table.block_ms(kind, sizes)
+    def block(self, kind: BlockKind, shape: ModelShape, sizes: LayerSizes, forms: BlockForms | None = None) -> float:
+        ms = self.table.block_ms(kind, sizes)
+        if not ms or not (forms or self.form):
+            return ms
+        writes, own = writing_share(shape, kind, sizes), forms or (None, None)
+        shares = [self._share(kind.name, form) for form in own]
+        return ms * ((1 - writes) * shares[0] + writes * shares[1])
+
+    def _share(self, part: str, form: MatrixForm | None) -> float:
+        """Of the table's own milliseconds; what was not timed in a form takes as long."""
+        form = form or self.form
+        return self.table.share_of(part, form) if form in self.table.forms_of(part) else 1.0
 
 
 @dataclass(frozen=True)
@@ -86,21 +118,23 @@ class Budget:
     costs: Costs | None = None  # what a record says about the table
     further: tuple[str, ...] = ()  # options that would let more go, as a person is told of them
     one_width: bool = False  # whether all FFNs keep the same number of channels, and all else stays
-    of_dense: Budget | None = None  # in groups as the dense model is exported in; None where these are such groups
-    others: tuple[Budget, ...] = ()  # the same requirement with larger groups of weights
+    forms: tuple[MatrixForm, ...] = ()  # integers that matrices may have instead; none: the search chooses none
+    vocabulary: tuple[MatrixForm, ...] = ()  # that embedding and head may have instead
 
     @property
-    def each(self) -> tuple[Budget, ...]:
-        """The same requirement with every group size that may be chosen."""
-        return (self, *self.others)
+    def base(self) -> MatrixForm:
+        """What all matrices are held in where the search chooses nothing else."""
+        return MatrixForm(self.bits, self.group_size)
 
-    def in_groups_of(self, group_size: int | None) -> Budget:
-        """The same requirement with that group size; None is this one."""
-        return self if group_size is None else {budget.group_size: budget for budget in self.each}[group_size]
-
-    def divides(self, kind: BlockKind, sizes: LayerSizes) -> bool:
-        """Whether the matrix that writes of a block of these sizes has whole groups."""
-        return self.cut.inner_width(kind, sizes) % self.group_size == 0
+    def forms_for(self, kind: BlockKind, sizes: LayerSizes) -> list[BlockForms]:
+        """What a block of these sizes may be held in, the base first: whole groups, and what was timed."""
+        timed = set(self.forms) if self.unit != "ms" or self.table is None else set(self.table.forms_of(kind.name))
+        allowed = [form for form in self.forms if form in timed]
+        both = [
+            [self.base, *(form for form in allowed if columns % form.group_size == 0)]
+            for columns in (self.cut.hidden, self.cut.inner_width(kind, sizes))
+        ]
+        return [BlockForms(reads, writes) for reads in both[0] for writes in both[1]]
 
     @property
     def fixed(self) -> float:
@@ -112,9 +146,9 @@ class Budget:
         """What all blocks together may cost; below 0 where the rest alone is too much."""
         return self.most - self.fixed
 
-    def cost(self, kind: BlockKind, sizes: LayerSizes) -> float:
+    def cost(self, kind: BlockKind, sizes: LayerSizes, forms: BlockForms | None = None) -> float:
         """Of one block."""
-        return self.measure.block(kind, self.cut, sizes)
+        return self.measure.block(kind, self.cut, sizes, forms)
 
     def layer_cost(self, sizes: LayerSizes, shape: ModelShape | None = None) -> float:
         """Of all blocks of a layer, of the slim model where ``shape`` is no other."""
@@ -122,6 +156,15 @@ class Budget:
 
     def total(self, shape: ModelShape) -> float:
         return self.measure.outside(shape) + sum(self.layer_cost(sizes, shape) for sizes in shape.layers)
+
+    def total_in(self, forms: PlanForms, shape: ModelShape, kept_layers: Sequence[int]) -> float:
+        """Of a slim model in chosen integers; ``kept_layers``: its layers in the model that was pruned."""
+        blocks = (
+            self.measure.block(kind, shape, sizes, forms.blocks.get((layer, kind.name)))
+            for layer, sizes in zip(kept_layers, shape.layers, strict=True)
+            for kind in sizes.blocks
+        )
+        return self.measure.outside(shape, forms.vocabulary) + sum(blocks)
 
     def meets(self, shape: ModelShape) -> bool:
         return self.fits(self.total(shape))
@@ -133,13 +176,15 @@ class Budget:
     def partway(self, share: float) -> Budget:
         """The budget after ``share`` of the way from the dense model to what was asked, for pruning in stages."""
         whole = self.total(self.dense)
-        others = tuple(budget.partway(share) for budget in self.others)
-        return replace(self, most=whole + share * (self.most - whole), others=others)
+        return replace(self, most=whole + share * (self.most - whole))
 
-    def report(self, shape: ModelShape, config: Mapping[str, object] | None = None) -> dict[str, float | None]:
+    def report(
+        self, shape: ModelShape, config: Mapping[str, object] | None = None, plan: PrunePlan | None = None
+    ) -> dict[str, float | None]:
         """A model in all units that are known; None is unknown.
 
         With its own ``config.json`` bytes are exact; else positions and rotary tables are those of the dense model.
+        ``plan``: what it came of, for the integers that the search chose.
         ``ratio`` is the share of the decoder layers' weights that is gone, ``bytes`` are of the bundle's weights file.
         """
         size = self.size if config is None or self.size is None else bundle_size(config, self.bits, self.group_size)
@@ -147,26 +192,29 @@ class Budget:
             "ratio": 1 - shape.layer_weights / self.dense.layer_weights,
             "ratio_of_all": 1 - shape.parameters / self.dense.parameters,
             "parameters": shape.parameters,
-            "bytes": size.total(shape) if size else None,
+            "bytes": self._total(FileSize(size), shape, plan) if size else None,
         }
         if self.table:
-            dense = (self.of_dense or self).total_ms(self.dense)
-            ms = self.total_ms(shape)
-            numbers |= {"ms_per_token": ms, "speedup": dense / ms}
+            dense = StepTime(self.table)  # in the table's own integers, as the dense model is exported in
+            step = self.measure if isinstance(self.measure, StepTime) else dense
+            ms = self._total(step, shape, plan)
+            numbers |= {"ms_per_token": ms, "speedup": replace(self, measure=dense).total(self.dense) / ms}
         return numbers
 
-    def total_ms(self, shape: ModelShape) -> float:
-        """Of a decode step of a whole model, where there is a table."""
-        assert self.table is not None, "times are by a table"
-        return self.table.total_ms(shape.layers, shape.head_rows)
+    def _total(self, measure: Measure, shape: ModelShape, plan: PrunePlan | None) -> float:
+        own = replace(self, measure=measure)
+        if plan is None or plan.forms is None:
+            return own.total(shape)
+        return own.total_in(plan.forms, shape, plan.kept_layers)
 
     def report_dense(self) -> dict[str, float | None]:
         """The dense model, as it is exported where nothing is said."""
-        return (self.of_dense or self).report(self.dense)
+        own = self.measure
+        return (replace(self, measure=StepTime(own.table)) if isinstance(own, StepTime) else self).report(self.dense)
 
     def record(self) -> Plan:
         """What was asked, of which bundle and by which table, and what the dense model is, for ``saap.json``."""
-        bundle = {"bits": self.bits, "block": self.group_size if self.bits != 32 else 0}
+        bundle = PlannedBundle(bits=self.bits, block=self.group_size if self.bits != 32 else 0)
         costs = Plan(costs=self.costs) if self.costs else Plan()
         return {"asked": self.asked, "bundle": bundle, **costs, "dense": self.report_dense()}
 
@@ -181,7 +229,7 @@ class Budget:
         """The error where ``floor``, the least that a model can cost, is too much; the number it names can be met."""
         ((kind, asked),) = self.asked.items()
         if kind in ("ratio", "speedup"):
-            whole = (self.of_dense or self).total(self.dense)
+            whole = float(self.report_dense()["ms_per_token"] or 0.0) if kind == "speedup" else self.total(self.dense)
             best = 1 - floor / whole if kind == "ratio" else whole / floor
             name = {"ratio": "a ratio", "speedup": "a speed-up"}[kind]
             largest = _rounded(best, math.floor)
@@ -234,37 +282,36 @@ def budget_for(
     )  # fmt: skip
     whole = budget.total(dense)
     budget = replace(budget, most={"ratio": (1 - value) * whole, "speedup": whole / value}.get(kind, value))
-    if options.bits != 32:
-        budget = _with_groups(budget, options, config)
-    if budget.meets(dense) and (options.group_size is None or budget.group_size == 32):
+    if budget.meets(dense):
         raise UserError(
             f"the model has {budget.in_words(whole)} already, which meets {budget.in_words(value)}: "
             f"give a smaller {_flag(kind)}"
         )
-    return budget
+    return _with_forms(budget, options)
 
 
-def _with_groups(budget: Budget, options: PruneOptions, config: Mapping[str, object]) -> Budget:
-    """The budget in the groups that were asked for, or with those that the search may choose.
+def _with_forms(budget: Budget, options: PruneOptions) -> Budget:
+    """The budget in the groups that were asked for, or with the integers that the search may choose.
 
-    Of milliseconds these are the groups that were timed, of bytes all.
+    Of milliseconds these are what was timed, of bytes all.
     """
-
-    def of(group_size: int) -> Budget:
-        size = _size(options, group_size, "", budget.dense, config)
-        own = budget.table.in_groups_of(group_size) if budget.table else None
-        measure = StepTime(own) if own else size or budget.measure
-        return replace(budget, measure=measure, table=own, group_size=group_size, size=size, of_dense=budget)
-
-    timed = [cost.group_size for cost in budget.table.groups] if budget.table else []
-    if options.group_size is not None:
-        return of(options.group_size) if options.group_size in timed else budget
-    if options.method != "saap" or options.engine != "any":
+    table = budget.table if isinstance(budget.measure, StepTime) else None
+    if options.bits == 32 or (table is None and budget.unit != "bytes"):
         return budget
-    larger = GROUP_SIZES[1:] if budget.unit == "bytes" else timed
-    others = [each for each in map(of, larger) if each.size is not None]
-    whole = [all(each.divides(kind, s) for s in budget.dense.layers for kind in s.blocks) for each in others]
-    return replace(budget, others=tuple(each for each, fits in zip(others, whole, strict=True) if fits))
+    asked = MatrixForm(options.bits, options.least_group)
+    if options.group_size is not None:
+        known = table is not None and any((cost.bits, cost.group_size) == asked for cost in table.forms)
+        return replace(budget, measure=StepTime(table, asked)) if table and known else budget
+    if options.method != "saap" or options.engine != "any" or options.bits != 4:
+        return budget
+    if table is None:
+        forms = outside = [form for bits in BITS for size in GROUP_SIZES if (form := MatrixForm(bits, size)) != asked]
+    else:
+        forms = [MatrixForm(cost.bits, cost.group_size) for cost in table.forms]
+        outside = table.forms_of("outside")
+    hidden, extra = budget.dense.hidden, bool(budget.dense.per_layer)  # tables of one number of bits
+    words = [form for form in outside if hidden % form.group_size == 0 and not (extra and form.bits != options.bits)]
+    return replace(budget, forms=tuple(forms), vocabulary=tuple(words))
 
 
 def _further(options: PruneOptions, dense: ModelShape) -> Iterator[str]:
@@ -282,7 +329,7 @@ def _further(options: PruneOptions, dense: ModelShape) -> Iterator[str]:
 def _measure(kind: str, size: BundleSize | None, table: CostTable | None) -> tuple[str, Measure]:
     if kind == "max_bytes":
         assert size is not None
-        return "bytes", size
+        return "bytes", FileSize(size)
     if kind in TIMED:
         assert table is not None
         return "ms", StepTime(table)

@@ -141,11 +141,8 @@ class _Layer:
         return min(moves, key=lambda pair: pair[1].per_unit, default=None)
 
 
-def kinds_table(plan: PrunePlan, reasons: Reasons, budget: Budget) -> tuple[str, list[str], list[list[str]]]:
-    """Title, headings, and a row of cells for each kind of structure that went: what it saved and what it costs.
-
-    ``budget``: in the groups of the plan, whose blocks the reasons are of.
-    """
+def kinds_table(reasons: Reasons) -> tuple[str, list[str], list[list[str]]]:
+    """Title, headings, and a row of cells for each kind of structure that went: what it saved and what it costs."""
     scale, _, unit = UNITS[reasons.unit]
     found: dict[str, list[float]] = {}
     for block in reasons.blocks:
@@ -155,12 +152,10 @@ def kinds_table(plan: PrunePlan, reasons: Reasons, budget: Budget) -> tuple[str,
             found.setdefault(name, [0, 0.0, 0.0])
             for place, number in enumerate((1, block.saved, block.price or 0.0)):
                 found[name][place] += number
-    if budget.of_dense is not None:
-        saved = budget.of_dense.total(budget.dense) - budget.total(budget.dense)
-        price = plan.price - sum(block.price or 0.0 for block in reasons.blocks)
-        found[f"{budget.group_size} weights to a scale"] = [0, saved, price]
+    if (integers := reasons.integers) is not None:
+        found["bits and groups of weights"] = [integers.blocks, integers.saved, integers.price]
     rows = [
-        [name, f"{count:.0f}" if count else "all", short(saved / scale), short(price), short(price / saved * scale)]
+        [name, f"{count:.0f}", short(saved / scale), short(price), short(price / saved * scale if saved > 0 else None)]
         for name, (count, saved, price) in sorted(found.items(), key=lambda item: -item[1][1])
     ]
     return "What each kind gave and cost", ["kind", "blocks", f"{unit} saved", "nats", f"per {unit}"], rows

@@ -10,15 +10,18 @@ from pathlib import Path
 import torch
 
 from devices.common.files import cache_directory, make_room
+from saap.models.slim_quant import MatrixForm
 from saap.prune.options import PruneOptions
 from saap.prune.plan import LayerPlan
 from saap.prune.scores.cache import key_of
-from saap.prune.search.choices import Place
+from saap.prune.search.forms import Place
 from saap.prune.search.milp import Gap, Library
+from saap.prune.search.rounding import Prices, Rounding
+from saap.quantize.bundle_size import VOCABULARY
 from saap.system.sealed_tensors import load_sealed, save_sealed
 
 KEPT_BYTES = 256 << 20  # of all entries, some 20 kB each; those unused longest go
-OFFERS, GAP = "offers ", "gap "  # how names begin
+OFFERS, GAP, ROUNDED = "offers ", "gap ", "rounding "  # how names begin
 
 
 def prices_path(weights: str, ids: torch.Tensor, options: PruneOptions, streamed: bool) -> Path:
@@ -43,6 +46,8 @@ def read_library(path: Path, choices: Mapping[Place, Sequence[LayerPlan]]) -> Li
             place: tuple(zip(plans, kept[OFFERS + _name(place)].tolist(), strict=True))
             for place, plans in choices.items()
         }
+        held = {name: _prices(values) for name, values in kept.items() if name.startswith(ROUNDED)}
+        blocks = {place: (held[_rounded(place, "reads")], held[_rounded(place, "writes")]) for place in choices}
         gaps = [
             Gap(tuple(map(_place, name.split(" ")[2].split("+"))), float(kept[name]))
             for name in sorted(kept)
@@ -51,7 +56,7 @@ def read_library(path: Path, choices: Mapping[Place, Sequence[LayerPlan]]) -> Li
     except (OSError, KeyError, ValueError):
         return None
     path.touch()
-    return Library(offers, tuple(gaps))
+    return Library(offers, tuple(gaps), Rounding(blocks, held[ROUNDED + VOCABULARY]))
 
 
 def keep_library(path: Path, library: Library) -> None:
@@ -62,10 +67,29 @@ def keep_library(path: Path, library: Library) -> None:
     }
     for number, gap in enumerate(library.gaps):
         kept[f"{GAP}{number:06d} " + "+".join(map(_name, gap.blocks))] = torch.tensor(gap.price, dtype=torch.float64)
+    if library.rounding is not None:
+        for place, both in library.rounding.blocks.items():
+            for which, prices in zip(("reads", "writes"), both, strict=True):
+                kept[_rounded(place, which)] = _told(prices)
+        kept[ROUNDED + VOCABULARY] = _told(library.rounding.vocabulary)
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         save_sealed(kept, path)
         make_room(path.parent, KEPT_BYTES - path.stat().st_size, path)
+
+
+def _rounded(place: Place, which: str) -> str:
+    return f"{ROUNDED}{_name(place)} {which}"
+
+
+def _told(prices: Prices) -> torch.Tensor:
+    """Bits, group size and price of each form, [forms, 3]."""
+    rows = [(*form, price) for form, price in prices.items()]
+    return torch.tensor(rows, dtype=torch.float64).reshape(-1, 3)
+
+
+def _prices(told: torch.Tensor) -> Prices:
+    return {MatrixForm(int(bits), int(size)): price for bits, size, price in told.tolist()}
 
 
 def _name(place: Place) -> str:

@@ -10,7 +10,7 @@ one depth of the cache.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
@@ -19,6 +19,7 @@ from msgspec import Meta
 
 from devices.common.documents import Document
 from saap.models.shape import ATTENTION, CONV, DELTA, BlockKind, LayerSizes, ModelShape
+from saap.models.slim_quant import MatrixForm
 from saap.system.errors import UserError
 
 MOST = 1_000_000_000  # milliseconds, heads, channels: what is above is damage
@@ -77,13 +78,14 @@ class HeadCost:
 
 
 @dataclass(frozen=True)
-class GroupCost:
-    """Of the model's own blocks, and of a step outside its layers, where so many weights share a scale."""
+class FormCost:
+    """Of the model's own blocks, and of a step outside its layers, in other integers; None where none can have them."""
 
+    bits: Count
     group_size: Count
-    attention_ms: Milliseconds
-    ffn_ms: Milliseconds
-    outside_ms: Milliseconds
+    attention_ms: Milliseconds | None = None
+    ffn_ms: Milliseconds | None = None
+    outside_ms: Milliseconds | None = None
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ class ThreadCosts:
     conv: list[ConvCost] = field(default_factory=list)  # of families that have such layers
     delta: list[DeltaCost] = field(default_factory=list)  # likewise
     head: list[HeadCost] = field(default_factory=list)  # of fewer words than all
-    groups: list[GroupCost] = field(default_factory=list)  # of larger groups than the table's
+    forms: list[FormCost] = field(default_factory=list)  # of other integers than the table's
 
 
 @dataclass(frozen=True)
@@ -135,24 +137,24 @@ class CostTable:
     conv: dict[int, float] = field(default_factory=dict)  # channels -> ms of the short convolution with its norm
     delta: dict[int, float] = field(default_factory=dict)  # key heads -> ms of the delta net with its norm
     head: dict[int, float] = field(default_factory=dict)  # words of the head -> ms of a step without any layer
-    groups: tuple[GroupCost, ...] = ()  # what larger groups of weights change
+    forms: tuple[FormCost, ...] = ()  # what other integers than the table's change
 
-    def in_groups_of(self, group_size: int) -> CostTable:
-        """The table where so many weights share a scale: each kind of block is as much faster as its largest is.
+    def share_of(self, part: str, form: MatrixForm) -> float:
+        """Milliseconds of attention, FFN or what is outside the layers in other integers, as a share of the table's.
 
         KeyError: it was not measured.
         """
-        found = {cost.group_size: cost for cost in self.groups}[group_size]
-        attends = found.attention_ms / self.attention[max(self.attention)]
-        ffn = found.ffn_ms / self.ffn[max(self.ffn)]
-        return replace(
-            self,
-            constant_ms=found.outside_ms,
-            attention={heads: ms * attends for heads, ms in self.attention.items()},
-            ffn={width: ms * ffn for width, ms in self.ffn.items()},
-            head={rows: ms * found.outside_ms / self.constant_ms for rows, ms in self.head.items()},
-            groups=(),
-        )
+        found = {MatrixForm(cost.bits, cost.group_size): cost for cost in self.forms}[form]
+        ms: float | None = getattr(found, f"{part}_ms", None)
+        if ms is None:
+            raise KeyError(part)
+        whole = {"attention": self.attention[max(self.attention)], "ffn": self.ffn[max(self.ffn)]}
+        return ms / whole.get(part, self.constant_ms)
+
+    def forms_of(self, part: str) -> list[MatrixForm]:
+        """Other integers than the table's that attention, FFN or what is outside the layers was timed in."""
+        timed = [cost for cost in self.forms if getattr(cost, f"{part}_ms", None) is not None]
+        return [MatrixForm(cost.bits, cost.group_size) for cost in timed]
 
     def outside_ms(self, rows: int | None = None) -> float:
         """Milliseconds of a step without any layer, whose head says so many words; None: all of them.
@@ -240,7 +242,7 @@ def read_costs(
 ) -> CostTable:
     """Read the table for a model and the bundle that will be made of it, whose group size means nothing at 32 bit.
 
-    It is of ``group_size``, or holds what larger groups change, and is of the smallest then.
+    It is of ``group_size``, or holds what groups of this size change.
 
     Without ``threads`` the file's only thread count is taken, without ``onnxruntime`` any version.
 
@@ -253,8 +255,8 @@ def read_costs(
         raise CostError(f"{what}: give a file of `saap devices costs MODEL -o FILE`")
     found = COSTS.read(path)
     wanted: dict[str, object] = {"hidden": shape.hidden, "head_dim": shape.head_dim, "vocab": shape.vocab, "bits": bits}
-    larger = {cost.group_size for table in found.threads for cost in table.groups}
-    if bits != 32 and group_size not in larger:
+    timed = {(cost.bits, cost.group_size) for table in found.threads for cost in table.forms}
+    if bits != 32 and (bits, group_size) not in timed:
         wanted["block"] = group_size
     if other := [name for name in wanted if found.model.get(name) != wanted[name]]:
         there, here = (", ".join(f"{name} {of.get(name)}" for name in other) for of in (found.model, wanted))
@@ -279,4 +281,4 @@ def _table(path: Path, found: CostFile, threads: int | None, vocab: int) -> Cost
     conv = {cost.channels: cost.ms for cost in table.conv}
     delta = {cost.heads: cost.ms for cost in table.delta}
     head = {cost.rows: cost.ms for cost in table.head} | {vocab: table.constant_ms}
-    return CostTable(threads, found.depth, table.constant_ms, attention, ffn, conv, delta, head, tuple(table.groups))
+    return CostTable(threads, found.depth, table.constant_ms, attention, ffn, conv, delta, head, tuple(table.forms))

@@ -13,6 +13,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -21,16 +22,18 @@ from transformers import PreTrainedModel
 
 from devices.common.progress import Progress
 from saap.models.architectures import architecture_of
-from saap.models.layer_walk import batches_of, inputs_of, layers_of, run_layer
-from saap.models.shape import ATTENTION, KINDS, ModelShape
+from saap.models.layer_walk import Batch, batches_of, inputs_of, layers_of, removed_hooks, run_layer
+from saap.models.shape import ATTENTION, KINDS, BlockKind, ModelShape
 from saap.models.streaming import is_streamed, present
 from saap.prune.cut.ridge import regression
 from saap.prune.cut.surgery import kept_columns
 from saap.prune.options import Compensation, PruneOptions
 from saap.prune.plan import LayerPlan
 from saap.prune.scores.gradients import NOT_FINITE, adding_module, block_gradients
-from saap.prune.search.choices import RUNS, Place, choices, runs_of
+from saap.prune.search.choices import RUNS, choices, runs_of
+from saap.prune.search.forms import Place
 from saap.prune.search.milp import Gap, Library
+from saap.prune.search.rounding import Prices, RoundedMatrix, Rounding, rounded_block, vocabulary_prices
 from saap.system.errors import UserError
 
 FITTED, FITTED_STREAMED = 24, 12
@@ -95,6 +98,7 @@ class Pricing:
     def _priced(self, progress: Progress | None) -> Library:
         offers: dict[Place, tuple[tuple[LayerPlan, float], ...]] = {}
         gaps: list[Gap] = []
+        self._rounding: dict[Place, tuple[Prices, Prices]] = {}
         most = held_blocks(is_streamed(self.model))
         runs: dict[Place, list[tuple[Place, ...]]] = {}
         for run in runs_of(self.shape, self.options):
@@ -121,7 +125,7 @@ class Pricing:
             gaps += self._gaps(left)
         if progress:
             progress("pricing (blocks)", len(order), len(order))
-        return Library(offers, tuple(gaps))
+        return Library(offers, tuple(gaps), Rounding(self._rounding, vocabulary_prices(self.model, self._judged)))
 
     def _points(self) -> Iterator[_Point]:
         texts = [self._fitted, self._judged]
@@ -139,6 +143,10 @@ class Pricing:
                     if (norm := modules.get(architecture.norm_before(kind))) is not None and norm is not layer:
                         wanted[f"stream {kind.name}"] = norm
                 seen: list[dict[str, torch.Tensor]] = []
+                # Before the layer runs as it is: what layers leave for later ones is then as it should be.
+                held = {
+                    kind: self._rounded(index, kind, layer, stream, flat) for kind in self.shape.layers[index].blocks
+                }
                 for number, (hidden, batch) in enumerate(zip(stream, flat, strict=True)):
                     with inputs_of(wanted) as inputs:
                         stream[number] = run_layer(layer, hidden, batch.given[index])
@@ -155,7 +163,31 @@ class Pricing:
                         for p, s in zip(products, read, strict=True)
                     ]
                     out = products if behind is None else [behind(p) for p in products]
+                    price = partial(self._changed, (index, kind.name), out[self._first_judged :])
+                    self._rounding[index, kind.name] = held[kind][0].prices(price), held[kind][1].prices(price)
                     yield _Point((index, kind.name), linear, behind, x, out, weigh)
+
+    def _rounded(
+        self, index: int, kind: BlockKind, layer: nn.Module, stream: list[torch.Tensor], batches: list[Batch]
+    ) -> tuple[RoundedMatrix, RoundedMatrix]:
+        """The matrices of a block in integers, on what reaches its layer of the judged text."""
+        entering = list(zip(stream, batches, strict=True))[self._first_judged :]
+        adding = adding_module(self.model, index, kind)
+
+        def adds() -> list[torch.Tensor]:
+            seen: list[torch.Tensor] = []
+            with removed_hooks() as handles:
+                handles.append(adding.register_forward_hook(lambda _, args, output: seen.append(output)))
+                for hidden, batch in entering:
+                    run_layer(layer, hidden, batch.given[index])
+            return seen
+
+        parts = architecture_of(self.model.config).matrices
+        return rounded_block(dict(layer.named_modules()), parts, kind, adds)
+
+    def _changed(self, place: Place, before: Sequence[torch.Tensor], now: Sequence[torch.Tensor]) -> float:
+        """The price of a block that adds something else, in batches of the judged text."""
+        return self._price(place, [b - a for a, b in zip(before, now, strict=True)])
 
     def _gaps(self, point: _Point) -> Iterator[Gap]:
         """The runs behind a block, each at the price of what the block's matrix cannot make up for."""

@@ -1,13 +1,15 @@
 """Adaptive structure search: one option per block, least summed price, whole model within a budget.
 
-Every block offers some options (:mod:`saap.prune.search.choices`), each with a price in nats and a cost in units of the
-budget; a run of blocks may go in one piece instead. To cover every block once is a set partition with
-a knapsack, solved as a mixed-integer program by HiGHS (scipy.optimize.milp): exactly, or to a gap that the plan states.
+Every block offers some options (:mod:`saap.prune.search.choices`), in some integers
+(:mod:`saap.prune.search.forms`), each with a price in nats and a cost in units of the budget; a run of blocks may go in
+one piece instead. To cover every block once is a set partition with a knapsack, solved as a mixed-integer program by
+HiGHS (scipy.optimize.milp): exactly, or to a gap that the plan states.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -16,9 +18,12 @@ from numpy.typing import NDArray
 
 from saap.models.shape import ATTENTION, FFN, KINDS, ModelShape
 from saap.prune.options import PruneOptions
-from saap.prune.plan import LayerPlan, PrunePlan
+from saap.prune.plan import IntegersReason, LayerPlan, PrunePlan
 from saap.prune.search.budget import Budget
-from saap.prune.search.choices import Place, choices, runs_of
+from saap.prune.search.choices import choices, runs_of
+from saap.prune.search.forms import BlockForms, Place, PlanForms
+from saap.prune.search.rounding import Rounding
+from saap.quantize.bundle_size import VOCABULARY
 from saap.system.errors import UserError
 
 if TYPE_CHECKING:
@@ -37,6 +42,8 @@ class Option:
     keep: LayerPlan  # of the block alone
     price: float
     cost: float
+    forms: BlockForms | None = None  # of its matrices; None: as the bundle
+    bare: Option | None = None  # the same without forms
 
     @property
     def kept(self) -> int:
@@ -69,6 +76,7 @@ class Found:
     blocks: list[Block]
     chosen: list[Option]
     plan: PrunePlan
+    integers: IntegersReason | None = None
 
 
 @dataclass(frozen=True)
@@ -93,20 +101,54 @@ class Library:
 
     offers: dict[Place, tuple[tuple[LayerPlan, float], ...]]  # the whole block among them, at 0
     gaps: tuple[Gap, ...] = ()
+    rounding: Rounding | None = None  # prices of integers; None: they cost nothing
 
     def recovering(self, share: float) -> Library:
-        """With prices of what goes whole from which that share is taken, since tuning gives it back."""
-        return replace(self, gaps=tuple(Gap(gap.blocks, (1 - share) * gap.price) for gap in self.gaps))
+        """With prices of integers and of what goes whole from which that share is taken: tuning gives it back."""
+        gaps = tuple(Gap(gap.blocks, (1 - share) * gap.price) for gap in self.gaps)
+        return replace(self, gaps=gaps, rounding=self.rounding and self.rounding.counted(1 - share))
 
     def blocks(self, budget: Budget) -> list[Block]:
         """All blocks in order, with what their options cost."""
         return [
-            Block(i, kind, tuple(
-                Option(keep, nats, budget.cost(KINDS[kind], keep.sizes))
-                for keep, nats in offers if not nats or budget.divides(KINDS[kind], keep.sizes)
-            ))
+            Block(i, kind, tuple(Option(keep, nats, budget.cost(KINDS[kind], keep.sizes)) for keep, nats in offers))
             for (i, kind), offers in self.offers.items()
+        ]
+
+    def in_forms(self, blocks: list[Block], budget: Budget) -> list[Block]:
+        """The blocks with every option in all integers that it may have, and behind them the vocabulary."""
+        found = [replace(block, options=tuple(self._in_forms(block, budget))) for block in blocks]
+        prices = self.rounding.vocabulary if self.rounding else {}
+        held = [
+            Option(
+                LayerPlan(), prices.get(form, 0.0), budget.measure.outside(budget.cut, form) - budget.fixed,
+                BlockForms(form, form),
+            )
+            for form in (budget.base, *budget.vocabulary)
         ]  # fmt: skip
+        return [*found, Block(len(budget.dense.layers), VOCABULARY, tuple(held))]
+
+    def _in_forms(self, block: Block, budget: Budget) -> Iterator[Option]:
+        """Of options that keep alike those that none beats in price and cost; the whole one as it is comes first."""
+        kind, place, shape = KINDS[block.kind], (block.layer, block.kind), budget.cut
+        alike: dict[tuple[object, ...], list[Option]] = {}
+        for bare in block.options:
+            if not bare.keep.blocks:
+                alike.setdefault((), []).append(bare)
+                continue
+            share = shape.weights(kind, bare.keep.sizes) / shape.weights(kind, block.whole.keep.sizes)
+            for forms in budget.forms_for(kind, bare.keep.sizes):
+                price = bare.price + (share * self.rounding.price(place, forms) if self.rounding else 0.0)
+                option = Option(bare.keep, price, budget.cost(kind, bare.keep.sizes, forms), forms, bare)
+                if bare is block.whole and forms == (budget.base, budget.base):
+                    yield option
+                alike.setdefault((True, len(bare.keep.kv_heads) if shape.sources else 0), []).append(option)
+        for options in alike.values():
+            least = math.inf
+            for option in sorted(options, key=lambda option: (option.cost, option.price)):
+                if option.price < least:
+                    least = option.price
+                    yield option
 
 
 def search(library: Library, budget: Budget, most_gone: int | None = None) -> Found:
@@ -115,19 +157,47 @@ def search(library: Library, budget: Budget, most_gone: int | None = None) -> Fo
     ``most_gone``: blocks that may go whole at most; None: any number.
     """
     blocks = library.blocks(budget)
-    solution = solve(blocks, budget, () if budget.one_width else library.gaps, most_gone)
-    plan = plan_from(blocks, solution.options, budget.dense)
-    return Found(blocks, solution.options, replace(plan, gap=solution.gap))
+    offered = library.in_forms(blocks, budget) if budget.forms else blocks
+    solution = solve(offered, budget, () if budget.one_width else library.gaps, most_gone)
+    chosen = [option.bare or option for option in solution.options[: len(blocks)]]
+    plan = plan_from(blocks, chosen, budget.dense)
+    price = sum(option.price for option in solution.options)
+    forms, integers = _held(offered, solution.options, budget, library.rounding) if budget.forms else (None, None)
+    return Found(blocks, chosen, replace(plan, price=price, gap=solution.gap, forms=forms), integers)
+
+
+def _held(
+    blocks: list[Block], chosen: list[Option], budget: Budget, rounding: Rounding | None
+) -> tuple[PlanForms, IntegersReason]:
+    """What integers were chosen, and what that saves and costs against those of the bundle."""
+    base, held, saved, price = BlockForms(budget.base, budget.base), {}, 0.0, 0.0
+    *of_layers, (_, words) = zip(blocks, chosen, strict=True)
+    for block, option in of_layers:
+        if option.forms is None or option.bare is None:
+            continue
+        place, kind = (block.layer, block.kind), KINDS[block.kind]
+        held[place] = option.forms
+        saved += option.bare.cost - option.cost
+        share = budget.cut.weights(kind, option.keep.sizes) / budget.cut.weights(kind, block.whole.keep.sizes)
+        if rounding:
+            price += option.price - option.bare.price - share * rounding.price(place, base)
+    assert words.forms is not None, "the vocabulary is held in something"
+    vocabulary = words.forms.reads
+    if rounding:
+        price += rounding.vocabulary.get(vocabulary, 0.0) - rounding.vocabulary.get(budget.base, 0.0)
+    changed = sum(forms != base for forms in held.values())
+    return PlanForms(budget.base, held, vocabulary), IntegersReason(changed, saved - words.cost, price)
 
 
 def check_floor(shape: ModelShape, budget: Budget, options: PruneOptions) -> None:
     """Refuse, before minutes of scoring, what no choice of options can meet; the UserError names the floor."""
-    budget = budget.each[-1]  # in the largest groups, which cost least
     free = {place: tuple((keep, 0.0) for keep in plans) for place, plans in choices(shape, options).items()}
     if budget.one_width:
         free = {(i, kind): offers if kind == FFN.name else offers[:1] for (i, kind), offers in free.items()}
     gaps = [] if budget.one_width else [Gap(run, 0.0) for run in runs_of(shape, options)]
-    _check_floor(Library(free).blocks(budget), budget, gaps)
+    library = Library(free)
+    blocks = library.blocks(budget)
+    _check_floor(library.in_forms(blocks, budget) if budget.forms else blocks, budget, gaps)
 
 
 def _check_floor(blocks: list[Block], budget: Budget, gaps: Sequence[Gap] = ()) -> None:

@@ -1,66 +1,141 @@
-"""What rounding a model's weights in groups of some size costs: the price of a faster bundle, beside that of pruning.
+"""What it costs to hold each matrix in integers of some form, beside what pruning costs: both in nats per token.
 
-On some CPUs larger groups are read faster. The whole model is rounded layer by layer, each weight to its nearest
-integer. Tuning gives much of it back; as of what goes whole, a share of it is not counted (studies/search).
+A matrix is rounded to 4 bit in groups of 32, and what its block adds to the residual stream changes by d; that is worth
+1/2 E[(g.d)^2] (:mod:`saap.prune.scores.gradients`). Other forms cost as many times more or less as their squared error
+is (:mod:`saap.quantize.choose_forms`). Embedding and head have no block: their KL is measured. Weights are rounded to
+the nearest; tuning gives much of it back, so as of what goes whole a share of it is not counted (studies/search).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from devices.common.progress import Progress
 from saap.models.architectures import architecture_of
 from saap.models.layer_walk import layer_inputs, layers_of, logits_after, run_layer
-from saap.models.slim_quant import MatrixForm
+from saap.models.shape import BlockKind
+from saap.models.slim_quant import BITS, GROUP_SIZES, MatrixForm
 from saap.models.streaming import present
-from saap.quantize.choose_forms import rounded
+from saap.prune.search.forms import READS, WRITES, BlockForms, Place
+from saap.quantize.choose_forms import MEASURED, SAMPLE, rounded
+from saap.quantize.groups import quantize
 
-ROWS = 4  # sequences
+ROWS = 4  # sequences that embedding and head are measured on
+Prices = Mapping[MatrixForm, float]  # nats per token
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """Prices of forms.
+
+    Attributes:
+        blocks: of the matrix of each block that reads, and of the one that writes.
+        vocabulary: of embedding and head together.
+    """
+
+    blocks: Mapping[Place, tuple[Prices, Prices]]
+    vocabulary: Prices
+
+    def price(self, place: Place, forms: BlockForms) -> float:
+        """Of a whole block."""
+        return sum(prices[form] for prices, form in zip(self.blocks[place], forms, strict=True))
+
+    def counted(self, share: float) -> Rounding:
+        """With prices of which only that share counts."""
+
+        def less(prices: Prices) -> Prices:
+            return {form: share * price for form, price in prices.items()}
+
+        blocks = {place: (less(reads), less(writes)) for place, (reads, writes) in self.blocks.items()}
+        return replace(self, blocks=blocks, vocabulary=less(self.vocabulary))
+
+
+def errors_of(weights: Sequence[torch.Tensor]) -> dict[MatrixForm, float]:
+    """Squared error of a matrix [N, K], whose rows come in several tensors, in each form that its columns allow.
+
+    A share of that of the form that is measured; of some rows.
+    """
+    weight = torch.cat(list(weights))
+    some = weight[:: -(-len(weight) // SAMPLE)].float()
+
+    def error(form: MatrixForm) -> float:
+        return (quantize(some, *form).dequantize().to(some.device) - some).square().sum().item()
+
+    sizes = [size for size in GROUP_SIZES if some.shape[1] % size == 0]
+    base = max(error(MEASURED), 1e-30) if sizes else 1.0
+    return {form: error(form) / base for bits in BITS for size in sizes if (form := MatrixForm(bits, size))}
+
+
+@dataclass(frozen=True)
+class RoundedMatrix:
+    """One matrix of a block: squared errors by form (:func:`errors_of`), and what the block adds where it is rounded.
+
+    ``added``: [sequences, tokens, hidden] for each batch; none where its columns are no whole groups.
+    """
+
+    errors: Mapping[MatrixForm, float]
+    added: Sequence[torch.Tensor]
+
+    def prices(self, price: Callable[[Sequence[torch.Tensor]], float]) -> Prices:
+        """By what a block that adds this costs."""
+        measured = price(self.added) if self.added else 0.0
+        return {form: share * measured for form, share in self.errors.items()}
+
+
+def rounded_block(
+    modules: Mapping[str, nn.Module],
+    parts: Mapping[str, tuple[str, ...]],
+    kind: BlockKind,
+    adds: Callable[[], list[torch.Tensor]],
+) -> tuple[RoundedMatrix, RoundedMatrix]:
+    """The matrix of a block that reads and the one that writes, each rounded while the other is not.
+
+    Args:
+        modules: of its layer, by name.
+        parts: the modules of each part of a graph.
+        adds: what the block adds with the weights of just now.
+    """
+    found = []
+    for part in (READS[kind.name], WRITES[kind.name]):
+        weights = [weight for name in parts[part] if isinstance(weight := modules[name].weight, torch.Tensor)]
+        if errors := errors_of(weights):
+            with rounded(weights, MEASURED):
+                found.append(RoundedMatrix(errors, adds()))
+        else:
+            found.append(RoundedMatrix({}, []))
+    return found[0], found[1]
 
 
 @torch.inference_mode()
-def rounding_prices(
-    model: PreTrainedModel, ids: torch.Tensor, bits: int, group_sizes: Sequence[int], progress: Progress | None = None
-) -> dict[int, float]:
-    """KL from the model as it is to the one of integers, nats per token, by group size.
+def vocabulary_prices(model: PreTrainedModel, ids: torch.Tensor) -> Prices:
+    """KL from the model as it is to one whose embedding and head are rounded, nats per token.
 
     ``ids`` [sequences, tokens] are of text that is judged; the first four are used.
     """
-    whole, found = _predicted(model, ids[:ROWS], None), {}
-    for number, group_size in enumerate(group_sizes):
-        if progress:
-            progress("pricing groups (sizes)", number, len(group_sizes))
-        own = _predicted(model, ids[:ROWS], MatrixForm(bits, group_size))
-        total = sum(F.kl_div(o, w, log_target=True, reduction="sum").item() for o, w in zip(own, whole, strict=True))
-        found[group_size] = max(0.0, total / ids[:ROWS].numel())
-    if progress:
-        progress("pricing groups (sizes)", len(group_sizes), len(group_sizes))
-    return found
+    architecture, ids = architecture_of(model.config), ids[:ROWS]
+    modules = [model.get_submodule(name) for name in (architecture.embedding, architecture.head)]
+    weights = list({id(m.weight): m.weight for m in modules}.values())  # a tied one once
+    tables = [weight for weight in weights if isinstance(weight, torch.Tensor)]
+    errors = errors_of(tables)
+    if not errors:
+        return {}
+    whole = list(_predicted(model, ids))
+    with rounded(tables, MEASURED):
+        own = list(_predicted(model, ids))
+    total = sum(F.kl_div(o, w, log_target=True, reduction="sum").item() for o, w in zip(own, whole, strict=True))
+    return {form: share * max(0.0, total / ids.numel()) for form, share in errors.items()}
 
 
-def _predicted(model: PreTrainedModel, ids: torch.Tensor, form: MatrixForm | None) -> list[torch.Tensor]:
-    """Log-probabilities of each sequence, with all matrices rounded to a form; None rounds nothing."""
-    architecture = architecture_of(model.config)
-    vocabulary = [model.get_submodule(name) for name in (architecture.embedding, architecture.head)]
-    with _rounded(vocabulary, form):
-        batches = layer_inputs(model, ids, batch=1)
-        hidden = [batch.hidden for batch in batches]
-        for index, layer in enumerate(layers_of(model)):
-            with present(layer):
-                there = dict(layer.named_modules())
-                names = (name for part in architecture.matrices.values() for name in part)
-                with _rounded([there[name] for name in names if hasattr(there.get(name), "weight")], form):
-                    hidden = [run_layer(layer, x, batch.given[index]) for x, batch in zip(hidden, batches, strict=True)]
-        return [logits_after(model, x).log_softmax(-1) for x in hidden]
-
-
-def _rounded(modules: Sequence[nn.Module], form: MatrixForm | None) -> AbstractContextManager[None]:
-    """Round the weights of modules, a shared one once."""
-    found = {id(module.weight): module.weight for module in modules}.values()
-    return nullcontext() if form is None else rounded([w for w in found if isinstance(w, torch.Tensor)], form)
+def _predicted(model: PreTrainedModel, ids: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Log-probabilities of each sequence."""
+    batches = layer_inputs(model, ids, batch=1)
+    hidden = [batch.hidden for batch in batches]
+    for index, layer in enumerate(layers_of(model)):
+        with present(layer):
+            hidden = [run_layer(layer, x, batch.given[index]) for x, batch in zip(hidden, batches, strict=True)]
+    return (logits_after(model, x).log_softmax(-1) for x in hidden)

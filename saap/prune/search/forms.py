@@ -1,0 +1,96 @@
+"""In which integers each matrix of a plan is held: what a block can have, and what a plan chose.
+
+A block reads the residual stream by one matrix of the graph (queries, keys and values are one, and so are gate and up)
+and writes by another. On a device each form takes its own time: larger groups are read faster where a kernel keeps
+floats of every group, and 8 bit in large groups may be hardly slower than 4 bit in small ones (studies/search).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from saap.models.architectures import Architecture
+from saap.models.record import PlannedBundle
+from saap.models.shape import ATTENTION, CONV, DELTA, FFN, BlockKind, LayerSizes, ModelShape
+from saap.models.slim_quant import MatrixForm
+
+READS = {ATTENTION.name: "qkv", CONV.name: "conv_in", DELTA.name: "delta_in", FFN.name: "gate_up"}  # parts of a graph
+WRITES = {ATTENTION.name: "o", CONV.name: "conv_out", DELTA.name: "delta_out", FFN.name: "down"}
+Place = tuple[int, str]  # a layer, and the name of a kind of block
+
+
+class BlockForms(NamedTuple):
+    """Of the matrix that reads the residual stream, and of the one that writes to it."""
+
+    reads: MatrixForm
+    writes: MatrixForm
+
+
+def writing_share(shape: ModelShape, kind: BlockKind, sizes: LayerSizes) -> float:
+    """The share of a block's weights that is in the matrix that writes."""
+    return shape.inner_width(kind, sizes) * shape.hidden / shape.weights(kind, sizes)
+
+
+@dataclass(frozen=True)
+class PlanForms:
+    """What a search chose.
+
+    Attributes:
+        base: where nothing else is said.
+        blocks: of the blocks that stay, by their layers in the model that was pruned.
+        vocabulary: of embedding and head.
+    """
+
+    base: MatrixForm
+    blocks: Mapping[Place, BlockForms]
+    vocabulary: MatrixForm
+
+    def of_layers(self, layers: Sequence[int]) -> PlanForms:
+        """By other numbers of the same layers."""
+        return replace(self, blocks={(layers[layer], kind): forms for (layer, kind), forms in self.blocks.items()})
+
+    def bundle(self, architecture: Architecture, kept_layers: Sequence[int]) -> PlannedBundle:
+        """As a record says it, by the names of the slim model's modules."""
+        groups = Counter(form.group_size for forms in self.blocks.values() for form in forms)
+        ((block, _),) = groups.most_common(1) or [(self.base.group_size, 0)]
+        matrices: dict[str, int] = {}
+        blocks: dict[str, int] = {}
+        named = {
+            f"{architecture.layers}.{kept_layers.index(layer)}.{module}": form
+            for (layer, kind), forms in self.blocks.items()
+            for part, form in zip((READS[kind], WRITES[kind]), forms, strict=True)
+            for module in architecture.matrices[part]
+        }
+        for name, form in named.items():
+            if form.bits != self.base.bits:
+                matrices[name] = form.bits
+        vocabulary = dict.fromkeys((architecture.embedding, architecture.head), self.vocabulary)
+        for name, form in (named | vocabulary).items():
+            if form.group_size != block:
+                blocks[name] = form.group_size
+        told = PlannedBundle(bits=self.base.bits, block=block)
+        if self.vocabulary.bits != self.base.bits:
+            told["embedding_bits"] = self.vocabulary.bits
+        if matrices:
+            told["matrices"] = matrices
+        if blocks:
+            told["blocks"] = blocks
+        return told
+
+
+def in_words(bundle: PlannedBundle, tables: Sequence[str]) -> str:
+    """The integers of a planned bundle: those that most matrices have, and how many linears have others."""
+    base = MatrixForm(bundle["bits"], bundle["block"])
+    bits, blocks = bundle.get("matrices", {}), bundle.get("blocks", {})
+    own = Counter(
+        MatrixForm(bits.get(name, base.bits), blocks.get(name, base.group_size))
+        for name in {*bits, *blocks}
+        if name not in tables
+    )
+    words = MatrixForm(bundle.get("embedding_bits", base.bits), blocks.get(tables[0], base.group_size))
+    others = [f"{count} linears {form}" for form, count in sorted(own.items())]
+    others += [f"embedding and head {words}"] if words != base else []
+    return f"{base}{'; ' + ', '.join(others) if others else ''}"
