@@ -40,13 +40,14 @@ def record_of(
     ``config``: of a model of its family.
     """
     options, lineage, ids = pruning.options, pruning.lineage, pruning.ids
+    kept = {layer: plan.layers[layer].sizes for layer in plan.kept_layers}
     ours = options.method == "saap"
     return {
         **({"vocabulary": pruning.vocabulary} if pruning.vocabulary else {}),
         "method": options.method,
         "plan": {
             **pruning.budget.record(),
-            **({"bundle": plan.forms.bundle(architecture_of(dict(config)), plan.kept_layers)} if plan.forms else {}),
+            **({"bundle": plan.forms.bundle(architecture_of(dict(config)), kept)} if plan.forms else {}),
             "planned": pruning.budget.report(plan.kept_shape(pruning.budget.cut), plan=plan),
             "achieved": achieved,
             "price_nats": plan.price,

@@ -255,7 +255,8 @@ def check_model(slim_dir: Path, options: TuneOptions) -> dict[str, object]:
     shape, block = shape_of(config), options.group
     if options.kept_tokens > (words := shape.vocab):
         refuse_unused(options, ("kept_tokens",), f"at most the {words} tokens of the vocabulary of {slim_dir}")
-    check_widths(shape, block)
+    if not options.planned:
+        check_widths(shape, block)
     most = max(shape.hidden, *(shape.inner_width(kind, s) for s in shape.layers for kind in s.blocks)) // block
     if (options.rank or 0) > most:
         raise UserError(f"--rank {options.rank} is more than the {most} groups of the widest matrix: leave --rank out")

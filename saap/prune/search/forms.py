@@ -52,17 +52,21 @@ class PlanForms:
         """By other numbers of the same layers."""
         return replace(self, blocks={(layers[layer], kind): forms for (layer, kind), forms in self.blocks.items()})
 
-    def bundle(self, architecture: Architecture, kept_layers: Sequence[int]) -> PlannedBundle:
-        """As a record says it, by the names of the slim model's modules."""
+    def bundle(self, architecture: Architecture, layers: Mapping[int, LayerSizes]) -> PlannedBundle:
+        """As a record says it, by the names of the slim model's modules.
+
+        ``layers``: what is kept of the layers that are, by their numbers in the model that was pruned.
+        """
         groups = Counter(form.group_size for forms in self.blocks.values() for form in forms)
         ((block, _),) = groups.most_common(1) or [(self.base.group_size, 0)]
         matrices: dict[str, int] = {}
         blocks: dict[str, int] = {}
+        places = {layer: f"{architecture.layers}.{place}" for place, layer in enumerate(layers)}
         named = {
-            f"{architecture.layers}.{kept_layers.index(layer)}.{module}": form
+            f"{places[layer]}.{module}": form
             for (layer, kind), forms in self.blocks.items()
             for part, form in zip((READS[kind], WRITES[kind]), forms, strict=True)
-            for module in architecture.matrices[part]
+            for module in architecture.matrices[part][: 1 if part == "qkv" and layers[layer].reads else None]
         }
         for name, form in named.items():
             if form.bits != self.base.bits:

@@ -102,7 +102,8 @@ def rounded_block(
     """
     found = []
     for part in (READS[kind.name], WRITES[kind.name]):
-        weights = [weight for name in parts[part] if isinstance(weight := modules[name].weight, torch.Tensor)]
+        there = [modules[name] for name in parts[part] if name in modules]  # a layer may have no keys and values
+        weights = [weight for module in there if isinstance(weight := module.weight, torch.Tensor)]
         if errors := errors_of(weights):
             with rounded(weights, MEASURED):
                 found.append(RoundedMatrix(errors, adds()))

@@ -42,9 +42,11 @@ def stack(option: LayerSizes) -> Stack:
 WORDS, FEWER = 50_000, (10_000, 20_000)
 OPTIONS = ((4, 2, 512), (4, 2, 0), (0, 0, 512), (4, 2, 64), (4, 2, 256), (1, 1, 512), (2, 1, 512), (2, 2, 512))
 STACKS = [stack(LayerSizes(*option)) for option in OPTIONS] + [replace(stack(FULL), head_rows=rows) for rows in FEWER]
-# In groups of 64 attention takes 0.9 of its time, an FFN 0.8, and a step 100 us less outside its layers.
+# In groups of 64 attention takes 0.9 of its time, an FFN 0.8, and a step 100 us less outside its layers. Half of the
+# FFN's weights have 8 bits in the last one.
 SHARES = {"attention": 0.9, "ffn": 0.8, "outside": 1.0}
-GROUPED = [replace(stack(FULL), part=part, group_size=64) for part in SHARES]
+FORMED = [replace(stack(FULL), part=part, bits=4, group_size=64) for part in SHARES]
+FORMED.append(replace(stack(FULL), part="ffn", bits=8, group_size=128, share=0.5))
 
 
 def step_ns(which: Stack) -> float:
@@ -81,20 +83,22 @@ def test_costs_are_what_the_parts_took() -> None:
     assert [c.ms for c in found.ffn] == pytest.approx([0.00764, 0.00956, 0.01212], rel=1e-4)
     assert [(c.rows, round(c.ms, 4)) for c in found.head] == [(10_000, 0.42), (20_000, 0.44)]
     assert found.node_ms == pytest.approx(0.007 / FFN_NODES, rel=1e-3)
-    assert found.groups == []
+    assert found.forms == []
 
 
-def test_costs_in_larger_groups() -> None:
-    stacks = [*STACKS, *GROUPED]
+def test_costs_in_other_integers() -> None:
+    stacks = [*STACKS, *FORMED]
     count = len(stacks)
     quiet = [CostProcess([*range(count)], [[[round(step_ns(s))] * 3] * 2 for s in stacks], [[[0] * 3] * 2] * count)]
     found = costs_from(stacks, quiet, [0], BANDWIDTH)
     assert [c.ms for c in found.attention] == pytest.approx([0.006, 0.008, 0.009, 0.013], rel=1e-4)
-    (larger,) = found.groups
-    assert larger.group_size == 64
+    larger, wider = found.forms
+    assert (larger.bits, larger.group_size) == (4, 64)
     assert larger.attention_ms == pytest.approx(0.9 * 0.013, rel=1e-3)
     assert larger.ffn_ms == pytest.approx(0.8 * 0.01212, rel=1e-3)
     assert larger.outside_ms == pytest.approx(0.4, rel=1e-3)
+    assert (wider.bits, wider.group_size, wider.attention_ms, wider.outside_ms) == (8, 128, None, None)
+    assert wider.ffn_ms == pytest.approx(0.6 * 0.01212, rel=1e-3)  # if all of it had: 0.8 with half of it
 
 
 @pytest.mark.parametrize(("noise", "spoilt", "within"), [(0.0, None, 1e-5), (0.005, 5, 0.015)])

@@ -121,30 +121,35 @@ def test_every_stack_runs_and_all_share_one_file(tmp_path: Path) -> None:
         said = logits[logits > -1000]
         assert decoder.length == 32 and abs(said).max() < 100 and said.std() > 0.01
         heads.append(len(said))
-    grouped = len([stack for stack in stacks_of(source) if stack.part])
-    whole, fewer = heads[: -2 - grouped], heads[-2 - grouped :]
-    assert grouped == 3 and fewer == [16, 64, 128, 128, 128] and set(whole) == {128}
+    formed = len([stack for stack in stacks_of(source) if stack.part])
+    whole, fewer = heads[: -2 - formed], heads[-2 - formed :]
+    assert formed == 7 and fewer == [16, 64, *[128] * 7] and set(whole) == {128}
     assert len({(path / WEIGHTS).stat().st_ino for path in stacks}) == 1
 
 
-def test_a_part_takes_larger_groups_in_every_second_layer(tmp_path: Path) -> None:
-    """Groups of 128 do not divide the hidden state."""
+def test_a_part_takes_other_integers_in_every_second_layer(tmp_path: Path) -> None:
+    """Groups of 128 do not divide the hidden state, so only what writes of an FFN has them."""
     directory = config_only(
         tmp_path / "m", vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=4,
         num_attention_heads=4, num_key_value_heads=2, head_dim=16,
     )  # fmt: skip
     source = read_probe_model(directory)
     wanted = [stack for stack in stacks_of(source) if stack.part]
-    assert [(stack.part, stack.group_size) for stack in wanted] == [("attention", 64), ("ffn", 64), ("outside", 64)]
+    parts = ("attention", "ffn", "outside")
+    forms = {(4, 64): parts, (4, 128): ("ffn",), (8, 64): parts}
+    assert [(stack.part, stack.form) for stack in wanted] == [(part, form) for form in forms for part in forms[form]]
     (out := tmp_path / "stacks").mkdir()
     for path, stack in zip(write_probe_stacks(source, out, wanted), wanted, strict=True):
-        found: dict[str, int] = {}
+        found: dict[str, tuple[int, int]] = {}
         for node in onnx.load(path / "model.onnx", load_external_data=False).graph.node:
             sizes = {each.name: each.i for each in node.attribute}
             if node.op_type in ("MatMulNBits", "GatherBlockQuantized"):
-                found[node.name or node.op_type] = sizes["block_size"]
-        others = {"attention": 4, "ffn": 4, "outside": 2}[stack.part]
-        assert sorted(found.values()) == [32] * (len(found) - others) + [64] * others
+                found[node.name or node.op_type] = sizes["bits"], sizes["block_size"]
+        others = 2 if stack.part == "outside" or stack.form == (4, 128) else 4
+        assert sorted(found.values()) == [(4, 32)] * (len(found) - others) + [stack.form] * others
+        lineage = read_manifest(path).lineage
+        share = 128 * 64 / (3 * 128 * 64 + 64) if stack.form == (4, 128) else 1.0
+        assert lineage["form"] == list(stack.form or ()) and lineage["share"] == pytest.approx(share)
     assert not [stack for stack in stacks_of(read_probe_model(directory, 32)) if stack.part]
 
 

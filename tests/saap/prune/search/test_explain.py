@@ -9,10 +9,13 @@ from support.search_cases import SHAPE, library, milliseconds, weights
 
 from saap.models.record import read_record
 from saap.models.shape import LayerSizes
+from saap.models.slim_quant import MatrixForm
 from saap.prune.options import PruneOptions
 from saap.prune.plan import LayerPlan, Move, PrunePlan, Reason, Reasons, whole_layer
 from saap.prune.pruning import prune
+from saap.prune.search.budget import StepTime
 from saap.prune.search.explain import after, kinds_table, layer_table, reasons_of, sentences, short, sizes_lost
+from saap.prune.search.layer_costs import FormCost
 from saap.prune.search.milp import Block, Option, search, solve
 
 IDS = torch.randint(320, (8, 16), generator=torch.Generator().manual_seed(3))
@@ -211,7 +214,7 @@ def test_each_kind_with_what_it_gave_and_cost():
     budget = weights(0.35 * SHAPE.layer_weights)
     chosen = search(found, budget)
     reasons = reasons_of(chosen.blocks, chosen.chosen, "weights")
-    title, headings, rows = kinds_table(chosen.plan, reasons, budget)
+    title, headings, rows = kinds_table(reasons)
     assert (title, headings) == ("What each kind gave and cost", ["kind", "blocks", "M saved", "nats", "per M"])
     known = {"whole blocks", "FFN channels", "query heads and KV groups"}
     assert rows and {row[0] for row in rows} <= known
@@ -220,25 +223,18 @@ def test_each_kind_with_what_it_gave_and_cost():
     assert sum(float(row[3]) for row in rows) == pytest.approx(chosen.plan.price, rel=5e-3)
 
 
-def test_groups_are_a_kind_of_their_own():
-    base = milliseconds(3.0)
-    larger = replace(base, table=None, group_size=64, of_dense=base, measure=_Halved(base.measure))
-    chosen = search(library(0, PruneOptions(group_size=64)), larger)
-    plan = replace(chosen.plan, price=chosen.plan.price + 0.25)
-    _, _, rows = kinds_table(plan, reasons_of(chosen.blocks, chosen.chosen, "ms"), larger)
-    (row,) = [row for row in rows if row[0] == "64 weights to a scale"]
-    dense = base.total(SHAPE)
-    assert row[1] == "all" and float(row[2]) == pytest.approx(dense / 2, rel=5e-3) and row[3] == "0.25"
-
-
-class _Halved:
-    """A measure by which all takes half."""
-
-    def __init__(self, measure):
-        self.measure = measure
-
-    def outside(self, shape):
-        return self.measure.outside(shape) / 2
-
-    def block(self, kind, shape, sizes):
-        return self.measure.block(kind, shape, sizes) / 2
+def test_integers_are_a_kind_of_their_own():
+    budget = milliseconds(3.0)
+    table = replace(budget.table, forms=(FormCost(8, 32, 0.5, 0.5, 0.5),))  # twice as fast, and closer
+    wide = (MatrixForm(8, 32),)
+    budget = replace(budget, table=table, measure=StepTime(table), forms=wide, vocabulary=wide)
+    chosen = search(library(0), budget)
+    reasons = replace(reasons_of(chosen.blocks, chosen.chosen, "ms"), integers=chosen.integers)
+    _, _, rows = kinds_table(reasons)
+    (row,) = [row for row in rows if row[0] == "bits and groups of weights"]
+    slim = chosen.plan.kept_shape(SHAPE)
+    saved = budget.total(slim) - budget.total_in(chosen.plan.forms, slim, chosen.plan.kept_layers)
+    assert chosen.integers.saved == pytest.approx(saved) and float(row[2]) == pytest.approx(saved, rel=5e-3)
+    assert sum(float(row[2]) for row in rows) == pytest.approx(
+        budget.total(SHAPE) - budget.total_in(chosen.plan.forms, slim, chosen.plan.kept_layers), rel=5e-3
+    )
