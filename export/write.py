@@ -236,6 +236,8 @@ def check_needs(directory: Path, out: Path, options: ExportOptions) -> None:
     else:
         bits = {None: 4, 16: 32}.get(options.bits, options.bits) or 4
         size = bundle_size(config, bits, options.group_size or 32).total(shape)
+        if bits == 4:  # of which some matrices may be planned in 8
+            size = max(size, int(read_record(directory).get("plan", {}).get("achieved", {}).get("bytes") or 0))
     tokens = 0 if options.parity == "none" else PARITY_ROWS * PARITY_TOKENS
     needs = export_needs(shape, size, tokens)
     if not config.get("slim_quant") and options.integers == "gptq" and options.bits not in (16, 32):

@@ -56,18 +56,21 @@ class Rounding:
 
 
 def errors_of(weights: Sequence[torch.Tensor]) -> dict[MatrixForm, float]:
-    """Squared error of a matrix [N, K], whose rows come in several tensors, in each form that its columns allow.
+    """Squared error of a matrix [N, K], whose rows come in several tensors, in each form that part of it can have.
 
-    A share of that of the form that is measured; of some rows.
+    A share of that of the form that is measured; of some rows. Empty where the matrix cannot have this one.
     """
     weight = torch.cat(list(weights))
-    some = weight[:: -(-len(weight) // SAMPLE)].float()
+    some, columns = weight[:: -(-len(weight) // SAMPLE)].float(), weight.shape[1]
+    if columns % MEASURED.group_size:
+        return {}
 
     def error(form: MatrixForm) -> float:
-        return (quantize(some, *form).dequantize().to(some.device) - some).square().sum().item()
+        part = some[:, : columns // form.group_size * form.group_size]  # fewer columns may be whole groups
+        return (quantize(part, *form).dequantize().to(part.device) - part).square().mean().item()
 
-    sizes = [size for size in GROUP_SIZES if some.shape[1] % size == 0]
-    base = max(error(MEASURED), 1e-30) if sizes else 1.0
+    base = max(error(MEASURED), 1e-30)
+    sizes = [size for size in GROUP_SIZES if size <= columns]
     return {form: error(form) / base for bits in BITS for size in sizes if (form := MatrixForm(bits, size))}
 
 
