@@ -15,7 +15,7 @@ from devices.common.wording import counted
 from saap.cli.console import LOADING, Console, plan_chart, print_table, speaks, tell
 from saap.cli.options import OptionsCommand, options_of
 from saap.cli.types import directory, force
-from saap.prune.options import PruneOptions
+from saap.prune.options import TIMED, PruneOptions
 from saap.system.errors import UserError
 
 if TYPE_CHECKING:
@@ -121,12 +121,12 @@ def prune_model(model: str, out: Path, asked: PruneCommand, console: Console, na
     if asked.vocabulary and options.asked:  # what not even a head of one word meets is refused before a text is read
         size = shape_of(read_config(directory)).vocab
         budget_of(directory, options, Chosen((0,), size, 0.0, "", asked.vocabulary_input))
-    words = asked.vocabulary and _words(directory, asked, console)
-    if words and not options.asked:
+    words = _words(directory, asked, console) if asked.vocabulary else None
+    if isinstance(words, Chosen) and not options.asked:
         trim(directory, words, out, console.report)
         console.finish()
         return
-    budget = budget_of(directory, options, words or None)  # what cannot be met is refused before a text is read
+    budget = budget_of(directory, options, words)  # what cannot be met is refused before a text is read
     rows, shape = None, (0, 0)
     if options.reads_text:
         rows = calibration_rows(directory, asked.calibration, options, console.report)
@@ -138,9 +138,7 @@ def prune_model(model: str, out: Path, asked: PruneCommand, console: Console, na
     options = replace(options, stream=streamed(directory, budget, options, *shape))
     if options.stream:
         console.say("  the model is read layer by layer, one is in memory at a time")
-    result = prune_directory(
-        name or model, options, output=out, calibration=rows, words=words or None, progress=console.report
-    )
+    result = prune_directory(name or model, options, output=out, calibration=rows, words=words, progress=console.report)
     console.finish()
     if not speaks():
         return
@@ -149,14 +147,17 @@ def prune_model(model: str, out: Path, asked: PruneCommand, console: Console, na
         show_reasons(result.plan, result.budget, options)
 
 
-def _words(directory: Path, asked: PruneCommand, console: Console) -> Chosen:
-    """The words that the head keeps, told."""
-    from saap.prune.vocabulary import choose_words
+def _words(directory: Path, asked: PruneCommand, console: Console) -> Chosen | list[Chosen]:
+    """The words that the head keeps, told; or several such heads, of which the search takes one."""
+    from saap.prune.vocabulary import AUTO, choose_words, words_to_try
     from saap.text.documents import load_documents
 
     documents = load_documents(asked.calibration, split="calibration", seed=asked.options.seed)
     if documents is None:
         raise UserError("a vocabulary is chosen by a text: give --calibration FILE, or leave it out")
+    if asked.vocabulary == AUTO and asked.options.method == "saap" and {*asked.options.asked} & {*TIMED, "max_bytes"}:
+        found = words_to_try(directory, documents, console.report)
+        return [replace(words, input=asked.vocabulary_input) for words in found]
     words = choose_words(directory, str(asked.vocabulary), documents, console.report)
     words = replace(words, input=asked.vocabulary_input)
     who = "model has" if words.input else "head says"
@@ -208,7 +209,7 @@ def show_plan(slim: Path, budget: Budget) -> None:
     from saap.models.architectures import architecture_of
     from saap.models.checkpoint import read_config
     from saap.models.record import read_record
-    from saap.prune.search.forms import in_words
+    from saap.prune.forms import in_words
 
     plan = read_record(slim)["plan"]
     click.echo(plan_chart(plan["dense_layers"], plan["layers"]))
@@ -227,6 +228,10 @@ def show_plan(slim: Path, budget: Budget) -> None:
         if key in columns[0]
     ]
     print_table("", ["", "dense", "asked", "planned", "achieved"], rows)
+    words = read_record(slim).get("vocabulary")
+    if words and (plan["reasons"] or {}).get("words"):  # which the search chose
+        told = f"the head says {words['rows']:,} of {words['of']:,} words"
+        tell(f"  vocabulary: {told}; such text takes {100 * words['longer']:.1f}% more tokens")
     if budget.forms:
         tables = architecture_of(read_config(slim)).tables
         tell(f"  integers: {in_words(plan['bundle'], tables)}; saap tune and export will use these")

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from saap.models.shape import ATTENTION, LayerSizes, ModelShape, OfBlocks
-from saap.prune.search.forms import PlanForms
+from saap.prune.forms import PlanForms
 from saap.system.errors import UserError
 
 Amount = int | float  # in the budget's unit; what is counted stays whole, on disk too
@@ -63,10 +63,10 @@ class Reason:
 
 
 @dataclass(frozen=True)
-class IntegersReason:
-    """What it gave that matrices are held in other integers than the bundle's."""
+class Gained:
+    """What something gave that is in no block, or in all."""
 
-    blocks: int  # that are
+    count: int  # of blocks that are held in other integers, or of words that went
     saved: float  # in the budget's unit; below 0 where it takes more
     price: float  # nats per token; below 0 where it costs less
 
@@ -77,7 +77,8 @@ class Reasons:
 
     unit: str
     blocks: tuple[Reason, ...]
-    integers: IntegersReason | None = None
+    integers: Gained | None = None  # other ones than the bundle's
+    words: Gained | None = None  # fewer of them in the head
 
     @property
     def dearest_taken(self) -> Reason | None:
@@ -98,6 +99,7 @@ class Reasons:
             "cheapest_left": left.next.per_unit if left and left.next else None,
             "blocks": [_told(block) for block in self.blocks],
             **({"integers": asdict(self.integers)} if self.integers else {}),
+            **({"words": asdict(self.words)} if self.words else {}),
         }
 
 
@@ -117,6 +119,7 @@ class PrunePlan:
     reasons: Reasons | None = None  # why each block lost what it lost
     gap: float = 0.0  # by which share of its price a better plan might be cheaper; 0: none is
     forms: PlanForms | None = None  # integers that the search chose; None: as was asked
+    words: int | None = None  # of the heads that it could choose, by their place; None: all words, or as was asked
 
     @property
     def kept_layers(self) -> tuple[int, ...]:
@@ -161,7 +164,9 @@ def composed(first: PrunePlan, second: PrunePlan) -> PrunePlan:
                 kept[name] = tuple(getattr(before, name)[i] for i in which)
         layers[index] = LayerPlan(**kept)
     forms = second.forms and second.forms.of_layers(first.kept_layers)
-    return PrunePlan(tuple(layers), first.price + second.price, gap=max(first.gap, second.gap), forms=forms)
+    return PrunePlan(
+        tuple(layers), first.price + second.price, gap=max(first.gap, second.gap), forms=forms, words=second.words
+    )
 
 
 def check_plan(plan: PrunePlan, dense: ModelShape) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -81,7 +81,7 @@ def prune(
     *,
     output: str | Path,
     calibration: torch.Tensor | Rows | str | Path | None = None,
-    words: Chosen | None = None,
+    words: Chosen | Sequence[Chosen] | None = None,
     progress: Progress | None = None,
 ) -> PruneResult:
     """Prune a model into a slim directory.
@@ -91,7 +91,7 @@ def prune(
         output: the directory to write; new, empty, or an earlier output of saap.
         calibration: ids [sequences, tokens] int64, all of which score, or a text: a file, a data set id, or ``self``,
             which the model writes itself. None takes the text in ``SAAP_DATA``, else the samples that ship.
-        words: those that the head keeps; None is as the model has.
+        words: those that the head keeps, or several such heads to choose from; None is as the model has.
         progress: called as (label, done, total).
 
     Raises:
@@ -136,10 +136,10 @@ def prune(
         if text:
             lineage["calibration"] = convert(text.lineage(), Calibration)
         lineage |= Lineage(base_sha256=now.weights, base_record=None if known is None else dict(known))
-        if words:
-            lineage["words"] = words.lineage()
-        told = words.record() if words else read_record(source).get("vocabulary")
-        pruning = Pruning(options, budget, ids, lineage, len(stages), words, told)
+        told, heads = read_record(source).get("vocabulary"), () if isinstance(words, Chosen) else tuple(words or ())
+        pruning = Pruning(options, budget, ids, lineage, len(stages), vocabulary=told, heads=heads)
+        if isinstance(words, Chosen):
+            pruning = pruning.saying(words)
         # The main process writes the stages, the others read what it wrote.
         with kept_stages(output, now.weights, options, budget.record(), ids, owner=together.main) as kept:
             together.wait()
@@ -150,13 +150,14 @@ def prune(
             for number, stage in enumerate(stages[done:], done + 1):
                 target = output if stage.last else kept.path(number)
                 aside = kept.fresh("refitted") if options.stream and together.main else None
-                plan = _prune_stage(pruning, stage, now, target, aside, _in_stage(progress, number, len(stages)))
+                report = _in_stage(progress, number, len(stages))
+                pruning, plan = _prune_stage(pruning, stage, now, target, aside, report)
                 together.wait()
                 if now.path.parent == kept.folder and together.main:
                     shutil.rmtree(now.path)
                 now = _Model(target, "" if stage.last else weights_hash(target), plan)
-    achieved = budget.report(shape_of(config := read_config(output)), config, now.plan)
-    return PruneResult(output, now.plan, budget, achieved, text.source if text else None, bool(options.stream))
+    achieved = pruning.budget.report(shape_of(config := read_config(output)), config, now.plan)
+    return PruneResult(output, now.plan, pruning.budget, achieved, text.source if text else None, bool(options.stream))
 
 
 def calibration_rows(
@@ -200,8 +201,11 @@ def _by_trials(
 
 def _prune_stage(
     pruning: Pruning, stage: Stage, now: _Model, target: Path, aside: Path | None, progress: Progress | None
-) -> PrunePlan:
-    """Choose, compensate (in files below ``aside`` or in memory), cut ``now`` into ``target``; the plan of the base."""
+) -> tuple[Pruning, PrunePlan]:
+    """Choose, compensate (in files below ``aside`` or in memory), cut ``now`` into ``target``; the plan of the base.
+
+    The pruning comes back with the words that the search chose.
+    """
     config = read_config(now.path)
     shape = shape_of(config)
     report = progress or (lambda label, done, total: None)
@@ -227,6 +231,10 @@ def _prune_stage(
         refitted.update(compensate(options.compensation, model, plan, pruning.ids, last=stage.last, progress=progress))
     del model
 
+    if plan.words is not None and stage.last:
+        chosen_words = pruning.heads[plan.words]
+        own = pruning.budget.saying(pruning.budget.words[plan.words])
+        pruning, cut = replace(pruning.saying(chosen_words), budget=own), pruning.budget.words[plan.words].of(cut)
     whole = replace(composed(now.plan, plan), reasons=after(now.plan.reasons, plan.reasons, now.plan.kept_layers))
     report(WRITING, 0, 0)
     if shares().main:
@@ -236,7 +244,7 @@ def _prune_stage(
         written = (chosen.config if chosen else slim_config)(config, plan.kept_shape(cut), kept=plan.kept_layers)
         achieved = pruning.budget.report(shape_of(written), written, whole)
         write_trimmed(target, now.path, written, tensors, record_of(pruning, whole, achieved, config), chosen)
-    return whole
+    return pruning, whole
 
 
 def _loaded(path: Path, options: PruneOptions) -> PreTrainedModel:
@@ -253,10 +261,10 @@ def _in_stage(progress: Progress | None, number: int, stages: int) -> Progress |
     return lambda label, done, total: progress(f"{label}, stage {number} of {stages}", done, total)
 
 
-def budget_of(model_dir: str | Path, options: PruneOptions, words: Chosen | None = None) -> Budget:
+def budget_of(model_dir: str | Path, options: PruneOptions, words: Chosen | Sequence[Chosen] | None = None) -> Budget:
     """The requirement on this model, before anything is scored; read and checked, nothing is written.
 
-    ``words``: that stay, which counts in parameters, bytes and milliseconds.
+    ``words``: that stay, which counts in parameters, bytes and milliseconds, or several such heads to choose from.
 
     Raises:
         UserError: the model cannot be pruned, or no choice of options can meet the requirement.
@@ -280,10 +288,11 @@ def budget_of(model_dir: str | Path, options: PruneOptions, words: Chosen | None
     if wrong:
         raise UserError(f"--keep-layers names layer {wrong[0]}; the model has layers 0 to {len(shape.layers) - 1}")
     cut = replace(shape, added_bias=True) if options.compensation == "bias" else shape
-    if words is not None:
-        count = len(words.words)
-        cut = replace(cut, vocab=count) if words.input else replace(cut, said=count)
     budget = replace(budget_for(options, shape, config, cut=cut), one_width=_one_width(options, config))
+    if isinstance(words, Chosen):
+        budget = budget.saying(words.option)
+    elif words:
+        budget = replace(budget, words=tuple(each.option for each in words))
     if options.method == "saap":
         check_floor(shape, budget, options)
     return budget

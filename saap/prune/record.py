@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 import transformers
@@ -30,6 +30,12 @@ class Pruning:
     stages: int  # how many there are
     words: Chosen | None = None  # that stay; None: as the base model
     vocabulary: Words | None = None  # what the record says of them
+    heads: tuple[Chosen, ...] = ()  # that the search chooses between
+
+    def saying(self, words: Chosen) -> Pruning:
+        """With these words chosen."""
+        lineage: Lineage = {**self.lineage, "words": words.lineage()}
+        return replace(self, words=words, vocabulary=words.record(), lineage=lineage)
 
 
 def record_of(

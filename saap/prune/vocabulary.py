@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from devices.common.progress import WRITING, Progress
 from saap.models.architectures import architecture_of, said_words, shape_of
@@ -35,6 +35,7 @@ from saap.models.weight_files import tensor_reader
 from saap.prune.cut.surgery import cut_tensors
 from saap.prune.plan import PrunePlan, whole_layer
 from saap.prune.renumber import Renumbering, named_ids
+from saap.prune.search.budget import WordsOption
 from saap.system.errors import UserError
 from saap.system.files import claimed, read_object
 from saap.text.closed_words import forest_of, trimmed
@@ -50,6 +51,8 @@ WORTH = 0.03  # of what a token reads, that must go: SmolLM2 reads 1.7 % less an
 PREDICTED = 4096  # tokens of the text whose predictions count
 ROW = 256  # tokens of a forward pass
 HELD = 0.25  # of the text, by which a size is chosen that the other part counted
+SHARES = (2 / 3, 1 / 2, 1 / 3, 1 / 4, 1 / 6, 1 / 8)  # of the vocabulary, that a search chooses between
+PIECE, PIECES = 1000, 8  # characters, and how many such parts of the text: what saying it in fewer words costs
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,7 @@ class Chosen:
         longer: share of tokens that a text takes more, of the same kind as the one that chose, not itself.
         source: that text; ``sha256`` its hash.
         input: whether embedding and tokenizer lose the other words, too.
+        price: nats that it costs to say such a text in these words, per token of it; 0 where it was not asked for.
     """
 
     words: tuple[int, ...]
@@ -70,10 +74,16 @@ class Chosen:
     source: str
     input: bool = False
     sha256: str | None = None
+    price: float = 0.0
 
     @property
     def packed(self) -> str:
         return packed_words(self.words, self.size)
+
+    @property
+    def option(self) -> WordsOption:
+        """As a budget counts it."""
+        return WordsOption(len(self.words), self.longer, self.price, self.input)
 
     @property
     def renumbering(self) -> Renumbering | None:
@@ -124,29 +134,17 @@ def choose_words(directory: Path, asked: str, documents: Documents, progress: Pr
     Raises UserError: a vocabulary that cannot be closed, or not at this size.
     """
     report = progress or (lambda *_: None)
-    config = read_config(directory)
-    if said_words(config) or "vocabulary" in read_record(directory):
-        raise UserError(f"{directory} has a trimmed vocabulary already: trim the model that it was made from")
-    if config.get("slim_quant"):
-        raise UserError(f"{directory} holds tuned integers, which cannot be trimmed: trim the model it was tuned from")
-    shape = shape_of(config)
+    shape = _trimmable(directory)
     rows = rows_asked(asked, shape.vocab)
     report("reading the vocabulary", 0, 0)
-    tokenizer = load_tokenizer(directory)
-    document = json.loads(tokenizer.backend_tokenizer.to_str())
-    forest = forest_of(document, shape.vocab, _named_ids(directory, config) | _template_ids(tokenizer))
-    text = documents.text
-    part, held = text[: int(len(text) * (1 - HELD))], text[int(len(text) * (1 - HELD)) :]
-    guessed = predicted(directory, tokenizer, part, progress)
-    whole = Tokenizer.from_str(json.dumps(document))
-    counted, said = (counts_of(whole, each, shape.vocab) for each in (part, held))
-    order = forest.order((counted + guessed).tolist())
-    sizes = Sizes(forest.size_of(0), len(forest.least), forest.longer(order, said.tolist()) / max(1, said.sum()))
+    read = _Read(directory, documents, load_model(directory), progress)
+    forest = read.forest
+    expected = forest.longer(read.order, read.said.tolist()) / max(1, read.said.sum())
+    sizes = Sizes(forest.size_of(0), len(forest.least), expected)
     count: int | None = forest.checked(rows) if rows else sizes.next()
     while count is not None:
         report("trying sizes of the vocabulary", len(sizes.tried), 1 if rows else TRIED)
-        tokens = _tokens(trimmed(document, forest.without(order[: forest.size_of(count)])), held)
-        sizes.tried[count] = float(tokens / max(1, said.sum()) - 1)
+        sizes.tried[count] = read.longer(count)
         count = None if rows else sizes.next()
     report("trying sizes of the vocabulary", 1, 1)
     if rows is None and (rows := sizes.best) is None:
@@ -159,8 +157,97 @@ def choose_words(directory: Path, asked: str, documents: Documents, progress: Pr
             f"{rows} of {shape.vocab} words are as few as say such text as well, and a token of {directory} would read "
             f"{less:.1%} less: leave --vocabulary out, or give a number of words"
         )
-    words = forest.kept((counted + said + guessed).tolist(), rows)
-    return Chosen(tuple(words), shape.vocab, sizes.tried[rows], documents.source, sha256=documents.sha256)
+    return Chosen(read.words(rows), shape.vocab, sizes.tried[rows], documents.source, sha256=documents.sha256)
+
+
+def words_to_try(directory: Path, documents: Documents, progress: Progress | None = None) -> list[Chosen]:
+    """Heads of several sizes and what each costs, for a search to choose between; most words first.
+
+    Raises UserError: a vocabulary that cannot be closed.
+    """
+    report = progress or (lambda *_: None)
+    shape, found = _trimmable(directory), list[Chosen]()
+    report("reading the vocabulary", 0, 0)
+    model = load_model(directory)
+    read = _Read(directory, documents, model, progress)
+    least, most = len(read.forest.least), read.forest.size_of(0)
+    sizes = [count for share in SHARES if least <= (count := round(share * shape.vocab)) < most]
+    for done, count in enumerate(sizes):
+        report("pricing sizes of the vocabulary", done, len(sizes))
+        longer, price, words = read.longer(count), read.price(count, model), read.words(count)
+        found.append(Chosen(words, shape.vocab, longer, documents.source, sha256=documents.sha256, price=price))
+    report("pricing sizes of the vocabulary", len(sizes), len(sizes))
+    return found
+
+
+def _trimmable(directory: Path) -> ModelShape:
+    """The model's shape. Raises UserError: words cannot go from it."""
+    config = read_config(directory)
+    if said_words(config) or "vocabulary" in read_record(directory):
+        raise UserError(f"{directory} has a trimmed vocabulary already: trim the model that it was made from")
+    if config.get("slim_quant"):
+        raise UserError(f"{directory} holds tuned integers, which cannot be trimmed: trim the model it was tuned from")
+    return shape_of(config)
+
+
+class _Read:
+    """A vocabulary, and how often each word is in a text: in a part that orders them, and in one that is held out."""
+
+    def __init__(
+        self, directory: Path, documents: Documents, model: PreTrainedModel, progress: Progress | None
+    ) -> None:
+        tokenizer, size = load_tokenizer(directory), shape_of(model.config).vocab
+        self._document = json.loads(tokenizer.backend_tokenizer.to_str())
+        required = _named_ids(directory, read_config(directory)) | _template_ids(tokenizer)
+        self.forest, text = forest_of(self._document, size, required), documents.text
+        part, self._held = text[: int(len(text) * (1 - HELD))], text[int(len(text) * (1 - HELD)) :]
+        self._first = beginning(tokenizer)
+        guessed = predicted(model, encode(part, tokenizer), self._first, progress)
+        self._whole = Tokenizer.from_str(json.dumps(self._document))
+        counted, self.said = (counts_of(self._whole, each, size) for each in (part, self._held))
+        self.order = self.forest.order((counted + guessed).tolist())
+        self._all = counted + self.said + guessed
+
+    def longer(self, count: int) -> float:
+        """Share of tokens that the held-out part takes more in so many words."""
+        tokens = self._trimmed(count).encode(self._held, add_special_tokens=False).ids
+        return float(len(tokens) / max(1, self.said.sum()) - 1)
+
+    def words(self, count: int) -> tuple[int, ...]:
+        """The ids of so many words, by the whole text."""
+        return tuple(self.forest.kept(self._all.tolist(), count))
+
+    @torch.inference_mode()
+    def price(self, count: int, model: PreTrainedModel) -> float:
+        """What it costs to say parts of the held-out text in so many words, nats per token of the whole vocabulary."""
+        kept, trimmed_own = self._stay(count), self._trimmed(count)
+        step = max(PIECE, len(self._held) // PIECES)
+        pieces = [self._held[start : start + PIECE] for start in range(0, len(self._held) - PIECE + 1, step)]
+        more, tokens = 0.0, 0
+        for piece in pieces or [self._held]:
+            ids = self._whole.encode(piece, add_special_tokens=False).ids
+            own = trimmed_own.encode(piece, add_special_tokens=False).ids
+            more += self._nats(model, own, kept) - self._nats(model, ids, None)
+            tokens += len(ids)
+        return max(0.0, more / max(1, tokens))
+
+    def _nats(self, model: PreTrainedModel, ids: list[int], kept: torch.Tensor | None) -> float:
+        """Of a text behind its beginning, whose words are all of those that are kept."""
+        row = torch.tensor([[*self._first, *ids]])
+        logits = model(input_ids=row, use_cache=False).logits[0].float()
+        if kept is not None:
+            gone = torch.ones(logits.shape[-1], dtype=torch.bool)
+            gone[kept] = False
+            logits = logits.masked_fill(gone, -torch.inf)
+        said = logits.log_softmax(-1)[:-1].gather(-1, row[0, 1:, None])
+        return -float(said.sum())
+
+    def _trimmed(self, count: int) -> Tokenizer:
+        return Tokenizer.from_str(json.dumps(trimmed(self._document, self._stay(count).tolist())))
+
+    def _stay(self, count: int) -> torch.Tensor:
+        """The ids of so many words, by the part that orders them."""
+        return torch.tensor(self.forest.without(self.order[: self.forest.size_of(count)]))
 
 
 def read_less(shape: ModelShape, rows: int) -> float:
@@ -208,11 +295,14 @@ class Sizes:
 
 @torch.inference_mode()
 def predicted(
-    directory: Path, tokenizer: PreTrainedTokenizerBase, text: str, progress: Progress | None = None
+    model: PreTrainedModel, ids: list[int], first: list[int], progress: Progress | None = None
 ) -> NDArray[np.float64]:
-    """How often the model would have said each word in a text, [vocab]: as often in all as the text has tokens."""
-    ids = encode(text, tokenizer)
-    first, model = beginning(tokenizer), load_model(directory)
+    """How often the model would have said each word in a text, [vocab]: as often in all as the text has tokens.
+
+    Args:
+        ids: of the text.
+        first: what every text begins with.
+    """
     starts = random.Random(0).sample(range(0, max(1, len(ids) - ROW), ROW), min(PREDICTED // ROW, len(ids) // ROW))
     total = torch.zeros(shape_of(model.config).vocab, dtype=torch.float64)
     for done, start in enumerate(starts):
@@ -228,10 +318,6 @@ def predicted(
 def counts_of(tokenizer: Tokenizer, text: str, size: int) -> NDArray[np.int64]:
     """How often each id is in a text, [size]."""
     return np.bincount(np.asarray(tokenizer.encode(text, add_special_tokens=False).ids, np.int64), minlength=size)
-
-
-def _tokens(document: dict[str, object], text: str) -> int:
-    return len(Tokenizer.from_str(json.dumps(document)).encode(text, add_special_tokens=False).ids)
 
 
 def _named_ids(directory: Path, config: dict[str, object]) -> set[int]:

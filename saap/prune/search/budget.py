@@ -24,8 +24,8 @@ from msgspec import convert
 from saap.models.record import Costs, Plan, PlannedBundle
 from saap.models.shape import BlockKind, LayerSizes, ModelShape
 from saap.models.slim_quant import BITS, GROUP_SIZES, MatrixForm
+from saap.prune.forms import READS, WRITES, BlockForms, PlanForms, writing_share
 from saap.prune.options import TIMED, PruneOptions
-from saap.prune.search.forms import READS, WRITES, BlockForms, PlanForms, writing_share
 from saap.prune.search.layer_costs import COSTS, DEVICE, CostFile, CostTable, read_costs
 from saap.quantize.bundle_size import VOCABULARY, BundleSize, bundle_size
 from saap.system.errors import UserError
@@ -102,6 +102,19 @@ class StepTime:
 
 
 @dataclass(frozen=True)
+class WordsOption:
+    """A head of fewer words that the search may choose."""
+
+    rows: int
+    longer: float  # share of tokens that a text takes more
+    price: float  # nats per token of the whole vocabulary
+    input: bool = False  # whether the embedding loses the words, too
+
+    def of(self, shape: ModelShape) -> ModelShape:
+        return replace(shape, vocab=self.rows) if self.input else replace(shape, said=self.rows)
+
+
+@dataclass(frozen=True)
 class Budget:
     """A requirement on one model."""
 
@@ -120,6 +133,8 @@ class Budget:
     one_width: bool = False  # whether all FFNs keep the same number of channels, and all else stays
     forms: tuple[MatrixForm, ...] = ()  # integers that matrices may have instead; none: the search chooses none
     vocabulary: tuple[MatrixForm, ...] = ()  # that embedding and head may have instead
+    words: tuple[WordsOption, ...] = ()  # that the head may say instead of all
+    longer: float = 0.0  # share of tokens that a text takes more in the words of ``cut``
 
     @property
     def base(self) -> MatrixForm:
@@ -140,6 +155,20 @@ class Budget:
     def fixed(self) -> float:
         """What the slim model costs without any layer."""
         return self.measure.outside(self.cut)
+
+    def saying(self, words: WordsOption) -> Budget:
+        """The requirement with the words chosen: a speed-up is of a text, which takes more tokens."""
+        of_text = 1 + words.longer if "speedup" in self.asked else 1.0
+        return replace(
+            self, most=self.most / of_text, cut=words.of(self.cut), words=(), longer=words.longer
+        )  # fmt: skip
+
+    def outside_cost(self, form: MatrixForm, words: WordsOption | None = None) -> float:
+        """What embedding and head in this form, and fewer words, take of the limit; less than nothing gives some."""
+        if words is None:
+            return self.measure.outside(self.cut, form) - self.fixed
+        own = self.saying(words)
+        return self.measure.outside(own.cut, form) - self.fixed + self.most - own.most
 
     @property
     def limit(self) -> float:
@@ -198,7 +227,8 @@ class Budget:
             dense = StepTime(self.table)  # in the table's own integers, as the dense model is exported in
             step = self.measure if isinstance(self.measure, StepTime) else dense
             ms = self._total(step, shape, plan)
-            numbers |= {"ms_per_token": ms, "speedup": replace(self, measure=dense).total(self.dense) / ms}
+            whole = replace(self, measure=dense).total(self.dense)
+            numbers |= {"ms_per_token": ms, "speedup": whole / ms / (1 + self.longer * (shape != self.dense))}
         return numbers
 
     def _total(self, measure: Measure, shape: ModelShape, plan: PrunePlan | None) -> float:

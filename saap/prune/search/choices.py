@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from saap.models.shape import ATTENTION, KINDS, BlockKind, LayerSizes, ModelShape
+from saap.prune.forms import Place
 from saap.prune.options import PruneOptions
 from saap.prune.plan import LayerPlan, whole_layer, widths_of
-from saap.prune.search.forms import Place
 
 MOST_COUNTS = 4  # of KV groups, and of query heads of each, that are tried
 RUNS = (1, 2, 3, 4, 6)  # layers that may go in one piece; more go in two with a block between them, or in stages

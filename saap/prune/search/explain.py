@@ -152,13 +152,14 @@ def kinds_table(reasons: Reasons) -> tuple[str, list[str], list[list[str]]]:
             found.setdefault(name, [0, 0.0, 0.0])
             for place, number in enumerate((1, block.saved, block.price or 0.0)):
                 found[name][place] += number
-    if (integers := reasons.integers) is not None:
-        found["bits and groups of weights"] = [integers.blocks, integers.saved, integers.price]
+    for name, gained in (("bits and groups of weights", reasons.integers), ("words of the head", reasons.words)):
+        if gained is not None:
+            found[name] = [gained.count, gained.saved, gained.price]
     rows = [
-        [name, f"{count:.0f}", short(saved / scale), short(price), short(price / saved * scale if saved > 0 else None)]
+        [name, f"{count:,.0f}", short(saved / scale), short(price), short(price / saved * scale if saved > 0 else None)]
         for name, (count, saved, price) in sorted(found.items(), key=lambda item: -item[1][1])
     ]
-    return "What each kind gave and cost", ["kind", "blocks", f"{unit} saved", "nats", f"per {unit}"], rows
+    return "What each kind gave and cost", ["kind", "count", f"{unit} saved", "nats", f"per {unit}"], rows
 
 
 def layer_table(reasons: Reasons) -> tuple[str, list[str], list[list[str]]]:

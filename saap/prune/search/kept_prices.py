@@ -11,10 +11,10 @@ import torch
 
 from devices.common.files import cache_directory, make_room
 from saap.models.slim_quant import MatrixForm
+from saap.prune.forms import Place
 from saap.prune.options import PruneOptions
 from saap.prune.plan import LayerPlan
 from saap.prune.scores.cache import key_of
-from saap.prune.search.forms import Place
 from saap.prune.search.milp import Gap, Library
 from saap.prune.search.rounding import Prices, Rounding
 from saap.quantize.bundle_size import VOCABULARY

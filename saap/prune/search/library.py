@@ -27,11 +27,11 @@ from saap.models.shape import ATTENTION, KINDS, BlockKind, ModelShape
 from saap.models.streaming import is_streamed, present
 from saap.prune.cut.ridge import regression
 from saap.prune.cut.surgery import kept_columns
+from saap.prune.forms import Place
 from saap.prune.options import Compensation, PruneOptions
 from saap.prune.plan import LayerPlan
 from saap.prune.scores.gradients import NOT_FINITE, adding_module, block_gradients
 from saap.prune.search.choices import RUNS, choices, runs_of
-from saap.prune.search.forms import Place
 from saap.prune.search.milp import Gap, Library
 from saap.prune.search.rounding import Prices, RoundedMatrix, Rounding, rounded_block, vocabulary_prices
 from saap.system.errors import UserError

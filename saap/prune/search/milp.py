@@ -1,7 +1,7 @@
 """Adaptive structure search: one option per block, least summed price, whole model within a budget.
 
 Every block offers some options (:mod:`saap.prune.search.choices`), in some integers
-(:mod:`saap.prune.search.forms`), each with a price in nats and a cost in units of the budget; a run of blocks may go in
+(:mod:`saap.prune.forms`), each with a price in nats and a cost in units of the budget; a run of blocks may go in
 one piece instead. To cover every block once is a set partition with a knapsack, solved as a mixed-integer program by
 HiGHS (scipy.optimize.milp): exactly, or to a gap that the plan states.
 """
@@ -17,11 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from saap.models.shape import ATTENTION, FFN, KINDS, ModelShape
+from saap.prune.forms import BlockForms, Place, PlanForms
 from saap.prune.options import PruneOptions
-from saap.prune.plan import IntegersReason, LayerPlan, PrunePlan
+from saap.prune.plan import Gained, LayerPlan, PrunePlan
 from saap.prune.search.budget import Budget
 from saap.prune.search.choices import choices, runs_of
-from saap.prune.search.forms import BlockForms, Place, PlanForms
 from saap.prune.search.rounding import Rounding
 from saap.quantize.bundle_size import VOCABULARY
 from saap.system.errors import UserError
@@ -44,6 +44,7 @@ class Option:
     cost: float
     forms: BlockForms | None = None  # of its matrices; None: as the bundle
     bare: Option | None = None  # the same without forms
+    words: int | None = None  # of those that the head may say, by their place; None: all
 
     @property
     def kept(self) -> int:
@@ -76,7 +77,8 @@ class Found:
     blocks: list[Block]
     chosen: list[Option]
     plan: PrunePlan
-    integers: IntegersReason | None = None
+    integers: Gained | None = None
+    words: Gained | None = None
 
 
 @dataclass(frozen=True)
@@ -121,9 +123,10 @@ class Library:
         prices = self.rounding.vocabulary if self.rounding else {}
         held = [
             Option(
-                LayerPlan(), prices.get(form, 0.0), budget.measure.outside(budget.cut, form) - budget.fixed,
-                BlockForms(form, form),
+                LayerPlan(), prices.get(form, 0.0) + (words.price if words else 0.0),
+                budget.outside_cost(form, words), BlockForms(form, form), words=place,
             )
+            for place, words in ((None, None), *enumerate(budget.words))
             for form in (budget.base, *budget.vocabulary)
         ]  # fmt: skip
         return [*found, Block(len(budget.dense.layers), VOCABULARY, tuple(held))]
@@ -157,18 +160,30 @@ def search(library: Library, budget: Budget, most_gone: int | None = None) -> Fo
     ``most_gone``: blocks that may go whole at most; None: any number.
     """
     blocks = library.blocks(budget)
-    offered = library.in_forms(blocks, budget) if budget.forms else blocks
+    several = bool(budget.forms or budget.words)
+    offered = library.in_forms(blocks, budget) if several else blocks
     solution = solve(offered, budget, () if budget.one_width else library.gaps, most_gone)
     chosen = [option.bare or option for option in solution.options[: len(blocks)]]
     plan = plan_from(blocks, chosen, budget.dense)
     price = sum(option.price for option in solution.options)
     forms, integers = _held(offered, solution.options, budget, library.rounding) if budget.forms else (None, None)
-    return Found(blocks, chosen, replace(plan, price=price, gap=solution.gap, forms=forms), integers)
+    words = solution.options[-1].words if several else None
+    plan = replace(plan, price=price, gap=solution.gap, forms=forms, words=words)
+    return Found(blocks, chosen, plan, integers, _said(solution.options[-1], budget) if several else None)
+
+
+def _said(chosen: Option, budget: Budget) -> Gained | None:
+    """What fewer words gave, in the integers that the head has."""
+    if chosen.words is None or chosen.forms is None:
+        return None
+    words = budget.words[chosen.words]
+    saved = budget.outside_cost(chosen.forms.reads) - chosen.cost
+    return Gained(budget.cut.head_rows - words.rows, saved, words.price)
 
 
 def _held(
     blocks: list[Block], chosen: list[Option], budget: Budget, rounding: Rounding | None
-) -> tuple[PlanForms, IntegersReason]:
+) -> tuple[PlanForms, Gained]:
     """What integers were chosen, and what that saves and costs against those of the bundle."""
     base, held, saved, price = BlockForms(budget.base, budget.base), {}, 0.0, 0.0
     *of_layers, (_, words) = zip(blocks, chosen, strict=True)
@@ -186,7 +201,8 @@ def _held(
     if rounding:
         price += rounding.vocabulary.get(vocabulary, 0.0) - rounding.vocabulary.get(budget.base, 0.0)
     changed = sum(forms != base for forms in held.values())
-    return PlanForms(budget.base, held, vocabulary), IntegersReason(changed, saved - words.cost, price)
+    saved -= budget.outside_cost(vocabulary)
+    return PlanForms(budget.base, held, vocabulary), Gained(changed, saved, price)
 
 
 def check_floor(shape: ModelShape, budget: Budget, options: PruneOptions) -> None:
@@ -197,7 +213,7 @@ def check_floor(shape: ModelShape, budget: Budget, options: PruneOptions) -> Non
     gaps = [] if budget.one_width else [Gap(run, 0.0) for run in runs_of(shape, options)]
     library = Library(free)
     blocks = library.blocks(budget)
-    _check_floor(library.in_forms(blocks, budget) if budget.forms else blocks, budget, gaps)
+    _check_floor(library.in_forms(blocks, budget) if budget.forms or budget.words else blocks, budget, gaps)
 
 
 def _check_floor(blocks: list[Block], budget: Budget, gaps: Sequence[Gap] = ()) -> None:

@@ -21,7 +21,7 @@ from saap.models.layer_walk import layer_inputs, layers_of, logits_after, run_la
 from saap.models.shape import BlockKind
 from saap.models.slim_quant import BITS, GROUP_SIZES, MatrixForm
 from saap.models.streaming import present
-from saap.prune.search.forms import READS, WRITES, BlockForms, Place
+from saap.prune.forms import READS, WRITES, BlockForms, Place
 from saap.quantize.choose_forms import MEASURED, SAMPLE, rounded
 from saap.quantize.groups import quantize
 

@@ -77,7 +77,7 @@ def test_faster_integers_come_before_pruning(model, costs, tmp_path):
     # 8 bits cost nothing where they take no more time, so what reads of attention has them.
     assert forms.blocks[0, "attention"].reads == WIDE and forms.vocabulary in (BASE, LARGE)
     told = plan["reasons"]["integers"]
-    assert told["saved"] == pytest.approx(7.8 - plan["planned"]["ms_per_token"]) and told["blocks"] > 0
+    assert told["saved"] == pytest.approx(7.8 - plan["planned"]["ms_per_token"]) and told["count"] > 0
 
     more, plan = pruned(model, costs, tmp_path / "more", 2.0)
     assert plan["achieved"]["speedup"] >= 2

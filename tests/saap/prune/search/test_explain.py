@@ -215,7 +215,7 @@ def test_each_kind_with_what_it_gave_and_cost():
     chosen = search(found, budget)
     reasons = reasons_of(chosen.blocks, chosen.chosen, "weights")
     title, headings, rows = kinds_table(reasons)
-    assert (title, headings) == ("What each kind gave and cost", ["kind", "blocks", "M saved", "nats", "per M"])
+    assert (title, headings) == ("What each kind gave and cost", ["kind", "count", "M saved", "nats", "per M"])
     known = {"whole blocks", "FFN channels", "query heads and KV groups"}
     assert rows and {row[0] for row in rows} <= known
     saved = SHAPE.layer_weights - chosen.plan.kept_shape(SHAPE).layer_weights
