@@ -95,7 +95,12 @@ class AdaptiveOptions:
         float,
         Option("Share of a missing block's price that tuning gives back; 0: none.", _SCORES, shown=False),
         Meta(ge=0, lt=1),
-    ] = 0.5  # studies/search
+    ] = 0.0
+    rounding: Annotated[
+        float,
+        Option("What rounding a matrix counts, of its price; tuning gives the rest back.", _SCORES, shown=False),
+        Meta(ge=0, le=1),
+    ] = 0.15  # studies/search
     most_gone: Annotated[
         int | None,
         Option("Blocks that go whole, at most; default: as many as the prices want.", _SCORES, shown=False),

@@ -57,7 +57,7 @@ class Halving:
 
 HALVINGS: dict[Effort, Halving] = {
     "normal": Halving((2 / 3, 1 / 3, 0.0), (), (16_384, 32_768)),
-    "thorough": Halving((0.8, 0.6, 0.4, 0.2, 0.0), (0.0, 0.75), (16_384, 32_768, 65_536)),
+    "thorough": Halving((0.8, 0.6, 0.4, 0.2, 0.0), (0.5, 0.75), (16_384, 32_768, 65_536)),
 }
 
 

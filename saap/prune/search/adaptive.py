@@ -55,7 +55,7 @@ def adaptive_plan(
     scores = scores_of(model, budget.dense, scored, options.adaptive, weights=weights, progress=progress)
     ranked = fuse(scores, budget.dense, options.adaptive.fusion)
     library = _library(Pricing(model, budget.dense, ranked, (scored, priced), options), weights, ids, progress)
-    found = search(library.recovering(options.adaptive.recovered), budget, options.adaptive.most_gone)
+    found = search(library.counted(options.adaptive), budget, options.adaptive.most_gone)
     reasons = replace(reasons_of(found.blocks, found.chosen, budget.unit), integers=found.integers, words=found.words)
     return replace(found.plan, reasons=reasons)
 

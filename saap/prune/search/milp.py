@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from saap.models.shape import ATTENTION, FFN, KINDS, ModelShape
 from saap.prune.forms import BlockForms, Place, PlanForms
-from saap.prune.options import PruneOptions
+from saap.prune.options import AdaptiveOptions, PruneOptions
 from saap.prune.plan import Gained, LayerPlan, PrunePlan
 from saap.prune.search.budget import Budget
 from saap.prune.search.choices import choices, runs_of
@@ -105,10 +105,10 @@ class Library:
     gaps: tuple[Gap, ...] = ()
     rounding: Rounding | None = None  # prices of integers; None: they cost nothing
 
-    def recovering(self, share: float) -> Library:
-        """With prices of integers and of what goes whole from which that share is taken: tuning gives it back."""
-        gaps = tuple(Gap(gap.blocks, (1 - share) * gap.price) for gap in self.gaps)
-        return replace(self, gaps=gaps, rounding=self.rounding and self.rounding.counted(1 - share))
+    def counted(self, options: AdaptiveOptions) -> Library:
+        """With prices of what tuning does not give back of what goes whole, and of integers."""
+        gaps = tuple(Gap(gap.blocks, (1 - options.recovered) * gap.price) for gap in self.gaps)
+        return replace(self, gaps=gaps, rounding=self.rounding and self.rounding.counted(options.rounding))
 
     def blocks(self, budget: Budget) -> list[Block]:
         """All blocks in order, with what their options cost."""

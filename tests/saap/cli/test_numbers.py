@@ -12,7 +12,7 @@ from support.command_line import every_command, here
 ZERO = {
     "c", "cool_down_s", "depth", "generate", "held_out", "keep_layers", "layer_power",
     "learning_rate", "memory", "min_p", "most_gone", "norm_rate", "patience", "prompt", "rank", "ratio_time_s",
-    "recovered", "save_seconds",
+    "recovered", "rounding", "save_seconds",
     "seconds", "seed", "skip", "spread", "stability", "teacher_weight", "temperature", "warmup", "warmup_share",
     "weight_decay",
 }  # fmt: skip
