@@ -29,6 +29,11 @@ def row(name: str, asked: list[str], texts: dict[str, str], tokens: int, work: P
         "asked": [word for word in asked if not word.startswith("/")], "tokens": tokens,
         "planned": plan["planned"]["speedup"], "removed": plan["planned"]["ratio"],
         "group": plan["bundle"]["block"],
+        "eights": len(plan["bundle"].get("matrices", {})),
+        "vocabulary": [
+            plan["bundle"].get("embedding_bits", plan["bundle"]["bits"]),
+            plan["bundle"].get("blocks", {}).get("lm_head", plan["bundle"]["block"]),
+        ],
         "gone": sum((not layer["query_heads"]) + (not layer["ffn"]) for layer in plan["layers"]),
     }  # fmt: skip
     for kind, path in (("untuned", slim), ("tuned", tuned)):

@@ -22,6 +22,8 @@ MODEL = "smollm2-135m"
 ROWS = {
     "search": "**SAAP**",
     "normal": "**SAAP, `--effort normal`**",
+    "uniform": "SAAP, one group size for all (be1e60e)",
+    "uniform-normal": "SAAP, one group size for all, `--effort normal` (be1e60e)",
     "blocks": "SAAP, groups of 32",
     "before": "SAAP of ca0b679 (widths and heads, in stages)",
     "shortgpt": "ShortGPT",
@@ -52,7 +54,7 @@ def rows_table() -> str:
             f"{100 * cell['removed']:.0f} %",
             str(cell["gone"]),
         ]
-        told.append(str(cell.get("group", 32)))
+        told += [str(cell.get("group", 32)), str(cell.get("eights", 0))]
         for text in TEXTS:
             told += [f"{cell[f'untuned {text}']['kl']:.3f}", f"{cell[f'tuned {text}']['kl']:.3f}"]
             told += [f"{cell[f'tuned {text}']['perplexity']:.1f}", f"{100 * cell[f'tuned {text}']['top1']:.1f} %"]
@@ -61,7 +63,7 @@ def rows_table() -> str:
             [f"{100 * answers['agreement']:.1f} %", f"{100 * answers['repetition']:.0f} %"] if answers else ["-", "-"]
         )
         lines.append((speed, cell[f"tuned {TEXTS[1]}"]["kl"], told))
-    heads = ["asked", "method", "planned", "layers' weights gone", "blocks gone", "weights to a scale"]
+    heads = ["asked", "method", "planned", "layers' weights gone", "blocks gone", "weights to a scale", "linears in 8 bit"]
     for text in TEXTS:
         heads += [f"{text}: KL untuned", "KL tuned", "perplexity", "top-1"]
     heads += ["answers: agreement", "repetition"]
