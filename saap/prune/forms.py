@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from devices.common.wording import counted
 from saap.models.architectures import Architecture
 from saap.models.record import PlannedBundle
 from saap.models.shape import ATTENTION, CONV, DELTA, FFN, BlockKind, LayerSizes, ModelShape
@@ -95,6 +96,6 @@ def in_words(bundle: PlannedBundle, tables: Sequence[str]) -> str:
         if name not in tables
     )
     words = MatrixForm(bundle.get("embedding_bits", base.bits), blocks.get(tables[0], base.group_size))
-    others = [f"{count} linears {form}" for form, count in sorted(own.items())]
-    others += [f"embedding and head {words}"] if words != base else []
+    others = [f"{counted(count, 'linear')} at {form}" for form, count in sorted(own.items())]
+    others += [f"embedding and head at {words}"] if words != base else []
     return f"{base}{'; ' + ', '.join(others) if others else ''}"

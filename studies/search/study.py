@@ -63,7 +63,8 @@ def rows_table() -> str:
             [f"{100 * answers['agreement']:.1f} %", f"{100 * answers['repetition']:.0f} %"] if answers else ["-", "-"]
         )
         lines.append((speed, cell[f"tuned {TEXTS[1]}"]["kl"], told))
-    heads = ["asked", "method", "planned", "layers' weights gone", "blocks gone", "weights to a scale", "linears in 8 bit"]
+    heads = ["asked", "method", "planned", "layers' weights gone", "blocks gone", "weights to a scale"]
+    heads.append("linears in 8 bit")
     for text in TEXTS:
         heads += [f"{text}: KL untuned", "KL tuned", "perplexity", "top-1"]
     heads += ["answers: agreement", "repetition"]

@@ -155,7 +155,7 @@ def test_it_is_told(model, costs, tmp_path):
     done = here("prune", model, "-o", tmp_path / "slim", "--speedup", 1.2, "--costs", costs, "--sequences", 8,
                 "--length", 16, "--calibration", written_text(tmp_path), "--explain")  # fmt: skip
     assert "integers: 4 bit in groups of " in done.stdout and "saap tune and export will use these" in done.stdout
-    assert "linears 8 bit in groups of 64" in done.stdout and "bits and groups of weights" in done.stdout
+    assert "linears at 8 bit in groups of 64" in done.stdout and "bits and groups of weights" in done.stdout
 
 
 def test_what_is_asked_for_is_kept(model, costs, tmp_path):
