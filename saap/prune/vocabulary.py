@@ -207,6 +207,10 @@ class _Read:
         counted, self.said = (counts_of(self._whole, each, size) for each in (part, self._held))
         self.order = self.forest.order((counted + guessed).tolist())
         self._all = counted + self.said + guessed
+        step = max(PIECE, len(self._held) // PIECES)
+        starts = range(0, len(self._held) - PIECE + 1, step)
+        self._pieces = [self._held[start : start + PIECE] for start in starts] or [self._held]
+        self._as_it_is: tuple[float, int] | None = None  # nats and tokens of the pieces in all words
 
     def longer(self, count: int) -> float:
         """Share of tokens that the held-out part takes more in so many words."""
@@ -221,15 +225,12 @@ class _Read:
     def price(self, count: int, model: PreTrainedModel) -> float:
         """What it costs to say parts of the held-out text in so many words, nats per token of the whole vocabulary."""
         kept, trimmed_own = self._stay(count), self._trimmed(count)
-        step = max(PIECE, len(self._held) // PIECES)
-        pieces = [self._held[start : start + PIECE] for start in range(0, len(self._held) - PIECE + 1, step)]
-        more, tokens = 0.0, 0
-        for piece in pieces or [self._held]:
-            ids = self._whole.encode(piece, add_special_tokens=False).ids
-            own = trimmed_own.encode(piece, add_special_tokens=False).ids
-            more += self._nats(model, own, kept) - self._nats(model, ids, None)
-            tokens += len(ids)
-        return max(0.0, more / max(1, tokens))
+        if self._as_it_is is None:
+            ids = [self._whole.encode(piece, add_special_tokens=False).ids for piece in self._pieces]
+            self._as_it_is = sum(self._nats(model, row, None) for row in ids), sum(map(len, ids))
+        own = [trimmed_own.encode(piece, add_special_tokens=False).ids for piece in self._pieces]
+        nats, tokens = self._as_it_is
+        return max(0.0, (sum(self._nats(model, row, kept) for row in own) - nats) / max(1, tokens))
 
     def _nats(self, model: PreTrainedModel, ids: list[int], kept: torch.Tensor | None) -> float:
         """Of a text behind its beginning, whose words are all of those that are kept."""
