@@ -83,8 +83,7 @@ def _share(shape: ModelShape, part: str, form: MatrixForm) -> float:
     if part == "outside":
         return float(shape.hidden % form.group_size == 0)
     kind, sizes = KINDS[part], shape.layers[0]
-    inner, whole = shape.inner_width(kind, sizes), shape.weights(kind, sizes)
-    writes = inner * shape.hidden / whole
+    inner, writes = shape.inner_width(kind, sizes), shape.writing_share(kind, sizes)
     return (1 - writes) * (shape.hidden % form.group_size == 0) + writes * (inner % form.group_size == 0)
 
 

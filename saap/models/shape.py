@@ -229,6 +229,10 @@ class ModelShape:
         """Columns of the matrix by which a block writes to the residual stream."""
         return int(getattr(layer, kind.sizes[0])) * self.width_of(kind.writes, layer)
 
+    def writing_share(self, kind: BlockKind, layer: LayerSizes) -> float:
+        """The share of a block's weights that is in the matrix by which it writes."""
+        return self.inner_width(kind, layer) * self.hidden / self.weights(kind, layer)
+
     def width_of(self, role: str, layer: OfBlocks) -> int:
         """Rows that one coupled structure of a layer has of the matrix with this role; of one that writes, columns."""
         if role in ATTENTION.roles:

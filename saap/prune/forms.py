@@ -2,7 +2,7 @@
 
 A block reads the residual stream by one matrix of the graph (queries, keys and values are one, and so are gate and up)
 and writes by another. On a device each form takes its own time: larger groups are read faster where a kernel keeps
-floats of every group, and 8 bit in large groups may be hardly slower than 4 bit in small ones (studies/search).
+floats of every group, and 8 bit in large groups takes less than twice the time of 4 bit (studies/search).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import NamedTuple
 from devices.common.wording import counted
 from saap.models.architectures import Architecture
 from saap.models.record import PlannedBundle
-from saap.models.shape import ATTENTION, CONV, DELTA, FFN, BlockKind, LayerSizes, ModelShape
+from saap.models.shape import ATTENTION, CONV, DELTA, FFN, LayerSizes
 from saap.models.slim_quant import MatrixForm
 
 READS = {ATTENTION.name: "qkv", CONV.name: "conv_in", DELTA.name: "delta_in", FFN.name: "gate_up"}  # parts of a graph
@@ -28,11 +28,6 @@ class BlockForms(NamedTuple):
 
     reads: MatrixForm
     writes: MatrixForm
-
-
-def writing_share(shape: ModelShape, kind: BlockKind, sizes: LayerSizes) -> float:
-    """The share of a block's weights that is in the matrix that writes."""
-    return shape.inner_width(kind, sizes) * shape.hidden / shape.weights(kind, sizes)
 
 
 @dataclass(frozen=True)

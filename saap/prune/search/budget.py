@@ -24,7 +24,7 @@ from msgspec import convert
 from saap.models.record import Costs, Plan, PlannedBundle
 from saap.models.shape import BlockKind, LayerSizes, ModelShape
 from saap.models.slim_quant import BITS, GROUP_SIZES, MatrixForm
-from saap.prune.forms import READS, WRITES, BlockForms, PlanForms, writing_share
+from saap.prune.forms import READS, WRITES, BlockForms, PlanForms
 from saap.prune.options import TIMED, PruneOptions
 from saap.prune.search.layer_costs import COSTS, DEVICE, CostFile, CostTable, read_costs
 from saap.quantize.bundle_size import VOCABULARY, BundleSize, bundle_size
@@ -91,7 +91,7 @@ class StepTime:
         ms = self.table.block_ms(kind, sizes)
         if not ms or not (forms or self.form):
             return ms
-        writes, own = writing_share(shape, kind, sizes), forms or (None, None)
+        writes, own = shape.writing_share(kind, sizes), forms or (None, None)
         shares = [self._share(kind.name, form) for form in own]
         return ms * ((1 - writes) * shares[0] + writes * shares[1])
 
@@ -159,9 +159,7 @@ class Budget:
     def saying(self, words: WordsOption) -> Budget:
         """The requirement with the words chosen: a speed-up is of a text, which takes more tokens."""
         of_text = 1 + words.longer if "speedup" in self.asked else 1.0
-        return replace(
-            self, most=self.most / of_text, cut=words.of(self.cut), words=(), longer=words.longer
-        )  # fmt: skip
+        return replace(self, most=self.most / of_text, cut=words.of(self.cut), words=(), longer=words.longer)
 
     def outside_cost(self, form: MatrixForm, words: WordsOption | None = None) -> float:
         """What embedding and head in this form, and fewer words, take of the limit; less than nothing gives some."""
@@ -228,7 +226,7 @@ class Budget:
             step = self.measure if isinstance(self.measure, StepTime) else dense
             ms = self._total(step, shape, plan)
             whole = replace(self, measure=dense).total(self.dense)
-            numbers |= {"ms_per_token": ms, "speedup": whole / ms / (1 + self.longer * (shape != self.dense))}
+            numbers |= {"ms_per_token": ms, "speedup": whole / ms / (1 + self.longer)}
         return numbers
 
     def _total(self, measure: Measure, shape: ModelShape, plan: PrunePlan | None) -> float:
@@ -239,8 +237,8 @@ class Budget:
 
     def report_dense(self) -> dict[str, float | None]:
         """The dense model, as it is exported where nothing is said."""
-        own = self.measure
-        return (replace(self, measure=StepTime(own.table)) if isinstance(own, StepTime) else self).report(self.dense)
+        measure = StepTime(self.measure.table) if isinstance(self.measure, StepTime) else self.measure
+        return replace(self, measure=measure, longer=0.0).report(self.dense)
 
     def record(self) -> Plan:
         """What was asked, of which bundle and by which table, and what the dense model is, for ``saap.json``."""
