@@ -131,7 +131,7 @@ def _loaded(bundle: Path, job: CostsJob) -> Placed:
     positions = job.depth + TURN
     if job.engine == ONNXRUNTIME:
         return PlacedDecoder(bundle, job.threads, positions, verify=False)
-    return PlacedLlamaCpp(bundle / FILES[job.engine], job.threads, positions, job.choice)
+    return PlacedLlamaCpp(bundle / FILES[job.engine], job.threads, positions, job.choice, huge_pages=True)
 
 
 def main() -> None:

@@ -147,7 +147,8 @@ def _bundle(spec: str, length: int) -> Peer:
         peer = _llama_cpp(f"{LLAMA_CPP}{placed.file()}", length)
         name = f"{placed.bundle.resolve().name}@{placed.engine}"
         model = replace(peer.model, spelling=manifest.spelling)
-        return replace(peer, name=name, spec=spec, bundle_hash=manifest.content_hash, unknown={}, model=model)
+        peer = replace(peer, runtime="bench.runtimes.bundle_in_llama_cpp", unknown={}, model=model)
+        return replace(peer, name=name, spec=spec, bundle_hash=manifest.content_hash)
     if placed.engine == OPENVINO_ENGINE:
         path = placed.file().resolve()
         manifest = verify_files(path)

@@ -3,18 +3,12 @@
 Decode is dominated by reading the weights, so the loop around it must cost nothing: the buffers of ids, logits and KV
 are bound once, past and present are the same memory, and per token only the view of the mask grows.
 
-The weights that ONNX Runtime packed are moved to 2 MiB pages: decode reads every weight once per token, and on 4 KiB
-pages the hardware prefetcher stops at every page and the TLB holds a few megabytes. SmolLM2-135M decodes 5 to 8 %
-faster (Zen 3). Linux gives them to a process that asks, where transparent_hugepage is ``madvise`` or ``always``;
-MADV_COLLAPSE (Linux 6.1) moves what is there already.
+The weights that ONNX Runtime packed are moved to huge pages.
 """
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -24,6 +18,7 @@ from numpy.typing import NDArray
 from devices.common.cores import allowed_cores
 from devices.common.errors import first_line
 from devices.common.wording import counted
+from export.bundle.huge_pages import with_huge_pages
 from export.bundle.manifest import (
     DECODE_GRAPH,
     PREFILL_CHUNK,
@@ -44,9 +39,6 @@ if TYPE_CHECKING:
 
 Ids = NDArray[np.int64]
 Logits = NDArray[np.float32]
-PAGE = 2 << 20
-MADV_HUGEPAGE, MADV_COLLAPSE = 14, 25
-HUGE_PAGES_LIMIT = 1 << 30  # moving takes about 3 ms per MB; a larger model would wait too long for it
 
 
 class Decoder(Protocol):
@@ -190,10 +182,12 @@ class OrtDecoder(BundleDecoder):
         check_provider(manifest, "cpu", str(directory))
         super().__init__(manifest, directory, threads, max_length)
         graph = directory / DECODE_GRAPH
-        self._session = open_session(prepack(graph, manifest) if prepacked else graph, threads, manifest)
+        graph = prepack(graph, manifest) if prepacked else graph
         # Before the KV buffers exist, whose pages shall come as they fill. Packed weights of a file cannot be moved.
-        move = not prepacked and self.manifest.weight_bytes_per_token <= HUGE_PAGES_LIMIT
-        self.huge_page_bytes = collapse() if move else 0
+        self._session, self.huge_page_bytes = with_huge_pages(
+            lambda: open_session(graph, threads, manifest),
+            0 if prepacked else manifest.weight_bytes_per_token,
+        )
         self._bind(self._session)
         # Standard operators concatenate the cache; only GroupQueryAttention writes into the past buffer.
         self._shared = self.manifest.target != "portable"
@@ -295,36 +289,3 @@ class OrtDecoder(BundleDecoder):
 
         kept = [(part, value.numpy()[:, :, :length] if part.grows else value.numpy()) for part, value in self._past]
         self._bind_cache([(part, OrtValue.ortvalue_from_numpy(np.ascontiguousarray(each))) for part, each in kept])
-
-
-def collapse() -> int:
-    """Move this process's large anonymous regions to huge pages; the bytes that were, 0 where the system has none."""
-    if not sys.platform.startswith("linux"):
-        return 0
-    with contextlib.suppress(OSError, AttributeError):
-        madvise = ctypes.CDLL(None, use_errno=True).madvise
-        madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-        maps = Path("/proc/self/maps").read_text(encoding="utf-8")
-        return sum(_collapse(madvise, start, size) for start, size in whole_pages(maps))
-    return 0
-
-
-def whole_pages(maps: str) -> Iterator[tuple[int, int]]:
-    """(address, bytes) of the huge pages that fit into the writable anonymous regions of a ``/proc/PID/maps`` text."""
-    for line in maps.splitlines():
-        fields = line.split()
-        if len(fields) < 5 or not fields[1].startswith("rw") or fields[4] != "0":
-            continue  # a file, or nothing that weights are in
-        if len(fields) > 5 and fields[5] != "[heap]":
-            continue
-        low, high = (int(address, 16) for address in fields[0].split("-"))
-        start, end = -(-low // PAGE) * PAGE, high // PAGE * PAGE
-        if end > start:
-            yield start, end - start
-
-
-def _collapse(madvise: ctypes._NamedFuncPointer, start: int, size: int) -> int:
-    """Page by page: a region may have holes that were never touched, and one of them would refuse the whole."""
-    if madvise(start, size, MADV_HUGEPAGE):
-        return 0
-    return sum(PAGE for page in range(start, start + size, PAGE) if madvise(page, PAGE, MADV_COLLAPSE) == 0)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 
 from export.bundle.decoder import Ids, Logits
+from export.bundle.huge_pages import with_huge_pages
 
 if TYPE_CHECKING:
     from llama_cpp.llama_cpp import llama_batch, llama_context_params
@@ -31,9 +32,12 @@ class LlamaCppDecoder:
     Args:
         max_length: positions of the cache; llama.cpp rounds them up to its own granularity.
         choice: of ``FLASH_ATTENTION``; None is the library's own, which is on for a CPU.
+        huge_pages: move the weights there, as llama.cpp does not.
     """
 
-    def __init__(self, path: Path, threads: int, max_length: int, choice: str | None = None) -> None:
+    def __init__(
+        self, path: Path, threads: int, max_length: int, choice: str | None = None, *, huge_pages: bool = False
+    ) -> None:
         from llama_cpp import llama_cpp
 
         self.lib: ModuleType = llama_cpp
@@ -43,7 +47,10 @@ class LlamaCppDecoder:
         llama_cpp.llama_backend_init()
         on_cpu = llama_cpp.llama_model_default_params()
         on_cpu.n_gpu_layers = 0
-        self.model = self._checked(llama_cpp.llama_model_load_from_file(str(path).encode(), on_cpu))
+        self.model, self.huge_page_bytes = with_huge_pages(
+            lambda: self._checked(llama_cpp.llama_model_load_from_file(str(path).encode(), on_cpu)),
+            path.stat().st_size if huge_pages else 0,
+        )
         self.options = self._context_options(threads, max_length)
         if choice is not None:
             self.options.flash_attn_type = FLASH_ATTENTION[choice]

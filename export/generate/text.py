@@ -152,7 +152,7 @@ def decoder_of(engine: str, file: Path, threads: int, context: int) -> Decoder:
     if engine == OPENVINO:
         return OpenVinoDecoder(file, threads, context)
     read_header(file)  # llama.cpp ends the process over a header that makes no sense
-    return LlamaCppDecoder(file, threads, context)
+    return LlamaCppDecoder(file, threads, context, huge_pages=True)
 
 
 def chosen_sampling(files: SmallFiles, options: GenerateOptions) -> Sampling:

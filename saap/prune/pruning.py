@@ -12,6 +12,7 @@ import torch
 from msgspec import convert
 from transformers import PreTrainedModel
 
+from devices.common.allocator import kept_memory
 from devices.common.progress import LOADING, WRITING, Progress
 from saap.models.architectures import architecture_of, shape_of
 from saap.models.checkpoint import load_model, read_config, slim_config
@@ -41,7 +42,6 @@ from saap.prune.shares import joined, shares
 from saap.prune.stages import Stage, kept_stages, share_of, stages_of
 from saap.prune.trials import choose_by_tuning, trial_rows
 from saap.prune.vocabulary import Chosen, write_trimmed
-from saap.system.allocator import kept_memory
 from saap.system.device_names import device_of
 from saap.system.errors import UserError
 from saap.system.files import RECORD, check_output, claimed

@@ -27,6 +27,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from devices.common.allocator import kept_memory
 from devices.common.options import refuse_unused
 from devices.common.progress import LOADING, WRITING, Progress
 from saap.models.architectures import architecture_of, shape_of
@@ -40,7 +41,6 @@ from saap.models.weight_files import weights_hash
 from saap.quantize.choose_forms import choose_forms
 from saap.quantize.gptq import compensated_matrices
 from saap.quantize.groups import IntegerForm, check_widths, nearest_matrices, quantize_model
-from saap.system.allocator import kept_memory
 from saap.system.errors import UserError
 from saap.system.files import RECORD, check_output, claimed
 from saap.system.gpu import CPU, check_device, fits_device, out_of_memory

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
@@ -19,14 +20,16 @@ WARM_UP = 24
 
 
 def main(bundle: str, prompt: int, generate: int, threads: int, cpus: list[int]) -> None:
-    from export.bundle.decoder import collapse
+    from export.bundle.huge_pages import with_huge_pages
 
     os.sched_setaffinity(0, cpus)
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if threads > 1 else "0")
-    session = ort.InferenceSession(f"{bundle}/model.onnx", options, providers=["CPUExecutionProvider"])
-    collapse()
+    session, _ = with_huge_pages(
+        lambda: ort.InferenceSession(f"{bundle}/model.onnx", options, providers=["CPUExecutionProvider"]),
+        Path(f"{bundle}/model.onnx.data").stat().st_size,
+    )
     binding, length = session.io_binding(), prompt + generate + WARM_UP
     for value in session.get_inputs():
         if value.name.startswith("past"):

@@ -205,6 +205,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", default=MODEL)
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--ratios", default="0.2,0.5")
+    parser.add_argument("--speedups", help="instead of ratios, over the dense model by --costs, tuned: 1.5,2")
+    parser.add_argument("--costs", type=Path, help="of `saap devices costs`, for --speedups")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--tuned", default="both", choices=["both", "yes", "no"])
     parser.add_argument("--sequences", type=int, help="of calibration; default: 64")

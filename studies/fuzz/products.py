@@ -133,11 +133,11 @@ def _bundles(place: Path) -> Iterator[Target]:
     from bench.measure.worker import timed_pass
     from bench.runtimes.decoders import make_decoder
     from bench.runtimes.peers import read_peers
-    from export.bundle import decoder
+    from export.bundle import huge_pages
     from saap.cli.eval import Bundle
 
     bundle = place / "bundle"
-    decoder.collapse = lambda: 0  # moves all of this process's memory to huge pages, for every document
+    huge_pages.collapse = lambda: 0  # moves all of this process's memory to huge pages, for every document
 
     def generate() -> None:
         saap("generate", bundle, "a b", "--raw", "--max-tokens", 2, "--threads", 1, "--sample", "--seed", 0)

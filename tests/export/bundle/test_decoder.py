@@ -10,7 +10,7 @@ import pytest
 from support.edited import edited
 from support.tiny_graphs import CONTEXT, VOCAB, tiny_bundle
 
-from export.bundle.decoder import PAGE, DecoderError, OrtDecoder, collapse, whole_pages
+from export.bundle.decoder import DecoderError, OrtDecoder
 from export.bundle.manifest import BundleError
 from export.bundle.tokenizer import RunError
 from export.generate.scoring import BundleScorer, next_token_logprobs
@@ -146,34 +146,3 @@ def test_changed_weights_broken_graphs_and_other_targets_are_refused(bundle: Pat
     edited(tmp_path / "bundle.json", target="cuda")
     with pytest.raises(DecoderError, match="bundle for cuda"):
         OrtDecoder(tmp_path, 1, 8, verify=False)
-
-
-MAPS = """\
-55d000000000-55d000400000 r-xp 00000000 fe:00 131 /usr/bin/python3
-55d000600000-55d000900000 rw-p 00000000 00:00 0 [heap]
-7f0000100000-7f0000800000 rw-p 00000000 00:00 0
-7f0010000000-7f0010100000 rw-p 00000000 00:00 0
-7f0020000000-7f0021000000 rw-s 00000000 fe:00 77 /data/model.onnx.data
-7f0030000000-7f0031000000 r--p 00000000 00:00 0
-7ffd00000000-7ffd00400000 rw-p 00000000 00:00 0 [stack]
-"""
-
-
-def test_only_whole_pages_of_writable_anonymous_memory_count():
-    assert list(whole_pages(MAPS)) == [(0x55D000600000, PAGE), (0x7F0000200000, 3 * PAGE)]
-
-
-def test_pages_that_were_touched_are_moved_and_keep_their_content():
-    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-    if not setting.is_file() or "[never]" in setting.read_text(encoding="utf-8"):
-        pytest.skip("this kernel gives no transparent huge pages")
-    array = np.arange(16 << 20, dtype=np.uint8)
-    moved = collapse()
-    if moved == 0:
-        pytest.skip("this kernel has no MADV_COLLAPSE (Linux 6.1)")
-    assert moved >= 7 * PAGE
-    assert moved % PAGE == 0
-    assert (array.reshape(-1, 256) == np.arange(256, dtype=np.uint8)).all()
-    smaps = Path("/proc/self/smaps").read_text(encoding="utf-8").splitlines()
-    huge = sum(int(line.split()[1]) for line in smaps if line.startswith("AnonHugePages"))
-    assert huge * 1024 >= 7 * PAGE
