@@ -11,12 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bench.report.quality import metric_of
-from studies.common import ROOT, Cell
+from studies.common import METHODS, ROOT, Cell
 
 CELLS = Path(__file__).resolve().parent / "cells"
 # Chunk and windows of a perplexity; about 20,000 predictions each.
 PROTOCOLS = {"ppl128": (128, 160), "ppl2048": (2048, 10)}
 RESAMPLES, SEED = 9999, 0
+NAMES = {**METHODS, "published": "SAAP's scores as published (vector and element, what fluctuates goes first)"}
 Answers = dict[str, NDArray[np.int64]]  # task -> right (1) or not (0) by the metric that is quoted, [examples]
 
 

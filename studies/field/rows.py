@@ -37,13 +37,14 @@ OPTIONS: dict[str, list[str]] = {
     "magnitude": ["--method", "magnitude", "--keep", "heads", "--keep-layers", "none"],
     "random": ["--method", "random", "--keep", "heads", "--keep-layers", "none"],
 }
+PUBLISHED = ["--set", "score=fused", "--set", "stability=-0.5"]
 # At an equal speed every method may use the integers that are fastest there, and the refit where it helps it.
 FASTEST: dict[str, list[str]] = {
     method: []
     if method == "saap"
     else ["--group-size", "64", *(["--compensate", "refit"] if method == "shortgpt" else [])]
     for method in OPTIONS
-}
+} | {"published": PUBLISHED}
 ANSWERS = "32"
 
 
@@ -229,7 +230,7 @@ def _pruned(cell: Cell, method: str, ratio: str, seed: int) -> Path:
         if given.speedups
         else ["--ratio", ratio]
     )
-    chosen = [*asked, *seeded, *OPTIONS[method]]
+    chosen = [*asked, *seeded, *OPTIONS.get(method, [])]
     source = given.work / f"{method}-{ratio}-seed{seed}"
     if given.sequences != SEQUENCES:
         source = source.with_name(f"{method}-{ratio}-{given.sequences}sequences-seed{seed}")

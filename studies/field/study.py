@@ -38,6 +38,7 @@ from studies.common import (
 )
 from studies.field.cells import (
     CELLS,
+    NAMES,
     PROTOCOLS,
     Answers,
     answers_of,
@@ -54,6 +55,7 @@ from studies.field.cells import (
 HERE = Path(__file__).resolve().parent
 MODEL, GEMMA = "smollm2-135m", "gemma3-270m"
 TASKS = {"arc_easy": "ARC-Easy", "piqa": "PIQA"}
+SPEEDS = ("1.5x",)  # of the dense model, at which rows are made
 SHARE, CLOSEST, AHEAD = 0.75, 2.5, 2.0  # bars: of a baseline's loss; points behind dense; points ahead
 
 
@@ -66,6 +68,8 @@ def tables() -> dict[str, str]:
         found[f"gains-{percent}"] = gains_table(MODEL, ratio)
         found[f"speed-{percent}"] = speed_table(percent)
     found["bars"] = bar_table(all_bars())
+    for speed in SPEEDS:
+        found[f"speed-{speed}"] = equal_table(speed)
     return {**found, "gemma": quality_table(GEMMA, "0.2", "untuned"), "gemma-gains": gains_table(GEMMA, "0.2")}
 
 
@@ -78,9 +82,25 @@ def rows_of(model: str, ratio: str, how: str) -> dict[tuple[str, str], dict[str,
 
 def named(method: str, how: str) -> str:
     """A row's name: the method, and what of it is not as in the other rows."""
-    name = f"**{METHODS[method]}**" if method == "saap" else METHODS[method]
+    name = f"**{METHODS[method]}**" if method == "saap" else NAMES[method]
     different = re.findall(r"(\d+)(sequences|tokens)|(\de-\d)", how)
     return ", ".join([name, *(f"rate {rate}" if rate else f"{count} {what}" for count, what, rate in different)])
+
+
+def equal_table(speed: str) -> str:
+    """Rows of an equal planned speed, tuned, and what SAAP gains in the tasks; the best perplexity first."""
+    rows = rows_of(MODEL, speed, "tuned")
+    ours, lines = rows[("saap", "tuned")], []
+    for (method, how), cells in rows.items():
+        both = [seed for seed in cells if seed in ours]
+        columns = list(zip(*(numbers_of([cell])[:4] for cell in cells.values()), strict=True))
+        told = [spread(column, digits, True) for column, digits in zip(columns, (2, 2, 1, 1), strict=True)]
+        answers = [cell["quality"]["answers"] for cell in cells.values()]
+        told += [spread([100 * each[key] for each in answers], 0, True) for key in ("agreement", "repetition")]
+        ahead = "" if method == "saap" else gained(MODEL, how, ours, cells, both)[2]
+        lines.append((statistics.fmean(columns[0]), [named(method, how), str(len(cells)), *told, ahead]))
+    heads = ["method", "seeds", "ppl 128", "ppl 2048", *TASKS.values(), "answers: agreement, %", "repetition, %"]
+    return markdown([*heads, "SAAP's gain in the tasks (95 %)"], [line for _, line in sorted(lines)])
 
 
 def quality_table(model: str, ratio: str, how: str) -> str:
