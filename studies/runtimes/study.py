@@ -23,15 +23,16 @@ FOLDER = Path(__file__).parent
 
 
 def rows_of(cell: Cell) -> Iterator[list[str]]:
-    """A row for each model and number of threads; ratios are against the fastest row of llama.cpp's own file."""
+    """A row for each model and number of threads; ratios are against the fastest row of llama.cpp's own files."""
     result, place = result_of(cell), cpu_of(cell["machine"])
     for threads in sorted({m.n_threads for m in result.measurements}):
         these = [m for m in result.measurements if m.n_threads == threads]
         for m in these:
             speeds = [against(result, m, rival(these, what), what) for what in ("decode", "prefill")]
+            pure = against(result, m, rival(these, "decode", pure=True), "decode")
             peak = m.peak("peak_decode_bytes")
             yield [
-                place, str(threads), m.name, f"{m.decode.median:.0f}" if m.decode else "-", speeds[0],
+                place, str(threads), m.name, f"{m.decode.median:.0f}" if m.decode else "-", speeds[0], pure,
                 f"{middle(m.prefill_ts):.0f}", speeds[1], "-" if peak is None else f"{peak / 1e6:.0f}",
             ]  # fmt: skip
 
@@ -50,9 +51,10 @@ def middle(values: Sequence[float]) -> float:
     return sorted(values)[len(values) // 2]
 
 
-def rival(these: Sequence[Measurement], what: str) -> Measurement | None:
-    """The row of llama.cpp's own file that is fastest in this."""
+def rival(these: Sequence[Measurement], what: str, *, pure: bool = False) -> Measurement | None:
+    """The row of llama.cpp's own file, with an 8-bit head or pure, that is fastest in this."""
     own = [m for m in these if m.kind == "llama.cpp" and m.bundle_hash is None and m.samples]
+    own = [m for m in own if ("pure" in m.name) == pure]
     return max(own, key=lambda m: middle(m.decode_ts if what == "decode" else m.prefill_ts), default=None)
 
 
@@ -67,7 +69,7 @@ def against(result: Result, mine: Measurement, other: Measurement | None, what: 
 def tables() -> dict[str, str]:
     """The tables of README.md."""
     cells = [cell for cell in read_cells(FOLDER / "cells") if "result" in cell]
-    heads = ["CPU", "threads", "model", "decode tok/s", "of llama.cpp", "prefill tok/s", "of llama.cpp", "peak MB"]
+    heads = ["CPU", "threads", "model", "decode tok/s", "of Q4_0", "of pure", "prefill tok/s", "of Q4_0", "peak MB"]
     notes = [[cpu_of(cell["machine"]), note] for cell in cells for note in peer_notes(result_of(cell))]
     return {
         "speed": markdown(heads, [row for cell in cells for row in rows_of(cell)]),
