@@ -69,7 +69,7 @@ def tables() -> dict[str, str]:
         found[f"speed-{percent}"] = speed_table(percent)
     found["bars"] = bar_table(all_bars())
     for speed in SPEEDS:
-        found[f"speed-{speed}"] = equal_table(speed)
+        found[f"equal-{speed.replace('.', '')}"] = equal_table(speed)
     return {**found, "gemma": quality_table(GEMMA, "0.2", "untuned"), "gemma-gains": gains_table(GEMMA, "0.2")}
 
 
