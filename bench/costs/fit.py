@@ -5,13 +5,12 @@ With T(base) the step of the model itself and r = T(stack) / T(base), n of whose
     saved by one layer = T(base) * (1 - r) / n
 
 and a whole block costs what leaving it out saves, so that constant + sum of all blocks = T(base). The logarithm of a
-stack's step in a process is taken as stack + process (+ a share of those that loaded first, whose memory is less well
-laid out), fitted over all processes with Huber's weights.
+stack's step in a process, turn by turn against the others, is taken as stack + process (+ a share of those that loaded
+first, whose memory is less well laid out), fitted over all processes with Huber's weights.
 """
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from bench.measure.result import Bandwidth
+from bench.measure.statistics import Floats, middle
 from export.bundle.manifest import BundleManifest, LayerSizes
 
 HUBER_TUNING, HUBER_ROUNDS = 1.345, 20
@@ -56,9 +56,17 @@ class CostProcess:
         With several threads a step waits for the one that lost its core to another program, which the main thread's
         run queue does not tell; steps that nothing hit are the fast ones.
         """
-        place = self.stacks.index(stack)
-        steps = np.array(self.samples_ns[place]) - np.array(self.waited_ns[place])
-        return float(np.percentile(steps, QUIET)) / 1e6
+        return float(np.percentile(self._steps()[self.stacks.index(stack)], QUIET)) / 1e6
+
+    def levels(self) -> list[float]:
+        """Logarithm of each stack's step, against the others in the same turn: what slows a turn slows all of them."""
+        turns = np.log(self._steps().min(-1))
+        return [middle(row) for row in turns - turns.mean(0)]
+
+    def _steps(self) -> Floats:
+        """[stack, turn, step] in nanoseconds."""
+        steps: Floats = np.array(self.samples_ns, float) - np.array(self.waited_ns, float)
+        return steps
 
 
 @dataclass(frozen=True)
@@ -216,12 +224,12 @@ def fit_ratios(processes: Sequence[CostProcess], count: int) -> list[float]:
     """Step of each of ``count`` stacks over that of the first: robust two-way fit (Huber 1981, chapter 7)."""
     rows, steps = [], []
     for index, process in enumerate(processes):
-        for place, stack in enumerate(process.stacks):
+        for place, (stack, level) in enumerate(zip(process.stacks, process.levels(), strict=True)):
             row = np.zeros(count + len(processes) + 1)
             row[[stack, count + index]] = 1
             row[-1] = place == 0
             rows.append(row)
-            steps.append(math.log(process.step_ms(stack)))
+            steps.append(level)
     # So that few processes, which cannot tell the share of the first place, leave it at nothing.
     rows.append(np.append(np.zeros(count + len(processes)), 1e-3))
     design, logs = np.array(rows), np.array([*steps, 0.0])

@@ -42,6 +42,7 @@ from export.bundle.manifest import BundleManifest, read_manifest
 
 SCHEMA = 1
 KIND = "saap costs"
+PILOT = 8  # tokens that choose a setting of another engine
 TOGETHER = 4  # stacks in one process, the base among them
 COPIES = 2.5  # memory of a session over the bytes of its weights: mapped, and packed
 
@@ -141,12 +142,12 @@ class Runner:
     @classmethod
     def of(cls, bundle: Path, options: CostsOptions) -> Runner:
         """Raises UserError: the engine is not installed, or cannot hold the stack."""
-        (peer,) = read_peers([f"{LLAMA_CPP}{bundle / FILES[options.engine]}"], options.depth + TURN)
+        (peer,) = read_peers([f"{LLAMA_CPP}{bundle / FILES[options.engine]}"], options.depth + PILOT)
         return cls(peer, options.depth)
 
     def choice(self, threads: int, progress: Progress | None) -> str | None:
         """The setting of the engine's own that is fastest in decode at this depth."""
-        plan = BenchOptions(prompt=self.depth, generate=TURN, threads=threads)
+        plan = BenchOptions(prompt=self.depth, generate=PILOT, threads=threads)
         return at_their_best([self.peer], plan, progress)[0][0].choice
 
 

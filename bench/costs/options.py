@@ -28,10 +28,10 @@ class CostsOptions:
         Option("Tokens in the cache at the first step of every turn.", flags=("-d", "--depth")),
         COUNT,
     ] = 192
-    rounds: Annotated[int, Option("Fresh processes that time each stack.", shown=False), Meta(ge=1, le=1000)] = 8
+    rounds: Annotated[int, Option("Fresh processes that time each stack.", shown=False), Meta(ge=1, le=1000)] = 6
     seconds: Annotated[
         float, Option("Seconds that one process takes steps for, after loading.", shown=False), Meta(ge=0)
-    ] = 2.0
+    ] = 4.0
     timeout_s: Annotated[float, Option("Seconds of one process.", flags=("--time-limit",), shown=False), Meta(gt=0)] = (
         600.0
     )

@@ -1,8 +1,8 @@
 """The process that times a few stacks against each other: ``python -m bench.costs.worker``, JSON in, one JSON line out.
 
 Several decoders live side by side and take turns of some steps each, forwards and backwards, so that whatever slows
-the machine for a second slows all of them. The first steps of a turn find the caches as another stack left them and
-are thrown away. Where the kernel tells how long the main thread waited for its core, that is kept beside each step: on
+the machine for a second slows all of them. The first step of a turn finds the caches as another stack left them and
+is thrown away. Where the kernel tells how long the main thread waited for its core, that is kept beside each step: on
 a busy machine it is most of the noise, and no cost of the operators.
 """
 
@@ -24,7 +24,8 @@ from export.bundle.decoder import Logits, OrtDecoder
 from export.bundle.engines import FILES, ONNXRUNTIME
 from export.bundle.llama_cpp import LlamaCppDecoder
 
-TURN, SKIPPED = 8, 2  # steps of a turn that count, and steps before them
+# Steps of a turn that count, and steps before them. Short, for a clock that moves within a tenth of a second.
+TURN, SKIPPED = 3, 1
 LEAST_TURNS = 4
 SCHEDSTAT = Path("/proc/thread-self/schedstat")  # its second number is the time in the run queue
 

@@ -108,6 +108,17 @@ def test_paces_of_processes_and_the_first_place_cancel(noise: float, spoilt: int
     assert fit_ratios(processes(noise, spoilt), len(STACKS)) == pytest.approx(expected, rel=within)
 
 
+def test_a_clock_that_moves_from_turn_to_turn_cancels() -> None:
+    drawn = random.Random(2)
+    found = []
+    for group in schedule(len(STACKS), 2, 4):
+        paces = [1 + 0.5 * drawn.random() for _ in range(10)]
+        samples = [[[round(1000 * step_ns(STACKS[i]) * pace)] * TURN for pace in paces] for i in group]
+        found.append(CostProcess(group, samples, [[[0] * TURN] * len(paces)] * len(group)))
+    expected = [step_ns(s) / step_ns(STACKS[0]) for s in STACKS]
+    assert fit_ratios(found, len(STACKS)) == pytest.approx(expected, rel=1e-5)
+
+
 def test_a_step_is_the_fast_one_without_its_time_in_the_run_queue() -> None:
     steps, waits = [9_000_000, *[9_500_000] * 9, 9_900_000], [4_000_000, *[0] * 9, 2_000_000]
     process = CostProcess([3, 0], [[steps], [[1_000_000] * 11]], [[waits], [[0] * 11]])
@@ -147,7 +158,7 @@ def test_decoders_take_turns_forwards_and_backwards_at_one_depth() -> None:
     assert [name for name, _ in world.log] == ["a", "b", "b", "a"] * (LEAST_TURNS // 2)
     assert {length for _, length in world.log} == {50 - SKIPPED}
     taken = take_turns([world.decoder("a", 1000)], 50, 100e-6, lambda: world.now)
-    assert len(taken[0]) == 10  # of 10 us each, until the time is up
+    assert len(taken[0]) == 25  # of 4 us each, until the time is up
     assert taken[0][0][0] == (1000, 0)
 
 
@@ -217,8 +228,8 @@ def test_a_real_probe_writes_costs_with_their_raw_steps(
 
 
 def test_what_cannot_be_measured_is_refused(bundles: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(CostsError, match="a depth of 57 cannot be probed with this model: give 2 to 56"):
-        measure_costs(bundles, replace(QUICK, depth=57))
+    with pytest.raises(CostsError, match="a depth of 62 cannot be probed with this model: give 2 to 61"):
+        measure_costs(bundles, replace(QUICK, depth=62))
     with pytest.raises(UserError, match="threads cannot be used"):
         measure_costs(bundles, replace(QUICK, threads=(1024,)))
     with pytest.raises(UserError, match="rounds 0 is not allowed: give a whole number from 1"):
