@@ -20,7 +20,7 @@ import psutil
 
 from bench.costs.fit import CostProcess, Stack, ThreadCosts, costs_from, read_stacks
 from bench.costs.options import CostsOptions
-from bench.costs.worker import TURN, CostsJob
+from bench.costs.worker import CostsJob
 from bench.judge.wording import threads as counted
 from bench.measure.cores import choose_cores
 from bench.measure.options import BenchOptions
@@ -153,7 +153,7 @@ class Runner:
 
 def check_depth(base: BundleManifest, depth: int) -> None:
     """Refuse a depth that the model's cache does not have."""
-    longest = base.context_length - TURN
+    longest = base.context_length - PILOT
     if not 2 <= depth <= longest:
         raise CostsError(f"a depth of {depth} cannot be probed with this model: give 2 to {longest}")
 

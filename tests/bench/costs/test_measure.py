@@ -228,8 +228,8 @@ def test_a_real_probe_writes_costs_with_their_raw_steps(
 
 
 def test_what_cannot_be_measured_is_refused(bundles: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(CostsError, match="a depth of 62 cannot be probed with this model: give 2 to 61"):
-        measure_costs(bundles, replace(QUICK, depth=62))
+    with pytest.raises(CostsError, match="a depth of 57 cannot be probed with this model: give 2 to 56"):
+        measure_costs(bundles, replace(QUICK, depth=57))
     with pytest.raises(UserError, match="threads cannot be used"):
         measure_costs(bundles, replace(QUICK, threads=(1024,)))
     with pytest.raises(UserError, match="rounds 0 is not allowed: give a whole number from 1"):
