@@ -36,7 +36,7 @@ class Stack:
     nodes: int  # of the graph as it was written
     weight_bytes: int  # read per step
     head_rows: int = 0  # words that its head says; 0: all
-    part: str = ""  # attention, ffn or outside: what has other integers, of every second layer
+    part: str = ""  # attention, ffn or outside: what has other integers
     bits: int = 0  # of these
     group_size: int = 0  # weights per scale there
     share: float = 1.0  # of the part's weights that have them
@@ -192,7 +192,7 @@ def costs_from(
     formed: dict[tuple[int, int], dict[str, float]] = {}
     for i, stack in enumerate(stacks):
         if stack.part:
-            places = 1 if stack.part == "outside" else stack.layers // 2
+            places = 1 if stack.part == "outside" else stack.layers
             less = base * (1 - ratios[i]) / places / stack.share
             formed.setdefault((stack.bits, stack.group_size), {})[stack.part] = whole[stack.part] - less
     nodes = (stacks[0].nodes - stacks[no_ffn].nodes) / stacks[no_ffn].changed

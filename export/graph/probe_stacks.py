@@ -2,7 +2,7 @@
 
 An operator that is timed over and over by itself finds its weights in the cache, and in a model it does not. So what
 is timed is whole decode steps. The first stack is the model itself; in each of the others every second layer takes one
-option instead: an FFN width, a count of heads, or a block less; in the last ones the head says fewer words, or the
+option instead: an FFN width, a count of heads, or a block less; in the last ones the head says fewer words, or all
 matrices of one kind of block, or those outside the layers, are of other integers. The difference of two steps is then
 what the option saves in its place, between layers that push its weights out of the cache.
 
@@ -52,7 +52,7 @@ class ProbeStack:
 
     layers: Sequence[LayerSizes]
     head_rows: int = 0  # words that the head says; 0: all
-    part: str = ""  # of PARTS, whose matrices have another form: of every second layer, or outside the layers
+    part: str = ""  # of PARTS, whose matrices have another form: of all layers, or outside them
     form: MatrixForm | None = None  # of those whose columns are whole groups of it
 
 
@@ -183,7 +183,7 @@ class _MadeUp:
         }[part]
         bias = self._filled(0.01, rows) if biased else None
         form, stack = MatrixForm(precision.bits, precision.group_size), self._stack
-        if stack and stack.form and layer % 2 and part in PARTS[stack.part] and columns % stack.form.group_size == 0:
+        if stack and stack.form and part in PARTS[stack.part] and columns % stack.form.group_size == 0:
             form = stack.form
         return StackedLinear(self._matrix(rows, columns, form), bias)
 

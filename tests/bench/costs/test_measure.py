@@ -53,7 +53,7 @@ def step_ns(which: Stack) -> float:
     layers = which.changed * microseconds(which.option) + (LAYERS - which.changed) * microseconds(FULL)
     if which.part:
         own = microseconds(replace(FULL, ffn=0)) if which.part == "attention" else 7 + 0.01 * FULL.ffn
-        layers -= LAYERS // 2 * own * (1 - SHARES[which.part]) + (100 if which.part == "outside" else 0)
+        layers -= LAYERS * own * (1 - SHARES[which.part]) + (100 if which.part == "outside" else 0)
     return 1000 * (400 + 0.002 * (which.head_rows or WORDS) + layers)
 
 
