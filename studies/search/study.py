@@ -3,6 +3,7 @@
     python -m studies.search.study row before --speedup 1.5 --costs cost.json --work W --python OLD/.venv/bin/python
     python -m studies.search.study row search --speedup 1.5 --costs cost.json --work W --texts Dolly=dolly.txt
     python -m studies.search.study row shortgpt --speedup 1.5 --costs cost.json --work W --method shortgpt
+    python -m studies.search.study prices --work W --texts Dolly=dolly.txt
     python -m studies.search.study table --write
 
 What a command has made stays in --work, and is not made again.
@@ -10,11 +11,11 @@ What a command has made stays in --work, and is not made again.
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
-from studies.common import Cell, add_write_option, markdown, parser_of, read_cells, show_tables
+from saap.system.files import write_json
+from studies.common import Cell, add_write_option, bar_table, markdown, parser_of, read_cells, show_tables
 
 HERE = Path(__file__).resolve().parent
 CELLS = HERE / "cells"
@@ -35,7 +36,12 @@ TEXTS = ("WikiText-2", "Dolly")
 
 def tables() -> dict[str, str]:
     """The tables of the README."""
-    return {"rows": rows_table()}
+    from studies.search import prices
+
+    found = {"rows": rows_table()}
+    for drawn in [cell for cell in read_cells(CELLS) if "plans" in cell]:
+        found |= {"prices": prices.table(drawn), "prices-bar": bar_table([prices.bar(drawn)])}
+    return found
 
 
 def rows_of() -> list[Cell]:
@@ -77,19 +83,27 @@ def main() -> None:
     made = commands.add_parser("row")
     made.add_argument("name", choices=ROWS)
     made.add_argument("--speedup", type=float, required=True)
-    made.add_argument("--work", type=Path, required=True)
     made.add_argument("--tokens", type=int, default=16_384)
-    made.add_argument("--texts", nargs="*", default=[], help="NAME=FILE of further texts")
     made.add_argument("--python", default=sys.executable)
     made.add_argument("--method", default="saap")
     made.add_argument("--compensate", choices=("none", "bias", "refit"))
     made.add_argument("--costs", type=Path, required=True)
     made.add_argument("--group-size", type=int)
     made.add_argument("--effort")
+    priced = commands.add_parser("prices")
+    for each in (made, priced):
+        each.add_argument("--work", type=Path, required=True)
+        each.add_argument("--texts", nargs="*", default=[], help="NAME=FILE of further texts")
     add_write_option(commands.add_parser("table"))
     args = parser.parse_args()
     if args.command == "table":
         show_tables(HERE, tables(), args.write)
+        return
+    texts = {"WikiText-2": "", **dict(each.split("=", 1) for each in args.texts)}
+    if args.command == "prices":
+        from studies.search.prices import measured
+
+        write_json(CELLS / "prices.json", measured(MODEL, args.work.resolve(), texts))
         return
     from studies.search.measure import row
 
@@ -98,10 +112,9 @@ def main() -> None:
     asked += ["--compensate", args.compensate] if args.compensate else []
     asked += ["--group-size", str(args.group_size)] if args.group_size else []
     asked += ["--effort", args.effort] if args.effort else []
-    texts = {"WikiText-2": "", **dict(each.split("=", 1) for each in args.texts)}
     name = f"{args.name}-{args.speedup:g}"
     cell = {"row": name} | row(name, asked, texts, args.tokens, args.work.resolve(), args.python)
-    (CELLS / f"row-{name}.json").write_text(json.dumps(cell, indent=1) + "\n")
+    write_json(CELLS / f"row-{name}.json", cell)
 
 
 if __name__ == "__main__":

@@ -1,179 +1,155 @@
-"""What pruning costs at equal measured speed: int4 bundles of every method, brought to the same decode speed-up.
+"""Plans of every kind by one table of costs: their bundles against the dense one, by turns.
 
-    python -m studies.speedup.study costs          # the table of layer costs of this machine, at one thread
-    python -m studies.speedup.study prune          # prune to the speed-ups by that table, and export; nothing is timed
-    python -m studies.speedup.study quality        # perplexity of the bundles on WikiText-2 raw test
-    python -m studies.speedup.study speed          # bundles against the dense one, interleaved; on an idle machine
-    python -m studies.speedup.study all            # these in turn, until every row has its speed
-    python -m studies.speedup.study table [--write]
+    saap devices costs smollm2-135m -t 1 -o cost.json
+    python -m studies.speedup.study make --costs cost.json --work W    # prune and export; nothing is timed
+    python -m studies.speedup.study time --work W                      # on an idle machine
+    python -m studies.speedup.study table --write
 
-A row is a method with its options at one speed-up; its first bundle asks for that speed-up by the table. Where the
-measured one is more than 2 % off, the next asks for as much more or less, at most twice, and the bundle that is closest
-counts. Finished cells, one JSON per bundle, are not made again. Bundles lie under out/ and may be removed: `prune
---chunks 160` makes those again that have no quality on so many chunks, on any machine. Only `costs`, `speed` and `all`
-want the machine that the table was measured on, or `--elsewhere`; a speed says where it was measured.
+Nothing makes up for what is gone, since weights do not change a speed. What is made or timed is not made again.
 """
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable, Sequence
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
-from studies.common import METHODS, Bar, Cell, add_write_option, bar_table, markdown, parser_of, show_tables
-from studies.pruning.cells import Variant, value_of
-from studies.speedup.rows import CLOSE, HERE, PAIRS, SPEEDUPS, TRIES, Setup, closest, read_rows, row_variants
+from bench.measure.result import read_result
+from saap.models.record import read_record
+from studies.common import (
+    Bar,
+    Cell,
+    add_write_option,
+    bar_table,
+    markdown,
+    parser_of,
+    provenance,
+    read_cells,
+    show_tables,
+)
 
-PLANNED = 0.05
-HOSTS = {"host1": "the machine of the cost table", "host2": "another machine of its kind"}
-TEXTS = ("test40", "test160")
+HERE = Path(__file__).resolve().parent
+CELLS = HERE / "cells"
+MODEL, DENSE, BOUND = "smollm2-135m", "dense", 0.05
+TURNS_S = 20
+KINDS: dict[str, list[str]] = {
+    "everything may go": [],
+    "no block whole": ["--keep", "blocks"],
+    "FFN channels only": ["--keep", "blocks,heads"],
+    "heads and blocks only": ["--keep", "ffn"],
+    "groups of 32": ["--group-size", "32"],
+    "whole layers (ShortGPT)": ["--method", "shortgpt", "--group-size", "64"],
+    "Wanda-sp": ["--method", "wanda_sp", "--keep", "heads", "--group-size", "64"],
+}
+SPEEDS = {
+    "everything may go": (1.1, 1.2, 1.3, 1.5, 1.75, 2.0),
+    "FFN channels only": (1.25, 1.4, 1.5, 1.6),
+    "Wanda-sp": (1.25, 1.3, 1.4, 1.5),
+}
+USUAL = (1.25, 1.4, 1.6, 1.8)
+
+
+def plans() -> Iterator[tuple[str, str, float]]:
+    """Name, kind and the speed-up asked for."""
+    for kind in KINDS:
+        for speedup in SPEEDS.get(kind, USUAL):
+            word = kind.split(" (", 1)[0].replace(" ", "-")
+            yield f"{word}-{speedup:g}", kind, speedup
 
 
 def tables() -> dict[str, str]:
     """The tables of the README."""
-    first = read_rows(Setup(Path(), None))
-    return {**{host: rows_table(HERE / "cells" / host) for host in HOSTS}, "bars": bar_table(all_bars(first))}
+    cells = read_cells(CELLS)
+    return {"plans": plans_table(cells), "bar": bar_table([bar(cells)])}
 
 
-def all_bars(rows: list[list[Cell]]) -> list[Bar]:
-    """Every bar, of the rows of a machine."""
-    return [*(speed_bar(rows, speedup, text) for speedup in SPEEDUPS for text in TEXTS), *planned_bars(rows)]
-
-
-def rows_table(cells: Path) -> str:
-    """A row for each speed-up, setting and attempt, its seeds side by side, the best quality first."""
-    groups: dict[tuple[float, str, int], list[Cell]] = {}
-    for row in read_rows(Setup(Path(), None, cells=cells)):
-        for cell in row:
-            key = (cell["variant"]["speedup"], words(cell["variant"]), cell["attempt"])
-            groups.setdefault(key, []).append(cell)
+def plans_table(cells: list[Cell]) -> str:
+    """What was planned and measured, by kind."""
     lines = []
-    for (speedup, name, attempt), found in groups.items():
-        found.sort(key=lambda cell: cell["variant"]["seed"])
-        quality = [nll_of(found, text) for text in TEXTS]
-        columns = [
-            name + (", asked again" if attempt else ""),
-            each(found, lambda cell: str(cell["variant"]["seed"])),
-            each(found, lambda cell: f"{cell['planned']['speedup']:.3f}"),
-            each(found, lambda cell: f"{cell['speed']['speedup']:.3f}" if cell.get("speed") else "-"),
-            each(found, lambda cell: f"{cell['bundle']['parameters'] / 1e6:.1f}"),
-        ]
-        lines.append((speedup, quality[0] or quality[1], [f"{speedup}x", *columns, *quality]))
-    heads = ["speed-up", "settings", "seeds", "planned", "measured", "M parameters", "NLL, 40 chunks", "160 chunks"]
-    return markdown(heads, [line for *_, line in sorted(lines)])
+    for kind in KINDS:
+        for cell in sorted((cell for cell in cells if cell["kind"] == kind), key=lambda cell: float(cell["planned"])):
+            ratio, low, high = cell["measured"]
+            told = [f"{cell['planned']:.3f}", f"{ratio:.3f} ({low:.3f} to {high:.3f})", f"{100 * off(cell):+.1f} %"]
+            lines.append([kind, f"{100 * cell['removed']:.0f} %", str(cell["gone"]), *told])
+    return markdown(["what may go", "weights gone", "blocks gone", "planned", "measured (95 %)", "off"], lines)
 
 
-def words(variant: Variant) -> str:
-    """A row's method and options."""
-    rest = {k: v for k, v in variant.items() if k not in ("speedup", "seed", "method", "text")}
-    return ", ".join([METHODS[variant["method"]], *(f"`{k}={v}`" for k, v in sorted(rest.items()))])
+def off(cell: Cell) -> float:
+    """How much faster than planned."""
+    return float(cell["measured"][0] / cell["planned"] - 1)
 
 
-def told(cell: Cell) -> str:
-    """Which bundle it is."""
-    variant = cell["variant"]
-    return f"{words(variant)}, {variant['speedup']}x, seed {variant['seed']}, attempt {cell['attempt']}"
+def bar(cells: list[Cell]) -> Bar:
+    """All plans within 5 %."""
+    worst = max(cells, key=lambda cell: abs(off(cell)))
+    within = sum(abs(off(cell)) <= BOUND for cell in cells)
+    found = f"{within} of {len(cells)}; worst {100 * off(worst):+.1f} % ({worst['kind']}, {worst['planned']:.2f}x)"
+    return Bar("planned against measured speed-up", "within 5 %, 30 plans", found, within == len(cells) >= 30)
 
 
-def each(cells: list[Cell], told: Callable[[Cell], str]) -> str:
-    """One thing of every cell."""
-    return ", ".join(map(told, cells))
+def saap(*words: object) -> None:
+    subprocess.run([sys.executable, "-m", "saap.cli", *map(str, words)], check=True)
 
 
-def nll_of(cells: list[Cell], text: str) -> str:
-    """The mean, and each seed's."""
-    values = [cell["quality"][text] for cell in cells if text in cell["quality"]]
-    if not values:
-        return ""
-    if len(values) == 1 == len(cells):
-        return f"{values[0]:.3f}"
-    return f"{statistics.fmean(values):.3f} ({', '.join(f'{value:.3f}' for value in values)})"
+def make(costs: Path, work: Path) -> None:
+    """The bundles of all plans, and the dense one."""
+    for name, kind, speedup in [(DENSE, "", 1.0), *plans()]:
+        slim, bundle = work / f"{name}-model", work / name
+        if not slim.is_dir() and name != DENSE:
+            asked = [*KINDS[kind], "--speedup", speedup, "--costs", costs, "--compensate", "none"]
+            saap("prune", MODEL, "-o", slim, *asked)
+        if not bundle.is_dir():
+            saap("export", MODEL if name == DENSE else slim, "-o", bundle, "--integers", "nearest", "--parity", "none")
 
 
-def speed_bar(rows: list[list[Cell]], speedup: float, text: str) -> Bar:
-    """NLL of SAAP's int4 bundle against every baseline's that is as fast; means over SAAP's seeds."""
-    check, bar = f"int4 bundles at {speedup}x measured, {text}", "perplexity below every baseline's"
-    by_variant: dict[str, dict[int, float]] = {}
-    slow = []
-    for cells in rows:
-        variant = cells[0]["variant"]
-        judged = [cell for cell in cells if text in cell["quality"]]
-        cell = closest(judged, speedup) if variant["speedup"] == speedup else None
-        if cell is None:
+def faster(work: Path, name: str) -> list[float]:
+    """How many times as fast as the dense bundle a bundle decodes, and the ends of its 95 % interval."""
+    result = work / f"{name}.json"
+    told = ["-t", 1, "-p", 128, "-n", 128, "-r", 2, "--ratio-time", TURNS_S, "--no-cold", "--json", result]
+    saap("bench", work / DENSE, work / name, *told)
+    document = read_result(result)
+    dense, slim = document.measurements
+    ratio = document.ratio(slim, dense, "decode")
+    if ratio is None:
+        raise SystemExit(f"{name}: turns gave no ratio, the machine is busy: run this again")
+    return [ratio.ratio, ratio.low, ratio.high]
+
+
+def measure(work: Path) -> None:
+    """Each bundle against the dense one, a cell each."""
+    CELLS.mkdir(exist_ok=True)
+    for name, kind, _ in plans():
+        cell = CELLS / f"{name}.json"
+        if cell.is_file():
             continue
-        name = words(variant)
-        by_variant.setdefault(name, {})[variant["seed"]] = cell["quality"][text]
-        if abs(cell["speed"]["speedup"] / speedup - 1) > CLOSE:
-            slow.append(f"{name}, seed {variant['seed']}, is {cell['speed']['speedup']:.3f}x")
-    mine = by_variant.get("SAAP, `compensate=refit`")
-    others = {n: v for n, v in by_variant.items() if not n.startswith("SAAP") and mine and v.keys() >= mine.keys()}
-    if not mine or not others:
-        return Bar(check, bar, f"{'baselines' if mine else 'SAAP'} not measured", None)
-    means = {name: statistics.fmean(values[s] for s in mine) for name, values in others.items()}
-    nll, rival = statistics.fmean(mine.values()), min(means, key=means.__getitem__)
-    found = f"SAAP {nll:.4f}, best of {len(means)} baselines {means[rival]:.4f} ({rival}): {nll - means[rival]:+.4f}"
-    return Bar(check, bar, "; ".join([found, *slow]), nll < means[rival])
+        plan = read_record(work / f"{name}-model")["plan"]
+        found = {
+            "kind": kind, "planned": plan["planned"]["speedup"], "removed": plan["planned"]["ratio"],
+            "gone": sum((not layer["query_heads"]) + (not layer["ffn"]) for layer in plan["layers"]),
+            "measured": faster(work, name),
+        }  # fmt: skip
+        cell.write_text(json.dumps({**found, **provenance()}, indent=1) + "\n", encoding="utf-8")
 
 
-def planned_bars(rows: list[list[Cell]]) -> list[Bar]:
-    """The largest difference of planned and measured speed-ups: SAAP's decides, the baselines' is beside it."""
-    bars = []
-    for who, is_ours in (("SAAP", True), ("baselines", False)):
-        cells = [c for row in rows for c in row if c.get("speed") and (c["variant"]["method"] == "saap") == is_ours]
-        errors = {told(c): c["planned"]["speedup"] / c["speed"]["speedup"] - 1 for c in cells}
-        worst = max(errors, key=lambda name: abs(errors[name]), default=None)
-        found = f"{len(errors)} bundles, worst {errors[worst]:+.1%} ({worst})" if worst else "none timed"
-        reached = abs(errors[worst]) <= PLANNED if worst else None
-        bars.append(Bar(f"planned against measured speed-up, {who}", f"within {PLANNED:.0%}", found, reached))
-    return bars
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
+def main() -> None:
     """See the module's docstring."""
     parser = parser_of(__doc__)
-    parser.add_argument("what", choices=["costs", "prune", "quality", "speed", "all", "table"])
-    parser.add_argument("--methods", help="only these, as saap,flap")
-    parser.add_argument("--speedups", default=",".join(map(str, SPEEDUPS)))
-    parser.add_argument("--seeds", default="0")
-    parser.add_argument("--published", action="store_true", help="baselines on their authors' text and layers too")
-    parser.add_argument("--extra", nargs="*", default=[], help="key=value options of every row, such as heads=true")
-    parser.add_argument("--without", nargs="*", default=[], help="no rows that have these options, such as modules")
-    parser.add_argument("--chunks", type=int, default=40)
-    parser.add_argument("--pairs", type=int, default=PAIRS)
-    parser.add_argument("--host", default="host1", help="folder of the cells; a machine has its own")
-    parser.add_argument("--elsewhere", action="store_true", help="speed: on another machine than the table's, too")
-    add_write_option(parser)
-    given = parser.parse_args(arguments)
-    if given.what == "table":
-        return show_tables(HERE, tables(), given.write)
-    from saap.models.resolve import resolve
-    from studies.pruning.measure import Texts, remember_rankings
-    from studies.speedup import measure
-
-    model_dir = Path(resolve("smollm2-135m"))
-    setup = Setup(
-        model_dir, Texts(model_dir), cells=HERE / "cells" / given.host, chunks=given.chunks, pairs=given.pairs,
-        elsewhere=given.elsewhere,
-    )  # fmt: skip
-    extra = {key: value_of(value) for key, value in (pair.split("=", 1) for pair in given.extra)}
-    variants = [
-        {**variant, **extra, "speedup": float(speedup), "seed": int(seed)}
-        for seed in given.seeds.split(",")
-        for speedup in given.speedups.split(",")
-        for variant in row_variants(given.published)
-        if given.methods is None or variant["method"] in given.methods.split(",")
-        if not any(variant.get(option) for option in given.without)
-    ]
-    remember_rankings()
-    if given.what in ("costs", "all"):
-        measure.make_costs(setup)
-    steps = {"prune": measure.prune_rows, "speed": measure.speed_rows, "quality": measure.quality_rows}
-    for _ in range(TRIES if given.what == "all" else 1):
-        for name, step in steps.items():
-            if given.what == name or (given.what == "all" and name != "quality"):
-                step(setup, variants)
-    if given.what == "all":
-        measure.quality_rows(setup, variants)
+    commands = parser.add_subparsers(dest="command", required=True)
+    made = commands.add_parser("make")
+    made.add_argument("--costs", type=Path, required=True)
+    timed = commands.add_parser("time")
+    for each in (made, timed):
+        each.add_argument("--work", type=Path, required=True)
+    add_write_option(commands.add_parser("table"))
+    args = parser.parse_args()
+    if args.command == "table":
+        show_tables(HERE, tables(), args.write)
+    elif args.command == "make":
+        make(args.costs.resolve(), args.work.resolve())
+    else:
+        measure(args.work.resolve())
 
 
 if __name__ == "__main__":

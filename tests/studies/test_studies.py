@@ -6,7 +6,6 @@ import ast
 import importlib
 import json
 import os
-import shutil
 import signal
 import statistics
 import sys
@@ -23,13 +22,9 @@ from support.cost_files import cost_file
 
 import studies.pruning.bars as bars
 import studies.pruning.study as pruning
-import studies.speedup.measure as speed
 import studies.speedup.study as speedup
-from bench.judge.comparison import compare_within
-from bench.judge.confirm import Confirmed
-from bench.measure.result import INVALID, Bursts, Load, write_result
+from bench.measure.result import Bursts, Load, write_result
 from devices.probe.host import probe
-from export.generate.scoring import BundleScorer
 from saap.cli.main import cli
 from studies.checks import study as checks
 from studies.common import provenance, read_cells, with_tables
@@ -43,7 +38,7 @@ from studies.peers import study as peers
 from studies.pruning.cells import slug
 from studies.pruning.measure import options_of
 from studies.runtimes import study as runtimes
-from studies.speedup.rows import Setup, attempt_name, closest, next_asked, row_variants, speed_of
+from studies.search import prices
 from studies.tasks import study as tasks
 from studies.tuning_speed import study as tuning_speed
 
@@ -250,139 +245,51 @@ def test_peers_are_made_in_a_fresh_folder(tmp_path, monkeypatch):
     assert len(ran) == len(peers.GRAPHS)  # the files are there; the graphs were not written
 
 
-def timed(asked, speedup=None, **fields):
-    return {"asked": asked, **({"speed": {"speedup": speedup}} if speedup else {}), **fields}
-
-
-def test_what_is_asked_for_next():
-    assert next_asked([], 1.25) == 1.25
-    assert next_asked([timed(1.25)], 1.25) is None  # not timed yet
-    assert next_asked([timed(1.25, 1.274)], 1.25) is None  # within 2 %
-    assert next_asked([timed(1.25, 1.20)], 1.25) == pytest.approx(1.3021)
-    assert next_asked([timed(1.25, 1.20), timed(1.3021, 1.28)], 1.25) == pytest.approx(1.2716)
-    assert next_asked([timed(1.25, 1.1), timed(1.4, 1.6), timed(1.3, 1.1)], 1.25) is None  # the last try
-    assert next_asked([timed(1.25, 1.20), timed(1.3021, refused="too much")], 1.25) is None
-
-
-def test_the_closest_in_speed_counts():
-    cells = [timed(1.5, 1.4), timed(1.6, 1.55), timed(1.58)]
-    assert closest(cells, 1.5) is cells[1]
-    assert closest([timed(1.5)], 1.5) is None
-
-
-def live(slim, dense=(2.0, 2.2, 2.0, 2.1, 2.0, 2.4, 2.0, 2.0), **fields):
-    """A comparison of a dense and a slim bundle that take so many milliseconds per token."""
-    found = result(
-        *[measurement(name, [1e-3 * t for t in side], **fields) for name, side in (("dense", dense), ("slim", slim))]
-    )
-    return Confirmed(compare_within(found, "dense", "slim"), [found])
-
-
-def test_a_speed_is_the_median_of_pairs():
-    found = speed_of(live([1.0, 1.1, 1.6, 1.05, 1.0, 1.2, 1.0, 1.0]))
-    assert found["speedup"] == pytest.approx(2) and found["pairs"] == 8
-    assert 1.25 <= found["low"] <= 2 <= found["high"] == pytest.approx(2)
-    assert found["bench"]["speedup"] == pytest.approx(2) and found["ms"][1][2] == 1.6
-    assert "INVALID" in speed_of(live([1.0] * 8, status=INVALID, reasons=["it throttled"]))
-    assert "no pairs" in speed_of(live([1.0] * 7))
-
-
-def test_every_row_and_attempt_has_a_name_of_its_own():
-    rows = [{**row, "speedup": s, "seed": 0} for row in row_variants(published=True) for s in (1.25, 1.5)]
-    names = {attempt_name(row, attempt) for row in rows for attempt in range(3)}
-    assert len(rows) == 2 * (2 + 3 * 9) and len(names) == 3 * len(rows)
-    assert "attempt=2_compensate=bias_method=flap_seed=0_speedup=1.25_text=alike" in names
-
-
-class Texts:
-    def of(self, variant):
-        return IDS
-
-    def test(self, count):
-        return HELD[:count]
-
-
-@pytest.fixture
-def setup(tiny_model, tmp_path, monkeypatch):
+def test_plans_are_made_timed_and_not_made_again(tiny_model, tmp_path, monkeypatch):
     monkeypatch.setenv("SAAP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(speedup, "MODEL", tiny_model())
+    monkeypatch.setattr(speedup, "CELLS", tmp_path / "cells")
+    monkeypatch.setattr(speedup, "KINDS", {"Wanda-sp": ["--method", "wanda_sp", "--keep", "heads"]})
+    monkeypatch.setattr(speedup, "SPEEDS", {"Wanda-sp": (1.3,)})
+    monkeypatch.setattr(speedup, "faster", lambda work, name: [1.31, 1.29, 1.32])
     costs = cost_file(tmp_path / "cost.json", device=probe())
-    return Setup(tiny_model(), Texts(), costs, tmp_path / "cells", tmp_path / "bundles", chunks=3, pairs=8)
+    speedup.make(costs, tmp_path)
+    speedup.measure(tmp_path)
+    (cell,) = read_cells(tmp_path / "cells")
+    assert cell["planned"] == pytest.approx(1.3, abs=0.1)
+    monkeypatch.setattr(speedup, "saap", None)  # nothing is made or timed that is there
+    speedup.make(costs, tmp_path)
+    speedup.measure(tmp_path)
+    (row,) = [line for line in speedup.plans_table([cell]).splitlines() if "Wanda-sp" in line]
+    assert f"| {cell['planned']:.3f} | 1.310 (1.290 to 1.320) |" in row
 
 
-FLAP = {"method": "flap", "text": "alike", "compensate": "bias", "speedup": 1.3, "seed": 0}
-SAAP = {"method": "saap", "compensate": "refit", "keep": "blocks", "speedup": 1.3, "seed": 0}
+def test_a_bar_of_plans_wants_all_of_thirty():
+    plans = [{"kind": "a", "planned": 1.5, "measured": [1.5 + 0.002 * n, 1.4, 1.7]} for n in range(30)]
+    assert speedup.bar(plans).reached is True and "worst +3.9 %" in speedup.bar(plans).found
+    assert speedup.bar(plans[1:]).reached is False
+    assert speedup.bar([*plans, {"kind": "b", "planned": 2.0, "measured": [1.8, 1.7, 1.9]}]).reached is False
 
 
-def test_bundles_are_made_measured_and_not_made_again(setup, monkeypatch):
-    speed.prune_rows(setup, [SAAP, FLAP])
-    cells = {name: setup.cell(attempt_name(variant, 0)) for name, variant in (("saap", SAAP), ("flap", FLAP))}
-    assert all(cell["planned"]["speedup"] >= 1.3 and cell["asked"] == 1.3 for cell in cells.values())
-    assert cells["saap"]["bundle"]["hash"] != cells["flap"]["bundle"]["hash"]
-
-    speed.quality_rows(setup, [SAAP, FLAP])
-    bundle = BundleScorer(setup.bundles / attempt_name(FLAP, 0))
-    nll = -bundle.logprobs(HELD.numpy()).mean()
-    assert setup.cell(attempt_name(FLAP, 0))["quality"] == {"test3": pytest.approx(nll, rel=1e-5)}
-    dense = setup.cell("dense")["quality"]["test3"]
-    assert dense != pytest.approx(nll, rel=1e-4)
-
-    monkeypatch.setattr("bench.judge.confirm.compare_live", lambda *a, **k: live([1.6] * 8, dense=[2.0] * 8))
-    speed.speed_rows(setup, [SAAP])  # 1.25, where 1.3 was asked for
-    assert setup.cell(attempt_name(SAAP, 0))["speed"]["speedup"] == pytest.approx(1.25)
-    assert "speed" not in setup.cell(attempt_name(FLAP, 0))
-
-    speed.prune_rows(setup, [SAAP, FLAP])
-    second = setup.cell(attempt_name(SAAP, 1))
-    assert second["asked"] == pytest.approx(1.3 * 1.3 / 1.25) and second["planned"]["speedup"] >= second["asked"]
-    assert setup.cell(attempt_name(FLAP, 1)) is None  # not timed yet
-    (row,) = [line for line in speedup.rows_table(setup.cells).splitlines() if "SAAP" in line and "again" not in line]
-    assert row.startswith("| 1.3x |") and "| 1.250 |" in row
-
-    monkeypatch.setattr(speed, "prune", None)  # nothing is pruned that is there
-    speed.prune_rows(setup, [SAAP, FLAP])
-    speed.quality_rows(setup, [SAAP, FLAP])
+def test_plans_are_drawn_priced_and_measured(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(prices, "RUNGS", (0, 2))
+    monkeypatch.setattr(prices, "EACH", 1)
+    monkeypatch.setattr(prices, "WINDOWS", 2)
+    cell = prices.measured(tiny_model(), tmp_path, {"WikiText-2": ""})
+    assert [(row["rung"], row["gone"]) for row in cell["plans"]] == [(0, 0), (2, 2)]
+    assert all(row["price"] > 0 and row["kl"]["WikiText-2"] > 0 for row in cell["plans"])
 
 
-def test_a_bundle_that_is_gone_is_made_again_while_it_is_needed(setup, monkeypatch):
-    speed.prune_rows(setup, [FLAP])
-    name = attempt_name(FLAP, 0)
-    first = setup.cell(name)
-    shutil.rmtree(setup.bundles / name)
-    speed.prune_rows(setup, [FLAP])
-    assert setup.cell(name)["bundle"] == first["bundle"] and (setup.bundles / name / "bundle.json").is_file()
-    setup.write(name, {**first, "quality": {"test3": 1.0}, "speed": {"speedup": 1.3}})
-    shutil.rmtree(setup.bundles / name)
-    monkeypatch.setattr(speed, "prune", None)
-    speed.prune_rows(setup, [FLAP])
-    assert not (setup.bundles / name).is_dir()
+def test_prices_that_order_plans_reach_their_bar():
+    plans = [{"rung": rung, "price": 0.1 * n, "kl": {"a": rung + 0.3 * n}} for rung in prices.RUNGS for n in range(10)]
+    assert prices.bar({"plans": plans}).reached is True
+    plans[0]["kl"]["a"], plans[9]["kl"]["a"] = plans[9]["kl"]["a"], plans[0]["kl"]["a"]
+    assert prices.bar({"plans": plans}).found == "a 0.02, 1.00, 1.00" and not prices.bar({"plans": plans}).reached
 
 
-def test_the_same_bundle_is_measured_once(setup):
-    first = speed.make_bundle(setup, FLAP, 0, 1.3)
-    setup.write(attempt_name(FLAP, 0), {**first, "quality": {"test3": 5.0}, "speed": {"speedup": 1.2}})
-    again = speed.make_bundle(setup, FLAP, 1, 1.3001)
-    assert again["bundle"] == first["bundle"]
-    assert (again["quality"], again["speed"], again["asked"]) == ({"test3": 5.0}, {"speedup": 1.2}, 1.3001)
-
-
-def test_what_cannot_be_made_is_told_once(setup, monkeypatch):
-    far = {**FLAP, "speedup": 50.0}
-    speed.prune_rows(setup, [far])
-    assert "the largest" in setup.cell(attempt_name(far, 0))["refused"]
-    monkeypatch.setattr(speed, "prune", None)
-    speed.prune_rows(setup, [far])
-
-
-def test_a_table_of_another_machine_is_refused(setup, tmp_path):
-    with pytest.raises(ValueError, match="this machine is"):
-        speed.runtime_of(cost_file(tmp_path / "theirs.json"))
-    with pytest.raises(ValueError, match=r"make it with `studies.speedup.study costs`"):
-        speed.runtime_of(tmp_path / "none.json")
-
-
-def test_one_seed_twice_writes_the_same_files(setup):
+def test_one_seed_twice_writes_the_same_files(tiny_model):
     options = options_of({"method": "saap", "ratio": 0.3})
-    files = pruning.twice(setup.model_dir, IDS, options)
+    files = pruning.twice(tiny_model(), IDS, options)
     assert bars.twice_bar({"files": files}).reached and "model.safetensors" in files[0]
     files[1]["model.safetensors"] = "0" * 64
     bar = bars.twice_bar({"files": files})
@@ -492,31 +399,6 @@ def test_the_spread_is_that_of_all_seeds_of_both_folders(table):
         write_cell(table, "seeds", baseline(method, heads=False), nll)
     bar = bars.spread_bar(bars.rows_of(table / "table", table / "seeds"), "test40", ("refit", "none"))
     assert bar.reached is False and f"SAAP {statistics.stdev(values):.4f}" in bar.found and "1.43x" in bar.found
-
-
-def speed_cell(method, nll, measured, planned=1.25, attempt=0, **fields):
-    variant = {"method": method, "compensate": "refit", "speedup": 1.25, "seed": 0, **fields}
-    return {"variant": variant, "attempt": attempt, "asked": planned, "planned": {"speedup": planned},
-            "quality": {"test40": nll} if nll else {}, "speed": {"speedup": measured}}  # fmt: skip
-
-
-def test_speed_bars_take_the_bundle_that_is_closest():
-    rows = [
-        [speed_cell("saap", None, 1.21), speed_cell("saap", 4.0, 1.251, 1.29, 1)],
-        [speed_cell("flap", 4.05, 1.2, text="alike")],
-        [speed_cell("vector", 6.0, 1.25, text="alike")],
-    ]
-    bar = speedup.speed_bar(rows, 1.25, "test40")
-    assert bar.reached is True and "SAAP 4.0000, best of 2 baselines 4.0500" in bar.found
-    assert "FLAP, `compensate=refit`, seed 0, is 1.200x" in bar.found
-    rows[2][0]["quality"]["test40"] = 3.9
-    assert speedup.speed_bar(rows, 1.25, "test40").reached is False
-    assert speedup.speed_bar(rows, 1.5, "test40").reached is None
-    mine, others = speedup.planned_bars(rows)
-    assert mine.reached is True and "2 bundles, worst +3.3%" in mine.found
-    assert others.reached is True and "+4.2%" in others.found
-    rows[0][0]["speed"]["speedup"] = 1.15
-    assert speedup.planned_bars(rows)[0].reached is False
 
 
 def test_two_runs_that_are_not_there():
