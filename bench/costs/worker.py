@@ -107,10 +107,10 @@ def _turn(decoder: Placed, depth: int, clock: Callable[[], int], waited: Callabl
     decoder.place(depth - SKIPPED)
     token, steps = 0, []
     for _ in range(SKIPPED + TURN):
-        before, start = waited(), clock()
+        start, before = clock(), waited()  # so that no wait is counted that the time does not hold
         token = int(np.argmax(decoder.step(token)))
-        end = clock()
-        steps.append((end - start, waited() - before))
+        after, end = waited(), clock()
+        steps.append((end - start, after - before))
     return steps[SKIPPED:]
 
 
