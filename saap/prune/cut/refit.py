@@ -101,8 +101,10 @@ def compensate(
         return
     architecture, shape = architecture_of(model.config), shape_of(model.config)
     walk = _Walk(kind, model, plan, ids, last)
+    # FLAP gives every layer biases; a refit has nothing to do behind the last layer that loses something.
+    count = len(plan.layers) if kind == "bias" else 1 + max(plan.cut_layers(shape), default=-1)
     number = 0
-    for index, (layer, keep) in enumerate(zip(layers_of(model), plan.layers, strict=True)):
+    for index, (layer, keep) in enumerate(zip(layers_of(model)[:count], plan.layers[:count], strict=True)):
         with present(layer), _restored(blocks := _blocks(layer, keep, shape, architecture)):
             new = walk.enter(index, layer, blocks)
         if keep.blocks:
@@ -111,7 +113,7 @@ def compensate(
                     yield f"{architecture.layers}.{number}.{name}", tensor.cpu()
             number += 1
         if progress:
-            progress("compensating (layers)", index + 1, len(plan.layers))
+            progress("compensating (layers)", index + 1, count)
 
 
 class _Walk:
@@ -131,6 +133,8 @@ class _Walk:
 
     def enter(self, index: int, layer: nn.Module, blocks: list[_Block]) -> dict[str, torch.Tensor]:
         """What is new in a layer; its weights are changed on the way."""
+        if self._kind == "refit" and not self._plan.layers[index].blocks:  # the slim model has no such layer
+            return {}
         given = [batch.given[index] for batch in self._batches]
         if self._kind == "bias":  # means of the dense model, as in FLAP: the stream stays dense
             new, self._stream = _biases(layer, blocks, self._stream, given, sum(map(sum, self._sizes)))
@@ -148,7 +152,7 @@ class _Walk:
         architecture, shape = architecture_of(self._model.config), shape_of(self._model.config)
         behind = blocks[blocks.index(block) + 1 :]
         normed = architecture.attention_post_norm or architecture.ffn_post_norm
-        if normed or any(len(other.kept) for other in behind):
+        if normed or any(len(other.kept) for other in behind) or not (behind or self._begins_gone(index + 1, shape)):
             return None
         with _silenced(behind):
             before = self._after(index, layer, self._stream)
@@ -163,10 +167,13 @@ class _Walk:
                         stream = self._after(further, layer, stream)
             if stays < len(blocks):
                 break
-        if stream is before:
-            return None
         scale = traits_of(self._model.config).residual_scale or 1.0
         return [(after - x) / scale for after, x in zip(stream, before, strict=True)]
+
+    def _begins_gone(self, index: int, shape: ModelShape) -> bool:
+        """Whether there is such a layer, and its first block goes."""
+        kinds = shape.layers[index].blocks if index < len(shape.layers) else []
+        return bool(kinds) and kinds[0] not in self._plan.layers[index].blocks
 
     def _after(self, index: int, layer: nn.Module, stream: list[torch.Tensor]) -> list[torch.Tensor]:
         pairs = zip(stream, self._batches, strict=True)
@@ -242,7 +249,7 @@ class _Runs:
     """A layer's runs over the calibration batches: each goes on from the blocks that the runs before have settled.
 
     What enters a block's matrix does not change when the matrix does, so that the block runs once; where layers are
-    read one at a time, memory is short and it runs each time.
+    read one at a time, memory is short and it runs each time. A block that goes does not run.
     """
 
     def __init__(
@@ -250,7 +257,11 @@ class _Runs:
     ) -> None:
         self._layer, self.blocks, self._keeps = layer, blocks, keeps
         self._batches = list(zip(stream, given, strict=True))
-        self._known: list[dict[str, torch.Tensor]] = [{} for _ in stream]
+        nothing = {block.matrix: block.linear.in_features for block in blocks if not len(block.kept)}
+        self._known: list[dict[str, torch.Tensor]] = [
+            {matrix: hidden.new_zeros(1).expand(*hidden.shape[:-1], size) for matrix, size in nothing.items()}
+            for hidden in stream
+        ]
 
     def until(self, block: _Block) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
         """Per batch what enters the block's matrix, and the stream before the block where a norm reads it."""
