@@ -69,6 +69,15 @@ class Products:
         both.rest = self.rest + other.rest
         return both
 
+    def on(self, kept: torch.Tensor, weight: torch.Tensor) -> Products:
+        """The regression on some of these inputs of what the others give through a weight [outputs, inputs]."""
+        found = Products(0, 0)
+        left = weight.index_fill(1, kept.to(weight.device), 0)
+        crossed = left @ self.squares
+        found.squares, found.crossed = self.squares[kept][:, kept], crossed[:, kept]
+        found.rest = float((crossed * left).sum())
+        return found
+
     def error(self, change: torch.Tensor) -> float:
         return self.rest + float(((change @ self.squares - 2 * self.crossed) * change).sum())
 

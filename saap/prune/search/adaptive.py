@@ -54,7 +54,8 @@ def adaptive_plan(
     scored, priced = divided(ids)
     scores = scores_of(model, budget.dense, scored, options.adaptive, weights=weights, progress=progress)
     ranked = fuse(scores, budget.dense, options.adaptive.fusion)
-    library = _library(Pricing(model, budget.dense, ranked, (scored, priced), options), weights, ids, progress)
+    pricing = Pricing(model, budget.dense, ranked, (scored, priced), options, rounded=bool(budget.forms))
+    library = _library(pricing, weights, ids, progress)
     found = search(library.counted(options.adaptive), budget, options.adaptive.most_gone)
     reasons = replace(reasons_of(found.blocks, found.chosen, budget.unit), integers=found.integers, words=found.words)
     return replace(found.plan, reasons=reasons)
@@ -65,7 +66,7 @@ def _library(pricing: Pricing, weights: str | None, ids: torch.Tensor, progress:
     if weights is None:
         return pricing.library(progress)
     path = prices_path(weights, ids, pricing.options, is_streamed(pricing.model))
-    library = read_library(path, pricing.choices)
+    library = read_library(path, pricing.choices, pricing.rounded)
     if library is None:
         library = pricing.library(progress)
         keep_library(path, library)

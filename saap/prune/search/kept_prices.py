@@ -36,8 +36,11 @@ def prices_path(weights: str, ids: torch.Tensor, options: PruneOptions, streamed
     return cache_directory() / "prices" / f"{key_of(weights, ids, settings)}.safetensors"
 
 
-def read_library(path: Path, choices: Mapping[Place, Sequence[LayerPlan]]) -> Library | None:
-    """The library of these choices at the prices kept there; None where there are none that can be read."""
+def read_library(path: Path, choices: Mapping[Place, Sequence[LayerPlan]], rounded: bool = True) -> Library | None:
+    """The library of these choices at the prices kept there; None where some are missing, or none can be read.
+
+    ``rounded``: prices of integers are wanted, too.
+    """
     if not path.is_file():
         return None
     try:
@@ -47,7 +50,10 @@ def read_library(path: Path, choices: Mapping[Place, Sequence[LayerPlan]]) -> Li
             for place, plans in choices.items()
         }
         held = {name: _prices(values) for name, values in kept.items() if name.startswith(ROUNDED)}
-        blocks = {place: (held[_rounded(place, "reads")], held[_rounded(place, "writes")]) for place in choices}
+        rounding = None
+        if held or rounded:
+            blocks = {place: (held[_rounded(place, "reads")], held[_rounded(place, "writes")]) for place in choices}
+            rounding = Rounding(blocks, held[ROUNDED + VOCABULARY])
         gaps = [
             Gap(tuple(map(_place, name.split(" ")[2].split("+"))), float(kept[name]))
             for name in sorted(kept)
@@ -56,7 +62,7 @@ def read_library(path: Path, choices: Mapping[Place, Sequence[LayerPlan]]) -> Li
     except (OSError, KeyError, ValueError):
         return None
     path.touch()
-    return Library(offers, tuple(gaps), Rounding(blocks, held[ROUNDED + VOCABULARY]))
+    return Library(offers, tuple(gaps), rounding)
 
 
 def keep_library(path: Path, library: Library) -> None:

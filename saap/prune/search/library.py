@@ -25,7 +25,7 @@ from saap.models.architectures import architecture_of
 from saap.models.layer_walk import Batch, batches_of, inputs_of, layers_of, removed_hooks, run_layer
 from saap.models.shape import ATTENTION, KINDS, BlockKind, ModelShape
 from saap.models.streaming import is_streamed, present
-from saap.prune.cut.ridge import regression
+from saap.prune.cut.ridge import Products, regression
 from saap.prune.cut.surgery import kept_columns
 from saap.prune.forms import Place
 from saap.prune.options import Compensation, PruneOptions
@@ -41,6 +41,9 @@ DAMPING = 0.3
 ANCHORS = (0.125, 0.25, 0.5, 0.75, 0.875)  # shares of a block's channels that are refitted; widths between are read off
 MOST_STREAMED = 1  # layers in one piece, where layers are read one at a time: what enters their matrices is held
 LEAST_PRICE = 1e-7  # nats per token
+
+# By the columns of a matrix that stay: what compensation adds to them, [outputs, kept], and to the outputs.
+Learnt = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass
@@ -72,6 +75,7 @@ class Pricing:
     Args:
         scores: P of every structure by its type, per layer [structures]; they say which go first of a block.
         fitted, judged: ids [sequences, tokens] of two texts.
+        rounded: price integers, too; it takes a fifth of the time, and only a search that chooses them asks.
     """
 
     def __init__(
@@ -81,8 +85,9 @@ class Pricing:
         scores: Mapping[str, list[torch.Tensor]],
         texts: tuple[torch.Tensor, torch.Tensor],
         options: PruneOptions,
+        rounded: bool = True,
     ) -> None:
-        self.model, self.shape, self.options = model, shape, options
+        self.model, self.shape, self.options, self.rounded = model, shape, options, rounded
         ranked = {type_: [row.double().cpu().numpy() for row in rows] for type_, rows in scores.items()}
         self.choices = choices(shape, options, ranked)
         self._fitted, self._judged = texts[0][: fitted_on(is_streamed(model))], texts[1]
@@ -125,7 +130,8 @@ class Pricing:
             gaps += self._gaps(left)
         if progress:
             progress("pricing (blocks)", len(order), len(order))
-        return Library(offers, tuple(gaps), Rounding(self._rounding, vocabulary_prices(self.model, self._judged)))
+        rounding = Rounding(self._rounding, vocabulary_prices(self.model, self._judged)) if self.rounded else None
+        return Library(offers, tuple(gaps), rounding)
 
     def _points(self) -> Iterator[_Point]:
         texts = [self._fitted, self._judged]
@@ -145,7 +151,9 @@ class Pricing:
                 seen: list[dict[str, torch.Tensor]] = []
                 # Before the layer runs as it is: what layers leave for later ones is then as it should be.
                 held = {
-                    kind: self._rounded(index, kind, layer, stream, flat) for kind in self.shape.layers[index].blocks
+                    kind: self._in_integers(index, kind, layer, stream, flat)
+                    for kind in self.shape.layers[index].blocks
+                    if self.rounded
                 }
                 for number, (hidden, batch) in enumerate(zip(stream, flat, strict=True)):
                     with inputs_of(wanted) as inputs:
@@ -163,11 +171,12 @@ class Pricing:
                         for p, s in zip(products, read, strict=True)
                     ]
                     out = products if behind is None else [behind(p) for p in products]
-                    price = partial(self._changed, (index, kind.name), out[self._first_judged :])
-                    self._rounding[index, kind.name] = held[kind][0].prices(price), held[kind][1].prices(price)
+                    if self.rounded:
+                        price = partial(self._changed, (index, kind.name), out[self._first_judged :])
+                        self._rounding[index, kind.name] = held[kind][0].prices(price), held[kind][1].prices(price)
                     yield _Point((index, kind.name), linear, behind, x, out, weigh)
 
-    def _rounded(
+    def _in_integers(
         self, index: int, kind: BlockKind, layer: nn.Module, stream: list[torch.Tensor], batches: list[Batch]
     ) -> tuple[RoundedMatrix, RoundedMatrix]:
         """The matrices of a block in integers, on what reaches its layer of the judged text."""
@@ -207,11 +216,14 @@ class Pricing:
 
     def _fit(self, point: _Point, kept: torch.Tensor, targets: list[torch.Tensor]) -> torch.Tensor:
         """C of the targets, batch by batch, on those inputs: [outputs, kept], in the matrix's type."""
-        tokens = sum(x[..., 0].numel() for x in point.x[: self._first_judged])
-        found = regression(tokens, len(kept), targets[0].shape[-1], point.x[0].device)
+        found = regression(self._tokens(point), len(kept), targets[0].shape[-1], point.x[0].device)
         for x, weigh, target in list(zip(point.x, point.weigh, targets, strict=False))[: self._first_judged]:
             found.add((x[..., kept].float() * weigh).flatten(0, -2), (target.float() * weigh).flatten(0, -2))
         return found.solved(DAMPING).to(point.x[0].dtype)
+
+    def _tokens(self, point: _Point) -> int:
+        """How many are fitted."""
+        return sum(x[..., 0].numel() for x in point.x[: self._first_judged])
 
     def _price(self, place: Place, change: list[torch.Tensor]) -> float:
         """Nats per token of a change of what a block adds, in batches of the judged text."""
@@ -225,46 +237,55 @@ class Pricing:
         """What the block may keep, each at its price: of channels some are refitted, and others read off."""
         index, name = point.place
         whole, *plans = self.choices[point.place]
-        if name == ATTENTION.name:
-            return ((whole, 0.0), *((plan, self._option_price(point, plan)) for plan in plans))
         if not plans:
             return ((whole, 0.0),)
+        learnt = self._learnt(point)
+        if name == ATTENTION.name:
+            return ((whole, 0.0), *((plan, self._option_price(point, plan, learnt)) for plan in plans))
         field = KINDS[name].sizes[0]
         channels = getattr(self.shape.layers[index], field)
         widths = [len(getattr(plan, field)) for plan in plans]
         near = {int(np.abs(np.array(widths) - share * channels).argmin()) for share in ANCHORS}
-        prices = {widths[n]: self._option_price(point, plans[n]) for n in near}
+        prices = {widths[n]: self._option_price(point, plans[n], learnt) for n in near}
         return ((whole, 0.0), *zip(plans, between(prices, channels, widths), strict=True))
 
-    def _option_price(self, point: _Point, plan: LayerPlan) -> float:
+    def _option_price(self, point: _Point, plan: LayerPlan, learnt: Learnt) -> float:
         """The price of what is missing after compensation where the block keeps this."""
         kept = kept_columns(KINDS[point.place[1]], plan, self.shape)
-        gone = torch.ones(point.linear.in_features, dtype=torch.bool)
-        gone[kept] = False
         weight, bias = point.linear.weight, point.linear.bias
-        lost = [x[..., gone] @ weight[:, gone].t() for x in point.x]
-        new = self._compensated(point, kept, lost)
+        change = -weight
+        change[:, kept], constant = learnt(kept)
         left = []
-        for x, out, missing in list(zip(point.x, point.out, lost, strict=True))[self._first_judged :]:
-            change = new(x[..., kept]) - missing
+        for x, out in list(zip(point.x, point.out, strict=True))[self._first_judged :]:
+            changed = x @ change.t() + constant
             if point.behind is not None:
                 whole = x @ weight.t() + (0 if bias is None else bias)
-                change = point.behind(whole + change) - out
-            left.append(change)
+                changed = point.behind(whole + changed) - out
+            left.append(changed)
         return self._price(point.place, left)
 
-    def _compensated(
-        self, point: _Point, kept: torch.Tensor, lost: list[torch.Tensor]
-    ) -> Callable[[torch.Tensor], torch.Tensor]:
-        """What compensation adds, by what enters the columns that are kept."""
+    def _learnt(self, point: _Point) -> Learnt:
+        """What compensation adds, by the columns that stay."""
+        weight, fitted = point.linear.weight, point.x[: self._first_judged]
+        none = weight.new_zeros(())
         kind: Compensation = self.options.compensation
-        if kind == "refit":
-            change = self._fit(point, kept, lost)
-            return lambda x: x @ change.t()
+        if kind == "none":
+            return lambda kept: (none, none)
         if kind == "bias":
-            mean = torch.cat([each.flatten(0, -2) for each in lost[: self._first_judged]]).mean(0)
-            return lambda x: mean
-        return lambda x: x.new_zeros(())
+            mean = torch.cat([x.flatten(0, -2) for x in fitted]).mean(0)
+            return lambda kept: (none, weight @ mean.index_fill(0, kept.to(mean.device), 0))
+        inputs = weight.shape[1]
+        if self._tokens(point) < inputs:
+
+            def of_rows(kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+                left = [x.index_fill(-1, kept.to(x.device), 0) @ weight.t() for x in fitted]
+                return self._fit(point, kept, left), none
+
+            return of_rows
+        products = Products(inputs, 0, weight.device)  # the same for every choice of what stays
+        for x, weigh in zip(fitted, point.weigh, strict=False):
+            products.add(rows := (x.float() * weigh).flatten(0, -2), rows[:, :0])
+        return lambda kept: (products.on(kept, weight.float()).solved(DAMPING).to(weight.dtype), none)
 
 
 def between(prices: Mapping[int, float], channels: int, widths: Sequence[int]) -> list[float]:

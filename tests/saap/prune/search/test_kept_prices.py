@@ -54,6 +54,11 @@ def test_what_is_kept_is_what_was_priced(tmp_path):
     assert read_library(path, choices) is None
     keep_library(path, priced)
     assert read_library(path, choices) == priced
+    keep_library(path, replace(priced, rounding=None))
+    assert read_library(path, choices) is None, "a search that chooses integers wants their prices"
+    assert read_library(path, choices, rounded=False) == replace(priced, rounding=None)
+    keep_library(path, priced)
+    assert read_library(path, choices, rounded=False) == priced
     fewer = {place: plans[:1] for place, plans in choices.items()}
     assert read_library(path, fewer) is None
     path.write_bytes(path.read_bytes()[:-8])
