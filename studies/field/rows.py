@@ -38,13 +38,8 @@ OPTIONS: dict[str, list[str]] = {
     "random": ["--method", "random", "--keep", "heads", "--keep-layers", "none"],
 }
 PUBLISHED = ["--set", "score=fused", "--set", "stability=-0.5"]
-# At an equal speed every method may use the integers that are fastest there, and the refit where it helps it.
-FASTEST: dict[str, list[str]] = {
-    method: []
-    if method == "saap"
-    else ["--group-size", "64", *(["--compensate", "refit"] if method == "shortgpt" else [])]
-    for method in OPTIONS
-} | {"published": PUBLISHED}
+# At an equal speed the refit, where it helps a baseline.
+HELPED: dict[str, list[str]] = {"shortgpt": ["--compensate", "refit"], "published": PUBLISHED}
 ANSWERS = "32"
 
 
@@ -221,12 +216,17 @@ def _cell(cell: Cell, method: str, ratio: str, seed: int, tuned: bool, dense: Pa
     cell.finish(cell.exported(source), dense)
 
 
+def _fastest(method: str, given: argparse.Namespace) -> list[str]:
+    """The integers that are fastest there: SAAP's search finds them, a baseline is told."""
+    return [] if method in ("saap", "published") else ["--group-size", str(given.group_size)]
+
+
 def _pruned(cell: Cell, method: str, ratio: str, seed: int) -> Path:
     """The directory that the tuned and the untuned cell are of."""
     given = cell.given
     seeded = [] if method == "magnitude" else ["--seed", str(seed)]  # which draws nothing
     asked = (
-        ["--speedup", ratio[:-1], "--costs", str(given.costs), *FASTEST[method]]
+        ["--speedup", ratio[:-1], "--costs", str(given.costs), *_fastest(method, given), *HELPED.get(method, [])]
         if given.speedups
         else ["--ratio", ratio]
     )

@@ -227,6 +227,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--ratios", default="0.2,0.5")
     parser.add_argument("--speedups", help="instead of ratios, over the dense model by --costs, tuned: 1.5,2")
     parser.add_argument("--costs", type=Path, help="of `saap devices costs`, for --speedups")
+    parser.add_argument("--group-size", type=int, default=64, help="of baselines there: 64 where it is faster, else 32")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--tuned", default="both", choices=["both", "yes", "no"])
     parser.add_argument("--sequences", type=int, help="of calibration; default: 64")
