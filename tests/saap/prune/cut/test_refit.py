@@ -262,6 +262,20 @@ def test_the_matrix_before_a_gap_learns_what_the_gap_added(tiny_model, monkeypat
     assert torch.allclose(found[name] - linear.weight, expected, atol=1e-3)
 
 
+def test_a_refit_runs_no_layer_more_often_than_it_must(tiny_model):
+    """Layer 1 of 5 learns what layer 2 added: the layer that goes runs once, for that, and those behind it never."""
+    model = load_model(tiny_model(num_hidden_layers=5))
+    runs = [0] * 5
+    for index, layer in enumerate(model.model.layers):
+        layer.mlp.gate_proj.register_forward_hook(lambda *_, index=index: runs.__setitem__(index, runs[index] + 1))
+    plan = without(shape_of(model.config), (2, "attention"), (2, "ffn"))
+    said = []
+    assert list(dict(compensate("refit", model, plan, IDS, progress=lambda *told: said.append(told[1:]))))
+    batches = 2  # one that is fitted, one that chooses lambda; of each the first layer tells what it gives back
+    assert runs == [batches + 2, 2 * batches, batches, 0, 0]
+    assert said == [(1, 3), (2, 3), (3, 3)]
+
+
 def _last_states(model, ids, layer):
     """The stream that leaves ``layer`` layers, before any final norm."""
     seen = []
