@@ -71,7 +71,9 @@ class Cell:
         return out
 
     def _typed(self, word: str) -> str:
-        """A word as anyone would type it: folders by their names."""
+        """A word as anyone would type it: folders by their names, and the table of costs."""
+        if self.given.costs and word == str(self.given.costs):
+            return "cost.json"
         for path, name in (
             (str(self.work.parent), f"out/field/{Path(self.model).name}"),
             (os.environ["SAAP_DATA"].rstrip("/"), "$SAAP_DATA"),

@@ -55,7 +55,7 @@ from studies.field.cells import (
 HERE = Path(__file__).resolve().parent
 MODEL, GEMMA = "smollm2-135m", "gemma3-270m"
 TASKS = {"arc_easy": "ARC-Easy", "piqa": "PIQA"}
-SPEEDS = ("1.5x",)  # of the dense model, at which rows are made
+SPEEDS = ("1.5x", "2x")  # of the dense model, at which rows are made
 SHARE, CLOSEST, AHEAD = 0.75, 2.5, 2.0  # bars: of a baseline's loss; points behind dense; points ahead
 
 
