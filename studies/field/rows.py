@@ -38,7 +38,7 @@ OPTIONS: dict[str, list[str]] = {
     "random": ["--method", "random", "--keep", "heads", "--keep-layers", "none"],
 }
 PUBLISHED = ["--set", "score=fused", "--set", "stability=-0.5"]
-# At an equal speed the refit, where it helps a baseline.
+# At an equal speed: our refit for the baseline that it helps, and what makes SAAP that of the paper.
 HELPED: dict[str, list[str]] = {"shortgpt": ["--compensate", "refit"], "published": PUBLISHED}
 ANSWERS = "32"
 

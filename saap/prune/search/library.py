@@ -278,8 +278,8 @@ class Pricing:
         if self._tokens(point) < inputs:
 
             def of_rows(kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-                left = [x.index_fill(-1, kept.to(x.device), 0) @ weight.t() for x in fitted]
-                return self._fit(point, kept, left), none
+                gone = torch.ones(inputs, dtype=torch.bool).index_fill(0, kept, False)
+                return self._fit(point, kept, [x[..., gone] @ weight[:, gone].t() for x in fitted]), none
 
             return of_rows
         products = Products(inputs, 0, weight.device)  # the same for every choice of what stays
