@@ -96,6 +96,11 @@ class AdaptiveOptions:
         Option("Share of a missing block's price that tuning gives back; 0: none.", _SCORES, shown=False),
         Meta(ge=0, lt=1),
     ] = 0.0
+    attention: Annotated[
+        float,
+        Option("Times that the price of what attention loses counts; tuning gives less back.", _SCORES, shown=False),
+        Meta(gt=0, le=100),
+    ] = 1.5  # studies/search
     rounding: Annotated[
         float,
         Option("What rounding a matrix counts, of its price; tuning gives the rest back.", _SCORES, shown=False),

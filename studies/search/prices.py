@@ -88,7 +88,7 @@ def one(model: str, rung: int, seed: int, texts: dict[str, str], out: Path) -> C
     def refit(kind: Compensation, model: PreTrainedModel, plan: PrunePlan, ids: torch.Tensor, **how: Any) -> Any:
         return compensate(kind, model, plan, ids[:REFIT], **how)
 
-    options = PruneOptions(ratio=RATIO, adaptive=AdaptiveOptions(most_gone=rung))
+    options = PruneOptions(ratio=RATIO, adaptive=AdaptiveOptions(most_gone=rung, attention=1.0))
     with patch("saap.prune.search.adaptive.search", choose), patch("saap.prune.pruning.compensate", refit):
         plan = prune(model, options, output=out).plan
     kl = {}

@@ -106,9 +106,19 @@ class Library:
     rounding: Rounding | None = None  # prices of integers; None: they cost nothing
 
     def counted(self, options: AdaptiveOptions) -> Library:
-        """With prices of what tuning does not give back of what goes whole, and of integers."""
-        gaps = tuple(Gap(gap.blocks, (1 - options.recovered) * gap.price) for gap in self.gaps)
-        return replace(self, gaps=gaps, rounding=self.rounding and self.rounding.counted(options.rounding))
+        """With prices of what tuning does not give back of what goes whole, of attention and of integers."""
+
+        def times(place: Place) -> float:
+            return options.attention if place[1] == ATTENTION.name else 1.0
+
+        offers = {
+            place: tuple((keep, times(place) * price) for keep, price in kept) for place, kept in self.offers.items()
+        }
+        gaps = tuple(
+            Gap(gap.blocks, (1 - options.recovered) * sum(map(times, gap.blocks)) / len(gap.blocks) * gap.price)
+            for gap in self.gaps
+        )
+        return Library(offers, gaps, self.rounding and self.rounding.counted(options.rounding))
 
     def blocks(self, budget: Budget) -> list[Block]:
         """All blocks in order, with what their options cost."""

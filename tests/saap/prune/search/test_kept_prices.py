@@ -35,7 +35,7 @@ def test_another_budget_prices_nothing_again(tiny_model, monkeypatch):
     monkeypatch.setattr(Pricing, "library", refused)
     assert plan_of(model) == first
     assert plan_of(model, ratio=0.5) != first
-    adaptive = replace(PruneOptions().adaptive, recovered=0.9)
+    adaptive = replace(PruneOptions().adaptive, recovered=0.9, attention=2.0)
     assert plan_of(model, adaptive=adaptive)
     for other in (
         {"keep": frozenset({"blocks"})},

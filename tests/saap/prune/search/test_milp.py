@@ -7,7 +7,7 @@ from support.search_cases import SHAPE, TABLE, library, milliseconds, weights
 
 from saap.models.shape import ATTENTION, FFN, LayerSizes
 from saap.prune.baselines.plans import meet
-from saap.prune.options import PruneOptions
+from saap.prune.options import AdaptiveOptions, PruneOptions
 from saap.prune.plan import LayerPlan, PrunePlan, check_plan, composed, whole_layer
 from saap.prune.search.milp import Gap, Library, check_floor, search
 from saap.system.errors import UserError
@@ -66,6 +66,20 @@ def test_so_many_blocks_go_at_most(seed, most_gone):
     assert sum((not layer.query_heads) + (not layer.ffn) for layer in plan.layers) <= most_gone
     with pytest.raises(UserError, match="that these options allow is"):
         search(found, weights(0.01 * SHAPE.layer_weights), most_gone)
+
+
+def test_attention_counts_more_than_its_price():
+    found = library(0)
+    counted = found.counted(AdaptiveOptions(attention=1.5))
+    for place, offers in found.offers.items():
+        times = 1.5 if place[1] == "attention" else 1.0
+        assert counted.offers[place] == tuple((keep, times * price) for keep, price in offers)
+    ratios = {
+        "+".join(kind for _, kind in gap.blocks): counted_gap.price / gap.price
+        for gap, counted_gap in zip(found.gaps, counted.gaps, strict=True)
+    }
+    assert ratios["attention"] == 1.5 and ratios["ffn"] == 1.0
+    assert ratios["attention+ffn"] == pytest.approx(1.25), "half of the run's blocks"
 
 
 def test_gaps_go_where_they_are_cheap_and_not_side_by_side():
