@@ -152,7 +152,8 @@ def decode_over(result: Result, base: str, name: str, digits: int = 2) -> str:
 
 def _without_home(word: str) -> str:
     """A word of a command without the folders of the machine that ran it: of an absolute path its last name."""
-    return Path(word).name if word.startswith("/") else word
+    name, equals, path = word.rpartition("=")
+    return f"{name}{equals}{Path(path).name}" if path.startswith("/") else word
 
 
 # What of a CPU's instructions decides about speed here, by flags of /proc/cpuinfo: a name, best first.
