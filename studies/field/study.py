@@ -55,7 +55,8 @@ from studies.field.cells import (
 HERE = Path(__file__).resolve().parent
 MODEL, GEMMA = "smollm2-135m", "gemma3-270m"
 TASKS = {"arc_easy": "ARC-Easy", "piqa": "PIQA"}
-SPEEDS = ("1.5x", "2x")  # of the dense model, at which rows are made
+# Where rows of an equal speed were made: what is planned at which price is another plan on another CPU.
+MACHINES = {"": "Emerald Rapids", "-zen4": "Zen 4", "-zen3": "Zen 3"}
 SHARE, CLOSEST, AHEAD = 0.75, 2.5, 2.0  # bars: of a baseline's loss; points behind dense; points ahead
 
 
@@ -67,9 +68,7 @@ def tables() -> dict[str, str]:
             found[f"{how}-{percent}"] = quality_table(MODEL, ratio, how)
         found[f"gains-{percent}"] = gains_table(MODEL, ratio)
         found[f"speed-{percent}"] = speed_table(percent)
-    found["bars"] = bar_table(all_bars())
-    for speed in SPEEDS:
-        found[f"equal-{speed.replace('.', '')}"] = equal_table(speed)
+    found |= {"bars": bar_table(all_bars()), "equal": equal_table()}
     return {**found, "gemma": quality_table(GEMMA, "0.2", "untuned"), "gemma-gains": gains_table(GEMMA, "0.2")}
 
 
@@ -87,20 +86,34 @@ def named(method: str, how: str) -> str:
     return ", ".join([name, *(f"rate {rate}" if rate else f"{count} {what}" for count, what, rate in different)])
 
 
-def equal_table(speed: str) -> str:
-    """Rows of an equal planned speed, tuned, and what SAAP gains in the tasks; the best perplexity first."""
-    rows = rows_of(MODEL, speed, "tuned")
-    ours, lines = rows[("saap", "tuned")], []
-    for (method, how), cells in rows.items():
-        both = [seed for seed in cells if seed in ours]
-        columns = list(zip(*(numbers_of([cell])[:4] for cell in cells.values()), strict=True))
-        told = [spread(column, digits, True) for column, digits in zip(columns, (2, 2, 1, 1), strict=True)]
-        answers = [cell["quality"]["answers"] for cell in cells.values()]
-        told += [spread([100 * each[key] for each in answers], 0, True) for key in ("agreement", "repetition")]
-        ahead = "" if method == "saap" else gained(MODEL, how, ours, cells, both)[2]
-        lines.append((statistics.fmean(columns[0]), [named(method, how), str(len(cells)), *told, ahead]))
-    heads = ["method", "seeds", "ppl 128", "ppl 2048", *TASKS.values(), "answers: agreement, %", "repetition, %"]
-    return markdown([*heads, "SAAP's gain in the tasks (95 %)"], [line for _, line in sorted(lines)])
+def equal_table() -> str:
+    """Rows of an equal planned speed, tuned, and what SAAP gains in the tasks: of a speed the best perplexity first."""
+    lines = []
+    for folder, machine in MACHINES.items():
+        model = f"{MODEL}{folder}"
+        speeds = {path.stem.split("-")[1] for path in cells_of(model).glob("*x-tuned-seed*.json")}
+        for speed in sorted(speeds):
+            rows = {method: cells for (method, how), cells in rows_of(model, speed, "tuned").items() if how == "tuned"}
+            check_alike([cell for cells in rows.values() for cell in cells.values()])
+            for method, cells in rows.items():
+                told = equal_row(method, cells, rows["saap"])
+                first = numbers_of(list(cells.values()))[0]
+                lines.append(((speed, list(MACHINES).index(folder), first), [speed, machine, *told]))
+    heads = ["planned", "CPU", "method", "seeds", "ppl 128", "ppl 2048", *TASKS.values()]
+    heads += ["answers: agreement, %", "repetition, %", "SAAP's gain in the tasks (95 %)"]
+    return markdown(heads, [line for _, line in sorted(lines)])
+
+
+def equal_row(method: str, cells: dict[str, Cell], ours: dict[str, Cell]) -> list[str]:
+    """One of its rows, from the method on; ``ours``: SAAP's cells there."""
+    columns = list(zip(*(numbers_of([cell])[:4] for cell in cells.values()), strict=True))
+    told = [spread(column, digits, True) for column, digits in zip(columns, (2, 2, 1, 1), strict=True)]
+    answers = [cell["quality"]["answers"] for cell in cells.values()]
+    told += [spread([100 * each[key] for each in answers], 0, True) for key in ("agreement", "repetition")]
+    both = [] if method == "saap" else [seed for seed in cells if seed in ours]
+    pairs = [[answers_of(row[seed]) for seed in both] for row in (ours, cells)]
+    ahead = "{:+.2f} ({:+.2f} to {:+.2f})".format(*gain(*pairs)) if both else ""
+    return [named(method, "tuned"), str(len(cells)), *told, ahead]
 
 
 def quality_table(model: str, ratio: str, how: str) -> str:
