@@ -98,7 +98,7 @@ class AdaptiveOptions:
     ] = 0.0
     attention: Annotated[
         float,
-        Option("Times that the price of what attention loses counts; tuning gives less back.", _SCORES, shown=False),
+        Option("Factor on the price of lost attention, of which tuning gives less back.", _SCORES, shown=False),
         Meta(gt=0, le=100),
     ] = 1.5  # studies/search
     rounding: Annotated[

@@ -55,7 +55,7 @@ from studies.field.cells import (
 HERE = Path(__file__).resolve().parent
 MODEL, GEMMA = "smollm2-135m", "gemma3-270m"
 TASKS = {"arc_easy": "ARC-Easy", "piqa": "PIQA"}
-# Where rows of an equal speed were made: what is planned at which price is another plan on another CPU.
+# Where rows of an equal speed were made: another CPU has other costs, and so other plans.
 MACHINES = {"": "Emerald Rapids", "-zen4": "Zen 4", "-zen3": "Zen 3"}
 SHARE, CLOSEST, AHEAD = 0.75, 2.5, 2.0  # bars: of a baseline's loss; points behind dense; points ahead
 
