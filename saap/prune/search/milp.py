@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -60,7 +61,7 @@ class Block:
     kind: str  # of block, by its name
     options: tuple[Option, ...]
 
-    @property
+    @cached_property
     def whole(self) -> Option:
         return max(self.options, key=lambda option: option.kept)
 
