@@ -112,7 +112,7 @@ def equal_row(method: str, cells: dict[str, Cell], ours: dict[str, Cell]) -> lis
     told += [spread([100 * each[key] for each in answers], 0, True) for key in ("agreement", "repetition")]
     both = [] if method == "saap" else [seed for seed in cells if seed in ours]
     pairs = [[answers_of(row[seed]) for seed in both] for row in (ours, cells)]
-    ahead = "{:+.2f} ({:+.2f} to {:+.2f})".format(*gain(*pairs)) if both else ""
+    ahead = told_gain(*pairs) if both else ""
     return [named(method, "tuned"), str(len(cells)), *told, ahead]
 
 
@@ -188,7 +188,12 @@ def gained(
     theirs, mine = [answers_of(cells[seed]) for seed in seeds], [answers_of(ours[seed]) for seed in seeds]
     reached, own = mean_points(theirs), mean_points(mine)
     shares = [f"{(top - own) / (top - reached):.2f}x" for top in tops_of(model, how).values()]
-    return reached, " / ".join(shares), "{:+.2f} ({:+.2f} to {:+.2f})".format(*gain(mine, theirs))
+    return reached, " / ".join(shares), told_gain(mine, theirs)
+
+
+def told_gain(ours: list[Answers], theirs: list[Answers]) -> str:
+    """A gain and its 95 % interval: ``+1.72 (+0.56 to +2.89)``."""
+    return "{:+.2f} ({:+.2f} to {:+.2f})".format(*gain(ours, theirs))
 
 
 def mean_points(answers: list[Answers]) -> float:

@@ -108,8 +108,8 @@ def test_a_gain_is_of_examples_and_seeds():
 
 
 def test_a_cell_names_no_folder_of_the_machine(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["study.py", "run", "/home/me/out/bundle", "out/other", "--threads", "1"])
-    assert provenance()["command"][3:] == ["run", "bundle", "out/other", "--threads", "1"]
+    monkeypatch.setattr(sys, "argv", ["study.py", "run", "/home/me/bundle", "Dolly=/home/me/dolly.txt", "out/other"])
+    assert provenance()["command"][3:] == ["run", "bundle", "Dolly=dolly.txt", "out/other"]
 
 
 def test_commands_of_two_checkouts_are_timed_in_pairs(tmp_path, capsys):
