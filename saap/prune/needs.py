@@ -15,6 +15,7 @@ from saap.system.needs import PROCESS, Needs
 MAPPED = 150_000_000  # at most, of the pages of a layer's file; the system takes back older ones
 KEPT_BACK = 1.3  # what the allocator holds over what a walk through the layers uses
 BATCH = 8  # sequences that a refit takes at once
+REFITTED = 4  # matrices at the peak of pricing an option: what changes, what was learnt, and both on their way
 
 
 def prune_needs(
@@ -78,7 +79,8 @@ def _pricing(shape: ModelShape, sequences: int, tokens: int, streamed: bool) -> 
     window = text * sum(width + shape.hidden for width in widths[:held:2] + widths[-(held // 2) :])
     runs = text * shape.hidden * (held // 2) * (1 if streamed else len(RUNS))
     sums = 2 * text * (widths[0] + shape.hidden) if text < widths[0] else SQUARES * widths[0] ** 2
-    return judged * tokens * shape.hidden * len(widths) // 2 + window + runs + sums
+    matrices = REFITTED * shape.hidden * widths[0]
+    return judged * tokens * shape.hidden * len(widths) // 2 + window + runs + sums + matrices
 
 
 def prune_disk(shape: ModelShape, file_bytes: int, share: float, stages: int) -> dict[str, int]:
