@@ -98,9 +98,13 @@ class AdaptiveOptions:
     ] = 0.0
     attention: Annotated[
         float,
-        Option("Factor on the price of lost attention, of which tuning gives less back.", _SCORES, shown=False),
+        Option("Factor on the price of lost attention, where it was not measured.", _SCORES, shown=False),
         Meta(gt=0, le=100),
     ] = 1.5  # studies/search
+    measured: Annotated[
+        bool,
+        Option("Measure in long windows what a plan takes of attention, and what goes whole.", _SCORES, shown=False),
+    ] = True
     rounding: Annotated[
         float,
         Option("What rounding a matrix counts, of its price; tuning gives the rest back.", _SCORES, shown=False),

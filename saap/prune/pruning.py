@@ -218,11 +218,10 @@ def _prune_stage(
     if kept := options.keep_layers:  # by their places in the model now
         kept = frozenset(place for place, index in enumerate(now.plan.kept_layers) if index in kept)
         options = replace(options, keep_layers=kept)
-    scored = pruning.ids[: options.sequences]
     if options.method == "saap":
-        plan = adaptive_plan(model, scored, stage.budget, options, weights=now.weights, progress=progress)
+        plan = adaptive_plan(model, pruning.ids, stage.budget, options, weights=now.weights, progress=progress)
     else:
-        plan = ranked_plan(model, scored, stage.budget, options, progress)
+        plan = ranked_plan(model, pruning.ids[: options.sequences], stage.budget, options, progress)
     layers = shares().agreed([asdict(layer) for layer in plan.layers])
     plan = replace(plan, layers=convert(layers, tuple[LayerPlan, ...]))
 

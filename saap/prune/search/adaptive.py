@@ -7,6 +7,7 @@ compensation, and :mod:`saap.prune.search.milp` finds the cheapest choice within
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
@@ -19,8 +20,9 @@ from saap.prune.scores.fusion import fuse
 from saap.prune.scores.scoring import scores_of
 from saap.prune.search.budget import Budget
 from saap.prune.search.explain import reasons_of
-from saap.prune.search.kept_prices import keep_library, prices_path, read_library
-from saap.prune.search.library import Pricing
+from saap.prune.search.kept_prices import KeptDivergences, keep_library, prices_path, read_library
+from saap.prune.search.library import Pricing, fitted_on
+from saap.prune.search.measured import Measuring
 from saap.prune.search.milp import Library, search
 from saap.system.errors import UserError
 
@@ -44,30 +46,37 @@ def adaptive_plan(
     weights: str | None = None,
     progress: Progress | None = None,
 ) -> PrunePlan:
-    """Choose what to keep of ``budget.dense``, on calibration ids [sequences, tokens].
+    """Choose what to keep of ``budget.dense``, on calibration ids [rows, tokens] that follow each other.
 
+    ``options.sequences`` of them score and price; what the plan takes is measured on others too.
     ``weights``: hash of the model's weights, under which scores and prices are kept; None keeps none.
 
     Raises:
         UserError: a loss or a price that is not finite, or a budget that cannot be met.
     """
-    scored, priced = divided(ids)
+    scored, priced = divided(ids[: options.sequences])
     scores = scores_of(model, budget.dense, scored, options.adaptive, weights=weights, progress=progress)
     ranked = fuse(scores, budget.dense, options.adaptive.fusion)
     pricing = Pricing(model, budget.dense, ranked, (scored, priced), options, rounded=bool(budget.forms))
-    library = _library(pricing, weights, ids, progress)
+    path = prices_path(weights, ids, options, is_streamed(model)) if weights else None
+    library = _library(pricing, path, progress)
     found = search(library.counted(options.adaptive), budget, options.adaptive.most_gone)
+    if options.adaptive.measured and not is_streamed(model):
+        others = ids[fitted_on(streamed=False) :]
+        texts = others if len(others) > len(priced) else priced
+        measuring = Measuring(pricing, texts, KeptDivergences(path), progress)
+        while (more := measuring.more(library, found)) is not None:
+            library = more
+            found = search(library.counted(options.adaptive), budget, options.adaptive.most_gone)
     reasons = replace(reasons_of(found.blocks, found.chosen, budget.unit), integers=found.integers, words=found.words)
     return replace(found.plan, reasons=reasons)
 
 
-def _library(pricing: Pricing, weights: str | None, ids: torch.Tensor, progress: Progress | None) -> Library:
-    """The library at prices that were kept under ``weights``, else at new ones."""
-    if weights is None:
-        return pricing.library(progress)
-    path = prices_path(weights, ids, pricing.options, is_streamed(pricing.model))
-    library = read_library(path, pricing.choices, pricing.rounded)
+def _library(pricing: Pricing, path: Path | None, progress: Progress | None) -> Library:
+    """The library at prices that were kept there, else at new ones."""
+    library = read_library(path, pricing.choices, pricing.rounded) if path else None
     if library is None:
         library = pricing.library(progress)
-        keep_library(path, library)
+        if path:
+            keep_library(path, library)
     return library

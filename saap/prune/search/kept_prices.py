@@ -27,7 +27,7 @@ OFFERS, GAP, ROUNDED = "offers ", "gap ", "rounding "  # how names begin
 def prices_path(weights: str, ids: torch.Tensor, options: PruneOptions, streamed: bool) -> Path:
     """Where the prices of a model by the hash of its weights on ids [sequences, tokens] are kept."""
     adaptive = asdict(options.adaptive)
-    for counted in ("recovered", "attention", "rounding", "most_gone"):  # by the search
+    for counted in ("recovered", "attention", "rounding", "most_gone", "measured"):  # by the search
         del adaptive[counted]
     settings = {
         "adaptive": adaptive, "heads": options.heads, "keep": sorted(options.keep), "group": options.least_group,
@@ -82,6 +82,32 @@ def keep_library(path: Path, library: Library) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_sealed(kept, path)
         make_room(path.parent, KEPT_BYTES - path.stat().st_size, path)
+
+
+class KeptDivergences:
+    """What was measured of a model whose prices are kept at ``path``, by names; kept in a file beside them.
+
+    A search asks in its own order, so that its plan does not depend on what others have measured.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = None if path is None else path.with_suffix(".measured.safetensors")
+        self._found: dict[str, torch.Tensor] = {}
+        if self._path is not None and self._path.is_file():
+            with suppress(OSError, ValueError):
+                self._found = load_sealed(self._path.read_bytes())[0]
+                self._path.touch()
+
+    def get(self, name: str) -> float | None:
+        return float(self._found[name]) if name in self._found else None
+
+    def add(self, found: Mapping[str, float]) -> None:
+        """A cache that cannot be written costs time only."""
+        self._found |= {name: torch.tensor(value, dtype=torch.float64) for name, value in found.items()}
+        if self._path is not None:
+            with suppress(OSError):
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                save_sealed(self._found, self._path)
 
 
 def _rounded(place: Place, which: str) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -32,7 +32,7 @@ from saap.prune.options import Compensation, PruneOptions
 from saap.prune.plan import LayerPlan
 from saap.prune.scores.gradients import NOT_FINITE, adding_module, block_gradients
 from saap.prune.search.choices import RUNS, choices, runs_of
-from saap.prune.search.milp import Gap, Library
+from saap.prune.search.milp import LEAST_PRICE, Gap, Library
 from saap.prune.search.rounding import Prices, RoundedMatrix, Rounding, rounded_block, vocabulary_prices
 from saap.system.errors import UserError
 
@@ -40,10 +40,10 @@ FITTED, FITTED_STREAMED = 24, 12
 DAMPING = 0.3
 ANCHORS = (0.125, 0.25, 0.5, 0.75, 0.875)  # shares of a block's channels that are refitted; widths between are read off
 MOST_STREAMED = 1  # layers in one piece, where layers are read one at a time: what enters their matrices is held
-LEAST_PRICE = 1e-7  # nats per token
 
 # By the columns of a matrix that stay: what compensation adds to them, [outputs, kept], and to the outputs.
 Learnt = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+Run = tuple[Place, ...]
 
 
 @dataclass
@@ -56,7 +56,25 @@ class _Point:
     x: list[torch.Tensor]  # what enters the matrix
     out: list[torch.Tensor]  # what the block adds
     weigh: list[torch.Tensor]  # by what a token counts
-    later: list[tuple[tuple[Place, ...], list[torch.Tensor]]] = field(default_factory=list)  # runs and what they add
+    later: list[tuple[Run, list[torch.Tensor]]] = field(default_factory=list)  # runs behind it, and what they add
+    bare: list[tuple[Run, list[torch.Tensor]]] = field(default_factory=list)  # that end here, nothing in front of them
+
+
+@dataclass(frozen=True, eq=False)
+class Change:
+    """What one option or run is in the model: blocks that go, and the matrix that makes up for them.
+
+    Attributes:
+        of: the block that keeps less, or in front of the run; None where nothing is.
+        weight: [outputs, inputs] of its matrix, 0 in columns that go.
+        constant: what is added to the matrix's outputs.
+        gone: blocks that add nothing.
+    """
+
+    of: Place | None
+    weight: torch.Tensor | None
+    constant: torch.Tensor | None
+    gone: Run
 
 
 def held_blocks(streamed: bool) -> int:
@@ -92,7 +110,8 @@ class Pricing:
         self.choices = choices(shape, options, ranked)
         self._fitted, self._judged = texts[0][: fitted_on(is_streamed(model))], texts[1]
         architecture = architecture_of(model.config)
-        self._normed = bool(architecture.attention_post_norm or architecture.ffn_post_norm)
+        normed = architecture.attention_post_norm or architecture.ffn_post_norm
+        self._makes_up = options.compensation == "refit" and not normed  # whether a matrix does for what is behind it
 
     def library(self, progress: Progress | None = None) -> Library:
         """Raises UserError: a price is not finite."""
@@ -105,36 +124,65 @@ class Pricing:
         gaps: list[Gap] = []
         self._rounding: dict[Place, tuple[Prices, Prices]] = {}
         most = held_blocks(is_streamed(self.model))
-        runs: dict[Place, list[tuple[Place, ...]]] = {}
-        for run in runs_of(self.shape, self.options):
-            if len(run) <= most:
-                runs.setdefault(run[-1], []).append(run)
-        order = list(self.choices)
-        waiting: deque[_Point] = deque()
-        for done, point in enumerate(self._points()):
-            if progress:
-                progress("pricing (blocks)", done, len(order))
-            for run in runs.get(point.place, []):
-                before = order.index(run[0]) - 1
-                absorber = next((p for p in waiting if before >= 0 and p.place == order[before]), None)
-                added = [sum(rows) for rows in zip(*(p.out for p in [*waiting, point] if p.place in run), strict=True)]
-                if absorber is None:
-                    gaps.append(Gap(run, self._price(run[-1], [-x for x in added[self._first_judged :]])))
-                else:
-                    absorber.later.append((run, added))
-            offers[point.place] = self._offers(point)
-            waiting.append(point)
-            if len(waiting) > most + 1:
-                gaps += self._gaps(waiting.popleft())
-        for left in waiting:
-            gaps += self._gaps(left)
+        runs = [run for run in runs_of(self.shape, self.options) if len(run) <= most]
+
+        def offered() -> Iterator[_Point]:  # at once: where layers are read one at a time, the matrix goes again
+            for done, point in enumerate(self._points(self._fitted, self._judged)):
+                if progress:
+                    progress("pricing (blocks)", done, len(self.choices))
+                offers[point.place] = self._offers(point)
+                yield point
+
+        for point in self._with_runs(offered(), runs):
+            gaps += self._gaps(point)
         if progress:
-            progress("pricing (blocks)", len(order), len(order))
+            progress("pricing (blocks)", len(self.choices), len(self.choices))
         rounding = Rounding(self._rounding, vocabulary_prices(self.model, self._judged)) if self.rounded else None
         return Library(offers, tuple(gaps), rounding)
 
-    def _points(self) -> Iterator[_Point]:
-        texts = [self._fitted, self._judged]
+    @torch.no_grad()
+    def changes(self, options: Mapping[Place, LayerPlan], runs: Collection[Run]) -> Iterator[Change]:
+        """What the model is like with each of these options, and without each of these runs, one at a time."""
+        left = len(options) + len(runs)
+        for point in self._with_runs(self._points(self._fitted), runs):
+            weight = point.linear.weight
+            found = [Change(None, None, None, run) for run, _ in point.bare]
+            for (run, _), change in zip(point.later, self._parts(point), strict=True):
+                found.append(Change(point.place, weight if change is None else weight + change, None, run))
+            if point.place in options:
+                kept = kept_columns(KINDS[point.place[1]], options[point.place], self.shape)
+                new = torch.zeros_like(weight)
+                add, constant = self._learnt(point)(kept)
+                new[:, kept] = weight[:, kept] + add
+                found.append(Change(point.place, new, constant, ()))
+            yield from found
+            left -= len(found)
+            if not left:
+                return
+
+    def _with_runs(self, points: Iterator[_Point], runs: Collection[Run]) -> Iterator[_Point]:
+        """The points, each once it is known what the runs behind it add."""
+        ending: dict[Place, list[Run]] = {}
+        for run in runs:
+            ending.setdefault(run[-1], []).append(run)
+        order = list(self.choices)
+        waiting: deque[_Point] = deque()
+        for point in points:
+            for run in ending.get(point.place, []):
+                before = order.index(run[0]) - 1
+                added = [sum(rows) for rows in zip(*(p.out for p in [*waiting, point] if p.place in run), strict=True)]
+                if before < 0:
+                    point.bare.append((run, added))
+                else:
+                    next(p for p in waiting if p.place == order[before]).later.append((run, added))
+            waiting.append(point)
+            if len(waiting) > held_blocks(is_streamed(self.model)) + 1:
+                yield waiting.popleft()
+        yield from waiting
+
+    def _points(self, *texts: torch.Tensor) -> Iterator[_Point]:
+        """The blocks of the model in their order, on a text that is fitted and, where there are prices, one judged."""
+        rounded = self.rounded and len(texts) > 1
         batches = [batches_of(self.model, list(text.split(8))) for text in texts]
         flat = [batch for part in batches for batch in part]
         self._first_judged = len(batches[0])
@@ -153,7 +201,7 @@ class Pricing:
                 held = {
                     kind: self._in_integers(index, kind, layer, stream, flat)
                     for kind in self.shape.layers[index].blocks
-                    if self.rounded
+                    if rounded
                 }
                 for number, (hidden, batch) in enumerate(zip(stream, flat, strict=True)):
                     with inputs_of(wanted) as inputs:
@@ -171,7 +219,7 @@ class Pricing:
                         for p, s in zip(products, read, strict=True)
                     ]
                     out = products if behind is None else [behind(p) for p in products]
-                    if self.rounded:
+                    if rounded:
                         price = partial(self._changed, (index, kind.name), out[self._first_judged :])
                         self._rounding[index, kind.name] = held[kind][0].prices(price), held[kind][1].prices(price)
                     yield _Point((index, kind.name), linear, behind, x, out, weigh)
@@ -200,19 +248,20 @@ class Pricing:
 
     def _gaps(self, point: _Point) -> Iterator[Gap]:
         """The runs behind a block, each at the price of what the block's matrix cannot make up for."""
-        if not point.later:
-            return
-        fits = self.options.compensation == "refit" and not self._normed
-        added = [torch.cat(rows, -1) for rows in zip(*(a for _, a in point.later), strict=True)]
-        change = self._fit(point, torch.arange(point.linear.in_features), added) if fits else None
-        hidden = point.linear.out_features
-        for number, (run, missing) in enumerate(point.later):
+        for run, missing in point.bare:
+            yield Gap(run, self._price(run[-1], [-x for x in missing[self._first_judged :]]))
+        for (run, missing), change in zip(point.later, self._parts(point), strict=True):
             left = [-x for x in missing[self._first_judged :]]
             if change is not None:
-                part = change[number * hidden : (number + 1) * hidden]
-                left = [d + x @ part.t() for d, x in zip(left, point.x[self._first_judged :], strict=True)]
+                left = [d + x @ change.t() for d, x in zip(left, point.x[self._first_judged :], strict=True)]
             yield Gap(run, self._price(run[-1], left))
-        point.later.clear()
+
+    def _parts(self, point: _Point) -> Sequence[torch.Tensor | None]:
+        """What the block's matrix learns of each run behind it, [outputs, inputs]; None where it learns nothing."""
+        if not self._makes_up or not point.later:
+            return [None] * len(point.later)
+        added = [torch.cat(rows, -1) for rows in zip(*(a for _, a in point.later), strict=True)]
+        return list(self._fit(point, torch.arange(point.linear.in_features), added).tensor_split(len(point.later)))
 
     def _fit(self, point: _Point, kept: torch.Tensor, targets: list[torch.Tensor]) -> torch.Tensor:
         """C of the targets, batch by batch, on those inputs: [outputs, kept], in the matrix's type."""

@@ -9,8 +9,8 @@ HiGHS (scipy.optimize.milp): exactly, or to a gap that the plan states.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -33,6 +33,10 @@ if TYPE_CHECKING:
 GAP = 0.0  # between the answer and the bound: none, the answer is the best
 NODES = 50_000  # of branch and bound; a limit in seconds would make the answer depend on the machine
 RETRIES = 8
+LEAST_PRICE = 1e-7  # nats per token
+LEAST_TIMES, MOST_TIMES = 0.5, 4.0  # times the price, that one option of an attention says of the others
+# Of what was measured, what counts beside prices of widths: tuning gives more of the rest back (studies/search).
+ATTENTION_COUNTS, GONE_COUNTS = 0.75, 0.5
 Numbers = NDArray[np.float64]
 
 
@@ -96,6 +100,7 @@ class Gap:
 
     blocks: tuple[Place, ...]
     price: float
+    measured: bool = False  # the price is the KL divergence in long windows
 
 
 @dataclass(frozen=True)
@@ -105,20 +110,33 @@ class Library:
     offers: dict[Place, tuple[tuple[LayerPlan, float], ...]]  # the whole block among them, at 0
     gaps: tuple[Gap, ...] = ()
     rounding: Rounding | None = None  # prices of integers; None: they cost nothing
+    # What some attention costs in long windows, over the price: of the one option of it that was measured.
+    times: Mapping[Place, float] = field(default_factory=dict)
+
+    def measured(self, times: Mapping[Place, float], divergences: Mapping[tuple[Place, ...], float]) -> Library:
+        """With these factors, and these KL divergences of runs in place of their prices."""
+        gaps = tuple(
+            Gap(gap.blocks, max(divergences[gap.blocks], LEAST_PRICE), True) if gap.blocks in divergences else gap
+            for gap in self.gaps
+        )
+        return replace(self, times=times, gaps=gaps)
 
     def counted(self, options: AdaptiveOptions) -> Library:
         """With prices of what tuning does not give back of what goes whole, of attention and of integers."""
 
         def times(place: Place) -> float:
+            if place in self.times:
+                return ATTENTION_COUNTS * min(MOST_TIMES, max(LEAST_TIMES, self.times[place]))
             return options.attention if place[1] == ATTENTION.name else 1.0
+
+        def lost(gap: Gap) -> float:
+            counts = GONE_COUNTS if gap.measured else sum(map(times, gap.blocks)) / len(gap.blocks)
+            return counts * gap.price
 
         offers = {
             place: tuple((keep, times(place) * price) for keep, price in kept) for place, kept in self.offers.items()
         }
-        gaps = tuple(
-            Gap(gap.blocks, (1 - options.recovered) * sum(map(times, gap.blocks)) / len(gap.blocks) * gap.price)
-            for gap in self.gaps
-        )
+        gaps = tuple(replace(gap, price=(1 - options.recovered) * lost(gap)) for gap in self.gaps)
         return Library(offers, gaps, self.rounding and self.rounding.counted(options.rounding))
 
     def blocks(self, budget: Budget) -> list[Block]:

@@ -12,7 +12,7 @@ from saap.models.checkpoint import load_model
 from saap.prune.options import PruneOptions
 from saap.prune.search.adaptive import adaptive_plan
 from saap.prune.search.budget import budget_for
-from saap.prune.search.kept_prices import keep_library, prices_path, read_library
+from saap.prune.search.kept_prices import KeptDivergences, keep_library, prices_path, read_library
 from saap.prune.search.library import Pricing
 from tests.support.search_cases import library
 
@@ -33,10 +33,13 @@ def test_another_budget_prices_nothing_again(tiny_model, monkeypatch):
         raise AssertionError("priced again")
 
     monkeypatch.setattr(Pricing, "library", refused)
-    assert plan_of(model) == first
+    with monkeypatch.context() as also:
+        also.setattr(Pricing, "changes", refused)
+        assert plan_of(model) == first, "nothing is measured again"
     assert plan_of(model, ratio=0.5) != first
     adaptive = replace(PruneOptions().adaptive, recovered=0.9, attention=2.0)
     assert plan_of(model, adaptive=adaptive)
+    assert plan_of(model) == first, "what others measured makes no difference"
     for other in (
         {"keep": frozenset({"blocks"})},
         {"compensate": "none"},
@@ -72,3 +75,18 @@ def test_a_path_names_all_that_prices_depend_on():
     assert first == prices_path("w", ids, replace(options, ratio=0.5), False)
     for other in (("v", ids, options, False), ("w", ids + 1, options, False), ("w", ids, options, True)):
         assert prices_path(*other) != first
+
+
+def test_what_was_measured_is_kept_beside_the_prices(tmp_path):
+    path = tmp_path / "prices" / "a.safetensors"
+    kept = KeptDivergences(path)
+    assert kept.get("3.attention 2/1") is None
+    kept.add({"3.attention 2/1": 0.25})
+    kept.add({"3.ffn": 0.5})
+    again = KeptDivergences(path)
+    assert (again.get("3.attention 2/1"), again.get("3.ffn"), again.get("4.ffn")) == (0.25, 0.5, None)
+    next(path.parent.iterdir()).write_bytes(b"torn")
+    assert KeptDivergences(path).get("3.ffn") is None
+    nowhere = KeptDivergences(None)
+    nowhere.add({"3.ffn": 0.5})
+    assert nowhere.get("3.ffn") == 0.5

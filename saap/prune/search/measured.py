@@ -1,0 +1,168 @@
+"""What a plan takes of attention, and what goes whole, measured in long windows instead of priced.
+
+A price (:mod:`saap.prune.search.library`) is of second order, on windows as short as those that calibrate. Some
+attentions are needed for what lies further back, and their price does not say so: it can be a quarter of what they cost
+in windows of 1,024 tokens. A run of several layers is not a small change, and costs up to three times its price. So the
+search solves, what its plan takes is put into the model, one thing at a time and refitted, and the KL divergence from
+the model as it is takes the place of the price; until a plan takes nothing that was not measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import groupby
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from devices.common.progress import Progress
+from saap.models.architectures import architecture_of
+from saap.models.layer_walk import batches_of, layers_of, logits_after, removed_hooks, run_layer, states_after
+from saap.models.shape import ATTENTION, KINDS
+from saap.prune.forms import Place
+from saap.prune.plan import LayerPlan
+from saap.prune.scores.gradients import adding_module
+from saap.prune.search.kept_prices import KeptDivergences
+from saap.prune.search.library import Change, Pricing, Run
+from saap.prune.search.milp import Found, Library
+
+WINDOW, WINDOWS = 1024, 2  # tokens, and how many
+FAR = 257  # tokens back, and more
+EVERY = 4  # of so many places one is judged
+SAYING = "measuring what the plan takes"
+
+
+def long_windows(ids: torch.Tensor) -> torch.Tensor:
+    """Two windows of rows of packed text [rows, tokens], in which much comes again from far back; [windows, tokens].
+
+    Rows that follow each other are one text (:func:`saap.text.documents.pack`). What attention over long distances is
+    needed for is words that were said before, and few windows have more than one or two in ten of these. The window
+    that has most is left out where there are others: it may say all of it twice.
+    """
+    rows = max(1, min(WINDOW // ids.shape[1], len(ids) // WINDOWS))
+    windows = ids[: len(ids) // rows * rows].view(-1, rows * ids.shape[1])
+    order = torch.tensor([_come_again(window) for window in windows]).argsort(descending=True)
+    return windows[order[1 : WINDOWS + 1] if len(order) > WINDOWS else order]
+
+
+def _come_again(ids: torch.Tensor) -> int:
+    """How many tokens were there before, but not in the last 256."""
+    before = (ids[:, None] == ids).tril(-1)
+    return int((before.tril(-FAR).any(1) & ~before.triu(1 - FAR).any(1)).sum())
+
+
+class Windows:
+    """A model as it is on long windows [windows, tokens], from which the model with a change is told apart."""
+
+    @torch.no_grad()
+    def __init__(self, model: PreTrainedModel, ids: torch.Tensor) -> None:
+        self._model = model
+        (self._batch,) = batches_of(model, [ids])
+        # Families that leave keys and values for later layers write over them, so that all layers run again.
+        whole = [[self._batch.hidden], *states_after(model, [self._batch], [self._batch.hidden])]
+        self._states = [hidden for (hidden,) in whole[:1] if self._batch.shared is not None] or [h for (h,) in whole]
+        self._dense = self._said(whole[-1][0])
+
+    def _said(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Log-probabilities at some places, [1, places, vocab]."""
+        return logits_after(self._model, hidden.flatten(0, 1)[None, ::EVERY]).log_softmax(-1)
+
+    @torch.no_grad()
+    def divergence(self, change: Change) -> float:
+        """KL from the model as it is, nats per token."""
+        first = min(place[0] for place in (*change.gone, *([change.of] if change.of else [])))
+        first = first if len(self._states) > 1 else 0
+        hidden = self._states[first]
+        with self._changed(change):
+            for index, layer in enumerate(layers_of(self._model)[first:], first):
+                hidden = run_layer(layer, hidden, self._batch.given[index])
+        now = self._said(hidden)
+        return float(F.kl_div(now, self._dense, log_target=True, reduction="sum")) / now.shape[1]
+
+    @contextmanager
+    def _changed(self, change: Change) -> Iterator[None]:
+        with removed_hooks() as handles:
+            for index, name in change.gone:
+                module = adding_module(self._model, index, KINDS[name])
+                handles.append(module.register_forward_hook(lambda _, args, output: torch.zeros_like(output)))
+            if change.of is not None and change.weight is not None:
+                index, name = change.of
+                linear = layers_of(self._model)[index].get_submodule(
+                    architecture_of(self._model.config).writing(KINDS[name])
+                )
+                handles.append(linear.register_forward_hook(partial(_instead, change)))
+            yield
+
+
+def _instead(change: Change, linear: nn.Linear, args: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
+    assert change.weight is not None, "the matrix changes"
+    product = F.linear(args[0], change.weight, linear.bias)
+    return product if change.constant is None else product + change.constant
+
+
+@dataclass
+class Measuring:
+    """Measures what plans take, and holds the model's states on the windows from the first time on."""
+
+    pricing: Pricing
+    ids: torch.Tensor  # packed rows of text [rows, tokens]
+    kept: KeptDivergences
+    progress: Progress | None = None
+    _windows: Windows | None = field(default=None, init=False)
+
+    def more(self, library: Library, found: Found) -> Library | None:
+        """The library with what this plan takes measured; None where nothing of it is left to measure."""
+        options, runs = _taken(library, found)
+        if not options and not runs:
+            return None
+        self._measure(
+            {place: keep for place, keep in options.items() if self.kept.get(_option(place, keep)) is None},
+            [run for run in runs if self.kept.get(_run(run)) is None],
+        )
+        times = dict(library.times)
+        for place, keep in options.items():
+            price = next(price for offered, price in library.offers[place] if offered == keep)
+            times[place] = (self.kept.get(_option(place, keep)) or 0.0) / price
+        return library.measured(times, {run: self.kept.get(_run(run)) or 0.0 for run in runs})
+
+    def _measure(self, options: Mapping[Place, LayerPlan], runs: Sequence[Run]) -> None:
+        count = len(options) + len(runs)
+        if not count:
+            return
+        if self._windows is None:
+            self._windows = Windows(self.pricing.model, long_windows(self.ids))
+        found: dict[str, float] = {}
+        for done, change in enumerate(self.pricing.changes(options, runs)):
+            if self.progress:
+                self.progress(SAYING, done, count)
+            name = _option(change.of, options[change.of]) if change.of and not change.gone else _run(change.gone)
+            found[name] = self._windows.divergence(change)
+        if self.progress:
+            self.progress(SAYING, count, count)
+        self.kept.add(found)
+
+
+def _option(place: Place, keep: LayerPlan) -> str:
+    return f"{place[0]}.{place[1]} {len(keep.query_heads)}/{len(keep.kv_heads)}"
+
+
+def _run(run: Run) -> str:
+    return "+".join(f"{index}.{kind}" for index, kind in run)
+
+
+def _taken(library: Library, found: Found) -> tuple[dict[Place, LayerPlan], list[Run]]:
+    """Of a plan what this search has not measured yet: fewer heads by their block, and runs that go."""
+    options, places = {}, []
+    for block, option in zip(found.blocks, found.chosen, strict=True):
+        place = (block.layer, block.kind)
+        places.append((place, option.kept > 0))
+        if block.kind == ATTENTION.name and 0 < option.kept < block.whole.kept and place not in library.times:
+            options[place] = option.keep
+    priced = {gap.blocks for gap in library.gaps if not gap.measured}
+    runs = [tuple(place for place, _ in run) for stays, run in groupby(places, lambda each: each[1]) if not stays]
+    return options, [run for run in runs if run in priced]  # of others a part was given back
