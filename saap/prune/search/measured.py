@@ -38,16 +38,15 @@ SAYING = "measuring what the plan takes"
 
 
 def long_windows(ids: torch.Tensor) -> torch.Tensor:
-    """Two windows of rows of packed text [rows, tokens], in which much comes again from far back; [windows, tokens].
+    """Two windows of rows of packed text [rows, tokens], in which most comes again from far back; [windows, tokens].
 
     Rows that follow each other are one text (:func:`saap.text.documents.pack`). What attention over long distances is
-    needed for is words that were said before, and few windows have more than one or two in ten of these. The window
-    that has most is left out where there are others: it may say all of it twice.
+    needed for is words that were said before, and in most windows few were.
     """
     rows = max(1, min(WINDOW // ids.shape[1], len(ids) // WINDOWS))
     windows = ids[: len(ids) // rows * rows].view(-1, rows * ids.shape[1])
-    order = torch.tensor([_come_again(window) for window in windows]).argsort(descending=True)
-    return windows[order[1 : WINDOWS + 1] if len(order) > WINDOWS else order]
+    order = torch.tensor([_come_again(window) for window in windows]).argsort(descending=True, stable=True)
+    return windows[order[:WINDOWS]]
 
 
 def _come_again(ids: torch.Tensor) -> int:
