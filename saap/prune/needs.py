@@ -10,6 +10,7 @@ from saap.prune.scores.layerwise import rows_at_once
 from saap.prune.search.adaptive import PRICING_SHARE
 from saap.prune.search.choices import RUNS
 from saap.prune.search.library import fitted_on, held_blocks
+from saap.prune.search.measured import EVERY, WINDOW, WINDOWS
 from saap.system.needs import PROCESS, Needs
 
 MAPPED = 150_000_000  # at most, of the pages of a layer's file; the system takes back older ones
@@ -25,6 +26,8 @@ def prune_needs(
     layers = [shape.weights_of(s) for s in shape.layers]
     refit = _refit(shape, sequences, tokens, kept=not streamed)
     pricing = _pricing(shape, sequences, tokens, streamed)
+    if not streamed:
+        pricing += _measuring(shape, tokens)
     computing = 4 * max(_scoring(shape, layers, sequences, tokens, streamed, element), pricing, refit)
     stages: list[dict[str, int]] = [{"a file of the slim model": min(SHARD_BYTES, file_bytes)}]
     if streamed:
@@ -81,6 +84,12 @@ def _pricing(shape: ModelShape, sequences: int, tokens: int, streamed: bool) -> 
     sums = 2 * text * (widths[0] + shape.hidden) if text < widths[0] else SQUARES * widths[0] ** 2
     matrices = REFITTED * shape.hidden * widths[0]
     return judged * tokens * shape.hidden * len(widths) // 2 + window + runs + sums + matrices
+
+
+def _measuring(shape: ModelShape, tokens: int) -> int:
+    """Numbers that long windows take beside a walk like that of pricing: states before all layers, and some logits."""
+    text = WINDOWS * max(WINDOW, tokens)
+    return text * shape.hidden * (len(shape.layers) + 2) + 3 * (text // EVERY) * shape.vocab
 
 
 def prune_disk(shape: ModelShape, file_bytes: int, share: float, stages: int) -> dict[str, int]:

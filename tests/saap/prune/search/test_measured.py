@@ -19,7 +19,7 @@ from saap.prune.search.budget import budget_for
 from saap.prune.search.choices import runs_of
 from saap.prune.search.kept_prices import KeptDivergences
 from saap.prune.search.library import Pricing
-from saap.prune.search.measured import EVERY, FAR, Measuring, Windows, long_windows
+from saap.prune.search.measured import EVERY, Measuring, Windows, long_windows
 from saap.prune.search.milp import ATTENTION_COUNTS, GONE_COUNTS, MOST_TIMES, Gap, Library, search
 from tests.support.search_cases import library
 
