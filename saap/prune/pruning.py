@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -37,6 +37,7 @@ from saap.prune.record import Pruning, plan_of, record_of
 from saap.prune.search.adaptive import adaptive_plan
 from saap.prune.search.budget import Budget, budget_for
 from saap.prune.search.explain import after
+from saap.prune.search.measured import LONG_TEXT
 from saap.prune.search.milp import check_floor
 from saap.prune.shares import joined, shares
 from saap.prune.stages import Stage, kept_stages, share_of, stages_of
@@ -125,9 +126,10 @@ def prune(
     ):  # fmt: skip
         options = replace(
             options, device=str(device_of(options.device)),
-            stream=together.agreed(streamed(source, budget, options, *ids.shape)),
+            stream=together.agreed(streamed(source, budget, options, min(len(ids), options.rows), ids.shape[1])),
         )  # fmt: skip
-        ids = ids[: options.sequences if options.stream else options.rows]
+        if options.stream:
+            ids = ids[: options.sequences]
         if together.count > 1:
             ids = together.tensors(0, {"ids": ids})["ids"]
         now = _Model(source, weights_hash(source), PrunePlan(tuple(map(whole_layer, budget.dense.layers))))
@@ -163,18 +165,23 @@ def prune(
 def calibration_rows(
     directory: Path, text: str | None, options: PruneOptions, progress: Progress | None = None
 ) -> Rows:
-    """What is read of a text: for scores, more of it for the refit where there is more, and for trials.
+    """What is read of a text: for scores, more of it for the refit and for long windows where there is, and for trials.
 
     Raises UserError: no such text, or too little of it.
     """
-    least = options.sequences + trial_rows(options)
-    wanted = Sequences(least if text == SELF else options.rows + trial_rows(options), options.length, options.seed)
-    try:
+    spare = trial_rows(options)
+
+    def read(count: int) -> Rows:
+        wanted = Sequences(count + spare, options.length, options.seed)
         return training_rows(directory, text, "calibration", wanted, progress)
-    except TooLittleTextError:
-        if wanted.count == least or options.effort != "quick":
-            raise
-        return training_rows(directory, text, "calibration", replace(wanted, count=least), progress)
+
+    if text == SELF:
+        return read(options.sequences)
+    further = LONG_TEXT // options.length if options.method == "saap" and options.adaptive.measured else 0
+    for count in (options.rows + further, options.rows):
+        with suppress(TooLittleTextError):
+            return read(count)
+    return read(options.sequences if options.effort == "quick" else options.rows)
 
 
 def _by_trials(
@@ -227,7 +234,8 @@ def _prune_stage(
 
     refitted = {} if aside is None else TensorFolder(aside, weights_dtype(now.path))
     if options.compensation == "bias" or plan.cut_layers(shape):  # other integers alone may meet the budget
-        refitted.update(compensate(options.compensation, model, plan, pruning.ids, last=stage.last, progress=progress))
+        fitted = pruning.ids[: options.rows]
+        refitted.update(compensate(options.compensation, model, plan, fitted, last=stage.last, progress=progress))
     del model
 
     if plan.words is not None and stage.last:

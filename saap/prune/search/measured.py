@@ -32,6 +32,7 @@ from saap.prune.search.library import Change, Pricing, Run
 from saap.prune.search.milp import Found, Library
 
 WINDOW, WINDOWS = 1024, 2  # tokens, and how many
+LONG_TEXT = 98_304  # tokens of text that is read for nothing else, to find windows in
 FAR = 257  # tokens back, and more
 EVERY = 4  # of so many places one is judged
 SAYING = "measuring what the plan takes"
