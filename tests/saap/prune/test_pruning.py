@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -46,8 +47,15 @@ def test_lineage_names_base_text_and_versions(tiny_model, tmp_path):
     assert record["plan"]["asked"] == result.budget.asked
 
 
-def test_a_text_is_read_as_the_options_say(tiny_model, tmp_path, river):
+def test_a_text_is_read_as_the_options_say(tiny_model, tmp_path, river, monkeypatch):
     asked = PruneOptions(ratio=0.2, sequences=6, length=16)
+    with monkeypatch.context() as few:
+        few.setattr(pruning, "LONG_TEXT", 48)  # three more rows, to find long windows in
+        counts = {
+            method: len(pruning.calibration_rows(tiny_model(), str(river), replace(asked, method=method)).ids)
+            for method in ("saap", "flap", "shortgpt")
+        }
+        assert counts == {"saap": 15, "flap": 6, "shortgpt": 6}
     result = prune(tiny_model(), asked, output=tmp_path / "slim", calibration=river)
     said = read_record(tmp_path / "slim")["lineage"]["calibration"]
     assert (said["sequences"], said["tokens"], said["source"]) == (12, 16, result.text) and str(river) in result.text
