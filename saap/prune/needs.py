@@ -26,9 +26,8 @@ def prune_needs(
     layers = [shape.weights_of(s) for s in shape.layers]
     refit = _refit(shape, sequences, tokens, kept=not streamed)
     pricing = _pricing(shape, sequences, tokens, streamed)
-    if not streamed:
-        pricing += _measuring(shape, tokens)
-    computing = 4 * max(_scoring(shape, layers, sequences, tokens, streamed, element), pricing, refit)
+    measuring = 0 if streamed else _measuring(shape, sequences, tokens)
+    computing = 4 * max(_scoring(shape, layers, sequences, tokens, streamed, element), pricing, measuring, refit)
     stages: list[dict[str, int]] = [{"a file of the slim model": min(SHARD_BYTES, file_bytes)}]
     if streamed:
         outside = 4 * shape.held_outside
@@ -74,22 +73,28 @@ def _refit(shape: ModelShape, sequences: int, tokens: int, *, kept: bool) -> int
 
 
 def _pricing(shape: ModelShape, sequences: int, tokens: int, streamed: bool) -> int:
-    """Numbers that a library of prices takes: gradients of all blocks, a window of blocks, and what runs would add."""
-    widths = sorted((shape.inner_width(kind, s) for s in shape.layers for kind in s.blocks), reverse=True)
+    """Numbers that a library of prices takes: gradients of all blocks, a walk, and what runs would add."""
     judged = max(1, sequences // PRICING_SHARE)
     text = tokens * (judged + min(sequences - judged, fitted_on(streamed)))
+    runs = text * shape.hidden * ((held_blocks(streamed) + 1) // 2) * (1 if streamed else len(RUNS))
+    blocks = sum(len(sizes.blocks) for sizes in shape.layers)
+    return judged * tokens * shape.hidden * blocks // 2 + runs + _walk(shape, text, streamed)
+
+
+def _walk(shape: ModelShape, text: int, streamed: bool) -> int:
+    """Numbers of a window of blocks, on so many tokens, and of a fit in one of them."""
+    widths = sorted((shape.inner_width(kind, s) for s in shape.layers for kind in s.blocks), reverse=True)
     held = held_blocks(streamed) + 1
     window = text * sum(width + shape.hidden for width in widths[:held:2] + widths[-(held // 2) :])
-    runs = text * shape.hidden * (held // 2) * (1 if streamed else len(RUNS))
     sums = 2 * text * (widths[0] + shape.hidden) if text < widths[0] else SQUARES * widths[0] ** 2
-    matrices = REFITTED * shape.hidden * widths[0]
-    return judged * tokens * shape.hidden * len(widths) // 2 + window + runs + sums + matrices
+    return window + sums + REFITTED * shape.hidden * widths[0]
 
 
-def _measuring(shape: ModelShape, tokens: int) -> int:
-    """Numbers that long windows take beside a walk like that of pricing: states before all layers, and some logits."""
+def _measuring(shape: ModelShape, sequences: int, tokens: int) -> int:
+    """Numbers that long windows take: the states before every layer, some logits, and a walk on what is fitted."""
     text = WINDOWS * max(WINDOW, tokens)
-    return text * shape.hidden * (len(shape.layers) + 2) + 3 * (text // EVERY) * shape.vocab
+    states = text * shape.hidden * (len(shape.layers) + 2) + 3 * (text // EVERY) * shape.vocab
+    return states + _walk(shape, tokens * min(sequences - 1, fitted_on(streamed=False)), streamed=False)
 
 
 def prune_disk(shape: ModelShape, file_bytes: int, share: float, stages: int) -> dict[str, int]:
