@@ -22,6 +22,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -140,23 +141,24 @@ class _Walk:
             new, self._stream = _biases(layer, blocks, self._stream, given, sum(map(sum, self._sizes)))
         else:
             runs = _Runs(layer, blocks, self._stream, given, self._keeps)
-            new = _refitted(runs, self._sizes, self._last, lambda block: self._gap(index, layer, block, blocks))
+            new = _refitted(runs, self._sizes, self._last, lambda block: self._gap(index, runs, block))
             self._stream = runs.outputs()
         return new
 
-    def _gap(self, index: int, layer: nn.Module, block: _Block, blocks: list[_Block]) -> list[torch.Tensor] | None:
+    def _gap(self, index: int, runs: _Runs, block: _Block) -> list[torch.Tensor] | None:
         """What the blocks that go right behind this one would add to the stream, in units of what its matrix gives.
 
         Batch by batch; None where nothing goes. The blocks before are cut already, this one and those behind are whole.
         """
         architecture, shape = architecture_of(self._model.config), shape_of(self._model.config)
-        behind = blocks[blocks.index(block) + 1 :]
+        behind = runs.blocks[runs.blocks.index(block) + 1 :]
         normed = architecture.attention_post_norm or architecture.ffn_post_norm
         if normed or any(len(other.kept) for other in behind) or not (behind or self._begins_gone(index + 1, shape)):
             return None
+        runs.settle(block)
         with _silenced(behind):
-            before = self._after(index, layer, self._stream)
-        stream = self._after(index, layer, self._stream) if behind else before
+            before = runs.outputs()
+        stream = runs.outputs(whole=behind) if behind else before
         for further, keep in enumerate(self._plan.layers[index + 1 :], index + 1):
             layer = layers_of(self._model)[further]
             with present(layer):
@@ -277,11 +279,17 @@ class _Runs:
                 known.update(seen, **{block.matrix: x})
             yield x, stream
 
-    def outputs(self) -> list[torch.Tensor]:
-        """What leaves the layer as it is now, batch by batch."""
+    def settle(self, block: _Block) -> None:
+        """Run until there, where what is seen is kept."""
+        if self._keeps:
+            deque(self.until(block), maxlen=0)
+
+    def outputs(self, whole: Sequence[_Block] = ()) -> list[torch.Tensor]:
+        """What leaves the layer as it is now, batch by batch; ``whole``: blocks that go, and run for once."""
         found = []
+        running = {block.matrix for block in whole}
         for (hidden, arguments), known in zip(self._batches, self._known, strict=True):
-            with self._settled(known):
+            with self._settled({matrix: x for matrix, x in known.items() if matrix not in running}):
                 found.append(run_layer(self._layer, hidden, arguments))
         return found
 
