@@ -159,6 +159,24 @@ def run_until(
     raise RuntimeError("the layer does not run that module")
 
 
+def output_of(layer: nn.Module, hidden: torch.Tensor, given: Mapping[str, object], module: nn.Module) -> torch.Tensor:
+    """Run a layer until a module of it has run: what that gives."""
+    reached: list[torch.Tensor] = []
+
+    def stop(_: nn.Module, __: object, output: torch.Tensor) -> None:
+        reached.append(output)
+        raise _Reached
+
+    handle = module.register_forward_hook(stop)
+    try:
+        run_layer(layer, hidden, given)
+    except _Reached:
+        return reached[0]
+    finally:
+        handle.remove()
+    raise RuntimeError("the layer does not run that module")
+
+
 @contextmanager
 def removed_hooks() -> Iterator[list[RemovableHandle]]:
     """A list for the handles of hooks, which are removed when the block ends."""
@@ -180,4 +198,17 @@ def inputs_of(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, torch.Tens
 
     with removed_hooks() as handles:
         handles += [module.register_forward_pre_hook(partial(see, name)) for name, module in modules.items()]
+        yield seen
+
+
+@contextmanager
+def outputs_of(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, torch.Tensor]]:
+    """A dict that holds, after each run, the last output of every named module."""
+    seen: dict[str, torch.Tensor] = {}
+
+    def see(name: str, _: nn.Module, __: object, output: torch.Tensor) -> None:
+        seen[name] = output
+
+    with removed_hooks() as handles:
+        handles += [module.register_forward_hook(partial(see, name)) for name, module in modules.items()]
         yield seen

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from devices.common.progress import Progress
 from saap.models.architectures import architecture_of
-from saap.models.layer_walk import Batch, batches_of, inputs_of, layers_of, removed_hooks, run_layer
+from saap.models.layer_walk import Batch, batches_of, inputs_of, layers_of, output_of, outputs_of, run_layer
 from saap.models.shape import ATTENTION, KINDS, BlockKind, ModelShape
 from saap.models.streaming import is_streamed, present
 from saap.prune.cut.ridge import Products, regression
@@ -144,7 +144,8 @@ class Pricing:
     def changes(self, options: Mapping[Place, LayerPlan], runs: Collection[Run]) -> Iterator[Change]:
         """What the model is like with each of these options, and without each of these runs, one at a time."""
         left = len(options) + len(runs)
-        for point in self._with_runs(self._points(self._fitted), runs):
+        wanted = {*options, *(place for run in runs for place in self._with_before(run))}
+        for point in self._with_runs(self._points(self._fitted, wanted=wanted), runs):
             weight = point.linear.weight
             found = [Change(None, None, None, run) for run, _ in point.bare]
             for (run, _), change in zip(point.later, self._parts(point), strict=True):
@@ -161,27 +162,38 @@ class Pricing:
                 return
 
     def _with_runs(self, points: Iterator[_Point], runs: Collection[Run]) -> Iterator[_Point]:
-        """The points, each once it is known what the runs behind it add."""
+        """The points, each as soon as it is known what the runs behind it add."""
+        number = {place: n for n, place in enumerate(self.choices)}
         ending: dict[Place, list[Run]] = {}
+        until = dict(number)  # which point must be known
         for run in runs:
             ending.setdefault(run[-1], []).append(run)
-        order = list(self.choices)
+            for place in self._with_before(run):
+                until[place] = max(until[place], number[run[-1]])
         waiting: deque[_Point] = deque()
         for point in points:
+            waiting.append(point)
             for run in ending.get(point.place, []):
-                before = order.index(run[0]) - 1
-                added = [sum(rows) for rows in zip(*(p.out for p in [*waiting, point] if p.place in run), strict=True)]
-                if before < 0:
+                added = [sum(rows) for rows in zip(*(p.out for p in waiting if p.place in run), strict=True)]
+                before = self._with_before(run)[0]
+                if before == run[0]:
                     point.bare.append((run, added))
                 else:
-                    next(p for p in waiting if p.place == order[before]).later.append((run, added))
-            waiting.append(point)
-            if len(waiting) > held_blocks(is_streamed(self.model)) + 1:
+                    next(p for p in waiting if p.place == before).later.append((run, added))
+            while waiting and until[waiting[0].place] <= number[point.place]:
                 yield waiting.popleft()
-        yield from waiting
 
-    def _points(self, *texts: torch.Tensor) -> Iterator[_Point]:
-        """The blocks of the model in their order, on a text that is fitted and, where there are prices, one judged."""
+    def _with_before(self, run: Run) -> Run:
+        """The run, and the block in front of it where there is one."""
+        order = list(self.choices)
+        first = order.index(run[0])
+        return (*order[max(0, first - 1) : first], *run)
+
+    def _points(self, *texts: torch.Tensor, wanted: Container[Place] | None = None) -> Iterator[_Point]:
+        """The blocks of the model in their order, on a text that is fitted and, where there are prices, one judged.
+
+        ``wanted``: which of them; None is all.
+        """
         rounded = self.rounded and len(texts) > 1
         batches = [batches_of(self.model, list(text.split(8))) for text in texts]
         flat = [batch for part in batches for batch in part]
@@ -191,29 +203,26 @@ class Pricing:
         for index, layer in enumerate(layers_of(self.model)):
             with present(layer):
                 modules = dict(layer.named_modules())
-                wanted: dict[str, nn.Module] = {}
-                for kind in self.shape.layers[index].blocks:
-                    wanted[f"x {kind.name}"] = modules[architecture.writing(kind)]
+                kinds = [k for k in self.shape.layers[index].blocks if wanted is None or (index, k.name) in wanted]
+                writing = {kind.name: modules[architecture.writing(kind)] for kind in kinds}
+                reading = dict(writing)
+                for kind in kinds:
                     if (norm := modules.get(architecture.norm_before(kind))) is not None and norm is not layer:
-                        wanted[f"stream {kind.name}"] = norm
-                seen: list[dict[str, torch.Tensor]] = []
+                        reading[f"stream {kind.name}"] = norm
+                seen: list[tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]] = []
                 # Before the layer runs as it is: what layers leave for later ones is then as it should be.
-                held = {
-                    kind: self._in_integers(index, kind, layer, stream, flat)
-                    for kind in self.shape.layers[index].blocks
-                    if rounded
-                }
+                held = {kind: self._in_integers(index, kind, layer, stream, flat) for kind in kinds if rounded}
                 for number, (hidden, batch) in enumerate(zip(stream, flat, strict=True)):
-                    with inputs_of(wanted) as inputs:
+                    with inputs_of(reading) as inputs, outputs_of(writing) as outputs:
                         stream[number] = run_layer(layer, hidden, batch.given[index])
-                    seen.append(dict(inputs))
-                for kind in self.shape.layers[index].blocks:
-                    linear = modules[architecture.writing(kind)]
+                    seen.append((dict(inputs), dict(outputs)))
+                for kind in kinds:
+                    linear = writing[kind.name]
                     adding = adding_module(self.model, index, kind)
                     behind = None if adding is linear else adding
-                    x = [inputs.pop(f"x {kind.name}") for inputs in seen]
-                    products = [linear(each) for each in x]
-                    read = [inputs.pop(f"stream {kind.name}", None) for inputs in seen]
+                    x = [inputs.pop(kind.name) for inputs, _ in seen]
+                    products = [outputs.pop(kind.name) for _, outputs in seen]
+                    read = [inputs.pop(f"stream {kind.name}", None) for inputs, _ in seen]
                     weigh = [
                         (p if s is None else s).float().square().mean(-1, keepdim=True).rsqrt()
                         for p, s in zip(products, read, strict=True)
@@ -232,12 +241,7 @@ class Pricing:
         adding = adding_module(self.model, index, kind)
 
         def adds() -> list[torch.Tensor]:
-            seen: list[torch.Tensor] = []
-            with removed_hooks() as handles:
-                handles.append(adding.register_forward_hook(lambda _, args, output: seen.append(output)))
-                for hidden, batch in entering:
-                    run_layer(layer, hidden, batch.given[index])
-            return seen
+            return [output_of(layer, hidden, batch.given[index], adding) for hidden, batch in entering]
 
         parts = architecture_of(self.model.config).matrices
         return rounded_block(dict(layer.named_modules()), parts, kind, adds)
