@@ -66,6 +66,19 @@ def test_what_is_measured_is_the_divergence(tiny_family, family):
     assert seen == len(options) + len(runs) > 2
 
 
+def test_the_walk_ends_with_what_is_wanted(tiny_model):
+    model = load_model(tiny_model(num_hidden_layers=5))
+    pricing, run = pricing_of(model), []
+    for index, layer in enumerate(layers_of(model)):
+        layer.mlp.register_forward_hook(lambda *_, index=index: run.append(index))
+    keep = pricing.choices[1, "attention"][-1]
+    changes = list(pricing.changes({(1, "attention"): keep}, [((2, "attention"), (2, "ffn"))]))
+    assert [(change.of, change.gone) for change in changes] == [
+        ((1, "attention"), ()), ((1, "ffn"), ((2, "attention"), (2, "ffn"))),
+    ]  # fmt: skip
+    assert max(run) == 2
+
+
 def test_a_refit_makes_what_goes_cheaper(tiny_model):
     model = load_model(tiny_model())
     measured, runs = Windows(model, IDS[:8]), [((1, "attention"),), ((1, "attention"), (1, "ffn"))]
