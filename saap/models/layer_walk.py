@@ -1,10 +1,10 @@
-"""Walk a decoder layer by layer: what reaches each layer, one layer's run, and the inputs of modules within it."""
+"""Walk a decoder layer by layer: what reaches each layer, its run, and what enters and leaves modules within it."""
 
 from __future__ import annotations
 
 import inspect
 from collections import UserDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -142,32 +142,28 @@ def run_until(
     layer: nn.Module, hidden: torch.Tensor, given: Mapping[str, object], last: nn.Module, also: Mapping[str, nn.Module]
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Run a layer until module ``last`` is about to run: its input, and those of other modules before it."""
-    reached: list[torch.Tensor] = []
-
-    def stop(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        reached.append(args[0])
-        raise _Reached
-
     with inputs_of(also) as seen:
-        handle = last.register_forward_pre_hook(stop)
-        try:
-            run_layer(layer, hidden, given)
-        except _Reached:
-            return reached[0], seen
-        finally:
-            handle.remove()
-    raise RuntimeError("the layer does not run that module")
+        inputs: tuple[torch.Tensor, ...] = _told(layer, hidden, given, last.register_forward_pre_hook)
+        return inputs[0], seen
 
 
 def output_of(layer: nn.Module, hidden: torch.Tensor, given: Mapping[str, object], module: nn.Module) -> torch.Tensor:
-    """Run a layer until a module of it has run: what that gives."""
-    reached: list[torch.Tensor] = []
+    """Run a layer until a module of it has run: that module's output."""
+    output: torch.Tensor = _told(layer, hidden, given, module.register_forward_hook)
+    return output
 
-    def stop(_: nn.Module, __: object, output: torch.Tensor) -> None:
-        reached.append(output)
+
+def _told(
+    layer: nn.Module, hidden: torch.Tensor, given: Mapping[str, object], register: Callable[..., RemovableHandle]
+) -> Any:
+    """Run a layer until a hook is called: the last of what it is told."""
+    reached: list[object] = []
+
+    def stop(_: nn.Module, *told: object) -> None:
+        reached.append(told[-1])
         raise _Reached
 
-    handle = module.register_forward_hook(stop)
+    handle = register(stop)
     try:
         run_layer(layer, hidden, given)
     except _Reached:

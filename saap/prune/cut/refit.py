@@ -280,12 +280,12 @@ class _Runs:
             yield x, stream
 
     def settle(self, block: _Block) -> None:
-        """Run until there, where what is seen is kept."""
+        """Run as far as the block, so that later runs go on from there; nothing where each run starts anew."""
         if self._keeps:
             deque(self.until(block), maxlen=0)
 
     def outputs(self, whole: Sequence[_Block] = ()) -> list[torch.Tensor]:
-        """What leaves the layer as it is now, batch by batch; ``whole``: blocks that go, and run for once."""
+        """What leaves the layer as it is now, batch by batch; ``whole``: blocks that go, but run this time."""
         found = []
         running = {block.matrix for block in whole}
         for (hidden, arguments), known in zip(self._batches, self._known, strict=True):

@@ -165,7 +165,7 @@ class Pricing:
         """The points, each as soon as it is known what the runs behind it add."""
         number = {place: n for n, place in enumerate(self.choices)}
         ending: dict[Place, list[Run]] = {}
-        until = dict(number)  # which point must be known
+        until = dict(number)  # the last point that each must wait for
         for run in runs:
             ending.setdefault(run[-1], []).append(run)
             for place in self._with_before(run):
