@@ -4,6 +4,7 @@
     python -m studies.search.study row search --speedup 1.5 --costs cost.json --work W --texts Dolly=dolly.txt
     python -m studies.search.study row shortgpt --speedup 1.5 --costs cost.json --work W --method shortgpt
     python -m studies.search.study prices --work W --texts Dolly=dolly.txt
+    python -m studies.search.study halving --speedup 1.5 --seed 0 --costs cost.json --work W --text other.txt
     python -m studies.search.study table --write
 
 What a command has made stays in --work, and is not made again.
@@ -36,11 +37,13 @@ TEXTS = ("WikiText-2", "Dolly")
 
 def tables() -> dict[str, str]:
     """The tables of the README."""
-    from studies.search import prices
+    from studies.search import halving, prices
 
     found = {"rows": rows_table()}
     for drawn in [cell for cell in read_cells(CELLS) if "plans" in cell]:
         found |= {"prices": prices.table(drawn), "prices-bar": bar_table([prices.bar(drawn)])}
+    if trials := {cell["halving"]: cell for cell in read_cells(CELLS) if "halving" in cell}:
+        found |= {"halving": halving.table(trials), "halving-bar": bar_table([halving.bar(trials)])}
     return found
 
 
@@ -91,13 +94,28 @@ def main() -> None:
     made.add_argument("--group-size", type=int)
     made.add_argument("--effort")
     priced = commands.add_parser("prices")
-    for each in (made, priced):
+    tried = commands.add_parser("halving")
+    tried.add_argument("--speedup", type=float, required=True)
+    tried.add_argument("--seed", type=int, default=0)
+    tried.add_argument("--tokens", type=int, default=100_000)
+    tried.add_argument("--costs", type=Path, required=True)
+    tried.add_argument("--text", type=Path, required=True, help="that judges, and is neither learnt nor calibrated on")
+    for each in (made, priced, tried):
         each.add_argument("--work", type=Path, required=True)
+    for each in (made, priced):
         each.add_argument("--texts", nargs="*", default=[], help="NAME=FILE of further texts")
     add_write_option(commands.add_parser("table"))
     args = parser.parse_args()
     if args.command == "table":
         show_tables(HERE, tables(), args.write)
+        return
+    if args.command == "halving":
+        from studies.search.halving import trial
+
+        name = f"{args.speedup:g}x, seed {args.seed}"
+        asked = ["--speedup", str(args.speedup), "--costs", str(args.costs.resolve()), "--seed", str(args.seed)]
+        cell = {"halving": name} | trial(MODEL, asked, args.text.resolve(), args.tokens, args.work.resolve())
+        write_json(CELLS / f"halving-{args.speedup:g}-seed{args.seed}.json", cell)
         return
     texts = {"WikiText-2": "", **dict(each.split("=", 1) for each in args.texts)}
     if args.command == "prices":

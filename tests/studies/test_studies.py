@@ -38,7 +38,7 @@ from studies.peers import study as peers
 from studies.pruning.cells import slug
 from studies.pruning.measure import options_of
 from studies.runtimes import study as runtimes
-from studies.search import prices
+from studies.search import halving, prices
 from studies.tasks import study as tasks
 from studies.tuning_speed import study as tuning_speed
 
@@ -478,3 +478,19 @@ def test_a_document_that_ends_its_process_is_named(tmp_path, monkeypatch):
     entry = fuzz.watched(target, 10, 0)
     assert (entry["runs"], [each["number"] for each in entry["findings"]]) == (10, [1, 7])
     assert "KeyError" in entry["findings"][0]["where"] and "SIGKILL" in entry["findings"][1]["where"]
+
+
+def test_halving_is_judged_by_the_place_of_what_it_chose():
+    """The chosen plan is the best of the last round, not of the first."""
+    tried = [
+        {"plan": 0, "gone": 9, "price_nats": 0.1, "kl": {"16": 0.5, "32": 0.45}, "tuned": 0.40},
+        {"plan": 1, "gone": 4, "price_nats": 0.2, "kl": {"16": 0.6, "32": 0.44}, "tuned": 0.42},
+        {"plan": 2, "gone": 0, "price_nats": 0.3, "kl": {"16": 0.4}, "tuned": 0.41},
+    ]
+    cells = {name: {"tried": tried} for name in ("a", "b")}
+    assert (halving.chosen_of(cells["a"])["plan"], halving.place_of(cells["a"])) == (1, 3)
+    assert not halving.bar(cells).reached
+    better = {name: {"tried": [tried[0], {**tried[1], "tuned": 0.39}, tried[2]]} for name in "abc"}
+    assert halving.bar(better).reached
+    assert not halving.bar({"a": better["a"]}).reached, "one trial is not three"
+    assert "**chosen**" in halving.table(cells)

@@ -1,0 +1,81 @@
+"""Does halving find the plan that is best after full tuning? Every plan of a trial, tuned in full, by its KL."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from saap.models.record import read_record
+from studies.common import Bar, Cell, markdown, provenance
+
+WINDOWS, LENGTH = 100, 256
+BEST = 2  # the chosen plan is to be among so many
+
+
+def trial(model: str, asked: list[str], text: Path, tokens: int, work: Path) -> Cell:
+    """Let `saap prune --effort thorough` choose, and tune each plan that it tried, by commands that anyone can type."""
+    chosen = work / "chosen"
+
+    def saap(made: Path, *words: object) -> Path:
+        if not made.exists():
+            subprocess.run([sys.executable, "-m", "saap.cli", *map(str, words)], check=True, env=dict(os.environ))
+        return made
+
+    saap(chosen, "prune", model, *asked, "-o", chosen, "--effort", "thorough")
+    tried = read_record(chosen)["plan"]["trials"]
+    for told in tried:
+        plan, tuned = (work / f"plan{told['plan']}{kind}" for kind in ("", "-tuned"))
+        judged = work / f"{plan.name}.json"
+        if not judged.exists():
+            given = [f"{name}={value}" for name, value in told["settings"].items() if value is not None]
+            saap(plan, "prune", model, *asked, "-o", plan, *(word for each in given for word in ("--set", each)))
+            price = read_record(plan)["plan"]["price_nats"]
+            if abs(price - told["price_nats"]) > 1e-6:
+                raise SystemExit(f"plan {told['plan']} has the price {price}, in the trial {told['price_nats']}")
+            saap(tuned, "tune", plan, "-o", tuned, "--teacher", model, "--tokens", tokens)
+            cut = ["--text", text, "--chunk", LENGTH, "--max-chunks", WINDOWS]
+            saap(judged, "eval", tuned, "--reference", model, *cut, "--json", judged)
+            shutil.rmtree(tuned)
+        told["tuned"] = json.loads(judged.read_text())["rows"][-1]["kl"]
+    return {"asked": [word for word in asked if not word.startswith("/")], "tokens": tokens, "tried": tried,
+            **provenance()}  # fmt: skip
+
+
+def chosen_of(cell: Cell) -> Cell:
+    """The plan that halving chose: the best of those that were tuned most."""
+    most = max(len(told["kl"]) for told in cell["tried"])
+    return dict(min((t for t in cell["tried"] if len(t["kl"]) == most), key=lambda told: list(told["kl"].values())[-1]))
+
+
+def place_of(cell: Cell) -> int:
+    """Which place the chosen plan has after full tuning; 1 is the best."""
+    return 1 + sum(told["tuned"] < chosen_of(cell)["tuned"] for told in cell["tried"])
+
+
+def table(cells: dict[str, Cell]) -> str:
+    """Every plan of every trial, the best after full tuning first."""
+    lines = []
+    for name, cell in cells.items():
+        for place, told in enumerate(sorted(cell["tried"], key=lambda told: told["tuned"]), 1):
+            rounds = [f"{kl:.3f}" for kl in told["kl"].values()]
+            best = "**chosen**" if told["plan"] == chosen_of(cell)["plan"] else ""
+            rounds += [""] * (max(len(each["kl"]) for each in cell["tried"]) - len(rounds))
+            lines.append([name, str(told["gone"]), f"{told['price_nats']:.3f}", *rounds, f"{told['tuned']:.3f}",
+                          str(place), best])  # fmt: skip
+    counts = max((told["kl"] for cell in cells.values() for told in cell["tried"]), key=len)
+    heads = ["trial", "blocks gone", "price", *(f"KL after {int(count):,} tokens" for count in counts)]
+    return markdown([*heads, "in full, on other text", "place", ""], lines)
+
+
+def bar(cells: dict[str, Cell]) -> Bar:
+    """Whether the chosen plan is among the best in each trial."""
+    places = {name: place_of(cell) for name, cell in cells.items()}
+    told = ", ".join(f"{name}: {place} of {len(cells[name]['tried'])}" for name, place in places.items())
+    reached = len(places) >= 3 and max(places.values()) <= BEST
+    return Bar(
+        "halving: the chosen plan after full tuning", f"among the best {BEST} of eight, in 3 of 3", told, reached
+    )
