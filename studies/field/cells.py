@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +105,7 @@ def tops_of(model: str, how: str) -> dict[str, float]:
     floating = float_points(dense) if model == "smollm2-135m" else None
     if floating is not None:
         tops["float"] = floating
-    tuned = cells_of(model) / f"dense-{re.sub(r'-[0-9]+sequences', '', how)}-seed0.json"  # which nothing calibrates
+    tuned = cells_of(model) / f"dense-{how}-seed0.json"
     if tuned.is_file():
         tops["int4 tuned alike"] = points(answers_of(json.loads(tuned.read_text())))
     return tops

@@ -21,9 +21,7 @@ from studies.field.cells import PROTOCOLS, cells_of
 
 TASKS = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 TEXT, TRAIN = "wikitext2_test_raw.txt", "c4_sample300.jsonl"  # TRAIN: for the parity check
-# For all methods; the rate of tuning is the default of `saap tune`. The name of a cell says where another was asked,
-# as the 3e-3 of the first rows, which was the default then.
-RATE, TOKENS, SEQUENCES = "6e-3", 100_000, 64
+RATE, TOKENS = "6e-3", "100000"  # of tuning, for all methods
 # What the pruning table (studies/pruning) found to be each baseline's best; SAAP is as it is by default.
 OPTIONS: dict[str, list[str]] = {
     "saap": [],
@@ -178,8 +176,6 @@ def _right(task: dict[str, Any]) -> dict[str, str]:
 
 def run(given: argparse.Namespace) -> None:
     """Make the cells that are missing, the dense one first."""
-    given.sequences = given.sequences or SEQUENCES
-    given.tokens, given.rate = given.tokens or TOKENS, given.rate or RATE
     few = f"-{given.max_examples}examples" if given.max_examples else ""
     dense = Cell(f"dense{few}", given.work, given.model, given)
     bundle = dense.exported(Path(given.model))
@@ -192,19 +188,10 @@ def run(given: argparse.Namespace) -> None:
                     if method == "dense" and not tuned:
                         continue
                     kept = method if method == "dense" else f"{method}-{ratio}"
-                    name = f"{kept}-{how(given, tuned)}{few}-seed{seed}"
+                    name = f"{kept}-{'tuned' if tuned else 'untuned'}{few}-seed{seed}"
                     cell = Cell(name, given.work, given.model, given)
                     if cell.missing():
                         _cell(cell, method, ratio, seed, tuned, bundle)
-
-
-def how(given: argparse.Namespace, tuned: bool) -> str:
-    """Whether a row is tuned, and what of it is not as in the other rows: ``tuned-128sequences-3e-3``."""
-    calibrated = "" if given.sequences == SEQUENCES else f"-{given.sequences}sequences"
-    if not tuned:
-        return f"untuned{calibrated}"
-    learnt = "" if given.tokens == TOKENS else f"-{given.tokens}tokens"
-    return f"tuned{calibrated}{learnt}" + ("" if given.rate == RATE else f"-{given.rate}")
 
 
 def _cell(cell: Cell, method: str, ratio: str, seed: int, tuned: bool, dense: Path) -> None:
@@ -213,7 +200,7 @@ def _cell(cell: Cell, method: str, ratio: str, seed: int, tuned: bool, dense: Pa
     source = Path(given.model) if method == "dense" else _pruned(cell, method, ratio, seed)
     if tuned:
         cell.saap("tuned", "tune", str(source), "-o", str(cell.work / "tuned"), "--teacher", given.model, "--tokens",
-                  str(given.tokens), "--seed", str(seed), "--learning-rate", given.rate)  # fmt: skip
+                  TOKENS, "--seed", str(seed), "--learning-rate", RATE)  # fmt: skip
         source = cell.work / "tuned"
     cell.finish(cell.exported(source), dense)
 
@@ -234,8 +221,5 @@ def _pruned(cell: Cell, method: str, ratio: str, seed: int) -> Path:
     )
     chosen = [*asked, *seeded, *OPTIONS.get(method, [])]
     source = given.work / f"{method}-{ratio}-seed{seed}"
-    if given.sequences != SEQUENCES:
-        source = source.with_name(f"{method}-{ratio}-{given.sequences}sequences-seed{seed}")
-        chosen += ["--sequences", str(given.sequences)]
     cell.saap(f"../{source.name}", "prune", given.model, "-o", str(source), *chosen)
     return source

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -55,8 +54,6 @@ from studies.field.cells import (
 HERE = Path(__file__).resolve().parent
 MODEL, GEMMA = "smollm2-135m", "gemma3-270m"
 TASKS = {"arc_easy": "ARC-Easy", "piqa": "PIQA"}
-# Where rows of an equal speed were made: another CPU has other costs, and so other plans.
-MACHINES = {"": "Emerald Rapids", "-zen4": "Zen 4", "-zen3": "Zen 3"}
 SHARE, CLOSEST, AHEAD = 0.75, 2.5, 2.0  # bars: of a baseline's loss; points behind dense; points ahead
 
 
@@ -72,36 +69,30 @@ def tables() -> dict[str, str]:
     return {**found, "gemma": quality_table(GEMMA, "0.2", "untuned"), "gemma-gains": gains_table(GEMMA, "0.2")}
 
 
-def rows_of(model: str, ratio: str, how: str) -> dict[tuple[str, str], dict[str, Cell]]:
-    """The cells by (method, how) and seed: ``tuned`` finds ``tuned-3e-3`` too."""
-    names = sorted(cells_of(model).glob(f"*-{ratio}-{how}*-seed*.json"))
-    found = dict.fromkeys(tuple(path.stem.rsplit("-seed", 1)[0].split(f"-{ratio}-", 1)) for path in names)
-    return {(method, kind): seeds_of(model, f"{method}-{ratio}-{kind}") for method, kind in found}
+def rows_of(model: str, ratio: str, how: str) -> dict[str, dict[str, Cell]]:
+    """The cells by method and seed."""
+    names = sorted(cells_of(model).glob(f"*-{ratio}-{how}-seed*.json"))
+    methods = dict.fromkeys(path.stem.split(f"-{ratio}-", 1)[0] for path in names)
+    return {method: seeds_of(model, f"{method}-{ratio}-{how}") for method in methods}
 
 
-def named(method: str, how: str) -> str:
-    """A row's name: the method, and what of it is not as in the other rows."""
-    name = f"**{METHODS[method]}**" if method == "saap" else NAMES[method]
-    different = re.findall(r"(\d+)(sequences|tokens)|(\de-\d)", how)
-    return ", ".join([name, *(f"rate {rate}" if rate else f"{count} {what}" for count, what, rate in different)])
+def named(method: str) -> str:
+    """A row's name; ours stands out."""
+    return f"**{METHODS[method]}**" if method == "saap" else NAMES[method]
 
 
 def equal_table() -> str:
     """Rows of an equal planned speed, tuned, and what SAAP gains in the tasks: of a speed the best perplexity first."""
     lines = []
-    for folder, machine in MACHINES.items():
-        model = f"{MODEL}{folder}"
-        speeds = {path.stem.split("-")[1] for path in cells_of(model).glob("*x-tuned-seed*.json")}
-        for speed in sorted(speeds):
-            rows = {method: cells for (method, how), cells in rows_of(model, speed, "tuned").items() if how == "tuned"}
-            check_alike([cell for cells in rows.values() for cell in cells.values()])
-            for method, cells in rows.items():
-                told = equal_row(method, cells, rows["saap"])
-                first = numbers_of(list(cells.values()))[0]
-                lines.append(((speed, list(MACHINES).index(folder), first), [speed, machine, *told]))
-    heads = ["planned", "CPU", "method", "seeds", "ppl 128", "ppl 2048", *TASKS.values()]
+    for speed in sorted({path.stem.split("-")[1] for path in cells_of(MODEL).glob("*x-tuned-seed*.json")}):
+        rows = rows_of(MODEL, speed, "tuned")
+        check_alike([cell for cells in rows.values() for cell in cells.values()])
+        for method, cells in rows.items():
+            told = [speed, *equal_row(method, cells, rows["saap"])]
+            lines.append((speed, numbers_of(list(cells.values()))[0], told))
+    heads = ["planned", "method", "seeds", "ppl 128", "ppl 2048", *TASKS.values()]
     heads += ["answers: agreement, %", "repetition, %", "SAAP's gain in the tasks (95 %)"]
-    return markdown(heads, [line for _, line in sorted(lines)])
+    return markdown(heads, [told for *_, told in sorted(lines)])
 
 
 def equal_row(method: str, cells: dict[str, Cell], ours: dict[str, Cell]) -> list[str]:
@@ -113,13 +104,13 @@ def equal_row(method: str, cells: dict[str, Cell], ours: dict[str, Cell]) -> lis
     both = [] if method == "saap" else [seed for seed in cells if seed in ours]
     pairs = [[answers_of(row[seed]) for seed in both] for row in (ours, cells)]
     ahead = told_gain(*pairs) if both else ""
-    return [named(method, "tuned"), str(len(cells)), *told, ahead]
+    return [named(method), str(len(cells)), *told, ahead]
 
 
 def quality_table(model: str, ratio: str, how: str) -> str:
     """Quality, size and speed of the dense bundle and of each row, the best perplexity first."""
-    rows = {(named(*key), key): list(cells.values()) for key, cells in rows_of(model, ratio, how).items()}
-    lines = [(numbers_of(cells)[0], row_of(name, cells)) for (name, _), cells in rows.items()]
+    rows = {named(method): list(cells.values()) for method, cells in rows_of(model, ratio, how).items()}
+    lines = [(numbers_of(cells)[0], row_of(name, cells)) for name, cells in rows.items()]
     dense = [row_of("dense", [cell_of(model, "dense")])]
     if how == "tuned" and (alike := seeds_of(model, "dense-tuned")):
         dense.append(row_of("dense, tuned", list(alike.values())))
@@ -167,7 +158,9 @@ def numbers_of(cells: list[Cell]) -> list[float]:
 def gains_table(model: str, ratio: str) -> str:
     """What each method loses of the tasks, and what SAAP gains over it, tuned and not; the best of each first."""
     dense, lines = cell_of(model, "dense"), []
-    rows = {**rows_of(model, ratio, "tuned"), **rows_of(model, ratio, "untuned")}
+    rows = {
+        (method, how): cells for how in ("tuned", "untuned") for method, cells in rows_of(model, ratio, how).items()
+    }
     check_alike([dense, *(cell for cells in rows.values() for cell in cells.values())])
     for (method, how), cells in rows.items():
         ours = rows.get(("saap", how), {})
@@ -175,7 +168,7 @@ def gains_table(model: str, ratio: str) -> str:
         if not both:
             continue
         top, (reached, share, told) = tops_of(model, how)["int4"], gained(model, how, ours, cells, both)
-        words = [how.partition("-")[0], named(method, how), str(len(both)), f"{reached:.2f}", f"{top - reached:.2f}"]
+        words = [how, named(method), str(len(both)), f"{reached:.2f}", f"{top - reached:.2f}"]
         lines.append((how, -reached, [*words, *(("", "") if method == "saap" else (share, told))]))
     heads = ["", "method", "seeds", "points", "lost", "SAAP's loss over its", "SAAP's gain (95 %)"]
     return markdown(heads, [line for *_, line in sorted(lines)])
@@ -203,7 +196,7 @@ def mean_points(answers: list[Answers]) -> float:
 
 def all_bars() -> list[Bar]:
     """The bars at 20 %, tuned: against the baselines that have all three seeds, the best first."""
-    rows = {method: cells for (method, how), cells in rows_of(MODEL, "0.2", "tuned").items() if how == "tuned"}
+    rows = rows_of(MODEL, "0.2", "tuned")
     answers = {m: [answers_of(c) for c in cells.values()] for m, cells in rows.items() if len(cells) == 3}
     ours, top = answers.pop("saap"), tops_of(MODEL, "tuned")["int4"]
     lost, bars = top - mean_points(ours), []
@@ -222,17 +215,13 @@ def all_bars() -> list[Bar]:
 
 
 def speed_table(percent: str) -> str:
-    """Decode in one interleaved run: over the dense bundle and over SAAP's, on each machine."""
+    """Decode of the baselines over the dense bundle, in one interleaved run on each machine."""
     ratio, lines = f"0.{percent[0]}", []
     machines = {"Zen 4": "", "Zen 3": "-zen3"}
     results = [read_result(CELLS / "speed" / f"{MODEL}-{percent}{suffix}.json") for suffix in machines.values()]
-    for method in METHODS:
-        pairs = [
-            decode_over(result, base, f"{method}-{ratio}") for result in results for base in ("dense", f"saap-{ratio}")
-        ]
-        lines.append([named(method, ""), *pairs])
-    heads = [f"{machine}: over {base}" for machine in machines for base in ("dense", "SAAP")]
-    return markdown(["not tuned", *heads], lines)
+    for method in METHODS.keys() - {"saap"}:
+        lines.append([named(method), *(decode_over(result, "dense", f"{method}-{ratio}") for result in results)])
+    return markdown(["not tuned", *(f"{machine}: over dense" for machine in machines)], sorted(lines))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -248,9 +237,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--group-size", type=int, default=64, help="of baselines there: 64 where it is faster, else 32")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--tuned", default="both", choices=["both", "yes", "no"])
-    parser.add_argument("--sequences", type=int, help="of calibration; default: 64")
-    parser.add_argument("--tokens", type=int, help="of tuning; default: 100000")
-    parser.add_argument("--rate", help="of tuning; default: 6e-3")
     parser.add_argument("--max-examples", type=int, help="of each task; default: all")
     parser.add_argument("--skip", choices=["bench"], help="what a later run does: nothing else may run beside a bench")
     parser.add_argument("--work", type=Path, default=ROOT / "out" / "field", help="a folder per model is made there")
