@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -20,10 +19,9 @@ def trial(model: str, asked: list[str], text: Path, tokens: int, work: Path) -> 
     """Let `saap prune --effort thorough` choose, and tune each plan that it tried, by commands that anyone can type."""
     chosen = work / "chosen"
 
-    def saap(made: Path, *words: object) -> Path:
+    def saap(made: Path, *words: object) -> None:
         if not made.exists():
-            subprocess.run([sys.executable, "-m", "saap.cli", *map(str, words)], check=True, env=dict(os.environ))
-        return made
+            subprocess.run([sys.executable, "-m", "saap.cli", *map(str, words)], check=True)
 
     saap(chosen, "prune", model, *asked, "-o", chosen, "--effort", "thorough")
     tried = read_record(chosen)["plan"]["trials"]
