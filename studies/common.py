@@ -75,6 +75,11 @@ def commit_of(checkout: Path) -> str | None:
     return head.stdout.strip() or None
 
 
+def saap(*words: object, python: str = sys.executable) -> None:
+    """Run a command of saap to its end; CalledProcessError: it failed."""
+    subprocess.run([python, "-m", "saap.cli", *map(str, words)], check=True)
+
+
 def used_by_saap(
     checkout: Path, python: Path, words: Sequence[str | Path], place: Path, env: Mapping[str, str]
 ) -> resource.struct_rusage:

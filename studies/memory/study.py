@@ -20,7 +20,7 @@ from pathlib import Path
 
 from bench.measure.result import read_result
 from bench.report.tables import table_rows
-from studies.common import Cell, markdown, parser_of, provenance, read_cells, show_tables
+from studies.common import Cell, markdown, parser_of, provenance, read_cells, saap, show_tables
 
 HERE = Path(__file__).resolve().parent
 CELLS = HERE / "cells"
@@ -34,7 +34,7 @@ def prompt(bundles: list[str], lengths: Sequence[int] = LENGTHS, repetitions: in
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "result.json"
             words = ["bench", *bundles, "-p", str(length), "-n", "32", "-r", str(repetitions), "--no-cold", "-t", "1"]
-            subprocess.run([sys.executable, "-m", "saap.cli", *words, "--json", str(out)], check=True)
+            saap(*words, "--json", out)
             found = table_rows(read_result(out))
         kept = ("name", "n_prompt", "prefill_ts", "peak_decode_bytes", "anonymous_bytes", "status")
         rows += [{key: row[key] for key in kept} for row in found]

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 from saap.models.record import read_record
-from studies.common import Bar, Cell, markdown, provenance
+from studies.common import Bar, Cell, markdown, provenance, saap
 
 WINDOWS, LENGTH = 100, 256
 BEST = 2  # the chosen plan is to be among so many
@@ -19,24 +17,24 @@ def trial(model: str, asked: list[str], text: Path, tokens: int, work: Path) -> 
     """Let `saap prune --effort thorough` choose, and tune each plan that it tried, by commands that anyone can type."""
     chosen = work / "chosen"
 
-    def saap(made: Path, *words: object) -> None:
+    def unless(made: Path, *words: object) -> None:
         if not made.exists():
-            subprocess.run([sys.executable, "-m", "saap.cli", *map(str, words)], check=True)
+            saap(*words)
 
-    saap(chosen, "prune", model, *asked, "-o", chosen, "--effort", "thorough")
+    unless(chosen, "prune", model, *asked, "-o", chosen, "--effort", "thorough")
     tried = read_record(chosen)["plan"]["trials"]
     for told in tried:
         plan, tuned = (work / f"plan{told['plan']}{kind}" for kind in ("", "-tuned"))
         judged = work / f"{plan.name}.json"
         if not judged.exists():
             given = [f"{name}={value}" for name, value in told["settings"].items() if value is not None]
-            saap(plan, "prune", model, *asked, "-o", plan, *(word for each in given for word in ("--set", each)))
+            unless(plan, "prune", model, *asked, "-o", plan, *(word for each in given for word in ("--set", each)))
             price = read_record(plan)["plan"]["price_nats"]
             if abs(price - told["price_nats"]) > 1e-6:
                 raise SystemExit(f"plan {told['plan']} has the price {price}, in the trial {told['price_nats']}")
-            saap(tuned, "tune", plan, "-o", tuned, "--teacher", model, "--tokens", tokens)
+            unless(tuned, "tune", plan, "-o", tuned, "--teacher", model, "--tokens", tokens)
             cut = ["--text", text, "--chunk", LENGTH, "--max-chunks", WINDOWS]
-            saap(judged, "eval", tuned, "--reference", model, *cut, "--json", judged)
+            saap("eval", tuned, "--reference", model, *cut, "--json", judged)
             shutil.rmtree(tuned)
         told["tuned"] = json.loads(judged.read_text())["rows"][-1]["kl"]
     return {"asked": [word for word in asked if not word.startswith("/")], "tokens": tokens, "tried": tried,

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
+from functools import partial
 from pathlib import Path
 
 from saap.models.record import read_record
-from studies.common import Cell, provenance
+from studies.common import Cell, provenance, saap
 
 ANSWERS = 32
 
@@ -16,14 +15,12 @@ ANSWERS = 32
 def row(name: str, asked: list[str], texts: dict[str, str], tokens: int, work: Path, python: str) -> Cell:
     """Prune, tune and judge one row of a field by commands that anyone can type; ``python`` runs the code to use."""
     slim, tuned = work / name, work / f"{name}-tuned"
-
-    def saap(*words: object) -> None:
-        subprocess.run([python, "-m", "saap.cli", *map(str, words)], check=True, env=dict(os.environ))
+    run = partial(saap, python=python)
 
     if not (slim / "saap.json").is_file():
-        saap("prune", *asked, "-o", slim)
+        run("prune", *asked, "-o", slim)
     if not (tuned / "saap.json").is_file():
-        saap("tune", slim, "-o", tuned, "--teacher", asked[0], "--tokens", tokens)
+        run("tune", slim, "-o", tuned, "--teacher", asked[0], "--tokens", tokens)
     plan = read_record(slim)["plan"]
     cell: Cell = {
         "asked": [word for word in asked if not word.startswith("/")], "tokens": tokens,
@@ -41,12 +38,12 @@ def row(name: str, asked: list[str], texts: dict[str, str], tokens: int, work: P
             out = work / f"{name}-{kind}-{text}.json"
             if not out.is_file():
                 words = ["--reference", asked[0], "--max-chunks", 40, "--json", out]
-                saap("eval", path, *(["--text", file] if file else []), *words)
+                run("eval", path, *(["--text", file] if file else []), *words)
             found = json.loads(out.read_text())["rows"][-1]
             cell[f"{kind} {text}"] = {key: found[key] for key in ("perplexity", "bits_per_byte", "kl", "top1")}
     out = work / f"{name}-answers.json"
     if not out.is_file():
-        saap("eval", tuned, "--reference", asked[0], "--answers", ANSWERS, "--json", out)
+        run("eval", tuned, "--reference", asked[0], "--answers", ANSWERS, "--json", out)
     found = json.loads(out.read_text())["answers"]["scores"][-1]
     cell["answers"] = {key: found[key] for key in ("agreement", "same", "repetition")}
     if trials := plan.get("trials"):

@@ -11,8 +11,6 @@ Nothing makes up for what is gone, since weights do not change a speed. What is 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,6 +25,7 @@ from studies.common import (
     parser_of,
     provenance,
     read_cells,
+    saap,
     show_tables,
 )
 
@@ -87,10 +86,6 @@ def bar(cells: list[Cell]) -> Bar:
     within = sum(abs(off(cell)) <= BOUND for cell in cells)
     found = f"{within} of {len(cells)}; worst {100 * off(worst):+.1f} % ({worst['kind']}, {worst['planned']:.2f}x)"
     return Bar("planned against measured speed-up", "within 5 %, 30 plans", found, within == len(cells) >= 30)
-
-
-def saap(*words: object) -> None:
-    subprocess.run([sys.executable, "-m", "saap.cli", *map(str, words)], check=True)
 
 
 def make(costs: Path, work: Path) -> None:

@@ -11,23 +11,17 @@ What a command has measured stays in --work, and is not measured again.
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from bench.measure.result import read_result
 from bench.report.tables import table_rows
-from studies.common import Cell, markdown, parser_of, provenance, read_cells, show_tables
+from studies.common import Cell, markdown, parser_of, provenance, read_cells, saap, show_tables
 
 HERE = Path(__file__).resolve().parent
 CELLS = HERE / "cells"
 TASKS = ("arc_easy", "piqa")
 QUESTIONS = 200  # of each: a model of 262,144 words takes 0.3 s for an answer
-
-
-def saap(*words: object) -> None:
-    subprocess.run([sys.executable, "-m", "saap.cli", *map(str, words)], check=True)
 
 
 def quality(models: Mapping[str, str], texts: Mapping[str, str], work: Path) -> list[Cell]:
