@@ -36,6 +36,13 @@ def seeds_of(model: str, row: str) -> dict[str, Cell]:
     return {path.stem.rsplit("-seed", 1)[1]: json.loads(path.read_text()) for path in paths}
 
 
+def rows_of(model: str, ratio: str, how: str) -> dict[str, dict[str, Cell]]:
+    """The cells by method and seed."""
+    names = sorted(cells_of(model).glob(f"*-{ratio}-{how}-seed*.json"))
+    methods = dict.fromkeys(path.stem.split(f"-{ratio}-", 1)[0] for path in names)
+    return {method: seeds_of(model, f"{method}-{ratio}-{how}") for method in methods}
+
+
 def tasks_of(cell: Cell) -> list[dict[str, Any]]:
     """What a cell says of each task."""
     return list(cell["quality"].get("tasks", {}).get("tasks", []))

@@ -5,10 +5,12 @@ Means over the seeds that have a cell, with the seeds' range, on the CPU of the 
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from statistics import fmean
 
 from studies.common import METHODS, Cell
-from studies.field.cells import answers_of, cell_of, check_alike, points, seeds_of
+from studies.field.cells import answers_of, cell_of, check_alike, points, seeds_of, tasks_of
 
 MODEL, SPEEDS, SHOWN = "smollm2-135m", (1.2, 1.5, 2.0), {"saap": "o", "shortgpt": "s"}
 PANELS = {
@@ -21,7 +23,7 @@ PANELS = {
 def quality_of(cell: Cell) -> tuple[float, float, float]:
     """A cell in the order of PANELS."""
     long, short = (float(cell["quality"][name]["rows"][-1]["perplexity"]) for name in ("ppl2048", "ppl128"))
-    return short, long, points(answers_of(cell))
+    return short, long, points(answers_of(cell)) if tasks_of(cell) else math.nan
 
 
 def dots(method: str) -> list[list[tuple[float, float, float]]]:
@@ -29,9 +31,9 @@ def dots(method: str) -> list[list[tuple[float, float, float]]]:
     found = []
     for speed in SPEEDS:
         cells = list(seeds_of(MODEL, f"{method}-{speed:g}x-tuned").values())
-        check_alike([cell_of(MODEL, "dense"), *cells])
-        columns = zip(*map(quality_of, cells), strict=True)
-        found.append([(sum(column) / len(column), min(column), max(column)) for column in columns])
+        check_alike([cell_of(MODEL, "dense"), *(cell for cell in cells if tasks_of(cell))])
+        columns = [[v for v in column if not math.isnan(v)] for column in zip(*map(quality_of, cells), strict=True)]
+        found.append([(fmean(column), min(column), max(column)) for column in columns])
     return [list(panel) for panel in zip(*found, strict=True)]
 
 

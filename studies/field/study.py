@@ -15,14 +15,12 @@ SAAP_DATA for text and, for the tasks, files of the forms that docs/quality.md n
 
 from __future__ import annotations
 
-import math
 import os
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
 from bench.measure.result import read_result
-from bench.report.quality import metric_of
 from studies.common import (
     METHODS,
     ROOT,
@@ -35,25 +33,23 @@ from studies.common import (
     parser_of,
     show_tables,
 )
+from studies.field import equal
 from studies.field.cells import (
     CELLS,
-    NAMES,
-    PROTOCOLS,
     Answers,
     answers_of,
     cell_of,
-    cells_of,
     check_alike,
     gain,
     points,
+    rows_of,
     seeds_of,
-    tasks_of,
     tops_of,
 )
+from studies.field.columns import TASKS, named, numbers_of, spread, told_gain
 
 HERE = Path(__file__).resolve().parent
 MODEL, GEMMA = "smollm2-135m", "gemma3-270m"
-TASKS = {"arc_easy": "ARC-Easy", "piqa": "PIQA"}
 SHARE, CLOSEST, AHEAD = 0.75, 2.5, 2.0  # bars: of a baseline's loss; points behind dense; points ahead
 
 
@@ -65,46 +61,8 @@ def tables() -> dict[str, str]:
             found[f"{how}-{percent}"] = quality_table(MODEL, ratio, how)
         found[f"gains-{percent}"] = gains_table(MODEL, ratio)
         found[f"speed-{percent}"] = speed_table(percent)
-    found |= {"bars": bar_table(all_bars()), "equal": equal_table()}
+    found |= {"bars": bar_table(all_bars()), "equal": equal.table(MODEL), "equal-bars": bar_table(equal.bars(MODEL))}
     return {**found, "gemma": quality_table(GEMMA, "0.2", "untuned"), "gemma-gains": gains_table(GEMMA, "0.2")}
-
-
-def rows_of(model: str, ratio: str, how: str) -> dict[str, dict[str, Cell]]:
-    """The cells by method and seed."""
-    names = sorted(cells_of(model).glob(f"*-{ratio}-{how}-seed*.json"))
-    methods = dict.fromkeys(path.stem.split(f"-{ratio}-", 1)[0] for path in names)
-    return {method: seeds_of(model, f"{method}-{ratio}-{how}") for method in methods}
-
-
-def named(method: str) -> str:
-    """A row's name; ours stands out."""
-    return f"**{METHODS[method]}**" if method == "saap" else NAMES[method]
-
-
-def equal_table() -> str:
-    """Rows of an equal planned speed, tuned, and what SAAP gains in the tasks: of a speed the best perplexity first."""
-    lines = []
-    for speed in sorted({path.stem.split("-")[1] for path in cells_of(MODEL).glob("*x-tuned-seed*.json")}):
-        rows = rows_of(MODEL, speed, "tuned")
-        check_alike([cell for cells in rows.values() for cell in cells.values()])
-        for method, cells in rows.items():
-            told = [speed, *equal_row(method, cells, rows["saap"])]
-            lines.append((speed, numbers_of(list(cells.values()))[0], told))
-    heads = ["planned", "method", "seeds", "ppl 128", "ppl 2048", *TASKS.values()]
-    heads += ["answers: agreement, %", "repetition, %", "SAAP's gain in the tasks (95 %)"]
-    return markdown(heads, [told for *_, told in sorted(lines)])
-
-
-def equal_row(method: str, cells: dict[str, Cell], ours: dict[str, Cell]) -> list[str]:
-    """One of its rows, from the method on; ``ours``: SAAP's cells there."""
-    columns = list(zip(*(numbers_of([cell])[:4] for cell in cells.values()), strict=True))
-    told = [spread(column, digits, True) for column, digits in zip(columns, (2, 2, 1, 1), strict=True)]
-    answers = [cell["quality"]["answers"] for cell in cells.values()]
-    told += [spread([100 * each[key] for each in answers], 0, True) for key in ("agreement", "repetition")]
-    both = [] if method == "saap" else [seed for seed in cells if seed in ours]
-    pairs = [[answers_of(row[seed]) for seed in both] for row in (ours, cells)]
-    ahead = told_gain(*pairs) if both else ""
-    return [named(method), str(len(cells)), *told, ahead]
 
 
 def quality_table(model: str, ratio: str, how: str) -> str:
@@ -125,34 +83,6 @@ def row_of(name: str, cells: list[Cell]) -> list[str]:
     several = (True, True, True, True, False, False, True, False)  # which columns show their seeds
     told = [spread(c, d, s) for c, d, s in zip(columns, digits, several, strict=True)]
     return [name, str(len(cells)), *told]
-
-
-def spread(values: Sequence[float], digits: int, several: bool) -> str:
-    """The mean of those that were measured, and each; ``-`` where there are none."""
-    known = [value for value in values if not math.isnan(value)]
-    if not known:
-        return "-"
-    if max(known) > 1000:
-        return f"{statistics.fmean(known):,.0f}" if max(known) < 100_000 else f"{statistics.fmean(known):.1e}"
-    mean = f"{statistics.fmean(known):.{digits}f}"
-    if len(values) == 1 or not several:
-        return mean
-    return f"{mean} ({', '.join(f'{value:.{digits}f}' for value in known)})"
-
-
-def numbers_of(cells: list[Cell]) -> list[float]:
-    """Perplexities, tasks, million parameters, MB, decode over dense and peak MB; means of the cells."""
-    found = []
-    for cell in cells:
-        rows = [cell["quality"][protocol]["rows"][-1] for protocol in PROTOCOLS]
-        tasks = {task["task"]: 100 * task[metric_of(task)] for task in tasks_of(cell)}
-        timed = cell["bench"] or {}
-        faster = (timed.get("speedup") or [1.0 if cell["name"] == "dense" else math.nan])[0]
-        peak = timed["peak_decode_bytes"] / 1e6 if timed else math.nan
-        sizes = [rows[0]["parameters"] / 1e6, rows[0]["bytes"] / 1e6]
-        quality = [row["perplexity"] for row in rows] + [tasks.get(task, math.nan) for task in TASKS]
-        found.append([*quality, *sizes, faster, peak])
-    return [statistics.fmean(column) for column in zip(*found, strict=True)]
 
 
 def gains_table(model: str, ratio: str) -> str:
@@ -182,11 +112,6 @@ def gained(
     reached, own = mean_points(theirs), mean_points(mine)
     shares = [f"{(top - own) / (top - reached):.2f}x" for top in tops_of(model, how).values()]
     return reached, " / ".join(shares), told_gain(mine, theirs)
-
-
-def told_gain(ours: list[Answers], theirs: list[Answers]) -> str:
-    """A gain and its 95 % interval: ``+1.72 (+0.56 to +2.89)``."""
-    return "{:+.2f} ({:+.2f} to {:+.2f})".format(*gain(ours, theirs))
 
 
 def mean_points(answers: list[Answers]) -> float:

@@ -28,8 +28,10 @@ from devices.probe.host import probe
 from saap.cli.main import cli
 from studies.checks import study as checks
 from studies.common import provenance, read_cells, with_tables
+from studies.field import equal
 from studies.field import rows as field
 from studies.field.cells import gain
+from studies.field.plot import draw_all
 from studies.fuzz import study as fuzz
 from studies.fuzz.products import Changed
 from studies.fuzz.targets import Target
@@ -194,6 +196,42 @@ def test_what_checks_cost_is_judged_by_the_whole_interval(factor, shown):
     (row,) = checks.table([cell]).splitlines()[2:]
     assert row.split(" | ")[5:] == [f"{row.split(' | ')[5]}", shown, "torch None and 2.13", "a CPU, AVX2 |"]
     assert float(row.split(" | ")[4]) == pytest.approx(factor, rel=0.01)
+
+
+def field_cell(folder, method, seed, perplexities, agreement, right=None):
+    """A cell at 1.5x; ``right``: of four examples of a task."""
+    rows = [{"perplexity": each, "parameters": 1, "bytes": 1} for each in perplexities]
+    quality = {name: {"rows": [row]} for name, row in zip(("ppl128", "ppl2048"), rows, strict=True)}
+    quality["answers"] = {"agreement": agreement, "repetition": 0.0}
+    if right:
+        share = right.count("1") / 4
+        task = {"task": "piqa", "sha256": "x", "right": {"acc_norm": right}, "acc_norm": share, "acc": share}
+        quality["tasks"] = {"tasks": [task]}
+    path = folder / "m" / f"{method}-1.5x-tuned-seed{seed}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps({"name": path.stem, "quality": quality, "bench": None}))
+
+
+def test_at_an_equal_speed_tasks_compare_at_the_seeds_that_answered_them(tmp_path, monkeypatch):
+    monkeypatch.setattr("studies.field.cells.CELLS", tmp_path)
+    field_cell(tmp_path, "saap", 0, (80, 40), 0.5, "1110")
+    field_cell(tmp_path, "saap", 1, (90, 30), 0.6)
+    field_cell(tmp_path, "shortgpt", 0, (100, 50), 0.5, "1010")
+    field_cell(tmp_path, "shortgpt", 1, (100, 60), 0.4, "1010")
+    ours, theirs = equal.table("m").splitlines()[2:]
+    assert ours.startswith("| 1.5x | **SAAP** | 2 | 85.00 (80.00, 90.00) | 35.00 (40.00, 30.00) | - | 75.0 (75.0) |")
+    assert "| 50.0 (50.0, 50.0) | 45 (50, 40) |" in theirs and "| +25.00 (" in theirs
+    perplexity, answers, gained = equal.bars("m")
+    assert (perplexity.reached, perplexity.found) == (True, "0.80x, 0.90x; 0.80x, 0.50x")
+    assert (answers.reached, answers.found) == (True, "55.0 and 45.0 %")
+    assert gained.reached, "its lower bound is 0"
+    field_cell(tmp_path, "saap", 1, (90, 61), 0.2, "0010")
+    assert [bar.reached for bar in equal.bars("m")] == [False, False, False]
+
+
+def test_the_field_s_picture_is_drawn(tmp_path):
+    draw_all(tmp_path / "field.svg")
+    assert "ShortGPT" in (tmp_path / "field.svg").read_text()
 
 
 def commands_of_studies():
