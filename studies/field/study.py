@@ -62,7 +62,8 @@ def tables() -> dict[str, str]:
         found[f"gains-{percent}"] = gains_table(MODEL, ratio)
         found[f"speed-{percent}"] = speed_table(percent)
     found |= {"bars": bar_table(all_bars()), "equal": equal.table(MODEL), "equal-bars": bar_table(equal.bars(MODEL))}
-    return {**found, "gemma": quality_table(GEMMA, "0.2", "untuned"), "gemma-gains": gains_table(GEMMA, "0.2")}
+    found |= {"gemma": quality_table(GEMMA, "0.2", "untuned"), "gemma-gains": gains_table(GEMMA, "0.2")}
+    return {**found, "gemma-equal": equal.table(GEMMA), "gemma-equal-bars": bar_table(equal.bars(GEMMA))}
 
 
 def quality_table(model: str, ratio: str, how: str) -> str:
