@@ -42,19 +42,20 @@ def bars(model: str) -> list[Bar]:
         for speed, rows in rows_by_speed(model).items()
         for method, cells in rows.items()
         if method not in ("saap", "published")
-        for bar in _bars(f"{speed} against {NAMES[method]}", rows["saap"], cells)
+        for bar in _bars(speed, NAMES[method], rows["saap"], cells)
     ]
 
 
-def _bars(where: str, ours: Seeds, theirs: Seeds) -> Iterator[Bar]:
+def _bars(speed: str, name: str, ours: Seeds, theirs: Seeds) -> Iterator[Bar]:
     seeds = [seed for seed in theirs if seed in ours]
     over = [_over(ours[seed], theirs[seed]) for seed in seeds]
     told = "; ".join(", ".join(f"{each:.2f}x" for each in windows) for windows in zip(*over, strict=True))
-    yield Bar(f"{where}: perplexity over its, 128 and 2,048", "lower at each seed", told, max(map(max, over)) < 1)
+    yield Bar(f"{speed}: perplexity over {name}'s, 128; 2,048", "lower at each seed", told, max(map(max, over)) < 1)
     mine, its = (100 * statistics.fmean(_agreement(cells[seed]) for seed in seeds) for cells in (ours, theirs))
-    yield Bar(f"{where}: answers that agree", "more", f"{mine:.1f} and {its:.1f} %", mine > its)
+    yield Bar(f"{speed}: answers that agree, against {name}'s", "more", f"{mine:.1f} and {its:.1f} %", mine > its)
     if pairs := _answered(ours, theirs):
-        yield Bar(f"{where}: gain in the tasks", f"lower bound > {LEVEL:g}", told_gain(*pairs), gain(*pairs)[1] > LEVEL)
+        bar = f"95 % lower bound > {LEVEL:g}"
+        yield Bar(f"{speed}: gain over {name} in the tasks", bar, told_gain(*pairs), gain(*pairs)[1] > LEVEL)
 
 
 def _quality(cells: Sequence[Cell]) -> list[str]:
