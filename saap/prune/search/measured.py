@@ -35,7 +35,7 @@ WINDOW, WINDOWS = 1024, 2  # tokens, and how many
 LONG_TEXT = 98_304  # tokens of text that is read for nothing else, to find windows in
 FAR = 257  # tokens back, and more
 EVERY = 4  # of so many places one is judged
-SAYING = "measuring what the plan takes"
+SAYING = "measuring what the plan takes, round {}"  # a deep cut needs 20 and more
 
 
 def long_windows(ids: torch.Tensor) -> torch.Tensor:
@@ -114,9 +114,11 @@ class Measuring:
     kept: KeptDivergences
     progress: Progress | None = None
     _windows: Windows | None = field(default=None, init=False)
+    _rounds: int = field(default=0, init=False)
 
     def more(self, library: Library, found: Found) -> Library | None:
         """The library with what this plan takes measured; None where nothing of it is left to measure."""
+        self._rounds += 1
         options, runs = _taken(library, found)
         if not options and not runs:
             return None
@@ -137,13 +139,14 @@ class Measuring:
         if self._windows is None:
             self._windows = Windows(self.pricing.model, long_windows(self.ids))
         found: dict[str, float] = {}
+        saying = SAYING.format(self._rounds)
         for done, change in enumerate(self.pricing.changes(options, runs)):
             if self.progress:
-                self.progress(SAYING, done, count)
+                self.progress(saying, done, count)
             name = _option(change.of, options[change.of]) if change.of and not change.gone else _run(change.gone)
             found[name] = self._windows.divergence(change)
         if self.progress:
-            self.progress(SAYING, count, count)
+            self.progress(saying, count, count)
         self.kept.add(found)
 
 
