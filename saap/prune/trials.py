@@ -30,7 +30,9 @@ from saap.text.rows import Rows
 if TYPE_CHECKING:
     from saap.tune.options import TuneOptions
 
-JUDGED = 32  # sequences, of which none is learnt from
+# So many tokens are learnt for each that judges. The difference of two plans has a standard error of 0.005 nats per
+# token on 32 sequences of 256 and of 0.0025 on 128, and the best plans are 0.01 apart (studies/search).
+LEARNT = 2
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,13 @@ HALVINGS: dict[Effort, Halving] = {
 def trial_rows(options: PruneOptions) -> int:
     """Rows of text that are wanted beyond those that score: to learn from, and to be judged on."""
     halving = HALVINGS.get(options.effort)
-    return 0 if halving is None else -(-halving.tokens[-1] // options.length) + JUDGED
+    return 0 if halving is None else sum(_rows_of(halving.tokens[-1], options.length))
+
+
+def _rows_of(tokens: int, length: int) -> tuple[int, int]:
+    """Sequences to learn from, and to be judged on."""
+    learnt = -(-tokens // length)
+    return learnt, -(-learnt // LEARNT)
 
 
 def gone_of(plan: PrunePlan) -> int:
@@ -121,7 +129,8 @@ class _Trials:
         self.options = replace(options, effort="quick")
         spare = trial_rows(options)
         self.scored = replace(rows, ids=rows.ids[:-spare])
-        self.learnt, self.judged = rows.ids[-spare:-JUDGED], rows.ids[-JUDGED:]
+        most, _ = _rows_of(HALVINGS[options.effort].tokens[-1], options.length)
+        self.learnt, self.judged = rows.ids[-spare:].tensor_split([most])
         self.told: list[Trial] = []
 
     def run(self, halving: Halving) -> Path:
@@ -173,16 +182,16 @@ class _Trials:
         if known.is_file():
             return float(known.read_text())
         tuned = self.kept.path(f"plan {number} tuned")
-        rows = self.learnt[: -(-tokens // self.options.length)]
+        learnt, judged = _rows_of(tokens, self.options.length)
         tune(
-            self._path(number), _tuning(self.options), output=tuned, teacher=self.directory, data=rows,
+            self._path(number), _tuning(self.options), output=tuned, teacher=self.directory, data=self.learnt[:learnt],
             progress=progress,
         )  # fmt: skip
         device = device_of(self.options.device)
         scorers = {
             name: torch_scorer(open_model(at, device)) for name, at in (("dense", self.directory), ("tuned", tuned))
         }
-        found = score_models(scorers, self.judged.to(device), reference="dense", progress=progress)
+        found = score_models(scorers, self.judged[:judged].to(device), reference="dense", progress=progress)
         shutil.rmtree(tuned)
         known.write_text(repr(found[1].kl))
         return float(found[1].kl or 0.0)

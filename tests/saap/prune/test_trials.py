@@ -20,7 +20,6 @@ OPTIONS = PruneOptions(speedup=None, ratio=0.45, effort="normal", sequences=8, l
 @pytest.fixture
 def few(monkeypatch):
     monkeypatch.setitem(module.HALVINGS, "normal", SHORT)
-    monkeypatch.setattr(module, "JUDGED", 4)
 
 
 def rows(options, seed=0):
@@ -47,6 +46,29 @@ def test_the_plan_that_is_closest_after_tuning_is_kept(tiny_model, tmp_path, few
     alone = replace(OPTIONS, effort="quick", adaptive=replace(OPTIONS.adaptive, **settings))
     again = prune(model, alone, output=tmp_path / "alone", calibration=rows(OPTIONS)[:8])
     assert again.plan.layers == result.plan.layers
+
+
+def test_a_round_learns_and_judges_on_rows_of_its_own(tiny_model, tmp_path, few, monkeypatch):
+    from saap.evaluate.perplexity import score_models
+    from saap.tune.tuning import tune
+
+    learnt, judged = [], []
+
+    def tuned(*args, data, **kwargs):
+        learnt.append(data)
+        return tune(*args, data=data, **kwargs)
+
+    def scored(scorers, ids, **kwargs):
+        judged.append(ids)
+        return score_models(scorers, ids, **kwargs)
+
+    monkeypatch.setattr("saap.tune.tuning.tune", tuned)
+    monkeypatch.setattr("saap.evaluate.perplexity.score_models", scored)
+    text = rows(OPTIONS)
+    prune(tiny_model(num_hidden_layers=4), OPTIONS, output=tmp_path / "slim", calibration=text)
+    assert {(len(ids), len(others)) for ids, others in zip(learnt, judged, strict=True)} == {(4, 2), (8, 4)}
+    assert all(torch.equal(ids, text[8 : 8 + len(ids)]) for ids in learnt)  # the first eight score
+    assert all(torch.equal(ids, text[16 : 16 + len(ids)]) for ids in judged)
 
 
 def test_a_killed_trial_goes_on(tiny_model, tmp_path, few, monkeypatch):
