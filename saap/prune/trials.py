@@ -30,7 +30,7 @@ from saap.text.rows import Rows
 if TYPE_CHECKING:
     from saap.tune.options import TuneOptions
 
-# So many tokens are learnt for each that judges. The difference of two plans has a standard error of 0.005 nats per
+# Tokens learnt for each token that judges. The difference of two plans has a standard error of 0.005 nats per
 # token on 32 sequences of 256 and of 0.0025 on 128, and the best plans are 0.01 apart (studies/search).
 LEARNT = 2
 
