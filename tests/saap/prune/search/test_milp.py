@@ -96,6 +96,21 @@ def test_gaps_go_where_they_are_cheap_and_not_side_by_side():
     assert [option.price for option in result.chosen[2:]] == [0.001, 0.001]  # each bears its part
 
 
+def test_no_block_comes_back_into_the_middle_of_a_run():
+    found = library()
+    last = len(SHAPE.layers) - 1
+    run = ((last, ATTENTION.name), (last, FFN.name))
+    gaps = tuple(replace(gap, price=0.002 if gap.blocks == run else 50.0) for gap in found.gaps)
+    narrow = min((keep for keep, _ in found.offers[last, FFN.name]), key=lambda keep: len(keep.ffn))
+    offers = {
+        place: tuple((keep, 0.0005 if keep is narrow else price) for keep, price in kept)
+        for place, kept in found.offers.items()
+    }
+    budget = weights(SHAPE.layer_weights // 2 + 4 * SHAPE.hidden * len(narrow.ffn))  # one layer, and room for it
+    plan = search(replace(found, offers=offers, gaps=gaps), budget).plan
+    assert plan.layers[last] == LayerPlan() and plan.price == pytest.approx(0.002)
+
+
 def test_keeping_everything_is_free_and_the_costs_are_the_models():
     found = search(library(), weights(SHAPE.layer_weights))
     assert found.plan.price == 0
