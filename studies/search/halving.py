@@ -13,8 +13,11 @@ WINDOWS, LENGTH = 100, 256
 BEST = 2  # the chosen plan is to be among so many
 
 
-def trial(model: str, asked: list[str], text: Path, tokens: int, work: Path) -> Cell:
-    """Let `saap prune --effort thorough` choose, and tune each plan that it tried, by commands that anyone can type."""
+def trial(model: str, asked: list[str], text: Path, tokens: int, work: Path, in_full: int) -> Cell:
+    """Let `saap prune --effort thorough` choose, and tune what it tried, by commands that anyone can type.
+
+    ``in_full``: how many plans are tuned in full, the best after the first round.
+    """
     chosen = work / "chosen"
 
     def unless(made: Path, *words: object) -> None:
@@ -23,7 +26,7 @@ def trial(model: str, asked: list[str], text: Path, tokens: int, work: Path) -> 
 
     unless(chosen, "prune", model, *asked, "-o", chosen, "--effort", "thorough")
     tried = read_record(chosen)["plan"]["trials"]
-    for told in tried:
+    for told in sorted(tried, key=lambda told: next(iter(told["kl"].values())))[:in_full]:
         plan, tuned = (work / f"plan{told['plan']}{kind}" for kind in ("", "-tuned"))
         judged = work / f"{plan.name}.json"
         if not judged.exists():
@@ -49,19 +52,25 @@ def chosen_of(cell: Cell) -> Cell:
 
 def place_of(cell: Cell) -> int:
     """Which place the chosen plan has after full tuning; 1 is the best."""
-    return 1 + sum(told["tuned"] < chosen_of(cell)["tuned"] for told in cell["tried"])
+    return 1 + sum(told["tuned"] < chosen_of(cell)["tuned"] for told in tuned_in_full(cell))
+
+
+def tuned_in_full(cell: Cell) -> list[Cell]:
+    """The plans of a trial that were tuned in full, the best first."""
+    return sorted((told for told in cell["tried"] if "tuned" in told), key=lambda told: told["tuned"])
 
 
 def table(cells: dict[str, Cell]) -> str:
-    """Every plan of every trial, the best after full tuning first."""
+    """Every plan of every trial, the best after full tuning first, and those that were not tuned in full last."""
     lines = []
     for name, cell in cells.items():
-        for place, told in enumerate(sorted(cell["tried"], key=lambda told: told["tuned"]), 1):
+        others = sorted((t for t in cell["tried"] if "tuned" not in t), key=lambda told: min(told["kl"].values()))
+        for place, told in enumerate([*tuned_in_full(cell), *others], 1):
             rounds = [f"{kl:.3f}" for kl in told["kl"].values()]
             best = "**chosen**" if told["plan"] == chosen_of(cell)["plan"] else ""
             rounds += [""] * (max(len(each["kl"]) for each in cell["tried"]) - len(rounds))
-            lines.append([name, str(told["gone"]), f"{told['price_nats']:.3f}", *rounds, f"{told['tuned']:.3f}",
-                          str(place), best])  # fmt: skip
+            full = [f"{told['tuned']:.3f}", str(place)] if "tuned" in told else ["", ""]
+            lines.append([name, str(told["gone"]), f"{told['price_nats']:.3f}", *rounds, *full, best])
     counts = max((told["kl"] for cell in cells.values() for told in cell["tried"]), key=len)
     heads = ["trial", "blocks gone", "price", *(f"KL after {int(count):,} tokens" for count in counts)]
     return markdown([*heads, "in full, on other text", "place", ""], lines)
@@ -70,7 +79,7 @@ def table(cells: dict[str, Cell]) -> str:
 def bar(cells: dict[str, Cell]) -> Bar:
     """Whether the chosen plan is among the best in each trial."""
     places = {name: place_of(cell) for name, cell in cells.items()}
-    told = ", ".join(f"{name}: {place} of {len(cells[name]['tried'])}" for name, place in places.items())
+    told = ", ".join(f"{name}: {place} of {len(tuned_in_full(cells[name]))}" for name, place in places.items())
     reached = len(places) >= 3 and max(places.values()) <= BEST
     return Bar(
         "halving: the chosen plan after full tuning", f"among the best {BEST} of eight, in 3 of 3", told, reached

@@ -98,6 +98,7 @@ def main() -> None:
     tried.add_argument("--speedup", type=float, required=True)
     tried.add_argument("--seed", type=int, default=0)
     tried.add_argument("--tokens", type=int, default=100_000)
+    tried.add_argument("--in-full", type=int, default=8, help="plans tuned in full, the best after the first round")
     tried.add_argument("--costs", type=Path, required=True)
     tried.add_argument("--text", type=Path, required=True, help="that judges, and is neither learnt nor calibrated on")
     for each in (made, priced, tried):
@@ -114,7 +115,8 @@ def main() -> None:
 
         name = f"{args.speedup:g}x, seed {args.seed}"
         asked = ["--speedup", str(args.speedup), "--costs", str(args.costs.resolve()), "--seed", str(args.seed)]
-        cell = {"halving": name} | trial(MODEL, asked, args.text.resolve(), args.tokens, args.work.resolve())
+        text, work = args.text.resolve(), args.work.resolve()
+        cell = {"halving": name} | trial(MODEL, asked, text, args.tokens, work, args.in_full)
         write_json(CELLS / f"halving-{args.speedup:g}-seed{args.seed}.json", cell)
         return
     texts = {"WikiText-2": "", **dict(each.split("=", 1) for each in args.texts)}

@@ -532,3 +532,5 @@ def test_halving_is_judged_by_the_place_of_what_it_chose():
     assert halving.bar(better).reached
     assert not halving.bar({"a": better["a"]}).reached, "one trial is not three"
     assert "**chosen**" in halving.table(cells)
+    fewer = {"a": {"tried": [{key: told[key] for key in told if key != "tuned"} for told in tried[:1]] + tried[1:]}}
+    assert "a: 2 of 2" in halving.bar(fewer).found and halving.table(fewer).splitlines()[-1].startswith("| a | 9 |")
