@@ -402,14 +402,14 @@ def _use_up(blocks: list[Block], chosen: list[Option], left: float, shape: Model
     """
     chosen = list(chosen)
     while True:
-        gone = [*(not option.keep.blocks for option in chosen), False]  # and before the first, none
+        gone = [*(not option.keep.blocks for option in chosen), False]  # at both ends nothing is gone: -1 is the last
         larger = [
             (option.price - other.price, other.cost - option.cost, -place, other)
             for place, (block, option) in enumerate(zip(blocks, chosen, strict=True))
             for other in block.options
             if 0 < other.cost - option.cost <= left and other.price <= option.price
             if not (shape.sources and len(other.keep.kv_heads) != len(option.keep.kv_heads))
-            if not (gone[place] and (gone[place - 1] or gone[place + 1]))  # a run has no price without a block of it
+            if not (gone[place] and (gone[place - 1] or gone[place + 1]))  # no price covers a run with one block back
         ]
         if not larger:
             return chosen
