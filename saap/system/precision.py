@@ -1,15 +1,18 @@
 """In which number format matrix products are computed, and by which library where that is float32.
 
-The forward pass of tuning takes bfloat16 where the hardware multiplies in it. Everything else is float32, which torch
-leaves to MKL; on AMD's processors oneDNN, which torch brings too, is about twice as fast.
+The forward pass of tuning takes bfloat16 where the hardware multiplies faster in it. Everything else is float32, which
+torch leaves to MKL; on AMD's processors oneDNN, which torch brings too, is about twice as fast.
 """
 
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
+from statistics import median
 
 import torch
 
@@ -19,18 +22,20 @@ PRECISIONS = ("auto", "bf16", "fp32")
 CPUINFO = Path("/proc/cpuinfo")
 LARGEST_ERROR = 1e-5  # of a float32 product, relative to its largest number; bfloat16 is off by 1e-3 and more
 BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # the last one is what aarch64 calls it
+LEAST_GAIN = 1.2  # of bfloat16 over float32, which is exact
+TIMED_S = 0.05
 
 
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     """What matrix products run in; None is float32 throughout.
 
     Args:
-        precision: "auto" takes bfloat16 where the hardware has it, because elsewhere it is emulated and slower than
-            float32; "bf16" and "fp32" are taken as they are.
+        precision: "auto" takes bfloat16 where it is faster: elsewhere it is emulated, and Intel's AVX512-BF16 takes
+            twice float32's time (studies/tuning_speed); "bf16" and "fp32" are taken as they are.
     """
     if precision not in PRECISIONS:
         raise UserError(f"the precision {precision!r} is not known: give one of {', '.join(PRECISIONS)}")
-    if precision == "bf16" or (precision == "auto" and computes_bf16(device)):
+    if precision == "bf16" or (precision == "auto" and _gains_by_bf16(device)):
         return torch.bfloat16
     return None
 
@@ -44,6 +49,35 @@ def computes_bf16(device: torch.device, cpuinfo: Path = CPUINFO) -> bool:
     flags = re.findall(r"^(?:flags|Features)\s*:(.*)$", _text_of(cpuinfo), re.MULTILINE)
     # A core without it would be as slow as emulation, and the threads wait for the slowest.
     return bool(flags) and all(BF16_FLAGS & set(line.split()) for line in flags)
+
+
+def _gains_by_bf16(device: torch.device) -> bool:
+    return computes_bf16(device) and (device.type != "cpu" or bf16_gain() >= LEAST_GAIN)
+
+
+@cache  # one answer for a whole run
+def bf16_gain() -> float:
+    """How many times as fast as in float32 this CPU computes a product in bfloat16."""
+    cpu = torch.device("cpu")
+    rates = [product_rate(512, 576, 1536, dtype, cpu, TIMED_S) for dtype in (torch.bfloat16, torch.float32)]
+    return rates[0] / rates[1]
+
+
+def product_rate(
+    rows: int, inputs: int, outputs: int, dtype: torch.dtype, device: torch.device, seconds: float
+) -> float:
+    """Operations per second of a product (rows, inputs) x (inputs, outputs), the median of at least so many seconds."""
+    generator = torch.Generator(device).manual_seed(0)  # the run's own random numbers stay as they are
+    x = torch.randn(rows, inputs, generator=generator, device=device, dtype=dtype)
+    matrix = torch.randn(inputs, outputs, generator=generator, device=device, dtype=dtype)
+    times: list[float] = []
+    with fast_float32(), torch.no_grad():
+        float((x @ matrix)[0, 0])  # not timed: threads start
+        while sum(times) < seconds:
+            began = time.perf_counter()
+            float((x @ matrix)[0, 0])  # waits for a GPU
+            times.append(time.perf_counter() - began)
+    return 2 * rows * inputs * outputs / median(times)
 
 
 @contextmanager

@@ -7,18 +7,16 @@ It is kept beside the output until that is there: a run that was killed goes on 
 from __future__ import annotations
 
 import json
-import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 
 import torch
 
 from devices.common.files import write_text
 from saap.models.shape import ModelShape
 from saap.system.errors import UserError
-from saap.system.precision import autocast_dtype, fast_float32
+from saap.system.precision import autocast_dtype, product_rate
 from saap.system.processes import training_device
 from saap.tune.loop.state import state_directory
 from saap.tune.options import TuneOptions
@@ -58,9 +56,9 @@ def pace_of(shape: ModelShape, teacher: ModelShape | None, options: TuneOptions,
         recomputed: activations are computed again in the backward pass.
     """
     device, training = training_device(), options.training
-    rate = OF_RATE * product_rate(
-        training.rows_per_step * options.length, shape, autocast_dtype(training.precision, device) or torch.float32
-    )
+    dtype = autocast_dtype(training.precision, device) or torch.float32
+    rows, width = training.rows_per_step * options.length, max(sizes.ffn for sizes in shape.layers)  # the widest FFN
+    rate = OF_RATE * product_rate(rows, shape.hidden, width, dtype, device, MEASURED_S)
     # Two operations a weight: forward, backward to the inputs and, of layers, to the scales.
     passes = 3 + recomputed
     learning = 2 * training.passes * (passes * shape.layer_weights + 2 * shape.vocab * shape.hidden)
@@ -70,21 +68,6 @@ def pace_of(shape: ModelShape, teacher: ModelShape | None, options: TuneOptions,
         read = 2 * options.calibration_rows * options.length * 2 * shape.layer_weights
         integers = (read + PER_WEIGHT * shape.parameters) / rate
     return Pace(START_S + integers, (learning + asking) / rate)
-
-
-def product_rate(rows: int, shape: ModelShape, dtype: torch.dtype) -> float:
-    """Operations per second of the widest FFN's product on the device that trains."""
-    device, width = training_device(), max(sizes.ffn for sizes in shape.layers)
-    x = torch.randn(rows, shape.hidden, device=device, dtype=dtype)
-    matrix = torch.randn(shape.hidden, width, device=device, dtype=dtype)
-    times: list[float] = []
-    with fast_float32(), torch.no_grad():
-        float((x @ matrix)[0, 0])  # not timed: threads start
-        while sum(times) < MEASURED_S:
-            began = time.perf_counter()
-            float((x @ matrix)[0, 0])  # waits for a GPU
-            times.append(time.perf_counter() - began)
-    return 2 * rows * shape.hidden * width / median(times)
 
 
 class KeptTokens:

@@ -2,6 +2,7 @@
 
     python -m studies.tuning_speed.study run MODEL --base BASE --threads 2 --pairs 4    # into cells/
     python -m studies.tuning_speed.study busy MODEL --tokens 2048 --pairs 2    # beside 0, 1, 2 others
+    python -m studies.tuning_speed.study precision MODEL --tokens 2048 --pairs 3    # bf16, fp32 and auto in turns
     python -m studies.tuning_speed.study table --write
 
 BASE is a checkout of the commit before, with an environment of its own in BASE/.venv (or --base-python), of the same
@@ -66,6 +67,7 @@ class Side:
             "command_s": seconds,
             "peak_mb": used.ru_maxrss * 1024 / 1e6,
             "text": tuning["text"].get("rows_sha256"),
+            "precision": history["precision"],
             "losses": history["losses"],
             "held_out": history["held_out"][-1][1] if history["held_out"] else None,
         }
@@ -96,6 +98,23 @@ def busy_table(cells: Sequence[Cell]) -> str:
             share = f"{median(found) / median(speeds[0]):.2f}x" if busy else ""
             rows.append([busy, len(found), f"{median(found):.0f}", share, threads, cpu_of(machine)])
     heads = ["busy processes", "runs", "tokens/s of steps", "of alone", "threads", "machine"]
+    return markdown(heads, rows)
+
+
+def precision_table(cells: Sequence[Cell]) -> str:
+    """A row for each machine: the rate in either precision, and what auto took."""
+    rows = []
+    for machine, threads in dict.fromkeys((cell["machine"], cell["threads"]) for cell in cells):
+        alike = [cell for cell in cells if (cell["machine"], cell["threads"]) == (machine, threads)]
+        runs = [run for cell in alike for run in cell["precisions"]]
+        bf16, fp32 = ([r["steps_tokens_per_s"] for r in runs if r["asked"] == kind] for kind in ("bf16", "fp32"))
+        ratio, low, high = bootstrap_ratio(bf16, fp32, paired=True)
+        took = sorted({run["precision"] for run in runs if run["asked"] == "auto"})
+        rows.append([
+            threads, len(bf16), f"{median(bf16):.0f}", f"{median(fp32):.0f}", f"{ratio:.2f}x ({low:.2f} to {high:.2f})",
+            ", ".join(took), cpu_of(machine),
+        ])  # fmt: skip
+    heads = ["threads", "pairs", "tokens/s of steps, bf16", "fp32", "fp32 against bf16", "auto takes", "machine"]
     return markdown(heads, rows)
 
 
@@ -133,13 +152,14 @@ def tables() -> dict[str, str]:
     return {
         "speed": table([cell for cell in cells if "pairs" in cell]),
         "busy": busy_table([cell for cell in cells if "runs" in cell]),
+        "precision": precision_table([cell for cell in cells if "precisions" in cell]),
     }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """See the module's docstring."""
     parser = parser_of(__doc__)
-    parser.add_argument("do", choices=["run", "busy", "table"])
+    parser.add_argument("do", choices=["run", "busy", "precision", "table"])
     parser.add_argument("model", nargs="?", type=Path, help="a pruned directory")
     parser.add_argument("--base", type=Path, help="the checkout from before")
     parser.add_argument("--teacher", default="smollm2-135m")
@@ -159,6 +179,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
              "--integers", "nearest", *(["--data", given.data] if given.data else [])]  # fmt: skip
     if given.do == "busy":
         return keep(given, {"runs": busy_runs(mine, words, given.pairs)})
+    if given.do == "precision":
+        return keep(given, {"precisions": precision_runs(mine, words, given.pairs)})
     python = given.base_python or given.base / ".venv" / "bin" / "python"
     sides = [Side(given.base.resolve(), python.absolute(), given.threads), mine]
     pairs = []
@@ -182,6 +204,18 @@ def busy_runs(side: Side, words: Sequence[str], rounds: int) -> list[dict[str, A
                     told = side.tuned(words, Path(place))
                 runs.append({**told, "busy": busy})
                 print(busy, round(told["steps_tokens_per_s"], 1), flush=True)
+    return runs
+
+
+def precision_runs(side: Side, words: Sequence[str], rounds: int) -> list[dict[str, Any]]:
+    """In bfloat16, in float32 and as it is chosen, in turns."""
+    runs = []
+    with tempfile.TemporaryDirectory(prefix="saap-tuning-") as place:
+        for number in range(rounds):
+            for asked in ("auto", "fp32", "bf16") if number % 2 else ("bf16", "fp32", "auto"):
+                told = side.tuned([*words, "--precision", asked], Path(place))
+                runs.append({**told, "asked": asked})
+                print(asked, told["precision"], round(told["steps_tokens_per_s"], 1), flush=True)
     return runs
 
 

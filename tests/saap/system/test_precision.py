@@ -73,3 +73,21 @@ def test_here_products_are_as_exact_as_without():
     with fast_float32():
         error = (torch.nn.functional.linear(x, weight) - expected).abs().max() / expected.abs().max()
     assert error <= 5e-6
+
+
+def test_a_product_is_timed_and_random_numbers_stay():
+    state = torch.get_rng_state()
+    assert 1e6 < precision.product_rate(64, 64, 128, torch.float32, torch.device("cpu"), 0.001) < 1e14
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_what_bfloat16_gains_is_a_ratio_of_two_rates_and_measured_once(monkeypatch):
+    asked = []
+    rates = {torch.bfloat16: 3e9, torch.float32: 2e9}
+    monkeypatch.setattr(precision, "product_rate", lambda *sizes: asked.append(sizes[3]) or rates[sizes[3]])
+    precision.bf16_gain.cache_clear()
+    try:
+        assert precision.bf16_gain() == precision.bf16_gain() == 1.5
+        assert asked == [torch.bfloat16, torch.float32]
+    finally:
+        precision.bf16_gain.cache_clear()

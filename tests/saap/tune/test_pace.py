@@ -45,11 +45,6 @@ def test_what_a_token_takes(tiny_model, monkeypatch):
     assert by_itself.fixed_s == pace.START_S < pace_of(shape, None, OPTIONS, recomputed=False).fixed_s
 
 
-def test_a_product_is_timed(tiny_model):
-    shape = shape_of(read_config(tiny_model()))
-    assert 1e6 < pace.product_rate(64, shape, pace.torch.float32) < 1e14
-
-
 @pytest.mark.parametrize("damaged", ["", "{}", '{"tokens": -1}', '{"tokens": "many"}', "[]"])
 def test_a_number_that_is_not_there_is_not_known(tmp_path, damaged):
     kept = KeptTokens(tmp_path / "out", 5)

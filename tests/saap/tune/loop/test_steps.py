@@ -346,14 +346,16 @@ def test_bf16_autocast_learns_too_and_is_recorded(run):
         ("processor : 0\n", False),
     ],
 )
-def test_bf16_is_taken_where_the_cpu_has_it(tmp_path, monkeypatch, text, expected):
+def test_bf16_is_taken_where_the_cpu_has_it_and_gains_by_it(tmp_path, monkeypatch, text, expected):
     path = tmp_path / "cpuinfo"
     path.write_text(text, encoding="utf-8")
     cpu = torch.device("cpu")
     assert computes_bf16(cpu, path) is expected
     assert not computes_bf16(cpu, tmp_path / "missing")
     monkeypatch.setattr("saap.system.precision.computes_bf16", lambda device: expected)
-    assert autocast_dtype("auto", cpu) == (torch.bfloat16 if expected else None)
+    for gain in (0.5, 1.1, 1.3):  # an Intel core has it and is slower by it
+        monkeypatch.setattr("saap.system.precision.bf16_gain", lambda gain=gain: gain)
+        assert autocast_dtype("auto", cpu) == (torch.bfloat16 if expected and gain == 1.3 else None)
     assert autocast_dtype("fp32", cpu) is None and autocast_dtype("bf16", cpu) is torch.bfloat16
 
 
