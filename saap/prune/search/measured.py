@@ -168,4 +168,4 @@ def _taken(library: Library, found: Found) -> tuple[dict[Place, LayerPlan], list
             options[place] = option.keep
     priced = {gap.blocks for gap in library.gaps if not gap.measured}
     runs = [tuple(place for place, _ in run) for stays, run in groupby(places, lambda each: each[1]) if not stays]
-    return options, [run for run in runs if run in priced]  # of others a part was given back
+    return options, [run for run in runs if run in priced]  # the others were measured
