@@ -22,16 +22,16 @@ PRECISIONS = ("auto", "bf16", "fp32")
 CPUINFO = Path("/proc/cpuinfo")
 LARGEST_ERROR = 1e-5  # of a float32 product, relative to its largest number; bfloat16 is off by 1e-3 and more
 BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # the last one is what aarch64 calls it
-LEAST_GAIN = 1.2  # of bfloat16 over float32, which is exact
-TIMED_S = 0.05
+LEAST_GAIN = 1.2  # for less speed than this, bfloat16 is not worth its rounding
+TIMED_S = 0.05  # for each of the two formats
 
 
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     """What matrix products run in; None is float32 throughout.
 
     Args:
-        precision: "auto" takes bfloat16 where it is faster: elsewhere it is emulated, and Intel's AVX512-BF16 takes
-            twice float32's time (studies/tuning_speed); "bf16" and "fp32" are taken as they are.
+        precision: "auto" takes bfloat16 where the hardware has it and it is faster. An Emerald Rapids without AMX
+            has it and takes twice as long (studies/tuning_speed); "bf16" and "fp32" are taken as they are.
     """
     if precision not in PRECISIONS:
         raise UserError(f"the precision {precision!r} is not known: give one of {', '.join(PRECISIONS)}")

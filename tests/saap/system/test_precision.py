@@ -1,10 +1,10 @@
-"""float32 products by oneDNN on AMD's processors: only there, only while they stay float32, and never for longer."""
+"""bfloat16 where it is faster; float32 by oneDNN on AMD's processors, while it stays float32 and no longer."""
 
 import pytest
 import torch
 
 from saap.system import precision
-from saap.system.precision import fast_float32
+from saap.system.precision import autocast_dtype, computes_bf16, fast_float32
 
 AMD = "processor : 0\nvendor_id\t: AuthenticAMD\nflags\t: fpu avx2 avx512f\n"
 INTEL = AMD.replace("AuthenticAMD", "GenuineIntel")
@@ -91,3 +91,27 @@ def test_what_bfloat16_gains_is_a_ratio_of_two_rates_and_measured_once(monkeypat
         assert asked == [torch.bfloat16, torch.float32]
     finally:
         precision.bf16_gain.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("flags\t\t: fpu avx512f avx512_bf16\nbugs\t\t: none\nflags\t\t: fpu avx512_bf16\n", True),
+        ("flags\t\t: fpu amx_bf16\n", True),
+        ("flags\t\t: fpu avx2\n", False),
+        ("Features\t: fp asimd bf16\nFeatures\t: fp asimd\n", False),  # one kind of core has it, the other has not
+        ("Features\t: fp asimd i8mm bf16\n", True),
+        ("processor : 0\n", False),
+    ],
+)
+def test_bf16_is_taken_where_the_cpu_has_it_and_gains_by_it(tmp_path, monkeypatch, text, expected):
+    path = tmp_path / "cpuinfo"
+    path.write_text(text, encoding="utf-8")
+    cpu = torch.device("cpu")
+    assert computes_bf16(cpu, path) is expected
+    assert not computes_bf16(cpu, tmp_path / "missing")
+    monkeypatch.setattr("saap.system.precision.computes_bf16", lambda device: expected)
+    for gain in (0.5, 1.1, 1.3):  # an Intel core has it and is slower by it
+        monkeypatch.setattr("saap.system.precision.bf16_gain", lambda gain=gain: gain)
+        assert autocast_dtype("auto", cpu) == (torch.bfloat16 if expected and gain == 1.3 else None)
+    assert autocast_dtype("fp32", cpu) is None and autocast_dtype("bf16", cpu) is torch.bfloat16

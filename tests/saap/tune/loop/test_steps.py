@@ -12,7 +12,6 @@ from torch.nn import functional as F
 from saap.cli.console import Console
 from saap.models.checkpoint import load_model
 from saap.system.errors import UserError
-from saap.system.precision import autocast_dtype, computes_bf16
 from saap.tune.loop.state import discard_states
 from saap.tune.loop.steps import DivergedError, Run, cosine, train
 from saap.tune.options import TrainOptions
@@ -333,30 +332,6 @@ def test_bf16_autocast_learns_too_and_is_recorded(run):
     assert history.losses != exact.losses
     assert history.losses == pytest.approx(exact.losses, rel=0.02)
     assert history.losses[-1] < history.losses[0] - 0.1
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("flags\t\t: fpu avx512f avx512_bf16\nbugs\t\t: none\nflags\t\t: fpu avx512_bf16\n", True),
-        ("flags\t\t: fpu amx_bf16\n", True),
-        ("flags\t\t: fpu avx2\n", False),
-        ("Features\t: fp asimd bf16\nFeatures\t: fp asimd\n", False),  # one kind of core has it, the other has not
-        ("Features\t: fp asimd i8mm bf16\n", True),
-        ("processor : 0\n", False),
-    ],
-)
-def test_bf16_is_taken_where_the_cpu_has_it_and_gains_by_it(tmp_path, monkeypatch, text, expected):
-    path = tmp_path / "cpuinfo"
-    path.write_text(text, encoding="utf-8")
-    cpu = torch.device("cpu")
-    assert computes_bf16(cpu, path) is expected
-    assert not computes_bf16(cpu, tmp_path / "missing")
-    monkeypatch.setattr("saap.system.precision.computes_bf16", lambda device: expected)
-    for gain in (0.5, 1.1, 1.3):  # an Intel core has it and is slower by it
-        monkeypatch.setattr("saap.system.precision.bf16_gain", lambda gain=gain: gain)
-        assert autocast_dtype("auto", cpu) == (torch.bfloat16 if expected and gain == 1.3 else None)
-    assert autocast_dtype("fp32", cpu) is None and autocast_dtype("bf16", cpu) is torch.bfloat16
 
 
 def test_progress_says_losses_and_speed_and_the_console_the_time_left(run, monkeypatch, capsys):
