@@ -1,5 +1,5 @@
 """What a device is: profiles with sources, and a probe of this host."""
 
-from devices.common.telemetry import turn_off
+from saap.base.telemetry import turn_off
 
 turn_off()

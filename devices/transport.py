@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from devices.common.errors import UserError
+from saap.base.errors import UserError
 
 FORMS = "ssh://user@host[:port], adb://[serial], labgrid://PLACE or local://"
 # A name that cannot be taken for an option and holds nothing that ssh would expand.

@@ -11,10 +11,10 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from devices.common.files import write_text
 from export.bundle.genai import GENAI_CONFIG, genai_config
 from export.bundle.manifest import BundleManifest
 from export.bundle.tokenizer import BundleTokenizer
+from saap.base.files import write_text
 from saap.models.architectures import PER_LAYER, SLIM, entries_of
 
 CONFIG = "config.json"

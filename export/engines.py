@@ -8,8 +8,6 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from devices.common.interpreters import python_with
-from devices.common.progress import Progress
 from export.bundle.engine_logits import logits_of
 from export.bundle.engines import ENGINES, EXTRAS, FILES, LLAMA_CPP, ONNXRUNTIME, OPENVINO, PACKAGES
 from export.bundle.manifest import Parity
@@ -18,10 +16,12 @@ from export.gguf.write import BITS as GGUF_TYPES
 from export.gguf.write import write_gguf
 from export.options import ExportOptions
 from export.source import ModelSource
+from saap.base.errors import UserError
+from saap.base.interpreters import python_with
+from saap.base.progress import Progress
 from saap.models.architectures import shape_of
 from saap.models.checkpoint import read_config
 from saap.system.device_names import AUTO
-from saap.system.errors import UserError
 
 FARTHEST = 0.02  # of the graph's perplexity: each engine rounds activations its own way
 

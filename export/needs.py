@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from saap.base.needs import PROCESS, Needs
 from saap.models.needs import LOGIT_COPIES
 from saap.models.shape import ModelShape
-from saap.system.needs import PROCESS, Needs
 
 ROUNDING = 13.6  # bytes per weight of the matrix that is rounded to integers
 PACKED = 1.9  # copies of a bundle's weights: the file, and packed

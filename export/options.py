@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from devices.common.errors import UserError
-from devices.common.options import COMPUTE, Option, check_values, refuse_unused
-from devices.common.values import parse_names
 from export.bundle.engines import ENGINES, LLAMA_CPP, ONNXRUNTIME, OPENVINO
+from saap.base.errors import UserError
+from saap.base.options import COMPUTE, Option, check_values, refuse_unused
+from saap.base.values import parse_names
 from saap.system.device_names import AUTO, check_device_is_there
 
 PARITY_ROWS, PARITY_TOKENS = 4, 256

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from export.bundle.manifest import BundleManifest, DeltaHeads, LayerSizes
+from saap.base.errors import UserError
 from saap.models.architectures import (
     Architecture,
     ModelConfig,
@@ -31,7 +32,6 @@ from saap.models.shape import ModelShape
 from saap.models.slim_quant import MatrixForm, module_form, quant_of, stacked_form
 from saap.models.weight_files import tensor_reader
 from saap.quantize.groups import QuantMatrix, check_groups, quantize
-from saap.system.errors import UserError
 
 
 @dataclass(frozen=True)

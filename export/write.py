@@ -10,10 +10,6 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from devices.common.files import calling
-from devices.common.options import refuse_unused
-from devices.common.outputs import GGUF, check_place
-from devices.common.progress import Progress
 from export.bundle.manifest import MANIFEST, BundleManifest, Spelling, write_manifest
 from export.bundle.tokenizer import BundleTokenizer, ids_of
 from export.clients import write_client_files
@@ -27,6 +23,13 @@ from export.options import LLAMA_CPP_TYPES, PARITY_ROWS, PARITY_TOKENS, ExportOp
 from export.parity.verify import check_parity
 from export.portable.write import PortableWriter
 from export.source import ModelSource, Precision, sized_manifest
+from saap.base.errors import UserError
+from saap.base.files import calling
+from saap.base.needs import check_disk, check_memory
+from saap.base.options import refuse_unused
+from saap.base.outputs import GGUF, check_place
+from saap.base.progress import Progress
+from saap.base.writing import beside, check_output, claimed, read_object, writing_directory, writing_file
 from saap.models.architectures import positions_of, shape_of
 from saap.models.checkpoint import read_config
 from saap.models.record import Integers, read_record
@@ -36,9 +39,6 @@ from saap.models.weight_files import weights_hash
 from saap.quantize.bundle_size import bundle_size, tuned_bundle_size
 from saap.quantize.groups import IntegerForm
 from saap.quantize.integers import write_integers
-from saap.system.errors import UserError
-from saap.system.files import beside, check_output, claimed, read_object, writing_directory, writing_file
-from saap.system.needs import check_disk, check_memory
 from saap.system.processes import computing_on
 from saap.text.documents import load_documents, pack, samples_of
 from saap.text.encoding import check_ids, encode, tokenizer_for, writing_tokenizer

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from devices.common.errors import UserError
-from devices.common.lazy import handed_out
+from saap.base.errors import UserError
+from saap.base.lazy import handed_out
 
 if TYPE_CHECKING:
     from saap.models.checkpoint import load_model as load_model

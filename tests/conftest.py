@@ -88,8 +88,8 @@ def river(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def real_model() -> Path:
     """SmolLM2-135M-Instruct as a model directory; fetched once into the cache."""
     pytest.importorskip("transformers")
+    from saap.base.errors import UserError
     from saap.models.resolve import resolve
-    from saap.system.errors import UserError
 
     try:
         return resolve("smollm2-135m")

@@ -30,9 +30,9 @@ from support.slim_integers import WIDE
 from support.sshd import Sshd
 
 from bench.measure.result import read_result
-from devices.common.gguf_header import read_header
 from export.bundle.manifest import verify_files
 from export.gguf.write import export_gguf
+from saap.base.gguf_header import read_header
 from saap.models.checkpoint import load_model
 from saap.models.integrity import check_directory
 from saap.prune.options import PruneOptions

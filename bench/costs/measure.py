@@ -28,17 +28,17 @@ from bench.measure.pilots import at_their_best
 from bench.measure.result import Json, command_line, package_versions
 from bench.measure.roofline import probe_bandwidth
 from bench.runtimes.peers import LLAMA_CPP, Peer, read_peers
-from devices.common.child import ChildFailedError, call
-from devices.common.cores import physical_cores
-from devices.common.documents import Document
-from devices.common.errors import UserError
-from devices.common.files import write_text
-from devices.common.options import check_values
-from devices.common.progress import Progress
 from devices.probe.host import probe
 from export.bundle.decoder import check_threads
 from export.bundle.engines import FILES, ONNXRUNTIME
 from export.bundle.manifest import BundleManifest, read_manifest
+from saap.base.child import ChildFailedError, call
+from saap.base.cores import physical_cores
+from saap.base.documents import Document
+from saap.base.errors import UserError
+from saap.base.files import write_text
+from saap.base.options import check_values
+from saap.base.progress import Progress
 
 SCHEMA = 1
 KIND = "saap costs"

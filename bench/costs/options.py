@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from devices.common.options import COUNT, THREADS, Option
-from devices.common.values import parse_counts
+from saap.base.options import COUNT, THREADS, Option
+from saap.base.values import parse_counts
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,10 @@ from typing import Protocol
 import numpy as np
 
 from bench.measure.cores import pin
-from devices.common.child import job_and_tell
 from export.bundle.decoder import Logits, OrtDecoder
 from export.bundle.engines import FILES, ONNXRUNTIME
 from export.bundle.llama_cpp import LlamaCppDecoder
+from saap.base.child import job_and_tell
 
 # Steps of a turn that count, and steps before them. Short, for a clock that moves within a tenth of a second.
 TURN, SKIPPED = 3, 1

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from devices.common.lazy import handed_out
+from saap.base.lazy import handed_out
 
 if TYPE_CHECKING:
     from bench.judge.comparison import Comparison as Comparison

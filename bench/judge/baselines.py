@@ -13,11 +13,11 @@ from urllib.parse import quote
 import msgspec
 
 from bench.measure.result import RESULT, Result
-from devices.common.documents import Document
-from devices.common.errors import UserError
-from devices.common.files import write_text
-from devices.common.outputs import BASELINE as BASELINE_FILE
-from devices.common.outputs import check_folder, check_place
+from saap.base.documents import Document
+from saap.base.errors import UserError
+from saap.base.files import write_text
+from saap.base.outputs import BASELINE as BASELINE_FILE
+from saap.base.outputs import check_folder, check_place
 
 DEFAULT = Path("devices/baselines")  # of the folder that the user works in
 

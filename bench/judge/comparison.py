@@ -20,7 +20,7 @@ from bench.judge.verdict import (
 from bench.judge.wording import plain, threads
 from bench.measure.result import INVALID, Measurement, Result, ResultError, read_result
 from bench.measure.statistics import typical
-from devices.common.errors import UserError
+from saap.base.errors import UserError
 
 DECODE, PREFILL = "decode", "prefill"
 LEAST_REPETITIONS = 3

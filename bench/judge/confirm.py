@@ -16,9 +16,9 @@ from bench.judge.verdict import CANNOT_TELL, SLOWER, Verdict, confirmed
 from bench.measure.options import BenchOptions
 from bench.measure.result import Measurement, Result
 from bench.measure.run import measure
-from devices.common.progress import Progress
 from devices.probe.host import probe
 from export.bundle.manifest import BundleError, read_manifest
+from saap.base.progress import Progress
 
 PREPACKED = "prepacked:"
 

@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 
 from bench.judge.verdict import BETTER, NOT_COMPARABLE, SAME, WORSE, Verdict
 from bench.judge.wording import plain
-from devices.common.documents import LARGEST
-from devices.common.errors import UserError
-from devices.common.files import parse_json, read_whole
-from devices.common.quality import KIND, QUALITY, Protocol, Quality, TaskScore
+from saap.base.documents import LARGEST
+from saap.base.errors import UserError
+from saap.base.files import parse_json, read_whole
+from saap.base.quality import KIND, QUALITY, Protocol, Quality, TaskScore
 
 PERPLEXITY, MEAN = "NLL", "mean of the tasks"
 NATS, SHARE = "nats/token", "share"

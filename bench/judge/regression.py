@@ -42,8 +42,8 @@ from bench.measure.answers import NLL_TOLERANCE, Answer, answer_of
 from bench.measure.options import TURNS_S, BenchOptions
 from bench.measure.result import INVALID, Measurement, Result, Sample
 from bench.measure.statistics import ratio_of_sessions, typical
-from devices.common.errors import UserError
 from devices.probe.host import probe
+from saap.base.errors import UserError
 
 KEPT = (
     "repetitions",

@@ -19,7 +19,7 @@ from bench.measure.statistics import (
     ratio_of_runs,
     ratio_of_sessions,
 )
-from devices.common.wording import counted
+from saap.base.wording import counted
 
 FASTER, SLOWER, BETTER, WORSE, SAME = "faster", "slower", "better", "worse", "same"
 NOT_COMPARABLE, UNKNOWN, CANNOT_TELL = "not comparable", "not judged", "cannot tell"

@@ -6,7 +6,7 @@ import math
 import shlex
 from collections.abc import Mapping
 
-from devices.common.wording import counted
+from saap.base.wording import counted
 
 UNKNOWN = "\u2013"
 TIMES = "\u00d7"

@@ -19,8 +19,8 @@ from bench.measure.cores import choose_cores, pin
 from bench.measure.options import BenchOptions
 from bench.measure.result import Json, Result
 from bench.runtimes.peers import Peer
-from devices.common.child import ChildFailedError, call, job_and_tell
 from export.bundle.decoder import Decoder, Logits
+from saap.base.child import ChildFailedError, call, job_and_tell
 
 NLL_TOLERANCE = 0.02  # nats per token: what other kernels of the same precision move it by
 

@@ -21,9 +21,9 @@ from bench.measure.options import BenchOptions, Setting
 from bench.measure.result import LEAST_LOADS, Bursts, Load
 from bench.measure.rounds import job_of, turn
 from bench.runtimes.peers import Peer, memory_needs
-from devices.common.cgroup import available
-from devices.common.child import ChildFailedError, Resident
-from devices.common.progress import Progress
+from saap.base.cgroup import available
+from saap.base.child import ChildFailedError, Resident
+from saap.base.progress import Progress
 
 WORKER = "bench.measure.burst_worker"
 BURST_S = 0.03  # a clock was seen to move by a tenth within 0.1 s; a turn costs 0.2 ms

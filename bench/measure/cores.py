@@ -20,10 +20,10 @@ from pathlib import Path
 
 import numpy as np
 
-from devices.common.cores import CPUS, allowed_cores, siblings
-from devices.common.tree import number, text
 from devices.probe.cpu import CPU
 from devices.probe.throttling import coolers, firmware_bits, over_current, throttle_count, zones
+from saap.base.cores import CPUS, allowed_cores, siblings
+from saap.base.tree import number, text
 
 
 def choose_cores(threads: int, cpus: list[int] | None = None, root: Path = CPUS) -> list[int]:

@@ -17,8 +17,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import TypeVar
 
-from devices.common.tree import field, number, text
 from devices.probe.jetson import GPUS
+from saap.base.tree import field, number, text
 
 NVMAP_CLIENTS = "sys/kernel/debug/nvmap/iovmm/clients"  # root only
 MEMORY_CLOCKS = ("sys/kernel/debug/bpmp/debug/clk/emc/rate", "sys/kernel/debug/clk/emc/clk_rate")  # root only

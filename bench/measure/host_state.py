@@ -41,7 +41,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.measure.cores import BoardState, board_state
-from devices.common.tree import field, fields, text
+from saap.base.tree import field, fields, text
 
 SHARES_FROM_S = 0.2  # CPU time is counted in ticks of 10 ms: shares of a shorter interval are noise
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from devices.common.tree import field
+from saap.base.tree import field
 
 SELF = Path("/proc/self")
 

@@ -9,10 +9,10 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from devices.common.cores import physical_cores
-from devices.common.errors import UserError
-from devices.common.options import THREADS, Option, check_values
-from devices.common.values import parse_counts, parse_pair
+from saap.base.cores import physical_cores
+from saap.base.errors import UserError
+from saap.base.options import THREADS, Option, check_values
+from saap.base.values import parse_counts, parse_pair
 
 Counts = int | tuple[int, ...]  # one value, or a sweep
 Length = Annotated[int, Meta(ge=0, le=1_000_000)]

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bench.measure.options import BenchOptions, Setting
-from devices.common.errors import UserError
-from devices.common.progress import Progress
-from devices.common.wording import counted
+from saap.base.errors import UserError
+from saap.base.progress import Progress
+from saap.base.wording import counted
 
 if TYPE_CHECKING:
     from bench.measure.result import Bursts

@@ -24,8 +24,8 @@ from bench.measure.options import Provider
 from bench.measure.statistics import Ratio, Summary, middle, ratio_of_loads, summarize
 from bench.power.sensors import Energy as Energy
 from bench.runtimes.facts import ModelFacts as ModelFacts
-from devices.common.documents import Document, unknown_fields
-from devices.common.errors import UserError
+from saap.base.documents import Document, unknown_fields
+from saap.base.errors import UserError
 
 SCHEMA = 2
 OK, WARN, INVALID = "OK", "WARN", "INVALID"

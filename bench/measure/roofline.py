@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from bench.measure.cores import pin
 from bench.measure.result import Bandwidth
-from devices.common.child import ChildFailedError, call, job_and_tell
+from saap.base.child import ChildFailedError, call, job_and_tell
 
 BUFFER = 256 << 20
 PASSES = 5

@@ -18,9 +18,9 @@ from bench.measure.statistics import relative_half_width, typical
 from bench.measure.worker import ColdLoad, Job, Measured
 from bench.power.energy import Recorder
 from bench.runtimes.peers import Peer
-from devices.common.cgroup import available
-from devices.common.child import ChildFailedError, call
-from devices.common.progress import Progress
+from saap.base.cgroup import available
+from saap.base.child import ChildFailedError, call
+from saap.base.progress import Progress
 
 IDLE_S = 2.0
 WORKER = "bench.measure.worker"

@@ -23,10 +23,10 @@ from bench.measure.rounds import Outcome, Rounds
 from bench.measure.validity import judge
 from bench.power.energy import Recorder
 from bench.runtimes.peers import Peer, PeerError, memory_needs, read_peers
-from devices.common.cgroup import available
-from devices.common.progress import Progress
 from devices.probe.host import probe
 from export.bundle.decoder import check_threads
+from saap.base.cgroup import available
+from saap.base.progress import Progress
 
 RECORDED = (
     "seed", "repetitions", "precision", "max_time_s", "ratio_time_s", "warmup", "timeout_s", "cool_down_s",

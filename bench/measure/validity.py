@@ -20,7 +20,7 @@ import numpy as np
 
 from bench.measure.result import INVALID, OK, WARN, Measurement, Sample
 from bench.measure.statistics import relative_slope, summarize
-from devices.common.wording import counted
+from saap.base.wording import counted
 
 SLOPE_WARN = 0.05
 CEILING_MARGIN = 1.05

@@ -25,9 +25,9 @@ from bench.measure.memory import peak_rss, reset_peak, resident, resident_split
 from bench.measure.result import Sample
 from bench.runtimes.decoders import make_decoder, provider_facts
 from bench.runtimes.facts import PeerFacts
-from devices.common.cgroup import available
-from devices.common.child import job_and_tell
 from export.bundle.decoder import Decoder, Ids, Logits
+from saap.base.cgroup import available
+from saap.base.child import job_and_tell
 
 Clock = Callable[[], float]
 Live = Callable[[str, float], None]  # (phase, tokens per second)

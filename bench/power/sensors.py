@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-from devices.common.tree import text
+from saap.base.tree import text
 
 RATE_HZ = 10.0  # an INA3221 with NVIDIA's averaging has a new value more often than that; RAPL every millisecond
 INPUT_RAILS = ("VDD_IN", "VIN", "POM_5V_IN", "5V_IN")  # of Jetson modules, by label: numbers differ per release

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import IO
 
 from devices.agent.main import MARK
-from devices.common.child import read_lines, signals_wait
-from devices.common.files import parse_json
 from devices.transport import BoardError, LostError, Transport, last_line, printable
+from saap.base.child import read_lines, signals_wait
+from saap.base.files import parse_json
 
 SILENCE_S = 30.0  # the agent beats every second or two
 PATIENCE_S = 600.0  # without any contact

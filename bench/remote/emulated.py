@@ -22,9 +22,9 @@ from bench.remote.files import pack
 from bench.remote.options import BoardOptions
 from bench.remote.target import measure_on
 from bench.runtimes.peers import read_peers
-from devices.common.progress import Progress
 from devices.emulate.qemu import Emulated, EmulationError, Root
 from export.bundle.manifest import BundleManifest, read_manifest
+from saap.base.progress import Progress
 
 GREEDY = 16
 NO_SPEED = "computed by an emulator, whose times say nothing of a board"

@@ -10,12 +10,12 @@ from pathlib import Path
 
 from bench.remote.options import BoardOptions
 from bench.runtimes.peers import OTHER_RUNTIMES, PREPACKED, bundle_facts, memory_needs
-from devices.common.files import sha256_file
 from devices.transport import BoardError
 from export.bundle.decoder import check_context
 from export.bundle.engines import FASTEST, Placed
 from export.bundle.engines import REQUIREMENTS as OF_ENGINES
 from export.bundle.manifest import MANIFEST, BundleManifest, verify_files
+from saap.base.files import sha256_file
 
 PACKAGES = Path(__file__).resolve().parents[2]
 CODE = ("bench/**/*.py", "devices/**/*.py", "devices/**/*.toml", "export/__init__.py", "export/bundle/*.py")

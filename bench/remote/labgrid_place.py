@@ -22,8 +22,8 @@ from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
 from bench.remote import labgrid_session as farm
 from bench.remote.board import Board, Say, Stopped
-from devices.common.child import until_done
 from devices.transport import BoardError, LostError, Transport, last_line, open_transport
+from saap.base.child import until_done
 
 SCHEME = "labgrid://"
 FORMS = "labgrid://PLACE[@HOST:PORT], or 'labgrid://[@HOST:PORT]?TAG=VALUE' for any place with that tag"

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from devices.common.errors import UserError
-from devices.common.options import Option, refuse_unused
+from saap.base.errors import UserError
+from saap.base.options import Option, refuse_unused
 
 
 @dataclass(frozen=True)

@@ -30,10 +30,10 @@ import psutil
 from bench.remote.board import Board, Reply, Say
 from bench.remote.files import RESERVE_BYTES, Shipment
 from bench.remote.labgrid_place import LabgridPlace, is_place
-from devices.common.child import until_done
-from devices.common.files import cache_directory, parse_json, write_text
-from devices.common.progress import Label, Progress
 from devices.transport import BoardError, Transport, open_transport, printable
+from saap.base.child import until_done
+from saap.base.files import cache_directory, parse_json, write_text
+from saap.base.progress import Label, Progress
 
 CLOCK_S = 300.0  # by which a board's clock may be off before it is said
 LEASE_S = 900.0  # a run that nobody follows for so long ends itself

@@ -22,9 +22,9 @@ from bench.remote.board import Board, Say
 from bench.remote.files import Packed, Shipment, pack
 from bench.remote.options import BoardOptions
 from bench.remote.run import Answer, Task, kept, own_version, routes_to, run_on, run_on_all
-from devices.common.progress import Progress
 from devices.transport import printable
 from export.bundle.manifest import BundleManifest, read_manifest
+from saap.base.progress import Progress
 
 T = TypeVar("T")
 HERE_ONLY = ("root",)  # of the options: it means this host

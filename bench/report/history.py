@@ -16,7 +16,7 @@ from bench.judge.comparison import decisive_values, metric_of
 from bench.measure.result import INVALID, Measurement, Result, ResultError, read_result, result_text, write_result
 from bench.measure.statistics import summarize
 from bench.report.plots import GRID, INK, MUTED, Array, drawing, series_colour
-from devices.common.progress import Progress
+from saap.base.progress import Progress
 
 if TYPE_CHECKING:
     from markupsafe import Markup

@@ -30,8 +30,8 @@ from bench.report.kept import kept_of, kept_plot, shares_text, threshold_text
 from bench.report.plots import Figure, decode_rates, memory_phases, token_times
 from bench.report.quality import Row, sections_of, tradeoffs
 from bench.report.tables import detail_table, peer_notes
-from devices.common.files import parse_json, write_text
-from devices.common.quality import QUALITY
+from saap.base.files import parse_json, write_text
+from saap.base.quality import QUALITY
 
 if TYPE_CHECKING:
     from bench.report.history import Panel

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from bench.measure.result import INVALID, Measurement
 from bench.measure.statistics import summarize
-from devices.common.files import cache_directory
+from saap.base.files import cache_directory
 
 if TYPE_CHECKING:
     from markupsafe import Markup

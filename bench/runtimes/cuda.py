@@ -26,10 +26,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bench.runtimes.providers import MASKED, GpuSession, gpu_runtime, provider_options
-from devices.common.errors import first_line
 from export.bundle.decoder import BundleDecoder, Ids, Logits, as_prompt
 from export.bundle.manifest import DECODE_GRAPH, read_manifest
 from export.bundle.session import DecoderError, check_provider, check_signature
+from saap.base.errors import first_line
 
 if TYPE_CHECKING:
     import onnxruntime as ort

@@ -9,9 +9,9 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from devices.common.caches import GROWING, Sliding
 from export.bundle.graph_facts import CacheInput, Tensor, read_graph
 from export.bundle.manifest import Spelling
+from saap.base.caches import GROWING, Sliding
 
 # A table that only these read gives up a few rows per token.
 _LOOKED_UP = {"Gather", "GatherBlockQuantized", "GroupQueryAttention", "RotaryEmbedding"}

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from bench.runtimes.facts import SIZES, ModelFacts, PeerFacts
-from devices.common.gguf_header import read_header
 from export.bundle.decoder import Decoder
 from export.bundle.llama_cpp import LlamaCppDecoder
+from saap.base.gguf_header import read_header
 
 PACKAGES = ("llama_cpp.llama_cpp",)
 _KV_BYTES = {0: 4, 1: 2}  # ggml types of the cache: F32, F16

@@ -21,11 +21,6 @@ import msgspec
 
 from bench.runtimes.facts import SIZES, ModelFacts
 from bench.runtimes.genai import model_of
-from devices.common.caches import GROWING
-from devices.common.errors import UserError
-from devices.common.files import parse_json
-from devices.common.gguf_header import read_header
-from devices.common.interpreters import python_with
 from export.bundle.decoder import check_context
 from export.bundle.engine_logits import process_environment
 from export.bundle.engines import EXTRAS, FASTEST, PACKAGES, Placed
@@ -44,6 +39,11 @@ from export.bundle.manifest import (
 from export.bundle.openvino import IR
 from export.bundle.prepacked import prepack
 from export.bundle.session import check_provider
+from saap.base.caches import GROWING
+from saap.base.errors import UserError
+from saap.base.files import parse_json
+from saap.base.gguf_header import read_header
+from saap.base.interpreters import python_with
 
 TORCH, LLAMA_CPP, GENAI, OPTIMUM, OPENVINO = "torch:", "llama.cpp:", "genai:", "optimum:", "openvino:"
 OTHER_RUNTIMES = (TORCH, LLAMA_CPP, GENAI, OPTIMUM, OPENVINO)

@@ -27,11 +27,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from devices.common.errors import first_line
-from devices.common.files import cache_directory
 from export.bundle.graph_check import check_graph
 from export.bundle.manifest import BundleManifest
 from export.bundle.session import EXECUTION, DecoderError, session_options
+from saap.base.errors import first_line
+from saap.base.files import cache_directory
 
 if TYPE_CHECKING:
     import onnxruntime as ort

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from devices.common.errors import UserError
 from devices.transport import Local, last_line
+from saap.base.errors import UserError
 
 # qemu's CPU models and what they stand for: which kernels ONNX Runtime takes depends on them.
 CPUS = {

@@ -8,12 +8,12 @@ from typing import Annotated
 
 from msgspec import Meta
 
-from devices.common.errors import UserError
-from devices.common.options import Option
-from devices.common.values import parse_bytes
 from devices.fit.fitting import Fit, fit, largest_file
 from devices.fit.memory import Device, Model, usable_memory
 from devices.profiles.profile import load_profile
+from saap.base.errors import UserError
+from saap.base.options import Option
+from saap.base.values import parse_bytes
 
 CONTEXT = 4096  # tokens, as a conversation has by default
 

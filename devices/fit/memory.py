@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from devices.common.caches import GROWING, Sliding
+from saap.base.caches import GROWING, Sliding
 
 # Resident beside weights, cache and activations: 60 to 63 MB, of which 30 are pages of libraries; on another machine
 # these were 36.

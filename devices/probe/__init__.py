@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from devices.common.lazy import handed_out
+from saap.base.lazy import handed_out
 
 if TYPE_CHECKING:
     from devices.probe.host import HostFacts as HostFacts

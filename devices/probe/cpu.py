@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TypedDict
 
-from devices.common.tree import cpu_list, field, first_text, glob, number, parse_cpu_list, text
+from saap.base.tree import cpu_list, field, first_text, glob, number, parse_cpu_list, text
 
 CPU = "sys/devices/system/cpu"
 

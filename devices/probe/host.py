@@ -18,12 +18,12 @@ from typing import TypedDict, cast
 
 import psutil
 
-from devices.common.cgroup import memory_limit
-from devices.common.tree import field, first_text, strings, text, why_unreadable
 from devices.probe import cpu as probe_cpu
 from devices.probe import jetson
 from devices.probe.jetson import Run
 from devices.probe.state import State, probe_state
+from saap.base.cgroup import memory_limit
+from saap.base.tree import field, first_text, strings, text, why_unreadable
 
 # What firmware says when nobody filled the field in.
 _PLACEHOLDERS = {"", "to be filled by o.e.m.", "default string", "system product name", "system manufacturer"}

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypedDict
 
-from devices.common.tree import number, text
+from saap.base.tree import number, text
 
 # Runs a command and gives what it printed; None where it is not there or fails.
 Run = Callable[[Sequence[str]], str | None]

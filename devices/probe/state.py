@@ -6,11 +6,11 @@ import re
 from pathlib import Path
 from typing import TypedDict
 
-from devices.common.cgroup import memory_left, memory_limit
-from devices.common.tree import fields, first_text, glob, text
 from devices.probe.cpu import hertz, policies
 from devices.probe.jetson import Run
 from devices.probe.throttling import coolers, firmware_bits, over_current, throttle_count, zones
+from saap.base.cgroup import memory_left, memory_limit
+from saap.base.tree import fields, first_text, glob, text
 
 # Bits of `vcgencmd get_throttled`; Raspberry Pi documentation, "vcgencmd". The same, 16 higher: since boot.
 PI_BITS = {0: "under-voltage", 1: "clock capped", 2: "throttled", 3: "soft temperature limit"}

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from devices.common.tree import glob, number, text
 from devices.probe.cpu import CPU
+from saap.base.tree import glob, number, text
 
 _THERMAL = "sys/class/thermal"
 # Devices that slow a processor or its memory. A fan is none, also where it is a CPU's.

@@ -17,9 +17,9 @@ from typing import Annotated, TypeVar
 import msgspec
 from msgspec import Meta
 
-from devices.common.documents import unknown_fields
-from devices.common.errors import UserError
 from devices.probe.cpu import FEATURES
+from saap.base.documents import unknown_fields
+from saap.base.errors import UserError
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -15,9 +15,6 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from devices.common.cores import allowed_cores
-from devices.common.errors import first_line
-from devices.common.wording import counted
 from export.bundle.huge_pages import with_huge_pages
 from export.bundle.manifest import (
     DECODE_GRAPH,
@@ -31,6 +28,9 @@ from export.bundle.manifest import (
 from export.bundle.prepacked import prepack
 from export.bundle.session import DecoderError, check_provider, open_session
 from export.bundle.sliding import SlidingCaches
+from saap.base.cores import allowed_cores
+from saap.base.errors import first_line
+from saap.base.wording import counted
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession, OrtValue

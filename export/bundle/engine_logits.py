@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from devices.common.child import ChildFailedError, call, job_and_tell
-from devices.common.errors import UserError
 from export.bundle.decoder import Logits
 from export.bundle.engines import OPENVINO
 from export.bundle.llama_cpp import LlamaCppDecoder
 from export.bundle.openvino import scorer as openvino_scorer
+from saap.base.child import ChildFailedError, call, job_and_tell
+from saap.base.errors import UserError
 
 TIMEOUT_S = 3600.0  # of one batch of rows
 

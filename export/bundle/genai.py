@@ -12,8 +12,8 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from devices.common.files import read_whole
 from export.bundle.manifest import DECODE_GRAPH, LARGEST_JSON, PREFILL_CHUNK, BundleError, BundleManifest
+from saap.base.files import read_whole
 
 GENAI_CONFIG = "genai_config.json"
 # The pattern is a block of memory for each length of prompt, much larger where layers differ in width.

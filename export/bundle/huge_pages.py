@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
-from devices.common.allocator import kept_memory
+from saap.base.allocator import kept_memory
 
 T = TypeVar("T")
 PAGE = 2 << 20

@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
 
-from devices.common.files import sha256_file
 from export.bundle.graph_check import check_graph
 from export.bundle.graph_facts import GraphFacts, read_graph
 from export.bundle.manifest import DECODE_GRAPH, BundleManifest, FileEntry, read_manifest
+from saap.base.files import sha256_file
 
 UNVERIFIED = (
     "UNVERIFIED: nobody has compared this graph with its model; export again without --parity none before you trust it"

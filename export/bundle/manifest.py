@@ -30,11 +30,11 @@ from typing import Annotated, Any, TypedDict
 import msgspec
 from msgspec import Meta
 
-from devices.common.caches import GROWING, Sliding
-from devices.common.documents import Document
-from devices.common.errors import UserError
-from devices.common.files import read_whole, sha256_file
-from devices.common.tokenizer_file import LARGEST_TOKENIZER, TOKENIZER
+from saap.base.caches import GROWING, Sliding
+from saap.base.documents import Document
+from saap.base.errors import UserError
+from saap.base.files import read_whole, sha256_file
+from saap.base.tokenizer_file import LARGEST_TOKENIZER, TOKENIZER
 
 FORMAT = 1
 MANIFEST = "bundle.json"

@@ -15,10 +15,10 @@ import platform
 import shutil
 from pathlib import Path
 
-from devices.common.files import cache_directory, sha256_file, write_text
 from export.bundle.graph_check import check_graph
 from export.bundle.manifest import BundleManifest
 from export.bundle.session import make_session, session_options
+from saap.base.files import cache_directory, sha256_file, write_text
 
 GRAPH, SEAL, CHECKED = "model.onnx", "seal.json", "checked.json"
 _BOOT = Path("/proc/sys/kernel/random/boot_id")

@@ -7,9 +7,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from devices.common.errors import UserError, first_line
 from export.bundle.graph_check import check_graph
 from export.bundle.manifest import BundleError, BundleManifest, too_old
+from saap.base.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession, SessionOptions

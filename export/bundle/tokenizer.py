@@ -1,6 +1,6 @@
 """The tokenizer of a bundle without transformers: ids, chat template, and text as a stream.
 
-A bundle is prompted on a board exactly as its model was prompted in training: ``devices.common.chat_template``.
+A bundle is prompted on a board exactly as its model was prompted in training: ``saap.base.chat_template``.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from devices.common.chat_template import ChatTemplate, TemplateError
-from devices.common.errors import UserError
-from devices.common.files import parse_json
-from devices.common.tokenizer_file import TOKENIZER, check_tokenizer, tokenizing
 from export.bundle.manifest import BundleManifest, SmallFiles, manifest_of, remedy
+from saap.base.chat_template import ChatTemplate, TemplateError
+from saap.base.errors import UserError
+from saap.base.files import parse_json
+from saap.base.tokenizer_file import TOKENIZER, check_tokenizer, tokenizing
 
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from msgspec import Meta
 
-from devices.common.options import THREADS, Option
+from saap.base.options import THREADS, Option
 
 
 @dataclass(frozen=True)

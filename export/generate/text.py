@@ -9,11 +9,6 @@ from typing import TypedDict
 
 import msgspec
 
-from devices.common.child import absent
-from devices.common.cores import physical_cores
-from devices.common.errors import UserError
-from devices.common.gguf_header import read_header
-from devices.common.options import refuse_unused
 from export.bundle.decoder import OrtDecoder, check_threads
 from export.bundle.engines import EXTRAS, OPENVINO, PACKAGES, Placed
 from export.bundle.llama_cpp import LlamaCppDecoder
@@ -24,6 +19,11 @@ from export.generate.chat import Conversation
 from export.generate.loop import AnswerSettings, Decoder, Generation, begin_text
 from export.generate.options import GenerateOptions
 from export.generate.sampling import Sampling
+from saap.base.child import absent
+from saap.base.cores import physical_cores
+from saap.base.errors import UserError
+from saap.base.gguf_header import read_header
+from saap.base.options import refuse_unused
 
 CHAT_CONTEXT = 4096  # positions of a conversation's cache where no context is given
 

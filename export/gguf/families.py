@@ -16,11 +16,11 @@ import torch
 from export.gguf.layout import GGUFSource, Tensor, model_type_of, rotary_order, vector
 from export.gguf.rotary import RotaryFields, partial_factors
 from export.gguf.tensors import BLOCK, take_columns
+from saap.base.errors import UserError
 from saap.models.architectures import PerLayerNames, entries_of, field_of, number_of, rope_of, traits_of
 from saap.models.checkpoint import transformers_config
 from saap.models.shape import ATTENTION, CONV, DELTA, FFN, LayerSizes
 from saap.quantize.groups import QuantMatrix
-from saap.system.errors import UserError
 
 Field = int | float | bool | list[int] | list[bool]
 

@@ -18,12 +18,12 @@ import torch
 from export.gguf.rotary import RotaryFields
 from export.gguf.tensors import BLOCK, natural_kind
 from export.source import ModelSource
+from saap.base.errors import UserError
 from saap.models.architectures import FAMILIES, SLIM
 from saap.models.checkpoint import read_config
 from saap.models.shape import LayerSizes
 from saap.models.slim_quant import module_form
 from saap.quantize.groups import QuantMatrix
-from saap.system.errors import UserError
 
 
 @dataclass(frozen=True)

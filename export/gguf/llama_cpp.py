@@ -10,9 +10,9 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from devices.common.child import ChildFailedError, call, job_and_tell
-from devices.common.errors import UserError
-from devices.common.interpreters import python_with
+from saap.base.child import ChildFailedError, call, job_and_tell
+from saap.base.errors import UserError
+from saap.base.interpreters import python_with
 
 HOURS_S = 4 * 3600  # of a model as large as a disk holds
 

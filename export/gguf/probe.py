@@ -17,9 +17,9 @@ from export.gguf.families import OWN
 from export.gguf.write import BITS
 from export.graph.probe_model import CONTEXT, ProbeModel
 from export.graph.probe_stacks import ProbeStack
+from saap.base.errors import UserError
 from saap.models.architectures import SLIM
 from saap.models.shape import LayerSizes, ModelShape
-from saap.system.errors import UserError
 
 KINDS = {**BITS, 4: "Q4_0"}  # by bits; without zero points, as a bundle's integers are
 LEAST_FFN = 32

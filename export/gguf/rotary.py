@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
+from saap.base.errors import UserError
 from saap.models.architectures import ModelConfig, field_of, number_of, positions_of, rope_of
 from saap.models.checkpoint import transformers_config
 from saap.models.shape import ModelShape
-from saap.system.errors import UserError
 
 STILL = 1e30  # a divisor of a frequency, by which it is 0
 TYPES = ("default", "linear", "llama3", "yarn")  # the others change with the length of the input

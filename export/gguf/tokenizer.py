@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from export.bundle.tokenizer import BundleTokenizer
+from saap.base.errors import UserError
 from saap.models.gguf import CONTROL, END_TOKENS, USER_DEFINED
-from saap.system.errors import UserError
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter

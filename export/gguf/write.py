@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from devices.common.outputs import GGUF, check_place
-from devices.common.progress import Progress
 from export.gguf.families import open_source
 from export.gguf.layout import GGUFSource, Tensor
 from export.gguf.rotary import RotaryFields, rotary_fields
 from export.gguf.tensors import KINDS, encode
 from export.gguf.tokenizer import TokenizerFields, tokenizer_fields
+from saap.base.errors import UserError
+from saap.base.outputs import GGUF, check_place
+from saap.base.progress import Progress
+from saap.base.writing import writing_file
 from saap.models.record import read_record
 from saap.models.weight_files import weights_hash
-from saap.system.errors import UserError
-from saap.system.files import writing_file
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter

@@ -26,11 +26,11 @@ from export.graph.builder import Attribute, GraphBuilder
 from export.graph.rotary import rotary_names
 from export.graph.weights import WORD_ROWS
 from export.source import Precision
+from saap.base.errors import UserError
 from saap.models.architectures import LayerTraits, Traits
 from saap.models.modeling_slim import GONE
 from saap.models.shape import LayerSizes, ModelShape
 from saap.models.slim_quant import MatrixForm
-from saap.system.errors import UserError
 
 MICROSOFT = "com.microsoft"
 OPSET = 17  # known to ONNX Runtime 1.23 and older; all the rest comes from com.microsoft

@@ -13,7 +13,7 @@ import numpy as np
 
 from export.bundle.manifest import BundleManifest
 from export.bundle.session import open_session
-from saap.system.errors import UserError
+from saap.base.errors import UserError
 
 LARGEST = 127
 MARGIN = 1.05  # other text reaches a little further

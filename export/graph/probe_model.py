@@ -9,6 +9,7 @@ from typing import cast
 from export.bundle.manifest import MANIFEST, BundleManifest, read_manifest
 from export.graph.targets import CPU
 from export.source import Precision
+from saap.base.errors import UserError
 from saap.models.architectures import (
     LAYER_TYPES,
     SLIM,
@@ -23,7 +24,6 @@ from saap.models.checkpoint import read_config, transformers_config
 from saap.models.shape import DeltaHeads, LayerSizes, ModelShape
 from saap.models.slim_quant import SlimQuant, quant_of
 from saap.quantize.groups import check_groups
-from saap.system.errors import UserError
 
 WEIGHT_LIMIT = 256 << 20  # bytes of weights above which the probe holds fewer layers than the model
 LEAST_LAYERS = 4

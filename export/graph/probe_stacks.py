@@ -24,7 +24,6 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from devices.common.progress import Progress
 from export.bundle.manifest import DECODE_GRAPH, WEIGHTS, write_manifest
 from export.graph.decoder import GraphModel, MicrosoftGraph, check_attention
 from export.graph.probe_model import ProbeModel
@@ -32,6 +31,7 @@ from export.graph.rotary import all_rotary_tables
 from export.graph.targets import CPU
 from export.graph.weights import Array, MicrosoftLayout, WeightFile, write_model
 from export.source import DeltaRates, Kernel, Precision, StackedLinear, sized_manifest
+from saap.base.progress import Progress
 from saap.models.modeling_slim import packed_words
 from saap.models.shape import DELTA, KINDS, DeltaHeads, LayerSizes, ModelShape
 from saap.models.slim_quant import GROUP_SIZES, MatrixForm

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from saap.base.errors import UserError
 from saap.models.architectures import ModelConfig, Traits, architecture_of, field_of, positions_of, rope_of
-from saap.system.errors import UserError
 
 STATIC_TYPES = ("default", "linear", "llama3", "yarn", "proportional")  # the others change with the length of the input
 Table = Literal["default", "local"]

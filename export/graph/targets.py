@@ -11,8 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from export.source import Precision
+from saap.base.errors import UserError
 from saap.models.shape import ModelShape
-from saap.system.errors import UserError
 
 ONNXRUNTIME_MIN = "1.23"  # GatherBlockQuantized on packed uint8
 ONNXRUNTIME_WINDOWS = "1.24"  # before, GroupQueryAttention on a CPU gets sliding windows wrong

@@ -17,9 +17,9 @@ import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 
-from devices.common.progress import Progress
 from export.bundle.manifest import WEIGHTS
 from export.source import DeltaRates, Precision, WeightSource, is_symmetric
+from saap.base.progress import Progress
 from saap.models.shape import LayerSizes
 from saap.quantize.groups import QuantMatrix
 

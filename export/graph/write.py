@@ -8,7 +8,6 @@ from pathlib import Path
 import onnx_ir as ir
 import torch
 
-from devices.common.progress import Progress
 from export.graph.decoder import GraphModel, MicrosoftGraph, check_attention, save_graphs
 from export.graph.kv_cache import cache_scales
 from export.graph.rotary import all_rotary_tables
@@ -16,8 +15,9 @@ from export.graph.targets import Target
 from export.graph.weights import MicrosoftLayout, WeightFile, write_model
 from export.options import ExportOptions
 from export.source import ModelSource, sized_manifest
+from saap.base.errors import UserError
+from saap.base.progress import Progress
 from saap.models.architectures import epsilon_of, traits_of
-from saap.system.errors import UserError
 
 
 class MicrosoftWriter:

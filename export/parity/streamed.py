@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 from transformers import AutoModelForCausalLM
 
-from devices.common.progress import Progress
 from export.source import ModelSource, Precision
+from saap.base.progress import Progress
 from saap.models.architectures import traits_of
 from saap.models.checkpoint import transformers_config
 from saap.models.layer_walk import finished_logits

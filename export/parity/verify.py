@@ -11,14 +11,14 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from devices.common.progress import Progress
 from export.bundle.manifest import DECODE_GRAPH, SCORING_GRAPH, WEIGHTS, BundleManifest, Parity, read_manifest
 from export.generate.scoring import BundleScorer, empty_past, graph_feed
 from export.needs import WHOLE_BYTES
 from export.parity.pieces import logits_in_pieces
 from export.parity.streamed import StreamedModel
 from export.source import ModelSource, Precision
-from saap.system.errors import UserError
+from saap.base.errors import UserError
+from saap.base.progress import Progress
 from saap.system.precision import fast_float32
 
 FLOAT_DIFFERENCE = 1e-3  # floats throughout: largest logit difference
@@ -32,7 +32,7 @@ def check_parity(
 ) -> Parity:
     """Compare a bundle with its torch model, which runs one layer at a time, on ids [rows, tokens].
 
-    A bundle of more than :data:`saap.system.needs.WHOLE_BYTES` runs in pieces, so that it may be larger than the
+    A bundle of more than :data:`saap.base.needs.WHOLE_BYTES` runs in pieces, so that it may be larger than the
     memory.
 
     Raises UserError: the two do not agree within what the precision allows.

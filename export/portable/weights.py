@@ -13,9 +13,9 @@ import torch
 
 from export.graph.weights import WeightFile
 from export.source import Precision, WeightSource, is_symmetric
+from saap.base.errors import UserError
 from saap.models.modeling_slim import unpack_codes, unpack_zero_points
 from saap.quantize.groups import QuantMatrix
-from saap.system.errors import UserError
 
 
 class StandardLayout:

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from devices.common.progress import Progress
 from export.bundle.manifest import DECODE_GRAPH, SCORING_GRAPH, WEIGHTS
 from export.graph.decoder import GraphModel, save_graphs
 from export.graph.rotary import all_rotary_tables
@@ -26,8 +25,9 @@ from export.options import ExportOptions
 from export.portable.decoder import StandardGraph
 from export.portable.weights import StandardLayout
 from export.source import ModelSource
+from saap.base.errors import UserError
+from saap.base.progress import Progress
 from saap.models.architectures import SLIM, epsilon_of, traits_of
-from saap.system.errors import UserError
 
 SMALLEST_EXTERNAL = 1024  # bytes; smaller tensors (shapes, axes) stay in the graph
 LEVEL = 4  # ONNX Runtime fuses DequantizeLinear and MatMul to its int8-activation kernel where nothing else is asked

@@ -13,11 +13,11 @@ import click
 
 from bench.measure.options import BenchOptions
 from bench.remote.options import BoardOptions
-from devices.common.options import Option, refuse_unused
+from saap.base.errors import UserError
+from saap.base.options import Option, refuse_unused
 from saap.cli.console import Console, print_table, tell
 from saap.cli.options import OptionsCommand, options_of
 from saap.cli.types import directory, force
-from saap.system.errors import UserError
 
 if TYPE_CHECKING:
     from bench.measure.result import Result
@@ -88,7 +88,7 @@ def bench(specs: tuple[str, ...], json_path: Path | None, options: BenchCommand)
       saap bench out/demo/dense-int4 llama.cpp:smollm2-q4_0.gguf
       saap bench out/demo/slim-int4 --on ssh://pi@board
     """
-    from devices.common.outputs import RESULT, check_folder, check_place
+    from saap.base.outputs import RESULT, check_folder, check_place
 
     options.check()
     for place in _places(json_path, options.on).values() if options.on else [json_path]:
@@ -118,7 +118,7 @@ def bench_here(specs: Sequence[str], asked: BenchCommand, json_path: Path | None
 
 def read_quality(path: Path | None) -> dict[str, object] | None:
     from bench.judge import quality
-    from saap.system.files import read_object
+    from saap.base.writing import read_object
 
     if path is None:
         return None
@@ -129,7 +129,7 @@ def read_quality(path: Path | None) -> dict[str, object] | None:
 def bench_on_boards(specs: Sequence[str], asked: BenchCommand, json_path: Path | None, console: Console) -> int:
     """Measure on boards at once, show one after the other, then side by side; 2 when one could not be used."""
     from bench.remote import bench_on
-    from saap.system.interrupt import ended_as_by_a_person
+    from saap.base.interrupt import ended_as_by_a_person
 
     quality = read_quality(asked.quality)
     with ended_as_by_a_person():
@@ -169,8 +169,8 @@ def _show_as_asked(result: Result, asked: BenchCommand) -> None:
 
 def measured(specs: list[str], options: BenchOptions, console: Console, names: list[str] | None = None) -> Result:
     from bench.measure import measure
+    from saap.base.interrupt import ended_as_by_a_person
     from saap.cli.engines import on_fastest
-    from saap.system.interrupt import ended_as_by_a_person
 
     specs = [on_fastest(spec, console.report) for spec in specs]
     verify_models(specs)

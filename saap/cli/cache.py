@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from devices.common.files import cache_place
+from saap.base.files import cache_place
 from saap.cli.console import print_table, tell
 from saap.cli.types import Sections
 

@@ -13,13 +13,13 @@ import click
 from msgspec import Meta
 
 from bench.measure.options import BenchOptions
-from devices.common.files import write_text
-from devices.common.options import Option, Part, refuse_unused
+from saap.base.errors import UserError
+from saap.base.files import write_text
+from saap.base.options import Option, Part, refuse_unused
 from saap.cli.bench import STDOUT, check_ending, check_turns, show_reasons, verify_models
 from saap.cli.console import Console, print_table, tell
 from saap.cli.options import OptionsCommand, options_of
 from saap.cli.types import directory, force
-from saap.system.errors import UserError
 
 if TYPE_CHECKING:
     from bench.judge.comparison import Comparison
@@ -99,8 +99,8 @@ def compare(old: str, new: str, json_path: Path | None, options: CompareCommand)
     from bench.judge.confirm import compare_live, confirm_files
     from bench.judge.quality import is_quality
     from bench.report.verdicts import comparison_json
-    from devices.common.outputs import JUNIT, QUALITIES, SPEEDS, check_place
-    from saap.system.interrupt import ended_as_by_a_person
+    from saap.base.interrupt import ended_as_by_a_person
+    from saap.base.outputs import JUNIT, QUALITIES, SPEEDS, check_place
 
     qualities = [is_quality(spec) for spec in (old, new)]
     check_place(json_path, QUALITIES if any(qualities) else SPEEDS, old, new)
@@ -168,7 +168,7 @@ def compare_qualities(old: str, new: str, both: bool, asked: CompareCommand, jso
     """Show what became better or worse; the exit code."""
     from bench.judge.quality import compare_quality, exit_code, read_quality
     from bench.report.verdicts import LEAST, QUALITY, quality_json, verdict_table
-    from saap.system.files import write_document
+    from saap.base.writing import write_document
 
     if not both:
         raise UserError(f"{old} and {new} do not compare: one is of `saap eval`, the other is not; give two of a kind")

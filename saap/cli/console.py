@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, TextIO
 
 import click
 
-from devices.common.progress import Label
+from saap.base.progress import Label
 
 if TYPE_CHECKING:
     from rich.progress import Progress

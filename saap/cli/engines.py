@@ -12,13 +12,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from devices.common.cores import allowed_cores
-from devices.common.files import cache_directory, write_text
-from devices.common.progress import Progress
 from export.bundle.engines import EXTRAS, FASTEST, ONNXRUNTIME, PACKAGES, Placed, engines_in
 from export.bundle.manifest import BundleManifest, read_manifest
+from saap.base.cores import allowed_cores
+from saap.base.errors import UserError
+from saap.base.files import cache_directory, write_text
+from saap.base.progress import Progress
 from saap.cli.console import tell
-from saap.system.errors import UserError
 
 if TYPE_CHECKING:
     from bench.runtimes.peers import Peer
@@ -89,8 +89,8 @@ def time_of_others() -> Callable[[], float]:
 
 def is_here(engine: str, *, own: bool) -> bool:
     """Whether this Python, or another one that we may use, has the engine."""
-    from devices.common.child import absent
-    from devices.common.interpreters import python_with
+    from saap.base.child import absent
+    from saap.base.interpreters import python_with
 
     if own:
         return not absent(PACKAGES[engine])

@@ -10,21 +10,21 @@ from typing import TYPE_CHECKING, Annotated
 
 import click
 
-from devices.common.options import Option
-from devices.common.quality import QUALITY, Answers, Quality, TaskScore
+from saap.base.errors import UserError
+from saap.base.options import Option
+from saap.base.quality import QUALITY, Answers, Quality, TaskScore
 from saap.cli.console import LOADING, Console, print_table
 from saap.cli.options import OptionsCommand, options_of
 from saap.cli.types import directory, force
 from saap.evaluate.options import EvalOptions, check_options
-from saap.system.errors import UserError
 
 if TYPE_CHECKING:
     import torch
 
     from bench.runtimes.peers import Peer
-    from devices.common.gguf_header import GgufHeader
     from export.bundle.manifest import BundleManifest
     from export.generate.scoring import BundleScorer
+    from saap.base.gguf_header import GgufHeader
     from saap.evaluate.answers import Writer
     from saap.evaluate.continuations import Scorer
     from saap.evaluate.evaluation import Subject
@@ -65,9 +65,9 @@ def evaluate(paths: tuple[Path, ...], json_path: Path | None, options: EvalComma
       saap eval out/slim out/bundle --tasks piqa,arc_easy --task-dir tasks/ --json quality.json
       saap eval out/slim --reference smollm2-135m --answers 32
     """
-    from devices.common.outputs import QUALITY as OF_EVAL
-    from devices.common.outputs import check_place
     from export.bundle.engines import PACKAGES, Placed
+    from saap.base.outputs import QUALITY as OF_EVAL
+    from saap.base.outputs import check_place
     from saap.cli.engines import on_fastest
     from saap.models.resolve import kind_of
 
@@ -245,7 +245,7 @@ class GGUFInLlamaCpp:
 
     @property
     def header(self) -> GgufHeader:
-        from devices.common.gguf_header import read_header
+        from saap.base.gguf_header import read_header
 
         return read_header(self.peer.path)
 
@@ -259,7 +259,7 @@ class GGUFInLlamaCpp:
 
     def lineage(self) -> Mapping[str, object]:
         """What saap wrote into the file; nothing is known of others."""
-        from devices.common.files import parse_json
+        from saap.base.files import parse_json
 
         told = parse_json(str(self.header.metadata.get("saap.lineage", "{}")))
         return told if isinstance(told, dict) else {}

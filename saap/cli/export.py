@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from devices.common.options import given_in
 from export.options import ExportOptions
+from saap.base.errors import UserError
+from saap.base.options import given_in
 from saap.cli.console import LOADING, Console, print_table, tell
 from saap.cli.options import OptionsCommand, options_of
 from saap.cli.types import directory, force
-from saap.system.errors import UserError
 
 if TYPE_CHECKING:
     from export.bundle.manifest import BundleManifest

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from devices.common.wording import counted
 from export.generate.options import GenerateOptions
+from saap.base.errors import UserError
+from saap.base.wording import counted
 from saap.cli.options import OptionsCommand, options_of
 from saap.cli.types import directory
-from saap.system.errors import UserError
 
 if TYPE_CHECKING:
     from export.generate.chat import Conversation

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import click
 
-from devices.common.waiting import sleep_while_waiting
+from saap.base.errors import UserError
+from saap.base.interrupt import ask_to_end, was_asked_to_end
+from saap.base.waiting import sleep_while_waiting
 from saap.cli.console import shown
 from saap.cli.types import LazyGroup
-from saap.system.errors import UserError
-from saap.system.interrupt import ask_to_end, was_asked_to_end
 
 EXTRAS = {
     "torch": "prune", "transformers": "prune", "safetensors": "prune", "gguf": "prune", "peft": "prune",

@@ -6,7 +6,7 @@
     def prune(model: str, options: PruneOptions) -> None: ...
 
 A flag wins over ``--set NAME=VALUE``, and that over ``--config FILE.toml``. What a field says is
-:class:`devices.common.options.Option`.
+:class:`saap.base.options.Option`.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ import click
 from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 
-from devices.common.options import TYPED, Setting, assigned, from_toml, made, settings_of
+from saap.base.errors import UserError
+from saap.base.options import TYPED, Setting, assigned, from_toml, made, settings_of
 from saap.cli.types import FieldOption, Sections
-from saap.system.errors import UserError
 
 if TYPE_CHECKING:
     ValueType = click.ParamType[object]

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import click
 
-from devices.common.options import Option, refuse_unused
-from devices.common.wording import counted
+from saap.base.errors import UserError
+from saap.base.options import Option, refuse_unused
+from saap.base.wording import counted
 from saap.cli.console import LOADING, Console, plan_chart, print_table, speaks, tell
 from saap.cli.options import OptionsCommand, options_of
 from saap.cli.types import directory, force
 from saap.prune.options import TIMED, PruneOptions
-from saap.system.errors import UserError
 
 if TYPE_CHECKING:
     from saap.models.record import Trial
@@ -105,12 +105,12 @@ def prune_model(model: str, out: Path, asked: PruneCommand, console: Console, na
 
     kind_of(model)  # before what takes seconds to import
     console.report(LOADING, 0, 0)
+    from saap.base.writing import RECORD, check_output
     from saap.models.architectures import shape_of
     from saap.models.checkpoint import read_config
     from saap.prune.pruning import budget_of, calibration_rows, streamed
     from saap.prune.pruning import prune as prune_directory
     from saap.prune.vocabulary import Chosen, trim
-    from saap.system.files import RECORD, check_output
     from saap.text.documents import one_kind
 
     options = for_this_machine(asked)

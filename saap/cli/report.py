@@ -7,10 +7,10 @@ from typing import TypedDict
 
 import click
 
-from devices.common.documents import Document
+from saap.base.documents import Document
+from saap.base.errors import UserError
 from saap.cli.console import tell
 from saap.cli.types import Sections, directory, force
-from saap.system.errors import UserError
 
 
 class Step(TypedDict, total=False):
@@ -76,7 +76,7 @@ def report(results: tuple[Path, ...], out: Path, history: Path | None) -> None:
 def make_report(results: list[Path], out: Path, history: Path | None = None) -> None:
     """A page from files of `saap bench` and `saap eval`, or of a run's directory (``run.json``)."""
     from bench.report import report as write_report
-    from devices.common.outputs import PAGE, check_place
+    from saap.base.outputs import PAGE, check_place
 
     check_place(out, PAGE, *results, history)
     run: RunFile | None = None

@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import click
 from msgspec import Meta
 
-from devices.common.files import write_text
-from devices.common.options import THREADS, Option, Part, arguments_of, refuse_unused, settings_of
-from devices.common.outputs import is_forced
 from devices.fit.demands import Demands, DeviceOptions, demands_of
 from export.options import LLAMA_CPP_TYPES, ExportOptions
+from saap.base.errors import UserError
+from saap.base.files import write_text
+from saap.base.options import THREADS, Option, Part, arguments_of, refuse_unused, settings_of
+from saap.base.outputs import is_forced
 from saap.cli.console import LOADING, Console, heard_or_not, tell
 from saap.cli.devices.fit import (
     Planned,
@@ -42,14 +43,13 @@ from saap.cli.tune import TuneCommand, tune_model
 from saap.cli.types import directory, force
 from saap.prune.options import MUST
 from saap.system.device_names import AUTO
-from saap.system.errors import UserError
 from saap.text.documents import SELF
 
 if TYPE_CHECKING:
+    from saap.base.needs import Needs
     from saap.evaluate.evaluation import Subject
     from saap.prune.options import PruneOptions
     from saap.prune.search.budget import Budget
-    from saap.system.needs import Needs
     from saap.text.windows import Windows
 
 DEFAULT_RATIO = 0.2
@@ -183,7 +183,7 @@ def run(model: str, out: Path, options: RunOptions) -> None:
       saap run smollm2-135m -o out/demo --ratio 0.2
       saap run smollm2-135m -o out/pi --for raspberry-pi-5 --memory 4GiB
     """
-    from saap.system.files import claimed
+    from saap.base.writing import claimed
 
     with Console() as console, claimed(out):
         run_all(model, out, options.asked, console)
@@ -356,7 +356,7 @@ def fitted(source: Path, options: RunOptions, console: Console) -> RunOptions:
 def check_place(out: Path, model: str, options: RunOptions) -> None:
     """Refuse a directory that is not a new one or that of an earlier run of this model."""
     from export.bundle.manifest import MANIFEST
-    from saap.system.files import RECORD, RUN, check_output
+    from saap.base.writing import RECORD, RUN, check_output
 
     pruning, tuning = options.pruning, options.tuning
     inputs = (model, tuning.teacher, tuning.data, pruning.calibration, pruning.options.costs, options.text)
@@ -438,13 +438,13 @@ def run_needs(
     """
     from export.needs import PACKED, export_needs
     from export.options import PARITY_ROWS, PARITY_TOKENS
+    from saap.base.needs import PROCESS, Needs
     from saap.models.architectures import shape_of
     from saap.models.checkpoint import read_config
     from saap.models.weight_files import weights_bytes
     from saap.prune.needs import prune_disk, prune_needs
     from saap.prune.stages import share_of, stages_of
     from saap.quantize.bundle_size import bundle_size
-    from saap.system.needs import PROCESS, Needs
     from saap.tune.needs import tune_needs
 
     shape, floats, tuning = shape_of(read_config(source)), weights_bytes(source), options.tuning.options
@@ -468,7 +468,7 @@ def run_needs(
 
 def check_run(steps: dict[str, Needs], out: Path) -> None:
     """Refuse what memory or disk is too small for; the UserError names the step, the sum, and what there is."""
-    from saap.system.needs import check_disk, check_memory, gigabytes
+    from saap.base.needs import check_disk, check_memory, gigabytes
 
     name = max(steps, key=lambda step: steps[step].memory_bytes)
     others = ", ".join(f"{step} {gigabytes(needs.memory_bytes)}" for step, needs in steps.items() if step != name)
@@ -598,7 +598,7 @@ def _evaluate(state: _State, source: Path, windows: Windows, made_from: list[str
 
 def thread_counts(options: RunOptions) -> list[int]:
     """What the bench runs at: what was asked for, else one thread and all physical cores."""
-    from devices.common.cores import physical_cores
+    from saap.base.cores import physical_cores
 
     return [options.threads] if options.threads else sorted({1, physical_cores()})
 
@@ -687,8 +687,8 @@ def _finish(state: _State, source: Path, results: list[Path], begun: float) -> N
     from bench.measure.result import read_result
     from bench.report import report
     from bench.report.headline import bought_by
-    from devices.common.quality import QUALITY
     from saap import __version__
+    from saap.base.quality import QUALITY
     from saap.cli.bench import show_result
     from saap.cli.eval import show_quality
     from saap.cli.model_card import model_card

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Annotated
 import click
 from msgspec import Meta
 
-from devices.common.options import Option, refuse_unused
+from saap.base.errors import UserError
+from saap.base.options import Option, refuse_unused
 from saap.cli.console import LOADING, Console, print_table
 from saap.cli.options import OptionsCommand, options_of
 from saap.cli.types import directory, force
-from saap.system.errors import UserError
 from saap.text.documents import SELF
 from saap.tune.options import FEWEST_HELD, TuneOptions
 
@@ -108,7 +108,7 @@ def tune_model(slim: str | Path, out: Path, asked: TuneCommand, console: Console
         kind_of(each)  # before what takes seconds to import
     asked.check()
     console.report(LOADING, 0, 0)
-    from saap.system.files import RECORD, check_output
+    from saap.base.writing import RECORD, check_output
     from saap.system.processes import is_main_process
     from saap.text.documents import TooLittleTextError
     from saap.text.encoding import long_spelling

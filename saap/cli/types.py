@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from saap.system.errors import UserError
+from saap.base.errors import UserError
 
 
 class _Place(click.Path):
@@ -24,7 +24,7 @@ directory = _Place(path_type=Path)
 
 def _write_over(context: click.Context, param: click.Parameter, value: bool) -> None:
     if value:
-        from devices.common.outputs import writing_over  # here, since help needs none of it
+        from saap.base.outputs import writing_over  # here, since help needs none of it
 
         context.with_resource(writing_over())
 

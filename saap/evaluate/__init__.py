@@ -2,14 +2,14 @@
 
 from typing import TYPE_CHECKING
 
-from devices.common.lazy import handed_out
+from saap.base.lazy import handed_out
 
 if TYPE_CHECKING:
-    from devices.common.quality import Quality as Quality
+    from saap.base.quality import Quality as Quality
     from saap.evaluate.evaluation import evaluate as evaluate
     from saap.evaluate.options import EvalOptions as EvalOptions
 
 __all__ = ["EvalOptions", "Quality", "evaluate"]
 __getattr__ = handed_out(
-    __name__, {"EvalOptions": ".options", "Quality": "devices.common.quality", "evaluate": ".evaluation"}
+    __name__, {"EvalOptions": ".options", "Quality": "saap.base.quality", "evaluate": ".evaluation"}
 )

@@ -19,11 +19,11 @@ from typing import cast
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from devices.common.chat_template import ChatTemplate, TemplateError
-from devices.common.progress import Progress
-from devices.common.quality import AnswerScore
+from saap.base.chat_template import ChatTemplate, TemplateError
+from saap.base.errors import UserError
+from saap.base.progress import Progress
+from saap.base.quality import AnswerScore
 from saap.evaluate.perplexity import Score
-from saap.system.errors import UserError
 from saap.text.conversations import has_chat_template
 
 NGRAM = 4

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from devices.common.progress import Progress
-from devices.common.quality import Answers, ModelQuality, Quality
+from saap.base.errors import UserError
+from saap.base.needs import check_memory, fits
+from saap.base.progress import Progress
+from saap.base.quality import Answers, ModelQuality, Quality
 from saap.evaluate.answers import Writer, read_prompts, score_answers, stop_ids, torch_writer
 from saap.evaluate.continuations import Scorer, torch_continuations
 from saap.evaluate.options import EvalOptions, check_options
@@ -25,9 +27,7 @@ from saap.models.resolve import load_tokenizer, resolve
 from saap.models.streaming import open_model, whole_needs
 from saap.models.weight_files import weights_bytes
 from saap.system.device_names import device_of
-from saap.system.errors import UserError
 from saap.system.gpu import CPU, out_of_memory
-from saap.system.needs import check_memory, fits
 from saap.system.precision import fast_float32
 from saap.text.documents import SELF, documents_of
 from saap.text.encoding import check_ids, said_words_of, writing_tokenizer

@@ -8,8 +8,8 @@ from typing import Annotated
 
 from msgspec import Meta
 
-from devices.common.options import COMPUTE, COUNT, Option, refuse_unused
-from devices.common.values import parse_count, parse_names
+from saap.base.options import COMPUTE, COUNT, Option, refuse_unused
+from saap.base.values import parse_count, parse_names
 from saap.system.device_names import check_device_is_there
 from saap.text.windows import Cut, Join
 

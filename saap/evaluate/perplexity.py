@@ -15,8 +15,8 @@ import torch
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from devices.common.progress import Progress
-from saap.system.errors import UserError
+from saap.base.errors import UserError
+from saap.base.progress import Progress
 
 Score = Callable[[torch.Tensor], torch.Tensor]
 

@@ -28,11 +28,11 @@ from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager, get_task_dict
 from transformers import PreTrainedTokenizerBase
 
-from devices.common.progress import Progress
-from devices.common.quality import TaskExample, TaskScore
+from saap.base.errors import UserError
+from saap.base.progress import Progress
+from saap.base.quality import TaskExample, TaskScore
 from saap.evaluate.continuations import Group, Likelihood, Scorer
 from saap.evaluate.options import EvalOptions
-from saap.system.errors import UserError
 from saap.text.documents import is_unicode, load_rows
 from saap.text.encoding import encode
 

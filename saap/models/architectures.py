@@ -14,8 +14,8 @@ from typing import Any, Literal, Protocol
 
 import msgspec
 
+from saap.base.errors import UserError, first_line
 from saap.models.shape import ATTENTION, CONV, DELTA, FFN, MIXERS, BlockKind, DeltaHeads, LayerSizes, ModelShape
-from saap.system.errors import UserError, first_line
 
 
 class ModelConfig(Protocol):

@@ -20,6 +20,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from saap.base.errors import UserError, first_line
+from saap.base.writing import RECORD, read_object, writing_directory
 from saap.models import modeling_slim
 from saap.models.architectures import (
     FAMILIES,
@@ -40,8 +42,6 @@ from saap.models.record import DOCUMENT, Record, read_record
 from saap.models.shape import MIXERS, ModelShape
 from saap.models.slim_quant import SlimQuant, quant_of
 from saap.models.weight_files import NOT_NEEDED, check_finite, write_shards
-from saap.system.errors import UserError, first_line
-from saap.system.files import RECORD, read_object, writing_directory
 
 for _row in FAMILIES.values():
     if (_classes := slim_classes(_row.family)) is not None:

@@ -20,14 +20,14 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from devices.common.progress import Progress
-from saap.system.errors import UserError, first_line
+from saap.base.errors import UserError, first_line
+from saap.base.progress import Progress
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedModel
 
-    from devices.common.gguf_header import GgufHeader
+    from saap.base.gguf_header import GgufHeader
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6  # tokenizer.ggml.token_type
 SPACE = "\u2581"  # what stands for a space in a piece
@@ -102,7 +102,7 @@ def read_tokenizer_fields(source: Path) -> GGUFTokenizer:
     """
     from gguf import GGUFReader
 
-    from devices.common.gguf_header import GgufHeaderError, read_header
+    from saap.base.gguf_header import GgufHeaderError, read_header
 
     try:
         header = read_header(source)  # bounded by the file's size, where the library's reader believes a count of 2^60

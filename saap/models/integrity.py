@@ -19,10 +19,10 @@ from pathlib import Path
 import msgspec
 import psutil
 
-from devices.common.files import calling, sha256_file
+from saap.base.errors import UserError
+from saap.base.files import calling, sha256_file
+from saap.base.writing import RECORD, read_object, write_document
 from saap.models.record import FileHash
-from saap.system.errors import UserError
-from saap.system.files import RECORD, read_object, write_document
 
 CACHE_RECORD = "saap-cache.json"
 # The record itself, and a card that its owner goes on writing.

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from saap.base.errors import UserError
 from saap.models.architectures import Architecture, architecture_of
 from saap.models.shape import ATTENTION, CONV, DELTA, FFN, KINDS, LayerSizes, ModelShape
-from saap.system.errors import UserError
 
 ROLES = tuple(role for kind in KINDS.values() for role in kind.roles)
 

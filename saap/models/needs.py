@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from saap.base.needs import PROCESS, Needs
 from saap.models.shape import ATTENTION, CONV, DELTA, FFN, LayerSizes, ModelShape
-from saap.system.needs import PROCESS, Needs
 
 # Activations that a backward pass through a layer keeps, in float32 numbers per token: of every hidden channel, and of
 # every channel of what a kind of block writes with.

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from devices.common.files import sha256_file
-from devices.common.progress import Progress
-from saap.system.errors import UserError
+from saap.base.errors import UserError
+from saap.base.files import sha256_file
+from saap.base.progress import Progress
 
 BROKEN = (KeyError, ValueError, EOFError, RuntimeError, zlib.error)  # what zipfile raises beside its own
 MOST_LICENCE = 1 << 20  # bytes

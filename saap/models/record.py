@@ -10,8 +10,8 @@ from typing import Annotated, TypedDict
 
 from msgspec import Meta
 
-from devices.common.documents import Document
-from saap.system.files import RECORD
+from saap.base.documents import Document
+from saap.base.writing import RECORD
 
 Count = Annotated[int, Meta(ge=0)]
 Measures = dict[str, float | None]  # ratio, ratio_of_all, parameters, bytes, ms_per_token, speedup

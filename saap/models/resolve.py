@@ -14,13 +14,13 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from devices.common.files import cache_directory, calling, read_whole, sha256_file
-from devices.common.progress import Progress
-from devices.common.tokenizer_file import LARGEST_TOKENIZER, TOKENIZER, check_tokenizer, tokenizing
+from saap.base.errors import UserError
+from saap.base.files import cache_directory, calling, read_whole, sha256_file
+from saap.base.progress import Progress
+from saap.base.tokenizer_file import LARGEST_TOKENIZER, TOKENIZER, check_tokenizer, tokenizing
+from saap.base.writing import read_object
 from saap.models.integrity import cached
 from saap.models.packaged import PACKAGED, fetch, model_card
-from saap.system.errors import UserError
-from saap.system.files import read_object
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -15,9 +15,9 @@ from typing import Annotated, NamedTuple, TypedDict
 import msgspec
 from msgspec import Meta
 
+from saap.base.errors import UserError
 from saap.models.architectures import Architecture
 from saap.models.record import Record
-from saap.system.errors import UserError
 
 BITS = (4, 8)
 GROUP_SIZES = (32, 64, 128)

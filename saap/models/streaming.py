@@ -17,13 +17,13 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from saap.base.errors import UserError
+from saap.base.needs import PROCESS, Needs, available_memory, fits, gigabytes
 from saap.models.architectures import architecture_of, shape_of
 from saap.models.checkpoint import load_model, loading, read_config, transformers_config
 from saap.models.record import read_record
 from saap.models.weight_files import tensor_reader
-from saap.system.errors import UserError
 from saap.system.gpu import CPU, fits_device
-from saap.system.needs import PROCESS, Needs, available_memory, fits, gigabytes
 
 Read = Callable[[str], torch.Tensor]
 

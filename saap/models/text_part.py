@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 
-from devices.common.progress import Progress
+from saap.base.errors import UserError
+from saap.base.progress import Progress
+from saap.base.writing import read_object
 from saap.models.architectures import ARCHITECTURES, architecture_of, check_config
 from saap.models.weight_files import opened, write_shards
-from saap.system.errors import UserError
-from saap.system.files import read_object
 
 NESTED, OLDER, HEAD = "model.language_model.", "language_model.", "lm_head."
 

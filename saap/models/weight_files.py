@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from saap.base.errors import UserError
+from saap.base.writing import read_object
 from saap.models.architectures import (
     FAMILIES,
     Architecture,
@@ -23,8 +25,6 @@ from saap.models.architectures import (
     shape_of,
 )
 from saap.models.integrity import check_directory, known_sha256
-from saap.system.errors import UserError
-from saap.system.files import read_object
 from saap.system.sealed_tensors import save_tensors
 
 SHARD_BYTES = 1 << 30

@@ -6,7 +6,7 @@ the methods that SAAP is compared with. :mod:`saap.prune.pruning` leads through 
 
 from typing import TYPE_CHECKING
 
-from devices.common.lazy import handed_out
+from saap.base.lazy import handed_out
 
 if TYPE_CHECKING:
     from saap.prune.options import PruneOptions as PruneOptions

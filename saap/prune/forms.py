@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from devices.common.wording import counted
+from saap.base.wording import counted
 from saap.models.architectures import Architecture
 from saap.models.record import PlannedBundle
 from saap.models.shape import ATTENTION, CONV, DELTA, FFN, LayerSizes

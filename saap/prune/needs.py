@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from saap.base.needs import PROCESS, Needs
 from saap.models.needs import PER_LOGIT, SQUARES, kept_per_token
 from saap.models.shape import ModelShape
 from saap.models.weight_files import SHARD_BYTES
@@ -11,7 +12,6 @@ from saap.prune.search.adaptive import PRICING_SHARE
 from saap.prune.search.choices import RUNS
 from saap.prune.search.library import fitted_on, held_blocks
 from saap.prune.search.measured import EVERY, WINDOW, WINDOWS
-from saap.system.needs import PROCESS, Needs
 
 MAPPED = 150_000_000  # at most, of the pages of a layer's file; the system takes back older ones
 KEPT_BACK = 1.3  # what the allocator holds over what a walk through the layers uses

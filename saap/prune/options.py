@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 from msgspec import Meta
 
-from devices.common.options import COMPUTE, COUNT, THREADS, Option, check_values, refuse_unused, settings_of
-from devices.common.values import parse_bytes, parse_layers, parse_parameters
+from saap.base.errors import UserError
+from saap.base.options import COMPUTE, COUNT, THREADS, Option, check_values, refuse_unused, settings_of
+from saap.base.values import parse_bytes, parse_layers, parse_parameters
 from saap.system.device_names import check_device_is_there
-from saap.system.errors import UserError
 
 if TYPE_CHECKING:
     from saap.models.shape import ModelShape

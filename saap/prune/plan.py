@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from saap.base.errors import UserError
 from saap.models.shape import ATTENTION, LayerSizes, ModelShape, OfBlocks
 from saap.prune.forms import PlanForms
-from saap.system.errors import UserError
 
 Amount = int | float  # in the budget's unit; what is counted stays whole, on disk too
 

@@ -12,8 +12,11 @@ import torch
 from msgspec import convert
 from transformers import PreTrainedModel
 
-from devices.common.allocator import kept_memory
-from devices.common.progress import LOADING, WRITING, Progress
+from saap.base.allocator import kept_memory
+from saap.base.errors import UserError
+from saap.base.needs import Needs, check_disk, check_memory, fits
+from saap.base.progress import LOADING, WRITING, Progress
+from saap.base.writing import RECORD, check_output, claimed
 from saap.models.architectures import architecture_of, shape_of
 from saap.models.checkpoint import load_model, read_config, slim_config
 from saap.models.record import Calibration, Lineage, read_record
@@ -44,10 +47,7 @@ from saap.prune.stages import Stage, kept_stages, share_of, stages_of
 from saap.prune.trials import choose_by_tuning, trial_rows
 from saap.prune.vocabulary import Chosen, write_trimmed
 from saap.system.device_names import device_of
-from saap.system.errors import UserError
-from saap.system.files import RECORD, check_output, claimed
 from saap.system.gpu import fits_device, out_of_memory
-from saap.system.needs import Needs, check_disk, check_memory, fits
 from saap.system.precision import fast_float32
 from saap.text.documents import SELF, Sequences, TooLittleTextError
 from saap.text.rows import Rows, training_rows

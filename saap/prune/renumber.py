@@ -15,10 +15,10 @@ from pathlib import Path
 
 import torch
 
-from devices.common.tokenizer_file import TOKENIZER
+from saap.base.tokenizer_file import TOKENIZER
+from saap.base.writing import read_object
 from saap.models.architectures import Architecture
 from saap.models.resolve import load_tokenizer
-from saap.system.files import read_object
 from saap.text.closed_words import place_of, renumbered
 
 # Fields of a configuration that hold ids, or lists of them, or lists of lists.

@@ -19,7 +19,7 @@ from typing import TypeVar
 import torch
 from safetensors.torch import load, save
 
-from saap.system.errors import UserError
+from saap.base.errors import UserError
 
 Item = TypeVar("Item")
 PATIENCE = timedelta(hours=6)  # until a process counts as lost: one may wait for a layer's share of another

@@ -14,7 +14,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from devices.common.progress import Progress
+from saap.base.errors import UserError
+from saap.base.progress import Progress
+from saap.base.writing import RECORD, put_in_place
 from saap.models.record import DOCUMENT, Trial, read_record
 from saap.models.streaming import open_model
 from saap.models.weight_files import weights_hash
@@ -23,8 +25,6 @@ from saap.prune.plan import PrunePlan
 from saap.prune.record import plan_of
 from saap.prune.stages import KeptStages, kept_stages
 from saap.system.device_names import device_of
-from saap.system.errors import UserError
-from saap.system.files import RECORD, put_in_place
 from saap.text.rows import Rows
 
 if TYPE_CHECKING:

@@ -24,7 +24,9 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from devices.common.progress import WRITING, Progress
+from saap.base.errors import UserError
+from saap.base.progress import WRITING, Progress
+from saap.base.writing import claimed, read_object
 from saap.models.architectures import architecture_of, said_words, shape_of
 from saap.models.checkpoint import load_model, read_config, slim_config, write_slim
 from saap.models.modeling_slim import packed_words
@@ -36,8 +38,6 @@ from saap.prune.cut.surgery import cut_tensors
 from saap.prune.plan import PrunePlan, whole_layer
 from saap.prune.renumber import Renumbering, named_ids
 from saap.prune.search.budget import WordsOption
-from saap.system.errors import UserError
-from saap.system.files import claimed, read_object
 from saap.text.closed_words import forest_of, trimmed
 from saap.text.conversations import ChatEncoder
 from saap.text.documents import Documents

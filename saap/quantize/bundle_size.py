@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+from saap.base.errors import UserError
 from saap.models.architectures import (
     Architecture,
     architecture_of,
@@ -31,7 +32,6 @@ from saap.models.architectures import (
 )  # fmt: skip
 from saap.models.shape import ATTENTION, CONV, DELTA, BlockKind, LayerSizes, ModelShape
 from saap.models.slim_quant import MatrixForm, SlimQuant, module_form, quant_of, stacked_form
-from saap.system.errors import UserError
 
 PAGE = 4096  # bytes
 FLOAT = 4  # bytes

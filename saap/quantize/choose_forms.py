@@ -20,13 +20,13 @@ import torch
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from devices.common.progress import Progress
+from saap.base.errors import UserError
+from saap.base.progress import Progress
 from saap.models.architectures import architecture_of, shape_of
 from saap.models.layer_walk import layer_inputs, layers_of, logits_after, states_after
 from saap.models.slim_quant import BITS, GROUP_SIZES, MatrixForm
 from saap.quantize.bundle_size import bundle_size, matrix_bytes, paged
 from saap.quantize.groups import quantize
-from saap.system.errors import UserError
 
 MEASURED = MatrixForm(4, 32)  # whose divergence is measured
 ROWS = 4  # sequences that a divergence is measured on

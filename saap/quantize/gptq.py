@@ -15,7 +15,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from devices.common.progress import Progress
+from saap.base.errors import UserError
+from saap.base.progress import Progress
 from saap.models.architectures import architecture_of
 from saap.models.layer_walk import Given, layer_inputs, layers_of, removed_hooks, run_layer
 from saap.models.streaming import present
@@ -28,7 +29,6 @@ from saap.quantize.groups import (
     pack_zero_points,
     quantize,
 )
-from saap.system.errors import UserError
 
 DAMPING = 0.01  # of the mean of diag(H), as in the paper
 LAZY = 256  # columns whose errors reach the columns after them in one product: the paper's lazy batch updates

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from saap.base.errors import UserError
 from saap.models.architectures import architecture_of
 from saap.models.layer_walk import layers_of
 from saap.models.modeling_slim import GroupQuantTable, TiedHead, quantize_modules
@@ -22,7 +23,6 @@ from saap.models.shape import ModelShape
 from saap.models.slim_quant import MatrixForm, SlimQuant, check_matrices, module_form
 from saap.models.streaming import present
 from saap.quantize.bundle_size import other_groups
-from saap.system.errors import UserError
 
 SMALLEST_SCALE = 6e-8  # the smallest positive float16; a group of zeros must not divide by zero
 CHUNK, ROWS = 1 << 18, 1 << 16  # elements of a piece on a CPU, rows of one on a GPU

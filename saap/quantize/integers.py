@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch
 
-from devices.common.allocator import kept_memory
-from devices.common.progress import LOADING, WRITING, Progress
+from saap.base.allocator import kept_memory
+from saap.base.needs import PROCESS, Needs, fits
+from saap.base.progress import LOADING, WRITING, Progress
 from saap.models.architectures import shape_of
 from saap.models.checkpoint import load_model, read_config, slim_config, write_slim
 from saap.models.record import Integers, read_record
@@ -18,7 +19,6 @@ from saap.quantize.gptq import compensated_matrices
 from saap.quantize.groups import IntegerForm, check_widths, quantize_model
 from saap.quantize.needs import choosing_needs, integer_bytes
 from saap.system.gpu import fits_device
-from saap.system.needs import PROCESS, Needs, fits
 from saap.system.precision import fast_float32
 from saap.system.processes import training_device
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from saap.system.errors import UserError
+from saap.base.errors import UserError
 
 if TYPE_CHECKING:
     import torch

@@ -7,14 +7,14 @@ from contextlib import contextmanager
 
 import torch
 
-from saap.system.errors import UserError
-from saap.system.needs import FREE_SHARE, PROCESS, Needs, gigabytes, parts
+from saap.base.errors import UserError
+from saap.base.needs import FREE_SHARE, PROCESS, Needs, gigabytes, parts
 
 CPU = torch.device("cpu")
 
 
 def fits_device(needs: Needs, device: torch.device) -> bool:
-    """Whether a GPU has room for what would be in memory; the CPU's own is for :func:`saap.system.needs.fits`."""
+    """Whether a GPU has room for what would be in memory; the CPU's own is for :func:`saap.base.needs.fits`."""
     return device.type == "cpu" or sum(_on_gpu(needs).values()) <= FREE_SHARE * _free(device)
 
 

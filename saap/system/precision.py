@@ -16,7 +16,7 @@ from statistics import median
 
 import torch
 
-from saap.system.errors import UserError
+from saap.base.errors import UserError
 
 PRECISIONS = ("auto", "bf16", "fp32")
 CPUINFO = Path("/proc/cpuinfo")

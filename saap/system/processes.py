@@ -11,8 +11,8 @@ from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import parse_flag_from_env, patch_environment
 
+from saap.base.errors import UserError
 from saap.system.device_names import AUTO, device_of
-from saap.system.errors import UserError
 
 
 @contextmanager

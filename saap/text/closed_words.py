@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from saap.system.errors import UserError
+from saap.base.errors import UserError
 
 Document = dict[str, Any]  # a ``tokenizer.json``
 

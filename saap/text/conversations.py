@@ -10,8 +10,8 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, TypeGuard
 
-from devices.common.chat_template import ChatTemplate, TemplateError
-from saap.system.errors import UserError
+from saap.base.chat_template import ChatTemplate, TemplateError
+from saap.base.errors import UserError
 from saap.text.encoding import encode
 
 if TYPE_CHECKING:

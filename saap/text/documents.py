@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from devices.common.files import parse_json
-from saap.system.errors import UserError
+from saap.base.errors import UserError
+from saap.base.files import parse_json
 from saap.text.conversations import is_conversation, messages_of
 from saap.text.encoding import beginning, encode
 from saap.text.samples import EVALUATION, TRAINING, read_sample

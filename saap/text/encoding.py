@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from devices.common.tokenizer_file import tokenizing
-from saap.system.errors import UserError
-from saap.system.files import read_object
+from saap.base.errors import UserError
+from saap.base.tokenizer_file import tokenizing
+from saap.base.writing import read_object
 from saap.text.closed_words import trimmed
 
 if TYPE_CHECKING:

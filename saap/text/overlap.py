@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from saap.system.errors import UserError
+from saap.base.errors import UserError
 from saap.text.documents import (
     TRAINING_FILES,
     TRAINING_SAMPLES,

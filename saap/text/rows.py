@@ -13,13 +13,13 @@ from pathlib import Path
 
 import torch
 
-from devices.common.progress import Progress
-from devices.common.wording import counted
+from saap.base.errors import UserError
+from saap.base.progress import Progress
+from saap.base.wording import counted
 from saap.models.architectures import positions_of
 from saap.models.checkpoint import read_config
 from saap.models.resolve import load_tokenizer
 from saap.models.streaming import open_writer
-from saap.system.errors import UserError
 from saap.text.conversations import ChatEncoder, Sample, has_chat_template, is_conversation, messages_of
 from saap.text.documents import (
     SELF,

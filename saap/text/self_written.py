@@ -7,8 +7,8 @@ import inspect
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from devices.common.progress import Progress
-from saap.system.errors import UserError
+from saap.base.errors import UserError
+from saap.base.progress import Progress
 from saap.text.documents import Sequences
 
 if TYPE_CHECKING:

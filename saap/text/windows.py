@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
-from devices.common.progress import Progress
-from devices.common.quality import Protocol
-from devices.common.wording import counted
-from saap.system.errors import UserError
+from saap.base.errors import UserError
+from saap.base.progress import Progress
+from saap.base.quality import Protocol
+from saap.base.wording import counted
 from saap.text.documents import Documents, Sequences, load_documents
 from saap.text.encoding import beginning, bytes_of_tokens, encode, tokenizer_for
 from saap.text.self_written import self_written

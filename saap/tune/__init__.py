@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from devices.common.lazy import handed_out
+from saap.base.lazy import handed_out
 
 if TYPE_CHECKING:
     from saap.tune.options import TrainOptions as TrainOptions

@@ -34,10 +34,10 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from saap.base.errors import UserError
 from saap.models.architectures import architecture_of
 from saap.models.modeling_slim import GroupQuantLinear, unpack_zero_points
 from saap.quantize.groups import pack_zero_points
-from saap.system.errors import UserError
 from saap.tune.options import Fold
 
 NAME = "default"  # of the adapter, PEFT's own

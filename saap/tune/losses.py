@@ -34,10 +34,10 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from saap.base.errors import UserError
 from saap.models.architectures import Traits, architecture_of, traits_of
 from saap.models.layer_walk import finished_logits
 from saap.models.modeling_slim import GroupQuantLinear, GroupQuantTable, TiedHead, unpacked_words
-from saap.system.errors import UserError
 from saap.tune.adapters import Context, product_dtype
 from saap.tune.loop.processes import is_sharded
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from saap.base.needs import PROCESS, Needs
 from saap.models.needs import PER_LOGIT, kept_per_token
 from saap.models.shape import ModelShape
 from saap.quantize.needs import choosing_needs, integer_bytes
-from saap.system.needs import PROCESS, Needs
 from saap.tune.losses import PLACES
 
 TUNING = 70_000_000  # peft and accelerate, beside the process

@@ -8,8 +8,8 @@ from typing import Annotated, Literal, get_args
 
 from msgspec import Meta, convert
 
-from devices.common.options import COMPUTE, COUNT, Option, check_values, refuse_unused
-from devices.common.values import parse_bytes
+from saap.base.options import COMPUTE, COUNT, Option, check_values, refuse_unused
+from saap.base.values import parse_bytes
 from saap.models.record import read_record
 from saap.system.device_names import check_device_is_there
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 
-from devices.common.files import write_text
+from saap.base.errors import UserError
+from saap.base.files import write_text
 from saap.models.shape import ModelShape
-from saap.system.errors import UserError
 from saap.system.precision import autocast_dtype, product_rate
 from saap.system.processes import training_device
 from saap.tune.loop.state import state_directory

@@ -21,9 +21,10 @@ import torch
 from safetensors import safe_open
 from transformers import PreTrainedModel
 
-from devices.common.files import cache_directory, make_room
-from devices.common.progress import Progress
-from devices.common.wording import counted
+from saap.base.errors import UserError
+from saap.base.files import cache_directory, make_room
+from saap.base.progress import Progress
+from saap.base.wording import counted
 from saap.models.architectures import MOST_WORDS, shape_of
 from saap.models.checkpoint import read_config
 from saap.models.modeling_slim import unpacked_words
@@ -31,7 +32,6 @@ from saap.models.record import read_record
 from saap.models.resolve import load_tokenizer
 from saap.models.streaming import open_model
 from saap.models.weight_files import weights_hash
-from saap.system.errors import UserError
 from saap.system.processes import training_device
 from saap.system.sealed_tensors import load_sealed, save_sealed
 from saap.text.encoding import said_words_of

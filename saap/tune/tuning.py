@@ -27,9 +27,12 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from devices.common.allocator import kept_memory
-from devices.common.options import refuse_unused
-from devices.common.progress import LOADING, WRITING, Progress
+from saap.base.allocator import kept_memory
+from saap.base.errors import UserError
+from saap.base.needs import Needs, check_memory, fits
+from saap.base.options import refuse_unused
+from saap.base.progress import LOADING, WRITING, Progress
+from saap.base.writing import RECORD, check_output, claimed
 from saap.models.architectures import architecture_of, shape_of
 from saap.models.checkpoint import load_model, read_config, slim_config, write_slim
 from saap.models.record import read_record
@@ -41,10 +44,7 @@ from saap.models.weight_files import weights_hash
 from saap.quantize.choose_forms import choose_forms
 from saap.quantize.gptq import compensated_matrices
 from saap.quantize.groups import IntegerForm, check_widths, nearest_matrices, quantize_model
-from saap.system.errors import UserError
-from saap.system.files import RECORD, check_output, claimed
 from saap.system.gpu import CPU, check_device, fits_device, out_of_memory
-from saap.system.needs import Needs, check_memory, fits
 from saap.system.precision import autocast_dtype, computes_bf16, fast_float32
 from saap.system.processes import computing_on, is_main_process, shares_parameters, training_device
 from saap.text.documents import Sequences

@@ -15,7 +15,7 @@ from bench.judge.comparison import compare_within
 from bench.measure.result import read_result
 from bench.report.tables import table_rows
 from export.bundle.manifest import read_manifest
-from saap.system.files import write_json
+from saap.base.writing import write_json
 from studies.common import provenance
 from studies.field.cells import PROTOCOLS, cells_of
 

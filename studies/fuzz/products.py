@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from devices.common.child import absent
-from devices.common.errors import UserError
+from saap.base.child import absent
+from saap.base.errors import UserError
 from studies.fuzz.targets import Target
 
 OLD = Path(__file__).resolve().parents[2] / "tests" / "support" / "old"

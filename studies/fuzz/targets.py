@@ -83,10 +83,10 @@ def _documents(place: Path) -> Iterator[Target]:
     from bench.judge.quality import compare_quality, read_quality
     from bench.measure.result import read_result
     from bench.runtimes.peers import genai_peer
-    from devices.common.quality import QUALITY
     from devices.profiles.profile import PROFILES, read_profile
     from export.bundle.manifest import read_manifest, verify_files
     from export.bundle.tokenizer import BundleTokenizer
+    from saap.base.quality import QUALITY
     from saap.cli.report import make_report
     from saap.models.architectures import positions_of, shape_of
     from saap.models.checkpoint import read_config
@@ -235,8 +235,8 @@ def _lines(place: Path) -> Iterator[Target]:
 
 def _binaries(place: Path) -> Iterator[Target]:
     """ONNX, GGUF and safetensors."""
-    from devices.common.gguf_header import read_header
     from export.bundle.graph_check import check_graph
+    from saap.base.gguf_header import read_header
     from saap.models.gguf import read_tokenizer_fields
     from saap.models.weight_files import tensor_reader
     from saap.system.sealed_tensors import load_sealed

@@ -83,8 +83,8 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--layers", type=int, help="fewer or more of them")
     given = parser.parse_args()
+    from saap.base.writing import writing_directory
     from saap.models.weight_files import write_shards
-    from saap.system.files import writing_directory
 
     layers = given.layers or SHAPES[given.size][2]
     with writing_directory(given.out) as out:

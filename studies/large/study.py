@@ -68,6 +68,7 @@ def sum_of(phase: str, place: Path) -> float | None:
     """The memory, MB, that saap says before it begins; None for `saap bench`, which has no torch and sums up itself."""
     from export.needs import export_needs
     from export.options import PARITY_ROWS, PARITY_TOKENS
+    from saap.base.needs import fits
     from saap.models.architectures import shape_of
     from saap.models.checkpoint import read_config
     from saap.models.needs import eval_needs
@@ -75,7 +76,6 @@ def sum_of(phase: str, place: Path) -> float | None:
     from saap.models.weight_files import weights_bytes
     from saap.prune.needs import prune_needs
     from saap.quantize.bundle_size import bundle_size
-    from saap.system.needs import fits
     from saap.tune.needs import tune_needs
 
     dense, directory = place / "dense", place / ("dense" if phase in OF_DENSE else "slim")

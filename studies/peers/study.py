@@ -104,7 +104,7 @@ def build(work: Path, name: str, options: list[str]) -> None:
 
 def describe(work: Path) -> None:
     """What types the quantizer chose."""
-    from devices.common.gguf_header import read_header
+    from saap.base.gguf_header import read_header
 
     for name in (Q4_1, Q4_0):
         tensors = read_header(work / name).tensors

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from saap.base.errors import UserError
 from saap.evaluate.perplexity import score_models, torch_scorer
 from saap.models.checkpoint import load_model
 from saap.models.record import read_record
@@ -24,7 +25,6 @@ from saap.models.resolve import load_tokenizer
 from saap.prune.baselines.methods import published
 from saap.prune.options import AdaptiveOptions, FusionOptions, PruneOptions
 from saap.prune.pruning import prune
-from saap.system.errors import UserError
 from saap.text.documents import Sequences, documents_of, pack, read_file
 from saap.text.rows import training_rows
 from saap.text.windows import Cut, windows_of

@@ -187,8 +187,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         variants = [v for v in table_variants() if settings.items() <= v.items()]
         variants = [v for v in variants if methods is None or v["method"] in methods]
         return make_table(variants, [float(ratio) for ratio in given.ratios.split(",")], seeds, given.chunks)
+    from saap.base.writing import write_json
     from saap.models.resolve import resolve
-    from saap.system.files import write_json
     from studies.pruning.measure import Texts, options_of, remember_rankings
 
     model_dir = Path(resolve(MODEL))

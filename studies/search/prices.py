@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from saap.base.writing import write_json
 from saap.evaluate.evaluation import evaluate
 from saap.evaluate.options import EvalOptions
 from saap.prune.cut.refit import compensate
@@ -21,7 +22,6 @@ from saap.prune.pruning import prune
 from saap.prune.search.budget import Budget
 from saap.prune.search.milp import Found, Gap, Library, search
 from saap.prune.trials import gone_of
-from saap.system.files import write_json
 from studies.common import Bar, Cell, markdown, provenance
 
 RUNGS, EACH, RATIO, SPREAD = (0, 4, 8), 10, 0.25, 1.0

@@ -15,7 +15,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from saap.system.files import write_json
+from saap.base.writing import write_json
 from studies.common import Cell, add_write_option, bar_table, markdown, parser_of, read_cells, show_tables
 
 HERE = Path(__file__).resolve().parent

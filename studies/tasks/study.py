@@ -103,8 +103,8 @@ def run(tasks: list[str], who: list[str], again: bool) -> None:
     """The cells that are not there, in turn, so that two that are compared in time run one after the other."""
     import torch
 
+    from saap.base.writing import write_json
     from saap.models.resolve import resolve
-    from saap.system.files import write_json
 
     model_dir = resolve("smollm2-135m")
     for task in tasks:

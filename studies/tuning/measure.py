@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from saap.base.writing import write_json
 from saap.models import resolve as models
 from saap.models.checkpoint import load_model, read_config, write_slim
 from saap.models.record import read_record
 from saap.models.weight_files import tensor_reader
 from saap.prune.options import PruneOptions
 from saap.prune.pruning import prune
-from saap.system.files import write_json
 from saap.text.documents import Sequences
 from saap.text.rows import FEWEST_ROWS, TuningRows, held_out, tuning_rows
 from saap.tune.loop.steps import Run, train

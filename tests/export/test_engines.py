@@ -13,18 +13,18 @@ from support.cuts import cut
 from support.export_cases import IDS, UNEVEN
 
 from bench.runtimes.peers import read_peers
-from devices.common.interpreters import PEER_PYTHON, python_with
 from export.bundle.engine_logits import logits_of
 from export.bundle.engines import Placed, engines_in
 from export.bundle.manifest import BundleError, read_manifest, verify_files
 from export.generate.scoring import BundleScorer
 from export.options import ExportOptions
 from export.write import export
+from saap.base.errors import UserError
+from saap.base.interpreters import PEER_PYTHON, python_with
 from saap.cli import engines as module
 from saap.cli.engines import on_fastest
 from saap.prune.plan import PrunePlan
 from saap.prune.vocabulary import Chosen, trim
-from saap.system.errors import UserError
 from saap.text.closed_words import forest_of
 from saap.tune import TuneOptions, tune
 

@@ -4,7 +4,7 @@ import pytest
 from support.exported import export_bundle
 
 from export.bundle.tokenizer import RunError
-from saap.system.errors import UserError
+from saap.base.errors import UserError
 
 MEND = "get or make the model again"
 

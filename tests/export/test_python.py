@@ -14,9 +14,9 @@ from export.generate import GenerateOptions, generate
 from export.generate.scoring import BundleScorer
 from export.options import PARITY_TOKENS
 from export.write import sample_rows
+from saap.base.errors import UserError
 from saap.models.checkpoint import load_model
 from saap.models.weight_files import weights_hash
-from saap.system.errors import UserError
 
 HEAVY = {"torch", "transformers", "onnx", "onnx_ir", "onnxruntime", "tokenizers", "numpy"}
 

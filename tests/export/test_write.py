@@ -24,10 +24,10 @@ from export.graph.targets import ONNXRUNTIME_INT8_CACHE
 from export.options import ExportOptions
 from export.parity.verify import check_parity
 from export.write import export
+from saap.base.errors import UserError
 from saap.models.checkpoint import load_model, read_config
 from saap.models.weight_files import tensor_reader
 from saap.prune.plan import PrunePlan
-from saap.system.errors import UserError
 from saap.tune import TuneOptions, tune
 
 

@@ -12,11 +12,11 @@ from support.pretend_gpu import GPU, OnGpu, pretend_gpu
 
 from export.options import ExportOptions
 from export.write import export
+from saap.base.errors import UserError
 from saap.evaluate.evaluation import evaluate
 from saap.evaluate.options import EvalOptions
 from saap.prune.options import PruneOptions
 from saap.prune.pruning import prune
-from saap.system.errors import UserError
 from saap.tune.options import TrainOptions, TuneOptions
 from saap.tune.tuning import tune
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from devices.common.progress import Progress
 from export.bundle.manifest import BundleManifest
 from export.options import ExportOptions
 from export.write import Rows, write_bundle
+from saap.base.progress import Progress
 
 
 def export_bundle(

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import click
 
-from devices.common.options import Option
 from devices.fit.demands import Demands, DeviceOptions, demands_of
+from saap.base.errors import UserError
+from saap.base.options import Option
 from saap.cli.console import print_table, tell
 from saap.cli.devices.fit import read_model
 from saap.cli.options import OptionsCommand, options_of
 from saap.cli.types import directory
-from saap.system.errors import UserError
 
 if TYPE_CHECKING:
     from devices.fit.fitting import Fit
@@ -75,11 +75,11 @@ def as_document(bundle: Path, model: Model, device: Device, verdict: Fit) -> dic
 
 
 def _here(options: DeviceOptions, measure: bool) -> Device:
-    from devices.common.cgroup import available
     from devices.fit.memory import Device
     from devices.probe.cpu import FEATURES
     from devices.probe.host import probe
     from devices.profiles.profile import load_profiles, profile_of
+    from saap.base.cgroup import available
     from saap.cli.devices.probe import read_bandwidth
 
     if options.memory is not None:

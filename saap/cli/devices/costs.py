@@ -11,11 +11,11 @@ import click
 
 from bench.costs.options import CostsOptions
 from bench.remote.options import BoardOptions
-from devices.common.files import calling
-from devices.common.options import Option, refuse_unused
-from devices.common.progress import Progress
-from devices.common.wording import counted
 from export.bundle.engines import FILES, ONNXRUNTIME
+from saap.base.files import calling
+from saap.base.options import Option, refuse_unused
+from saap.base.progress import Progress
+from saap.base.wording import counted
 from saap.cli.console import Console, print_table, tell
 from saap.cli.options import OptionsCommand, options_of
 from saap.cli.types import directory, force
@@ -65,7 +65,7 @@ def costs(model: str, out: Path, options: CostsCommand) -> None:
       saap devices costs smollm2-135m -t 4 --on ssh://pi@raspberrypi -o pi.json
     """
     from bench.remote.target import target
-    from saap.system.interrupt import ended_as_by_a_person
+    from saap.base.interrupt import ended_as_by_a_person
 
     options.check()
     with Console() as console, ended_as_by_a_person(), target(options.on, options.board, console.say) as device:
@@ -82,11 +82,11 @@ def probe_costs(
     The model is a directory (its ``config.json`` is enough), a bundle, or anything that ``saap prune`` takes; ``out``
     is where the table will go, refused before the work where it cannot.
     """
-    from devices.common.outputs import COSTS, check_place
     from devices.probe.host import probe
     from export.gguf.probe import check_probe, write_probe_gguf
     from export.graph.probe_model import WEIGHT_LIMIT, read_probe_model
     from export.graph.probe_stacks import stacks_of, write_probe_stacks
+    from saap.base.outputs import COSTS, check_place
     from saap.models.resolve import resolve
 
     check_place(out, COSTS, model)

@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import click
 
-from devices.common.files import write_text
-from devices.common.options import COUNT, Option
-from devices.common.wording import counted
+from saap.base.errors import UserError
+from saap.base.files import write_text
+from saap.base.interrupt import ended_as_by_a_person
+from saap.base.options import COUNT, Option
+from saap.base.wording import counted
 from saap.cli.bench import STDOUT
 from saap.cli.console import Console, print_table, tell
 from saap.cli.devices.test import text_ids
 from saap.cli.options import OptionsCommand, options_of
 from saap.cli.types import directory, force
-from saap.system.errors import UserError
-from saap.system.interrupt import ended_as_by_a_person
 
 if TYPE_CHECKING:
     from bench.remote.emulated import Emulation
@@ -54,10 +54,10 @@ def emulate(bundle: str, json_path: Path | None, options: EmulateCommand) -> Non
     """
     from bench.remote.emulated import document
     from bench.remote.emulated import emulate as run_emulated
-    from devices.common.files import cache_directory
-    from devices.common.outputs import EMULATION, check_place
     from devices.emulate.qemu import CPUS, prepare
     from devices.probe.host import probe
+    from saap.base.files import cache_directory
+    from saap.base.outputs import EMULATION, check_place
 
     if options.tokens < 2:
         raise UserError(f"a text of {counted(options.tokens, 'token')} has no likelihood: give --tokens 2 or more")

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from devices.fit.demands import CONTEXT
+from saap.base.errors import UserError
 from saap.cli.report import DeviceFit
-from saap.system.errors import UserError
 
 if TYPE_CHECKING:
     from devices.fit.demands import Demands
@@ -157,7 +157,7 @@ def does_not_fit(demands: Demands, model: Model, subject: str, size: int, advice
 
 
 def amount(size: int) -> str:
-    from saap.system.needs import gigabytes
+    from saap.base.needs import gigabytes
 
     return gigabytes(size) if size >= 10**7 else f"{size / 1e3:.0f} kB"
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, TypedDict
 
 import click
 
+from saap.base.errors import UserError
 from saap.cli.console import print_table
 from saap.cli.types import Sections
-from saap.system.errors import UserError
 
 if TYPE_CHECKING:
     from devices.probe.cpu import Cluster
@@ -71,7 +71,7 @@ def read_bandwidth(cache_bytes: int | None) -> list[Speed]:
     """Read memory with 1, 2, 4, ... threads and with all cores, one thread each."""
     from bench.measure.cores import choose_cores
     from bench.measure.roofline import probe_bandwidth
-    from devices.common.cores import physical_cores
+    from saap.base.cores import physical_cores
 
     most = physical_cores()
     counts = sorted({most, *(1 << power for power in range(most.bit_length()) if 1 << power <= most)})

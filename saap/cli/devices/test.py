@@ -12,15 +12,15 @@ from msgspec import Meta
 
 from bench.measure.options import Provider
 from bench.remote.options import BoardOptions
-from devices.common.options import THREADS, Option
-from devices.common.values import parse_duration
-from devices.common.wording import counted
 from export.bundle.engines import Placed
+from saap.base.errors import UserError
+from saap.base.options import THREADS, Option
+from saap.base.values import parse_duration
+from saap.base.wording import counted
 from saap.cli.bench import check_ending, keep, show_reasons
 from saap.cli.console import Console, print_table, tell
 from saap.cli.options import OptionsCommand, options_of
 from saap.cli.types import force
-from saap.system.errors import UserError
 
 if TYPE_CHECKING:
     from bench.judge.baselines import Baseline
@@ -117,7 +117,7 @@ def baseline(bundle: str, options: BaselineCommand) -> None:
     from bench.judge.regression import Recording, plan_of, record, seen_by
     from bench.measure.options import BenchOptions
     from bench.remote.target import target
-    from saap.system.interrupt import ended_as_by_a_person
+    from saap.base.interrupt import ended_as_by_a_person
 
     console = Console.of_command()
     device_options = options.device
@@ -179,10 +179,10 @@ def test(bundle: str, options: TestCommand) -> None:
     from bench.judge.wording import threads
     from bench.remote.target import target
     from bench.report.verdicts import DEVICE, LEAST, Case, device_junit, junit, sentence, verdict_table
-    from devices.common.files import write_text
-    from devices.common.outputs import JUNIT, RESULT, check_folder, check_place
     from devices.probe.host import probe
-    from saap.system.interrupt import ended_as_by_a_person
+    from saap.base.files import write_text
+    from saap.base.interrupt import ended_as_by_a_person
+    from saap.base.outputs import JUNIT, RESULT, check_folder, check_place
 
     console = Console.of_command()
     device_options, junit_path = options.device, options.junit

@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import PreTrainedModel
 
-from devices.common.progress import Progress
+from saap.base.errors import UserError
+from saap.base.progress import Progress
 from saap.models.layer_walk import layers_of
 from saap.models.shape import ModelShape
 from saap.models.streaming import present
@@ -28,7 +29,6 @@ from saap.prune.plan import PrunePlan
 from saap.prune.scores.activations import Activations, collect
 from saap.prune.search.budget import Budget
 from saap.prune.search.explain import sizes_lost
-from saap.system.errors import UserError
 
 BASELINES = METHODS[1:]
 

@@ -16,10 +16,10 @@ from itertools import pairwise
 
 import torch
 
+from saap.base.errors import UserError
 from saap.models.shape import ATTENTION, FFN, LayerSizes, ModelShape
 from saap.prune.plan import LayerPlan, PrunePlan, whole_layer, widths_of
 from saap.prune.search.budget import Budget
-from saap.system.errors import UserError
 
 SHARES = 20  # of weights, tried one after another by meet()
 SHARE_STEP = 1 / 4096  # how closely meet() finds the smallest of them

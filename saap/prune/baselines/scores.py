@@ -21,14 +21,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from devices.common.progress import Progress
+from saap.base.errors import UserError
+from saap.base.progress import Progress
 from saap.models.layer_walk import layers_of, removed_hooks
 from saap.models.matrices import Matrix, matrices_of
 from saap.models.shape import ModelShape
 from saap.models.streaming import present
 from saap.prune.scores.activations import Activations, InputStatistics
 from saap.prune.scores.importance import backward, frozen, summed_axis
-from saap.system.errors import UserError
 
 Slices = dict[tuple[int, str], torch.Tensor]  # (layer, role) -> one number per row, or per column of output and down
 

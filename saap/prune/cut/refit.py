@@ -32,7 +32,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from devices.common.progress import Progress
+from saap.base.progress import Progress
 from saap.models.architectures import Architecture, architecture_of, shape_of, traits_of
 from saap.models.layer_walk import ROWS, batches_of, inputs_of, layers_of, run_layer, run_until
 from saap.models.shape import ATTENTION, KINDS, ModelShape

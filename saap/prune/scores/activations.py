@@ -19,11 +19,11 @@ from functools import partial
 import torch
 from transformers import PreTrainedModel
 
-from devices.common.progress import Progress
+from saap.base.errors import UserError
+from saap.base.progress import Progress
 from saap.models.layer_walk import layers_of, removed_hooks
 from saap.models.matrices import matrices_of
 from saap.models.shape import ModelShape
-from saap.system.errors import UserError
 
 Tensors = tuple[torch.Tensor, ...]
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from devices.common.files import cache_directory, make_room
+from saap.base.files import cache_directory, make_room
 from saap.prune.scores.importance import Scores
 from saap.system.sealed_tensors import load_sealed, save_sealed
 

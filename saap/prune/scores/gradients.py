@@ -16,14 +16,14 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from devices.common.progress import Progress
+from saap.base.errors import UserError
+from saap.base.progress import Progress
 from saap.models.architectures import architecture_of
 from saap.models.layer_walk import HEAD_ROWS, layers_of, logits_after, removed_hooks
 from saap.models.shape import KINDS, BlockKind, ModelShape
 from saap.models.streaming import is_streamed
 from saap.prune.scores.importance import frozen
 from saap.prune.scores.layerwise import down_again
-from saap.system.errors import UserError
 
 SAYING = "pricing (gradients)"
 NOT_FINITE = "a price is not finite on the calibration text: check the model and the text"

@@ -34,12 +34,12 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from devices.common.progress import Progress
+from saap.base.errors import UserError
+from saap.base.progress import Progress
 from saap.models.layer_walk import removed_hooks
 from saap.models.matrices import Matrix, matrices_of
 from saap.models.shape import ATTENTION, KINDS, ModelShape
 from saap.prune.options import Element, Slices
-from saap.system.errors import UserError
 
 TYPES = tuple(type_ for kind in KINDS.values() for type_ in kind.types)
 ROWS = 2  # sequences of a pass that needs no gradient of a weight: a quarter faster than one, on AVX2

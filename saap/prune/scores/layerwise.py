@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager
 import torch
 from transformers import PreTrainedModel
 
-from devices.common.progress import Progress
+from saap.base.progress import Progress
 from saap.models.layer_walk import Batch, layer_inputs, layers_of, logits_after, run_layer
 from saap.models.matrices import matrices_of
 from saap.models.shape import ModelShape

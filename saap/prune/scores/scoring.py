@@ -7,7 +7,8 @@ from dataclasses import replace
 import torch
 from transformers import PreTrainedModel
 
-from devices.common.progress import Progress
+from saap.base.errors import UserError
+from saap.base.progress import Progress
 from saap.models.shape import ModelShape
 from saap.models.streaming import is_streamed
 from saap.prune.options import AdaptiveOptions
@@ -15,7 +16,6 @@ from saap.prune.scores.cache import keep_scores, read_scores, scores_path
 from saap.prune.scores.importance import Scores, estimate, merged
 from saap.prune.scores.layerwise import estimate_layerwise, rows_at_once
 from saap.prune.shares import shares
-from saap.system.errors import UserError
 
 LOSS = "loss"  # beside the scores on their way to other processes
 PORTION = 8  # sequences; seconds of a small model, a minute of one that barely fits

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from devices.common.progress import Progress
+from saap.base.errors import UserError
+from saap.base.progress import Progress
 from saap.models.streaming import is_streamed
 from saap.prune.options import PruneOptions
 from saap.prune.plan import PrunePlan
@@ -24,7 +25,6 @@ from saap.prune.search.kept_prices import KeptDivergences, keep_library, prices_
 from saap.prune.search.library import Pricing, fitted_on
 from saap.prune.search.measured import Measuring
 from saap.prune.search.milp import Library, search
-from saap.system.errors import UserError
 
 PRICING_SHARE = 8  # one eighth of the calibration sequences prices what the others scored
 

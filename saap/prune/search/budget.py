@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from msgspec import convert
 
+from saap.base.errors import UserError
 from saap.models.record import Costs, Plan, PlannedBundle
 from saap.models.shape import BlockKind, LayerSizes, ModelShape
 from saap.models.slim_quant import BITS, GROUP_SIZES, MatrixForm
@@ -28,7 +29,6 @@ from saap.prune.forms import READS, WRITES, BlockForms, PlanForms
 from saap.prune.options import TIMED, PruneOptions
 from saap.prune.search.layer_costs import COSTS, DEVICE, CostFile, CostTable, read_costs
 from saap.quantize.bundle_size import VOCABULARY, BundleSize, bundle_size
-from saap.system.errors import UserError
 
 if TYPE_CHECKING:
     from saap.prune.plan import PrunePlan

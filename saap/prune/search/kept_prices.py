@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from devices.common.files import cache_directory, make_room
+from saap.base.files import cache_directory, make_room
 from saap.models.slim_quant import MatrixForm
 from saap.prune.forms import Place
 from saap.prune.options import PruneOptions

@@ -17,10 +17,10 @@ from typing import Annotated
 import numpy as np
 from msgspec import Meta
 
-from devices.common.documents import Document
+from saap.base.documents import Document
+from saap.base.errors import UserError
 from saap.models.shape import ATTENTION, CONV, DELTA, BlockKind, LayerSizes, ModelShape
 from saap.models.slim_quant import MatrixForm
-from saap.system.errors import UserError
 
 MOST = 1_000_000_000  # milliseconds, heads, channels: what is above is damage
 AGAIN = "measure it again with `saap devices costs`"

@@ -20,7 +20,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from devices.common.progress import Progress
+from saap.base.errors import UserError
+from saap.base.progress import Progress
 from saap.models.architectures import architecture_of
 from saap.models.layer_walk import Batch, batches_of, inputs_of, layers_of, output_of, outputs_of, run_layer
 from saap.models.shape import ATTENTION, KINDS, BlockKind, ModelShape
@@ -34,7 +35,6 @@ from saap.prune.scores.gradients import NOT_FINITE, adding_module, block_gradien
 from saap.prune.search.choices import RUNS, choices, runs_of
 from saap.prune.search.milp import LEAST_PRICE, Gap, Library
 from saap.prune.search.rounding import Prices, RoundedMatrix, Rounding, rounded_block, vocabulary_prices
-from saap.system.errors import UserError
 
 FITTED, FITTED_STREAMED = 24, 12
 DAMPING = 0.3

@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from devices.common.progress import Progress
+from saap.base.progress import Progress
 from saap.models.architectures import architecture_of
 from saap.models.layer_walk import batches_of, layers_of, logits_after, removed_hooks, run_layer, states_after
 from saap.models.shape import ATTENTION, KINDS

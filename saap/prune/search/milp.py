@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from saap.base.errors import UserError
 from saap.models.shape import ATTENTION, FFN, KINDS, ModelShape
 from saap.prune.forms import BlockForms, Place, PlanForms
 from saap.prune.options import AdaptiveOptions, PruneOptions
@@ -25,7 +26,6 @@ from saap.prune.search.budget import Budget
 from saap.prune.search.choices import choices, runs_of
 from saap.prune.search.rounding import Rounding
 from saap.quantize.bundle_size import VOCABULARY
-from saap.system.errors import UserError
 
 if TYPE_CHECKING:
     from scipy.optimize import LinearConstraint, OptimizeResult

@@ -10,7 +10,7 @@ import hashlib
 import zlib
 from pathlib import Path
 
-from saap.system.errors import UserError
+from saap.base.errors import UserError
 
 FOLDER = Path(__file__).parent
 TRAINING = ("web.jsonl", "encyclopedia.jsonl", "instructions.jsonl")

@@ -18,7 +18,7 @@ from accelerate.utils import DistributedType, broadcast_object_list
 from torch import nn
 from torch.torch_version import TorchVersion
 
-from saap.system.errors import UserError
+from saap.base.errors import UserError
 from saap.system.processes import meet_on_cpus
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from typing import TypedDict
 import torch
 from torch import nn
 
-from saap.system.errors import UserError
+from saap.base.errors import UserError
 from saap.system.sealed_tensors import load_sealed, save_sealed
 from saap.tune.loop.processes import like, whole
 

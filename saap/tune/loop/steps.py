@@ -22,9 +22,9 @@ import torch
 from msgspec import convert
 from torch import nn
 
-from devices.common.options import check_values
-from devices.common.progress import Progress
-from saap.system.errors import UserError
+from saap.base.errors import UserError
+from saap.base.options import check_values
+from saap.base.progress import Progress
 from saap.system.precision import autocast_dtype
 from saap.system.sealed_tensors import data_hash
 from saap.tune.loop.processes import Batch, LossOf, add_up, from_main, join_processes, prepare, unshard

@@ -16,8 +16,8 @@ from bench.costs.measure import COSTS, CostsError, measure_costs, schedule, writ
 from bench.costs.options import CostsOptions
 from bench.costs.worker import LEAST_TURNS, SKIPPED, TURN, take_turns, waiting_clock
 from bench.measure.result import Bandwidth
-from devices.common.errors import UserError
 from export.bundle.manifest import LayerSizes, read_manifest
+from saap.base.errors import UserError
 
 BANDWIDTH = Bandwidth(1, 1, [1e9])
 QUICK = CostsOptions(threads=(1,), depth=20, rounds=1, seconds=0.0)

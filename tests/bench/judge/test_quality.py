@@ -13,7 +13,7 @@ from support.command_line import here
 from bench.judge import quality
 from bench.judge.quality import MEAN, PERPLEXITY, QualityError, exit_code, read_quality
 from bench.judge.verdict import BETTER, NOT_COMPARABLE, SAME, WORSE
-from devices.common.quality import QUALITY
+from saap.base.quality import QUALITY
 
 RANDOM = np.random.default_rng(3)  # each test has its own, see below
 WINDOWS = RANDOM.normal(40.0, 8.0, 60)  # nats of windows of 11 predictions: windows differ far more than models do

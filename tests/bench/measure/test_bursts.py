@@ -27,7 +27,7 @@ from bench.measure.rounds import job_of
 from bench.measure.run import measure
 from bench.measure.statistics import ratio_of_loads
 from bench.runtimes.peers import read_peers
-from devices.common.child import ChildFailedError, Resident
+from saap.base.child import ChildFailedError, Resident
 
 PLAN = BenchOptions(threads=1, prompt=4, generate=12, warmup=2, repetitions=3, cold=False, ratio_time_s=60)
 
@@ -102,7 +102,7 @@ def test_a_worker_that_rests_ends_with_its_parent(bundles: list[str]) -> None:
     peers = read_peers(bundles[:1], PLAN.positions)
     job = json.dumps(asdict(job_of(peers[0], PLAN.settings()[0], PLAN, peers[0].vocab_size)))
     program = (
-        "import json, time; from devices.common.child import Resident\n"
+        "import json, time; from saap.base.child import Resident\n"
         f"with Resident({WORKER!r}, 60, {{}}) as worker:\n"
         f"    worker.ask(json.loads({job!r})); worker.rest(); print(worker._process.pid, flush=True); time.sleep(60)\n"
     )
@@ -157,5 +157,5 @@ def test_being_loaded_later_cancels_and_the_interval_holds_the_truth() -> None:
 
 
 def test_a_child_that_does_not_answer_is_named() -> None:
-    with Resident("devices.common.child", 5, {}) as worker, pytest.raises(ChildFailedError):
+    with Resident("saap.base.child", 5, {}) as worker, pytest.raises(ChildFailedError):
         worker.ask({"modules": 1})

@@ -22,10 +22,10 @@ from bench.measure.result import INVALID, Result, read_result, write_result
 from bench.measure.rounds import prompt_tokens, turn
 from bench.measure.run import measure
 from bench.runtimes.peers import PeerError
-from devices.common.errors import UserError
-from devices.common.progress import Label
 from export.bundle.decoder import DecoderError
 from export.bundle.manifest import BundleError
+from saap.base.errors import UserError
+from saap.base.progress import Label
 
 ROOT = Path(__file__).resolve().parents[3]
 ONE = BenchOptions(prompt=4, generate=3, threads=1, repetitions=1, warmup=0, cold=False)

@@ -173,7 +173,7 @@ def tools() -> None:
 
 @pytest.fixture(scope="session")
 def root(tools: None) -> Root:
-    from devices.common.files import cache_directory
+    from saap.base.files import cache_directory
 
     try:
         return prepare(cache_directory(), str(probe()["onnxruntime"]))

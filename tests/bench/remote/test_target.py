@@ -51,8 +51,8 @@ from devices.transport import BoardError, Local, open_transport
 from export.bundle.engines import OPENVINO
 from export.bundle.engines import REQUIREMENTS as OF_ENGINES
 from export.bundle.manifest import BundleError
+from saap.base.interrupt import ask_to_end, ended_as_by_a_person
 from saap.cli.bench import _places
-from saap.system.interrupt import ask_to_end, ended_as_by_a_person
 
 
 @pytest.fixture(scope="module")

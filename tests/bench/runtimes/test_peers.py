@@ -26,14 +26,14 @@ from bench.measure.run import measure
 from bench.measure.worker import timed_pass, warm_up
 from bench.runtimes.facts import graph_facts
 from bench.runtimes.peers import PeerError, read_peers
-from devices.common.gguf_header import GgufHeaderError, read_header
-from devices.common.interpreters import PEER_PYTHON, python_with
 from export.bundle.decoder import OrtDecoder
 from export.bundle.engine_logits import logits_of
 from export.bundle.genai import genai_config
 from export.bundle.manifest import DECODE_GRAPH, BundleManifest, read_manifest, write_manifest
+from saap.base.errors import UserError
+from saap.base.gguf_header import GgufHeaderError, read_header
+from saap.base.interpreters import PEER_PYTHON, python_with
 from saap.models.gguf import read_tokenizer_fields
-from saap.system.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[3]
 HEAD, KV_HEADS, WIDTH = 16, 2, 64

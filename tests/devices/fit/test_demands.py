@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 from support.fit_models import SMOL, SMOL32
 
-from devices.common.errors import UserError
 from devices.fit.demands import CONTEXT, DeviceOptions, demands_of
 from devices.fit.fitting import size_option
+from saap.base.errors import UserError
 
 GIB = 1 << 30
 

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
-from devices.common.tree import cpu_list, parse_cpu_list
 from devices.probe.cpu import core_name, core_of_midr
+from saap.base.tree import cpu_list, parse_cpu_list
 
 
 def test_cores_are_named_by_their_numbers() -> None:

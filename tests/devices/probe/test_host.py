@@ -9,9 +9,9 @@ from support import fake_trees
 from support.fake_trees import A76_ON, CPU, arm_cpu, plant
 
 from bench.judge.comparison import device_differs
-from devices.common.tree import parse_cpu_list
 from devices.probe.host import fingerprint, probe, probe_all, run_here
 from devices.profiles.profile import load_profiles, profile_of
+from saap.base.tree import parse_cpu_list
 
 A76 = ["asimd", "dotprod", "fp16"]
 THOR = ["asimd", "bf16", "dotprod", "fp16", "i8mm", "sve", "sve2"]

@@ -11,10 +11,10 @@ from support.llama_cpp_run import run
 from support.slim_integers import write_integers
 
 from export.gguf.write import export_gguf
+from saap.base.errors import UserError
 from saap.models.architectures import shape_of
 from saap.models.checkpoint import load_model, read_config
 from saap.prune.plan import PrunePlan, whole_layer
-from saap.system.errors import UserError
 
 IDS = torch.randint(3, 300, (24,), generator=torch.Generator().manual_seed(3)).tolist()  # beyond a window of 8
 KINDS = {

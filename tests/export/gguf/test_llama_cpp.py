@@ -13,10 +13,10 @@ import pytest
 from support.fake_trees import plant
 from support.slim_integers import write_integers
 
-from devices.common.errors import UserError
-from devices.common.interpreters import PEER_PYTHON
 from export import ExportOptions, export
 from export.gguf.llama_cpp import quantizer
+from saap.base.errors import UserError
+from saap.base.interpreters import PEER_PYTHON
 
 OPTIONS = ExportOptions(target="gguf", integers="llama.cpp")
 # A library of that name: it knows one type, copies what it is given, and notes how it was asked.

@@ -13,12 +13,12 @@ from support.export_cases import IDS, YARN
 from support.gguf_texts import TEXTS
 
 from export.gguf.write import export_gguf
+from saap.base.errors import UserError
 from saap.models.checkpoint import load_model
 from saap.models.resolve import load_tokenizer
 from saap.models.shape import LayerSizes
 from saap.models.weight_files import weights_hash
 from saap.prune.plan import LayerPlan, PrunePlan, whole_layer
-from saap.system.errors import UserError
 
 SIZES = {
     "vocab_size": 320, "hidden_size": 96, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 6,

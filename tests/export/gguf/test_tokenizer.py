@@ -10,8 +10,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 
 from export.gguf.tokenizer import BYTE, CONTROL, SPLITS, UNUSED, USER_DEFINED, tokenizer_fields
 from export.gguf.write import export_gguf
+from saap.base.errors import UserError
 from saap.models.resolve import load_tokenizer
-from saap.system.errors import UserError
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 BYTE_LEVEL = pre_tokenizers.ByteLevel(add_prefix_space=False)

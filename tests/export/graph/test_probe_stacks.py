@@ -17,8 +17,8 @@ from export.bundle.graph_facts import read_graph
 from export.bundle.manifest import WEIGHTS, BundleError, read_manifest
 from export.graph.probe_model import LEAST_LAYERS, read_probe_model
 from export.graph.probe_stacks import ProbeStack, stack_layers, stacks_of, write_probe_stacks
+from saap.base.errors import UserError
 from saap.models.shape import LayerSizes
-from saap.system.errors import UserError
 
 SMOLLM2 = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 49152, "hidden_size": 576,

@@ -18,7 +18,7 @@ from export.bundle.session import open_session
 from export.parity.streamed import StreamedModel
 from export.parity.verify import check_parity
 from export.source import ModelSource, Precision
-from saap.system.errors import UserError
+from saap.base.errors import UserError
 from saap.tune import TuneOptions, tune
 
 

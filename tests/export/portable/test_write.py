@@ -30,10 +30,10 @@ from export.bundle.inspect import inspect_bundle
 from export.bundle.manifest import read_manifest
 from export.generate.scoring import BundleScorer, empty_past
 from export.source import Precision
+from saap.base.errors import UserError
 from saap.models.checkpoint import load_model
 from saap.prune.plan import PrunePlan
 from saap.quantize.groups import quantize
-from saap.system.errors import UserError
 from saap.tune import TuneOptions, tune
 
 

@@ -15,7 +15,7 @@ from support.tiny_graphs import tiny_bundle
 
 from bench.measure.options import BenchOptions
 from bench.measure.result import INVALID, Result, read_result, write_result
-from devices.common.quality import QUALITY, ModelQuality, Quality
+from saap.base.quality import QUALITY, ModelQuality, Quality
 
 QUICK = ["-p", "4", "-n", "6", "-t", "1", "-r", "1", "--no-cold"]
 BASE = [0.0100, 0.0101, 0.0099, 0.0102, 0.0100, 0.0098, 0.0101, 0.0100]

@@ -7,9 +7,9 @@ import json
 import pytest
 from support.command_line import here, refused
 
-from devices.common.errors import UserError
 from export import ExportOptions, export
 from export.gguf.llama_cpp import quantizer
+from saap.base.errors import UserError
 from saap.models.resolve import load_tokenizer, tokenizer_of_gguf
 from saap.text.windows import tokenizer_hash
 

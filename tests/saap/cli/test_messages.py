@@ -9,7 +9,7 @@ import pytest
 from support.command_line import here, refused
 
 import saap
-from saap.system.errors import UserError
+from saap.base.errors import UserError
 
 OLD = Path(__file__).parents[2] / "support" / "old"
 

@@ -11,9 +11,9 @@ import pytest
 from click.testing import CliRunner
 from msgspec import Meta
 
-from devices.common.errors import UserError
-from devices.common.options import Option, check_values, made, settings_of
-from devices.common.values import parse_bytes, parse_counts, parse_layers, parse_pair, parse_parameters
+from saap.base.errors import UserError
+from saap.base.options import Option, check_values, made, settings_of
+from saap.base.values import parse_bytes, parse_counts, parse_layers, parse_pair, parse_parameters
 from saap.cli.options import OptionsCommand, options_of
 
 

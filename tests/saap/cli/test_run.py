@@ -16,16 +16,16 @@ from support.command_line import here, refused
 from support.cost_files import cost_file
 from support.fake_trees import plant
 
-from devices.common.interpreters import PEER_PYTHON
-from devices.common.options import arguments_of, made
 from export.gguf.llama_cpp import quantizer
+from saap.base.errors import UserError
+from saap.base.interpreters import PEER_PYTHON
+from saap.base.options import arguments_of, made
 from saap.cli import run as pipeline
 from saap.cli.console import Console
 from saap.cli.devices.fit import read_model
 from saap.cli.run import RunOptions, run_needs
 from saap.models.record import read_record
 from saap.prune.pruning import budget_of
-from saap.system.errors import UserError
 
 
 def options(**given):

@@ -9,11 +9,11 @@ import torch
 from support.command_line import here, refused
 
 from export import export
+from saap.base.errors import UserError
 from saap.evaluate.answers import read_prompts, repetition, score_answers
 from saap.evaluate.perplexity import torch_scorer
 from saap.models.checkpoint import load_model
 from saap.prune import PruneOptions, prune
-from saap.system.errors import UserError
 
 
 def scripted(answers, logits):

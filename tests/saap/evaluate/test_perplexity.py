@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
+from saap.base.errors import UserError
 from saap.evaluate.perplexity import score_models, torch_scorer
 from saap.models.checkpoint import load_model
-from saap.system.errors import UserError
 
 IDS = torch.randint(320, (5, 12), generator=torch.Generator().manual_seed(4))
 

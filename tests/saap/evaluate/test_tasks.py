@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from support.command_line import here, last_line
 
+from saap.base.errors import UserError
 from saap.evaluate.evaluation import continuation_model, subjects_of
 from saap.evaluate.options import EvalOptions
 from saap.models.checkpoint import load_model
 from saap.models.resolve import load_tokenizer
-from saap.system.errors import UserError
 
 lm_eval = pytest.importorskip("lm_eval")
 

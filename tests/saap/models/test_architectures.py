@@ -8,10 +8,10 @@ import torch
 import transformers
 from support.exported import export_bundle
 
+from saap.base.errors import UserError
 from saap.models.architectures import FAMILIES, LayerTraits, Traits, architecture_of, positions_of, shape_of, traits_of
 from saap.models.checkpoint import load_model, read_config
 from saap.models.resolve import resolve
-from saap.system.errors import UserError
 
 IDS = torch.randint(320, (4, 16), generator=torch.Generator().manual_seed(5))
 # What google/gemma-3-1b-it's config.json says and, above all, leaves out.

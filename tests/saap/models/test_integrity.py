@@ -20,8 +20,10 @@ from support.slim_integers import WIDE
 from bench.judge.baselines import Baseline, RegressionError, read_baselines, write_baseline
 from bench.judge.quality import QualityError, read_quality
 from bench.measure.result import ResultError, read_result, write_result
-from devices.common.quality import QUALITY
 from export.bundle.manifest import BundleError, verify_files
+from saap.base.errors import UserError
+from saap.base.quality import QUALITY
+from saap.base.writing import read_object, write_document
 from saap.models.checkpoint import load_model
 from saap.models.record import read_record
 from saap.models.shape import ModelShape
@@ -31,8 +33,6 @@ from saap.prune.pruning import prune
 from saap.prune.scores.cache import keep_scores, read_scores, scores_path
 from saap.prune.scores.scoring import scores_of
 from saap.prune.search.layer_costs import read_costs
-from saap.system.errors import UserError
-from saap.system.files import read_object, write_document
 from saap.system.sealed_tensors import load_sealed, save_sealed
 from saap.tune.teacher import teacher_targets
 
@@ -121,7 +121,7 @@ def test_a_bench_holds_a_model_against_its_hashes_before_it_runs(slim):
 
 def test_a_hub_cache_whose_blob_is_damaged(tiny_model, tmp_path):
     """The hub's cache links each large file to a blob that is named by its sha256."""
-    from devices.common.files import sha256_file
+    from saap.base.files import sha256_file
 
     path = tiny_model()
     weights = path / "model.safetensors"

@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import nn
 
+from saap.base.errors import UserError
 from saap.models.architectures import FAMILIES, shape_of
 from saap.models.checkpoint import load_model
 from saap.models.matrices import ROLES, matrices_of
 from saap.models.shape import CONV
-from saap.system.errors import UserError
 
 
 @pytest.mark.parametrize("family", FAMILIES)

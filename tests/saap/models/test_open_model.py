@@ -7,13 +7,13 @@ import torch
 from safetensors.torch import load_file
 from support.command_line import here
 
+from saap.base import needs
+from saap.base.errors import UserError
 from saap.evaluate import evaluation
 from saap.models import streaming
 from saap.models.checkpoint import load_model
 from saap.models.modeling_slim import GroupQuantLinear
 from saap.models.streaming import is_streamed, open_model, open_writer, whole_needs
-from saap.system import needs
-from saap.system.errors import UserError
 from saap.tune import tuning
 from saap.tune.options import TrainOptions, TuneOptions
 from saap.tune.tuning import tune

@@ -6,8 +6,8 @@ from typing import get_type_hints
 
 import pytest
 
+from saap.base.errors import UserError
 from saap.models.record import Calibration, Costs, Lineage, Plan, Record, Tuning, read_record
-from saap.system.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[3]
 

@@ -13,14 +13,14 @@ import torch
 from support.command_line import here
 from support.edited import edited
 
-from devices.common.files import cache_place
-from devices.common.gguf_header import read_header
+from saap.base.errors import UserError
+from saap.base.files import cache_place
+from saap.base.gguf_header import read_header
 from saap.models import packaged
 from saap.models.checkpoint import read_config
 from saap.models.gguf import byte_level_bpe, read_tokenizer_fields, write_tokenizer
 from saap.models.integrity import cached
 from saap.models.resolve import copy_sidecars, load_tokenizer, resolve
-from saap.system.errors import UserError
 
 SNIPPETS = [
     "Hello world  12 345",

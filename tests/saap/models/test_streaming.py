@@ -6,6 +6,7 @@ from safetensors.torch import load_file, save_file
 from support.family_cuts import CASES
 from support.masking import masked, mean_nll
 
+from saap.base.errors import UserError
 from saap.models.architectures import shape_of
 from saap.models.checkpoint import load_model
 from saap.models.layer_walk import layers_of
@@ -16,7 +17,6 @@ from saap.prune.plan import LayerPlan, PrunePlan
 from saap.prune.scores.activations import collect
 from saap.prune.scores.importance import estimate
 from saap.prune.scores.layerwise import estimate_layerwise
-from saap.system.errors import UserError
 
 
 @pytest.fixture

@@ -6,10 +6,10 @@ import pytest
 import torch
 import transformers
 
+from saap.base.errors import UserError
 from saap.models.checkpoint import load_model, read_config
 from saap.models.resolve import resolve
 from saap.models.text_part import text_name
-from saap.system.errors import UserError
 
 IDS = torch.randint(320, (2, 12), generator=torch.Generator().manual_seed(5))
 TEXT = {"vocab_size": 320, "hidden_size": 96, "intermediate_size": 128, "num_hidden_layers": 2,

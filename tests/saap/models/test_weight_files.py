@@ -10,11 +10,11 @@ from safetensors.torch import load_file, save_file
 from support.command_line import here
 from support.edited import edited
 
+from saap.base.errors import UserError
 from saap.models.checkpoint import load_model
 from saap.models.weight_files import TensorFolder, tensor_reader, write_shards
 from saap.prune.options import PruneOptions
 from saap.prune.pruning import budget_of
-from saap.system.errors import UserError
 
 
 def test_small_weights_are_one_file_and_large_ones_several_that_transformers_reads(tiny_model, tmp_path, monkeypatch):

@@ -13,12 +13,12 @@ from support import commands_in_processes
 from support.command_line import here
 from support.launching import DATA_PARALLEL, launch
 
+from saap.base.errors import UserError
+from saap.base.needs import available_memory
 from saap.models.record import read_record
 from saap.prune.cut.ridge import Products, Rows, regression
 from saap.prune.shares import Shares, joined
-from saap.system.errors import UserError
 from saap.system.gpu import out_of_memory
-from saap.system.needs import available_memory
 
 LINES = [f"Line {n} of a text that is long enough to be scored on, {n * n} and more." for n in range(400)]
 

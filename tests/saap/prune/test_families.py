@@ -27,6 +27,7 @@ from support.family_cuts import (
 )
 
 from export.graph.probe_model import read_probe_model
+from saap.base.errors import UserError
 from saap.models.architectures import FAMILIES as ROWS
 from saap.models.architectures import shape_of, traits_of
 from saap.models.checkpoint import load_model, read_config
@@ -34,7 +35,6 @@ from saap.models.shape import FFN, LayerSizes
 from saap.prune.options import PruneOptions
 from saap.prune.plan import LayerPlan, PrunePlan, whole_layer
 from saap.prune.pruning import budget_of, prune
-from saap.system.errors import UserError
 
 __all__ = ["dense_dir"]
 HYBRID = {"lfm2": LayerSizes(conv=96), "lfm3": LayerSizes(conv=96), "qwen3.5": LayerSizes(delta=3)}

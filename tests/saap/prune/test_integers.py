@@ -11,6 +11,7 @@ from support.cost_files import cost_file
 
 from export import ExportOptions, export
 from export.bundle.manifest import read_manifest
+from saap.base.errors import UserError
 from saap.models.architectures import shape_of
 from saap.models.checkpoint import load_model, read_config
 from saap.models.record import read_record
@@ -19,7 +20,6 @@ from saap.prune import PruneOptions, prune
 from saap.prune.pruning import budget_of
 from saap.prune.search.library import Pricing
 from saap.quantize.choose_forms import rounded
-from saap.system.errors import UserError
 from saap.tune import TuneOptions, tune
 
 IDS = torch.randint(320, (8, 16), generator=torch.Generator().manual_seed(0))

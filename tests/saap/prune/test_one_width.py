@@ -4,11 +4,11 @@ import pytest
 import torch
 from support.command_line import refused
 
+from saap.base.errors import UserError
 from saap.models.architectures import shape_of
 from saap.models.checkpoint import load_model, read_config
 from saap.prune.options import PruneOptions
 from saap.prune.pruning import prune
-from saap.system.errors import UserError
 
 IDS = torch.randint(320, (12, 48), generator=torch.Generator().manual_seed(4))
 

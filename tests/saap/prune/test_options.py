@@ -8,9 +8,9 @@ import sys
 import pytest
 
 import saap.prune
-from devices.common.options import settings_of
+from saap.base.errors import UserError
+from saap.base.options import settings_of
 from saap.prune.options import AdaptiveOptions, FusionOptions, PruneOptions
-from saap.system.errors import UserError
 
 
 def test_the_options_import_without_torch() -> None:

@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 
+from saap.base.errors import UserError
 from saap.models.shape import LayerSizes, ModelShape
 from saap.prune.plan import LayerPlan, PrunePlan, check_plan, whole_layer
-from saap.system.errors import UserError
 
 SHAPE = ModelShape(hidden=96, head_dim=16, vocab=320, tied=True, layers=(LayerSizes(6, 3, 128),) * 2)
 

@@ -12,6 +12,7 @@ from support.exported import export_bundle
 from export.bundle.decoder import OrtDecoder
 from export.gguf.write import export_gguf
 from export.write import SPELT
+from saap.base.errors import UserError
 from saap.cli.eval import Bundle
 from saap.evaluate.evaluation import evaluate
 from saap.evaluate.options import EvalOptions
@@ -25,7 +26,6 @@ from saap.prune.pruning import prune
 from saap.prune.renumber import named_ids
 from saap.prune.vocabulary import Chosen, choose_words, trim
 from saap.quantize.bundle_size import bundle_size
-from saap.system.errors import UserError
 from saap.text.closed_words import forest_of
 from saap.text.documents import EVALUATION_SAMPLE, documents_of, load_documents, samples_of
 from saap.text.encoding import writing_tokenizer

@@ -7,13 +7,13 @@ import pytest
 import torch
 from support.compensated import losses_compensated
 
+from saap.base.errors import UserError
 from saap.models.architectures import shape_of
 from saap.models.checkpoint import load_model, read_config
 from saap.prune.options import PruneOptions
 from saap.prune.plan import PrunePlan, check_plan, whole_layer
 from saap.prune.pruning import prune
 from saap.prune.search.choices import choices
-from saap.system.errors import UserError
 
 IDS = torch.randint(320, (12, 48), generator=torch.Generator().manual_seed(4))
 

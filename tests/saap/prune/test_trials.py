@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from saap.base.errors import UserError
 from saap.models.record import read_record
 from saap.prune import PruneOptions, prune
 from saap.prune import trials as module
 from saap.prune.trials import Halving, gone_of, trial_rows
-from saap.system.errors import UserError
 
 SHORT = Halving((0.5, 0.0), (0.9,), (64, 128))
 OPTIONS = PruneOptions(speedup=None, ratio=0.45, effort="normal", sequences=8, length=16, keep_layers=None)

@@ -14,6 +14,7 @@ from export.bundle.decoder import OrtDecoder
 from export.generate.ort_model import BundleForCausalLM
 from export.generate.scoring import BundleScorer
 from export.gguf.write import export_gguf
+from saap.base.errors import UserError
 from saap.evaluate.evaluation import Directory, continuation_model
 from saap.models.architectures import said_words, shape_of
 from saap.models.checkpoint import load_model, read_config
@@ -22,7 +23,6 @@ from saap.models.resolve import load_tokenizer
 from saap.prune.options import PruneOptions
 from saap.prune.pruning import prune
 from saap.prune.vocabulary import LONGER, TRIED, WORTH, Chosen, Sizes, choose_words, read_less, rows_asked, trim
-from saap.system.errors import UserError
 from saap.text.closed_words import forest_of
 from saap.text.documents import load_documents
 from saap.text.encoding import long_spelling, said_words_of, writing_tokenizer

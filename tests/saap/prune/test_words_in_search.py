@@ -11,6 +11,7 @@ from support.command_line import here
 from support.cost_files import cost_file
 
 from export import ExportOptions, export
+from saap.base.errors import UserError
 from saap.models.architectures import said_words, shape_of
 from saap.models.checkpoint import load_model, read_config
 from saap.models.record import read_record
@@ -18,7 +19,6 @@ from saap.models.resolve import load_tokenizer
 from saap.prune import PruneOptions, prune
 from saap.prune.pruning import budget_of
 from saap.prune.vocabulary import PIECE, PIECES, Chosen, trim, words_to_try
-from saap.system.errors import UserError
 from saap.text.documents import load_documents
 from saap.text.encoding import writing_tokenizer
 

@@ -3,11 +3,11 @@ from dataclasses import replace
 import pytest
 from support.family_cuts import compensated, dense_dir
 
+from saap.base.errors import UserError
 from saap.models.architectures import FAMILIES, shape_of
 from saap.models.checkpoint import read_config
 from saap.models.shape import ATTENTION, FFN, LayerSizes, ModelShape
 from saap.quantize.bundle_size import bundle_size
-from saap.system.errors import UserError
 
 __all__ = ["compensated", "dense_dir"]
 

@@ -7,6 +7,7 @@ import torch
 from support.slim_integers import WIDE
 from torch.nn import functional as F
 
+from saap.base.errors import UserError
 from saap.models.architectures import shape_of
 from saap.models.checkpoint import load_model
 from saap.models.slim_quant import MatrixForm
@@ -22,7 +23,6 @@ from saap.quantize.choose_forms import (
     weights_of,
 )
 from saap.quantize.groups import quantize
-from saap.system.errors import UserError
 
 ROWS = torch.randint(320, (4, 24), generator=torch.Generator().manual_seed(0))
 

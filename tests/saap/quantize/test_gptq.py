@@ -3,13 +3,13 @@
 import pytest
 import torch
 
+from saap.base.errors import UserError
 from saap.models.checkpoint import load_model
 from saap.models.modeling_slim import GroupQuantTable, unpack_zero_points
 from saap.models.slim_quant import MatrixForm
 from saap.quantize import gptq as module
 from saap.quantize.gptq import compensated_matrices, gptq, gptq_with_latent, inverse_factor
 from saap.quantize.groups import IntegerForm, fill, quantize, quantize_model
-from saap.system.errors import UserError
 
 GENERATOR = torch.Generator().manual_seed(3)
 # Inputs that depend on one another, as a model's do: without that there is nothing to compensate with.

@@ -1,10 +1,10 @@
 import pytest
 import torch
 
+from saap.base.errors import UserError
 from saap.models.checkpoint import load_model, materialise_linears
 from saap.models.modeling_slim import GroupQuantTable, unpack_codes, unpack_zero_points
 from saap.quantize.groups import pack_codes, pack_zero_points, quantize, quantize_model
-from saap.system.errors import UserError
 
 GENERATOR = torch.Generator().manual_seed(0)
 WEIGHT = torch.randn(10, 96, generator=GENERATOR)

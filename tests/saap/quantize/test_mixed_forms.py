@@ -31,6 +31,7 @@ from export.bundle.manifest import read_manifest
 from export.generate.scoring import BundleScorer
 from export.gguf.write import export_gguf
 from export.source import ModelSource
+from saap.base.errors import UserError
 from saap.cli.export import show_bundle
 from saap.models.checkpoint import load_model, read_config
 from saap.models.modeling_slim import GroupQuantLinear, unpack_codes, unpack_zero_points
@@ -38,7 +39,6 @@ from saap.models.slim_quant import MatrixForm
 from saap.models.weight_files import tensor_reader
 from saap.quantize.bundle_size import tuned_bundle_size
 from saap.quantize.groups import quantize, quantize_model
-from saap.system.errors import UserError
 from saap.tune import TuneOptions, tune
 
 KINDS = {  # bits, group, symmetric, forms by module

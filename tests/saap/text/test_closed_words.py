@@ -7,7 +7,7 @@ import pytest
 from support.unicode_texts import TEXT, texts
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from saap.system.errors import UserError
+from saap.base.errors import UserError
 from saap.text.closed_words import forest_of, renumbered, trimmed
 
 

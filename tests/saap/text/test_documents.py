@@ -9,8 +9,8 @@ import pytest
 pytest.importorskip("transformers")
 import torch
 
+from saap.base.errors import UserError
 from saap.models.checkpoint import load_model
-from saap.system.errors import UserError
 from saap.text import documents as text
 from saap.text.documents import Sequences, load_documents, pack
 from saap.text.self_written import self_written

@@ -6,7 +6,7 @@ import pytest
 from support.command_line import here, last_line
 
 pytest.importorskip("transformers")
-from saap.system.errors import UserError
+from saap.base.errors import UserError
 from saap.text.documents import EVALUATION_FILE, load_documents
 from saap.text.overlap import refuse_overlap
 

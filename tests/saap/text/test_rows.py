@@ -7,8 +7,8 @@ import pytest
 pytest.importorskip("transformers")
 import torch
 
+from saap.base.errors import UserError
 from saap.models.resolve import load_tokenizer
-from saap.system.errors import UserError
 from saap.text.conversations import ChatEncoder, messages_of
 from saap.text.documents import Sequences
 from saap.text.rows import IGNORED, WINDOW, TuningRows, _pack, held_out, training_rows, tuning_rows

@@ -14,8 +14,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from saap.base.errors import UserError
 from saap.models.record import read_record
-from saap.system.errors import UserError
 from saap.text import samples
 from saap.text.documents import EVALUATION_SAMPLE, SELF, TRAINING_SAMPLES, Sequences, documents_of, load_documents
 from saap.text.overlap import refuse_overlap

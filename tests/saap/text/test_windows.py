@@ -9,11 +9,11 @@ import torch
 from support.command_line import here, last_line
 
 from export.bundle.manifest import read_manifest
+from saap.base.errors import UserError
 from saap.evaluate.evaluation import evaluate
 from saap.evaluate.options import EvalOptions
 from saap.evaluate.perplexity import score_models, torch_scorer
 from saap.models.checkpoint import load_model
-from saap.system.errors import UserError
 from saap.text.documents import documents_of
 from saap.text.encoding import bytes_of_tokens
 from saap.text.windows import Cut, joined, tokenizer_hash, windows_of

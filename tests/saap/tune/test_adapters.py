@@ -6,12 +6,12 @@ import pytest
 import torch
 from peft import LoraConfig
 
+from saap.base.errors import UserError
 from saap.models.architectures import FAMILIES
 from saap.models.checkpoint import load_model
 from saap.models.modeling_slim import GroupQuantLinear, SlimLlamaConfig, SlimLlamaForCausalLM, unpack_zero_points
 from saap.models.slim_quant import MatrixForm
 from saap.quantize.groups import fill, quantize, quantize_model
-from saap.system.errors import UserError
 from saap.tune import adapters as module
 from saap.tune.adapters import (
     FOLDS,

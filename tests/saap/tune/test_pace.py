@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 from support.command_line import here, refused
 
+from saap.base.errors import UserError
 from saap.models.architectures import shape_of
 from saap.models.checkpoint import read_config
 from saap.models.record import read_record
-from saap.system.errors import UserError
 from saap.tune import pace
 from saap.tune.options import TuneOptions
 from saap.tune.pace import KeptTokens, Pace, pace_of

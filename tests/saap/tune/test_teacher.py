@@ -10,9 +10,9 @@ import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from saap.base.errors import UserError
 from saap.models.checkpoint import load_model
 from saap.models.streaming import open_model
-from saap.system.errors import UserError
 from saap.tune import teacher as teacher_module
 from saap.tune.losses import bucket_shares, distillation_loss
 from saap.tune.teacher import check_same_vocabulary, teacher_targets

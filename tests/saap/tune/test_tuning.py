@@ -10,6 +10,8 @@ import torch
 from support.command_line import here
 from torch.nn import functional as F
 
+from saap.base import needs as needs_module
+from saap.base.errors import UserError
 from saap.models.architectures import shape_of
 from saap.models.checkpoint import load_model, read_config
 from saap.models.modeling_slim import GroupQuantLinear, GroupQuantTable
@@ -18,8 +20,6 @@ from saap.prune.options import PruneOptions
 from saap.prune.pruning import prune
 from saap.quantize.gptq import compensated_matrices
 from saap.quantize.groups import IntegerForm, quantize_model
-from saap.system import needs as needs_module
-from saap.system.errors import UserError
 from saap.text.rows import TuningRows
 from saap.tune import tuning as tune_module
 from saap.tune.adapters import layers_of

@@ -136,7 +136,7 @@ def products() -> None:
 
 def tidy(path: Path) -> None:
     """Take out of a document which kernel its machine ran, and of a table of costs most of its raw samples."""
-    from devices.common.files import with_checksum, without_checksum
+    from saap.base.files import with_checksum, without_checksum
 
     document = without_checksum(json.loads(path.read_text(encoding="utf-8")))
     for part in (document, *document.get("results", [])):

@@ -20,18 +20,18 @@ from bench.costs.fit import AttentionCost, FfnCost, ThreadCosts
 from bench.measure.result import Bandwidth
 from bench.remote import BoardOptions
 from bench.remote.target import Target, _costs
-from devices.common.files import with_checksum
-from devices.common.gguf_header import read_header
-from devices.common.interpreters import python_with
 from devices.transport import BoardError
 from export.bundle.manifest import read_manifest
 from export.gguf.probe import write_probe_gguf
 from export.graph.probe_model import read_probe_model
 from export.graph.probe_stacks import ProbeStack, write_probe_stacks
+from saap.base.errors import UserError
+from saap.base.files import with_checksum
+from saap.base.gguf_header import read_header
+from saap.base.interpreters import python_with
 from saap.cli.devices.costs import CostsCommand, keep_costs, probe_costs
 from saap.models.shape import LayerSizes, ModelShape
 from saap.prune.search.layer_costs import read_costs
-from saap.system.errors import UserError
 
 CONFIG = {
     "model_type": "llama", "vocab_size": 128, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 4,

@@ -10,16 +10,16 @@ import pytest
 from support.cost_files import cost_file
 from support.exported import export_bundle
 
-from devices.common.options import made
-from devices.common.values import parse_bytes
 from devices.fit.memory import memory_of, packed_share
 from export.options import ExportOptions
+from saap.base.errors import UserError
+from saap.base.options import made
+from saap.base.values import parse_bytes
 from saap.cli.console import Console
 from saap.cli.devices.fit import Planned, board_commands, check_costs, check_pruned, read_model
 from saap.cli.report import DeviceFit
 from saap.cli.run import RunOptions, check_device
 from saap.cli.run import fitted as fitted_options
-from saap.system.errors import UserError
 
 ARRAYS = 40  # in the file of a model of three layers, each of which is followed by less than a page
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from saap.base.errors import UserError
 from saap.models.architectures import shape_of
 from saap.models.checkpoint import load_model
 from saap.prune.baselines.methods import BASELINES, published, rank
@@ -10,7 +11,6 @@ from saap.prune.baselines.scores import magnitude_scores
 from saap.prune.options import PruneOptions
 from saap.prune.plan import check_plan
 from saap.prune.scores.activations import collect
-from saap.system.errors import UserError
 
 IDS = torch.randint(320, (3, 16), generator=torch.Generator().manual_seed(1))
 

@@ -7,10 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from saap.base.errors import UserError
 from saap.models.shape import LayerSizes, ModelShape
 from saap.prune.baselines.plans import Ranking, block_removals, threshold_key, uniform_key
 from saap.prune.plan import check_plan, widths_of
-from saap.system.errors import UserError
 
 SMOLLM2 = ModelShape(576, 64, 49152, True, (LayerSizes(9, 3, 1536),) * 30)
 SHAPES = [

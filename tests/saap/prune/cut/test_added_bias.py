@@ -25,10 +25,10 @@ from support.family_cuts import (
 
 from export.generate.scoring import BundleScorer
 from export.gguf.write import export_gguf
+from saap.base.errors import UserError
 from saap.models.architectures import architecture_of, shape_of
 from saap.models.checkpoint import load_model, read_config, slim_config
 from saap.prune.plan import LayerPlan, PrunePlan
-from saap.system.errors import UserError
 from saap.tune import TuneOptions, tune
 
 __all__ = ["compensated", "dense_dir"]

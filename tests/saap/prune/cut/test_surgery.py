@@ -12,10 +12,10 @@ import torch
 from support.cuts import EMPTY, PLANS, WHOLE, cut
 from support.masking import masked
 
+from saap.base.errors import UserError
 from saap.models.checkpoint import load_model, read_config, write_slim
 from saap.prune.cut.surgery import head_rows
 from saap.prune.plan import PrunePlan
-from saap.system.errors import UserError
 
 
 def logits(model, ids):

@@ -3,10 +3,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from saap.base.errors import UserError
 from saap.models.architectures import shape_of
 from saap.models.checkpoint import load_model
 from saap.prune.scores.activations import collect
-from saap.system.errors import UserError
 
 IDS = torch.randint(320, (5, 16), generator=torch.Generator().manual_seed(1))
 

@@ -6,6 +6,7 @@ import weakref
 import pytest
 import torch
 
+from saap.base.errors import UserError
 from saap.models.architectures import shape_of
 from saap.models.checkpoint import load_model
 from saap.prune.scores.cache import keep_scores, read_scores, scores_path
@@ -18,7 +19,6 @@ from saap.prune.scores.fusion import (
     stability_factor,
 )
 from saap.prune.scores.importance import TYPES, estimate, per_structure
-from saap.system.errors import UserError
 
 IDS = torch.randint(320, (3, 16), generator=torch.Generator().manual_seed(1))
 

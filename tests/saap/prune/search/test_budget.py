@@ -11,6 +11,7 @@ import pytest
 import torch
 from support.cost_files import cost_file
 
+from saap.base.errors import UserError
 from saap.models.architectures import shape_of
 from saap.models.checkpoint import load_model, read_config
 from saap.models.shape import ATTENTION, FFN, LayerSizes
@@ -18,7 +19,6 @@ from saap.prune.baselines.methods import rank
 from saap.prune.baselines.plans import meet
 from saap.prune.options import PruneOptions
 from saap.prune.search.budget import budget_for
-from saap.system.errors import UserError
 
 CONFIG: dict[str, Any] = {
     "model_type": "llama", "hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 16,

@@ -7,6 +7,7 @@ import torch
 from support.masking import masked
 from torch.nn import functional as F
 
+from saap.base.errors import UserError
 from saap.models.architectures import shape_of
 from saap.models.checkpoint import load_model
 from saap.models.shape import KINDS
@@ -16,7 +17,6 @@ from saap.prune.plan import LayerPlan, whole_layer
 from saap.prune.scores.fusion import fuse
 from saap.prune.scores.scoring import scores_of
 from saap.prune.search.library import Pricing, between
-from saap.system.errors import UserError
 
 FIT = torch.randint(320, (8, 32), generator=torch.Generator().manual_seed(3))
 HELD = torch.randint(320, (24, 32), generator=torch.Generator().manual_seed(4))

@@ -5,12 +5,12 @@ from dataclasses import replace
 import pytest
 from support.search_cases import SHAPE, TABLE, library, milliseconds, weights
 
+from saap.base.errors import UserError
 from saap.models.shape import ATTENTION, FFN, LayerSizes
 from saap.prune.baselines.plans import meet
 from saap.prune.options import AdaptiveOptions, PruneOptions
 from saap.prune.plan import LayerPlan, PrunePlan, check_plan, composed, whole_layer
 from saap.prune.search.milp import Gap, Library, check_floor, search
-from saap.system.errors import UserError
 
 WHOLE_ONLY = PruneOptions(keep=frozenset({"blocks"}))
 

@@ -16,8 +16,8 @@ from support.command_line import here
 from support.launching import DATA_PARALLEL, SHARDED, launch
 from torch.torch_version import TorchVersion
 
+from saap.base.errors import UserError
 from saap.models.record import read_record
-from saap.system.errors import UserError
 from saap.tune.loop import processes
 from saap.tune.loop.processes import FSDP_TORCH, join_processes
 from saap.tune.loop.steps import steps_of

@@ -9,9 +9,9 @@ import torch
 from safetensors import safe_open
 from torch.nn import functional as F
 
+from saap.base.errors import UserError
 from saap.cli.console import Console
 from saap.models.checkpoint import load_model
-from saap.system.errors import UserError
 from saap.tune.loop.state import discard_states
 from saap.tune.loop.steps import DivergedError, Run, cosine, train
 from saap.tune.options import TrainOptions

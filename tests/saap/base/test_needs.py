@@ -9,6 +9,9 @@ import torch
 from support.command_line import here, refused
 
 from export.needs import export_needs
+from saap.base import needs as module
+from saap.base.errors import UserError
+from saap.base.needs import Needs, available_memory, check_disk, check_memory, fits
 from saap.models.architectures import shape_of
 from saap.models.checkpoint import read_config
 from saap.models.needs import eval_needs
@@ -18,9 +21,6 @@ from saap.prune import pruning
 from saap.prune.needs import prune_disk, prune_needs
 from saap.prune.options import PruneOptions
 from saap.prune.pruning import budget_of, prune, streamed
-from saap.system import needs as module
-from saap.system.errors import UserError
-from saap.system.needs import Needs, available_memory, check_disk, check_memory, fits
 
 IDS = torch.randint(0, 300, (8, 24), generator=torch.Generator().manual_seed(1))
 OPTIONS = PruneOptions(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from devices.common.documents import Document
+from saap.base.documents import Document
 
 KIND: Literal["saap-quality"] = "saap-quality"
 

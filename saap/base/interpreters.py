@@ -7,8 +7,8 @@ import sys
 from collections.abc import Sequence
 from typing import cast
 
-from devices.common.child import ChildFailedError, absent, call
-from devices.common.errors import UserError
+from saap.base.child import ChildFailedError, absent, call
+from saap.base.errors import UserError
 
 PEER_PYTHON = "SAAP_PEER_PYTHON"
 
@@ -41,7 +41,7 @@ def missing_in(python: str, modules: Sequence[str]) -> list[str]:
         UserError: it is no Python that can run our workers.
     """
     try:
-        return cast("list[str]", call("devices.common.child", {"modules": list(modules)}, 60, python=python)["missing"])
+        return cast("list[str]", call("saap.base.child", {"modules": list(modules)}, 60, python=python)["missing"])
     except (OSError, ChildFailedError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise UserError(

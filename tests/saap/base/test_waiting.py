@@ -31,7 +31,7 @@ def test_threads_sleep_while_they_wait_unless_told_otherwise(given: dict[str, st
 
 @pytest.mark.parametrize(("given", "there"), [({}, "None"), ({"GOMP_SPINCOUNT": "7"}, "7")])
 def test_what_is_measured_waits_as_its_builders_chose(given: dict[str, str], there: str) -> None:
-    script = "from devices.common.waiting import *\nsleep_while_waiting()\n"
+    script = "from saap.base.waiting import *\nsleep_while_waiting()\n"
     script += "print(environment_of_others().get('GOMP_SPINCOUNT'))"
     env = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")} | given
     done = subprocess.run([sys.executable, "-c", script], env=env, cwd=ROOT, capture_output=True, text=True, check=True)

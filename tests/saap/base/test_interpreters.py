@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from devices.common.errors import UserError
-from devices.common.interpreters import PEER_PYTHON, python_with
+from saap.base.errors import UserError
+from saap.base.interpreters import PEER_PYTHON, python_with
 
 
 def test_a_package_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import time
 import psutil
 import pytest
 
-from devices.common.chat_template import ChatTemplate, TemplateError
+from saap.base.chat_template import ChatTemplate, TemplateError
 
 TURNS = [{"role": "user", "content": "<b> é"}, {"role": "assistant", "content": "so"}]
 

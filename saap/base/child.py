@@ -1,6 +1,6 @@
 """A fresh Python process that answers one JSON line, with a time limit; lines before it tell how far it is.
 
-``call`` is this side, ``job_and_tell`` the child's. ``python -m devices.common.child`` is a child that tells which
+``call`` is this side, ``job_and_tell`` the child's. ``python -m saap.base.child`` is a child that tells which
 packages its interpreter has.
 """
 
@@ -22,7 +22,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, TypeVar
 
-from devices.common.waiting import environment_of_others
+from saap.base.waiting import environment_of_others
 
 PACKAGES = Path(__file__).resolve().parents[2]  # the folder that holds devices/
 MOST_ANSWER = 64 << 20  # bytes; a worker that prints without end is ended

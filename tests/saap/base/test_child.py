@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from devices.common.child import ChildFailedError, call, until_done
+from saap.base.child import ChildFailedError, call, until_done
 
 
 def test_a_signal_that_another_thread_was_given_ends_a_wait():
@@ -39,7 +39,7 @@ def test_work_that_is_done_or_failed_ends_a_wait():
 
 
 def test_child_reports_how_it_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("devices.common.child.PACKAGES", tmp_path)
+    monkeypatch.setattr("saap.base.child.PACKAGES", tmp_path)
     (tmp_path / "talks.py").write_text("import json, sys; print(json.dumps({'got': json.load(sys.stdin)}))")
     (tmp_path / "dies.py").write_text("import os, sys; print('near the end', file=sys.stderr); os.kill(os.getpid(), 9)")
     (tmp_path / "mute.py").write_text("")
@@ -80,8 +80,8 @@ def test_an_interrupt_while_a_worker_starts_takes_it_along(tmp_path: Path, monke
             signal.raise_signal(signal.SIGINT)
 
     (tmp_path / "sleeps.py").write_text("import time; time.sleep(60)")
-    monkeypatch.setattr("devices.common.child.PACKAGES", tmp_path)
-    monkeypatch.setattr("devices.common.child.subprocess.Popen", Interrupted)
+    monkeypatch.setattr("saap.base.child.PACKAGES", tmp_path)
+    monkeypatch.setattr("saap.base.child.subprocess.Popen", Interrupted)
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         call("sleeps", {}, 20)
@@ -90,7 +90,7 @@ def test_an_interrupt_while_a_worker_starts_takes_it_along(tmp_path: Path, monke
 
 
 def test_what_comes_before_the_answer_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("devices.common.child.PACKAGES", tmp_path)
+    monkeypatch.setattr("saap.base.child.PACKAGES", tmp_path)
     (tmp_path / "counts.py").write_text(
         "import json\nprint(json.dumps({'n': 1}))\nprint('noise')\nprint(json.dumps({'n': 2}))\n"
         "print(json.dumps({'n': 3}), end='')"

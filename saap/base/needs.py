@@ -13,8 +13,8 @@ from pathlib import Path
 
 import psutil
 
-from devices.common.cgroup import memory_left
-from saap.system.errors import UserError
+from saap.base.cgroup import memory_left
+from saap.base.errors import UserError
 
 PROCESS = 560_000_000  # Python, torch, transformers and scipy, with what the allocators keep
 FREE_SHARE = 0.95  # of the memory that is available; the rest is for what others ask for meanwhile

@@ -15,15 +15,15 @@ import torch
 from support.command_line import here, last_line, refused
 from support.slim_integers import WIDE
 
+from saap.base.errors import UserError
+from saap.base.writing import beside, claimed, put_in_place, writing_directory, writing_file
 from saap.prune.options import PruneOptions
 from saap.prune.pruning import prune
-from saap.system.errors import UserError
-from saap.system.files import beside, claimed, put_in_place, writing_directory, writing_file
 
 IDS = torch.randint(320, (8, 16), generator=torch.Generator().manual_seed(3))
 RESULT = Path(__file__).parents[2] / "support/old/result.json"
 HOLDER = (
-    "import sys; from saap.system.files import claimed\nwith claimed(sys.argv[1]): print('held', flush=True); input()"
+    "import sys; from saap.base.writing import claimed\nwith claimed(sys.argv[1]): print('held', flush=True); input()"
 )
 
 

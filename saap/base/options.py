@@ -25,8 +25,8 @@ from typing import Annotated, Literal, TypeVar, Union, cast, get_args, get_origi
 
 from msgspec import Meta
 
-from devices.common.errors import UserError
-from devices.common.values import parse_names
+from saap.base.errors import UserError
+from saap.base.values import parse_names
 
 T = TypeVar("T")
 COUNT, THREADS = Meta(ge=1, le=1_000_000), Meta(ge=1, le=1024)  # of most options that count something

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from devices.common.tree import field, fields
+from saap.base.tree import field, fields
 
 
 def test_counts_of_a_file_in_proc_are_bytes_where_it_says_kb(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from devices.common.wording import counted
+from saap.base.wording import counted
 
 
 def test_numbers_and_nouns_agree() -> None:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from devices.common.progress import Label
+from saap.base.progress import Label
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from devices.common.tree import field, fields, number, text
+from saap.base.tree import field, fields, number, text
 
 
 def memory_limit(root: Path = Path("/")) -> int | None:

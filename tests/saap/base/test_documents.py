@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from devices.common.files import MOST_NESTED
+from saap.base.errors import UserError
+from saap.base.files import MOST_NESTED
 from saap.models.record import read_record
-from saap.system.errors import UserError
 
 
 def test_a_document_is_not_nested_deeper_than_it_can_be_written(tmp_path):

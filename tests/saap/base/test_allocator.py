@@ -15,7 +15,7 @@ MAPPED = 60  # faults, fewer than five tensors' even in huge pages of 2 MB
 SCRIPT = """
 import contextlib, json, resource, sys
 import numpy
-from devices.common.allocator import kept_memory
+from saap.base.allocator import kept_memory
 
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt

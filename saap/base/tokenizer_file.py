@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import msgspec
 
-from devices.common.errors import UserError
+from saap.base.errors import UserError
 
 TOKENIZER = "tokenizer.json"
 LARGEST_TOKENIZER = 128 << 20  # bytes

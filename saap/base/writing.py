@@ -16,8 +16,9 @@ from typing import Any
 
 import psutil
 
-from devices.common.documents import LARGEST
-from devices.common.files import (
+from saap.base.documents import LARGEST
+from saap.base.errors import UserError
+from saap.base.files import (
     ChecksumError,
     cache_directory,
     calling,
@@ -29,8 +30,7 @@ from devices.common.files import (
     without_checksum,
     write_text,
 )
-from devices.common.outputs import check_directory_place
-from saap.system.errors import UserError
+from saap.base.outputs import check_directory_place
 
 RECORD = "saap.json"
 _claimed: set[tuple[Path, int]] = set()  # lock and thread

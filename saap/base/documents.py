@@ -10,8 +10,8 @@ from typing import Generic, TypeVar, cast, is_typeddict
 
 import msgspec
 
-from devices.common.errors import UserError
-from devices.common.files import parse_json, read_whole, with_checksum, without_checksum, write_text
+from saap.base.errors import UserError
+from saap.base.files import parse_json, read_whole, with_checksum, without_checksum, write_text
 
 T = TypeVar("T")
 LARGEST = 256 << 20  # bytes of a document

@@ -14,9 +14,9 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 
-from devices.common.errors import UserError
-from devices.common.files import is_special, parse_json, read_whole, stream_number
-from devices.common.gguf_header import read_header
+from saap.base.errors import UserError
+from saap.base.files import is_special, parse_json, read_whole, stream_number
+from saap.base.gguf_header import read_header
 
 LARGEST = 256 << 20  # bytes of a document that is read to tell what it is
 NEAR = 4096  # bytes from the beginning that hold the mark of a page, and that a place must have room for

@@ -22,7 +22,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from devices.common.errors import UserError
+from saap.base.errors import UserError
 
 FIELD = "checksum"
 CACHE = "SAAP_CACHE"  # names the cache's directory
