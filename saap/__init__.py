@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING
 
 from saap.base.errors import UserError
 from saap.base.lazy import handed_out
+from saap.base.telemetry import turn_off
 
 if TYPE_CHECKING:
     from saap.models.checkpoint import load_model as load_model
 
 __version__ = "0.2.0"
 __all__ = ["UserError", "__version__", "load_model"]
+turn_off()
 __getattr__ = handed_out(__name__, {"load_model": ".models.checkpoint"})

@@ -18,7 +18,10 @@ from export.bundle.manifest import MANIFEST, BundleManifest, verify_files
 from saap.base.files import sha256_file
 
 PACKAGES = Path(__file__).resolve().parents[2]
-CODE = ("bench/**/*.py", "devices/**/*.py", "devices/**/*.toml", "export/__init__.py", "export/bundle/*.py")
+CODE = (
+    "bench/**/*.py", "devices/**/*.py", "devices/**/*.toml", "export/__init__.py", "export/bundle/*.py",
+    "saap/__init__.py", "saap/base/*.py",
+)  # fmt: skip
 REQUIREMENTS = ("msgspec>=0.19", "numpy>=1.26", "onnxruntime>=1.23", "psutil>=5.9")
 VENV_BYTES = 300_000_000  # with pip and the packages; 110 MB of it are numpy and onnxruntime on aarch64
 ENGINE_BYTES = 600_000_000  # of another engine; llama.cpp is compiled, and takes 500 MB meanwhile

@@ -1,1 +1,1 @@
-"""What every package uses: files, control groups, /proc and /sys. No package of ours is imported here."""
+"""What every package stands on: errors, files, documents, options, child processes; no torch, nothing else of ours."""

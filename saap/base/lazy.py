@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from importlib import import_module
 
@@ -13,5 +14,16 @@ def handed_out(package: str, homes: Mapping[str, str]) -> Callable[[str], object
         if name not in homes:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         return getattr(import_module(homes[name], package), name)
+
+    return get
+
+
+def moved(old: str, new: str) -> Callable[[str], object]:
+    """A ``__getattr__`` for a module whose names have moved to another one; it warns once for each place of use."""
+
+    def get(name: str) -> object:
+        value = getattr(import_module(new), name)
+        warnings.warn(f"{old}.{name} has moved to {new}", FutureWarning, stacklevel=2)
+        return value
 
     return get

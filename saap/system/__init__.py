@@ -1,1 +1,1 @@
-"""What every part stands on: errors, files, memory, precision and signals."""
+"""What computing with torch stands on: devices, precision, processes, memory of GPUs."""
