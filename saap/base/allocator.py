@@ -2,7 +2,7 @@
 
 glibc asks the system for every large tensor anew and returns it when it is freed, as it does with the top of its heap.
 A training step frees all it has made, so that each step's memory came page by page, zeroed, from the system: 7 to 9 %
-of the time of tuning SmolLM2 (studies/memory).
+of the time of tuning SmolLM2 (studies/README.md, "Settled").
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The small texts that ship with saap: the default wherever no text is given.
 
-NOTICE.md beside them has sources and licences, ``studies/samples`` how they are made.
+NOTICE.md beside them has sources and licences, and says how they were cut.
 """
 
 from __future__ import annotations
