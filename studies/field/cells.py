@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bench.report.quality import metric_of
-from studies.common import METHODS, ROOT, Cell
+from studies.common import METHODS, Cell
 
 CELLS = Path(__file__).resolve().parent / "cells"
 # Chunk and windows of a perplexity; about 20,000 predictions each.
@@ -36,31 +36,31 @@ def seeds_of(model: str, row: str) -> dict[str, Cell]:
     return {path.stem.rsplit("-seed", 1)[1]: json.loads(path.read_text()) for path in paths}
 
 
-def rows_of(model: str, ratio: str, how: str) -> dict[str, dict[str, Cell]]:
-    """The cells by method and seed."""
-    names = sorted(cells_of(model).glob(f"*-{ratio}-{how}-seed*.json"))
-    methods = dict.fromkeys(path.stem.split(f"-{ratio}-", 1)[0] for path in names)
-    return {method: seeds_of(model, f"{method}-{ratio}-{how}") for method in methods}
+def rows_of(model: str, target: str) -> dict[str, dict[str, Cell]]:
+    """The tuned cells of a target, ``0.2`` or ``1.5x``, by method and seed."""
+    names = sorted(cells_of(model).glob(f"*-{target}-tuned-seed*.json"))
+    methods = dict.fromkeys(path.stem.split(f"-{target}-", 1)[0] for path in names)
+    return {method: seeds_of(model, f"{method}-{target}-tuned") for method in methods}
 
 
 def tasks_of(cell: Cell) -> list[dict[str, Any]]:
-    """What a cell says of each task."""
+    """A cell's results of each task."""
     return list(cell["quality"].get("tasks", {}).get("tasks", []))
 
 
 def answers_of(cell: Cell) -> Answers:
-    """Right or wrong, in the order of the examples."""
+    """Whether each example was answered right, in their order."""
     return {task["task"]: np.array([int(digit) for digit in task["right"][metric_of(task)]]) for task in tasks_of(cell)}
 
 
 def check_alike(cells: list[Cell]) -> None:
-    """Means over other tasks, or over other examples, do not compare."""
-    asked = [
+    """Refuse cells of other tasks or other examples, whose means do not compare."""
+    questions = [
         {task["task"]: (task["sha256"], len(task["right"][metric_of(task)])) for task in tasks_of(cell)}
         for cell in cells
     ]
-    for cell, found in zip(cells, asked, strict=True):
-        if found != asked[0] or not found:
+    for cell, each in zip(cells, questions, strict=True):
+        if each != questions[0] or not each:
             raise SystemExit(
                 f"{cell['name']} and {cells[0]['name']} are not of the same tasks and examples: make them again"
             )
@@ -91,28 +91,3 @@ def gain(ours: list[Answers], theirs: list[Answers]) -> tuple[float, float, floa
         drawn += ((picked @ patterns.T) * seeds).sum(1)
     low, high = 100 * np.quantile(drawn / len(means), [0.025, 0.975])
     return 100 * float(np.mean(means)), float(low), float(high)
-
-
-def float_points(tasks: Answers) -> float | None:
-    """SmolLM2 in float, where studies.tasks, which knows no other model, has answered all of the tasks."""
-    found = []
-    for task in tasks:
-        path = ROOT / "studies" / "tasks" / "cells" / f"{task}-torch.json"
-        if not path.is_file():
-            return None
-        cell = json.loads(path.read_text())
-        found.append(cell[metric_of(cell)])
-    return 100 * float(np.mean(found))
-
-
-def tops_of(model: str, how: str) -> dict[str, float]:
-    """What a loss is counted from, in points: the dense model as int4, in float and as int4 tuned like the rows."""
-    dense = answers_of(cell_of(model, "dense"))
-    tops = {"int4": points(dense)}
-    floating = float_points(dense) if model == "smollm2-135m" else None
-    if floating is not None:
-        tops["float"] = floating
-    tuned = cells_of(model) / f"dense-{how}-seed0.json"
-    if tuned.is_file():
-        tops["int4 tuned alike"] = points(answers_of(json.loads(tuned.read_text())))
-    return tops

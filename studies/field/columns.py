@@ -1,4 +1,4 @@
-"""What tables of the field show of its cells."""
+"""Columns of the field's tables."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from collections.abc import Sequence
 
 from bench.report.quality import metric_of
 from studies.common import METHODS, Cell
-from studies.field.cells import NAMES, PROTOCOLS, Answers, gain, tasks_of
+from studies.field.cells import NAMES, PROTOCOLS, Answers, answers_of, gain, tasks_of
 
+Seeds = dict[str, Cell]
 TASKS = {"arc_easy": "ARC-Easy", "piqa": "PIQA"}
 
 
@@ -32,20 +33,28 @@ def spread(values: Sequence[float], digits: int, several: bool) -> str:
 
 
 def numbers_of(cells: list[Cell]) -> list[float]:
-    """Perplexities, tasks, million parameters, MB, decode over dense and peak MB; means of the cells."""
-    found = []
+    """Perplexities, tasks and MB; means of the cells."""
+    rows = []
     for cell in cells:
-        rows = [cell["quality"][protocol]["rows"][-1] for protocol in PROTOCOLS]
+        last = [cell["quality"][protocol]["rows"][-1] for protocol in PROTOCOLS]
         tasks = {task["task"]: 100 * task[metric_of(task)] for task in tasks_of(cell)}
-        timed = cell["bench"] or {}
-        faster = (timed.get("speedup") or [1.0 if cell["name"] == "dense" else math.nan])[0]
-        peak = timed["peak_decode_bytes"] / 1e6 if timed else math.nan
-        sizes = [rows[0]["parameters"] / 1e6, rows[0]["bytes"] / 1e6]
-        quality = [row["perplexity"] for row in rows] + [tasks.get(task, math.nan) for task in TASKS]
-        found.append([*quality, *sizes, faster, peak])
-    return [statistics.fmean(column) for column in zip(*found, strict=True)]
+        quality = [row["perplexity"] for row in last] + [tasks.get(task, math.nan) for task in TASKS]
+        rows.append([*quality, last[0]["bytes"] / 1e6])
+    return [statistics.fmean(column) for column in zip(*rows, strict=True)]
 
 
-def told_gain(ours: list[Answers], theirs: list[Answers]) -> str:
+def answered(ours: Seeds, theirs: Seeds) -> tuple[list[Answers], list[Answers]] | None:
+    """Both rows' answers to the tasks, at the seeds that have both; None: at none."""
+    both = [seed for seed in theirs if seed in ours and tasks_of(ours[seed]) and tasks_of(theirs[seed])]
+    return ([answers_of(ours[seed]) for seed in both], [answers_of(theirs[seed]) for seed in both]) if both else None
+
+
+def gain_over(ours: Seeds, theirs: Seeds) -> str:
+    """SAAP's gain in the tasks with its interval; empty where there is none."""
+    pairs = None if ours is theirs else answered(ours, theirs)
+    return shown_gain(*pairs) if pairs else ""
+
+
+def shown_gain(ours: list[Answers], theirs: list[Answers]) -> str:
     """A gain and its 95 % interval: ``+1.72 (+0.56 to +2.89)``."""
     return "{:+.2f} ({:+.2f} to {:+.2f})".format(*gain(ours, theirs))

@@ -11,9 +11,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench.judge.comparison import compare_within
-from bench.measure.result import read_result
-from bench.report.tables import table_rows
 from export.bundle.manifest import read_manifest
 from saap.base.writing import write_json
 from studies.common import provenance
@@ -22,18 +19,14 @@ from studies.field.cells import PROTOCOLS, cells_of
 TASKS = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 TEXT, TRAIN = "wikitext2_test_raw.txt", "c4_sample300.jsonl"  # TRAIN: for the parity check
 RATE, TOKENS = "6e-3", "100000"  # of tuning, for all methods
-# What the pruning table (studies/pruning) found to be each baseline's best; SAAP is as it is by default.
+# Each baseline at its best before tuning (studies/README.md, "Settled"); SAAP is as it is by default.
 OPTIONS: dict[str, list[str]] = {
     "saap": [],
     "flap": ["--method", "flap", "--keep", "heads", "--compensate", "bias", "--keep-layers", "none"],
     "wanda_sp": ["--method", "wanda_sp", "--keep", "heads", "--keep-layers", "none"],
-    "param_second": ["--method", "param_second", "--keep", "heads", "--keep-layers", "none"],
-    "param_first": ["--method", "param_first", "--keep", "heads", "--keep-layers", "none"],
     "param_mix": ["--method", "param_mix", "--keep", "heads", "--keep-layers", "none"],
     "vector": ["--method", "vector", "--keep", "heads", "--keep-layers", "none"],
     "shortgpt": ["--method", "shortgpt"],
-    "magnitude": ["--method", "magnitude", "--keep", "heads", "--keep-layers", "none"],
-    "random": ["--method", "random", "--keep", "heads", "--keep-layers", "none"],
 }
 PUBLISHED = ["--set", "score=fused", "--set", "stability=-0.5"]
 # At an equal speed: our refit for the baseline that it helps, and what makes SAAP that of the paper.
@@ -99,26 +92,13 @@ class Cell:
         document = json.loads(self.saap(out.name, "eval", str(bundle), *options, "--json", str(out)).read_text())
         return dict(document)
 
-    def known(self) -> dict[str, Any]:
-        """The cell that is there; one that was not timed has no ``bench``."""
-        return dict(json.loads(self.path.read_text())) if self.path.is_file() else {}
-
-    def missing(self) -> bool:
-        """Whether there is something to make or to time."""
-        known = self.known()
-        return not known or (known["bench"] is None and self.given.skip != "bench")
-
-    def finish(self, bundle: Path, dense: Path | None) -> None:
-        """Evaluate and bench the bundle, and write the cell; what is known of it is not measured again."""
-        known = self.known()
-        quality = known.get("quality") or self.quality(bundle)
-        if self.given.speedups and "answers" not in quality:
+    def finish(self, bundle: Path) -> None:
+        """Evaluate the bundle and write the cell."""
+        quality = self.quality(bundle)
+        if self.given.speedups:
             quality["answers"] = self.answered()
-        bench = None if self.given.skip == "bench" else self.timed(bundle, dense)
-        commands = [*known["commands"], self.commands[-1]] if known else self.commands
-        cell = {"name": self.name, "commands": commands, "quality": quality, "bench": bench, **provenance()}
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(self.path, cell)
+        write_json(self.path, {"name": self.name, "commands": self.commands, "quality": quality, **provenance()})
 
     def quality(self, bundle: Path) -> dict[str, Any]:
         """Perplexities by each protocol, and the tasks."""
@@ -129,8 +109,8 @@ class Cell:
             numbers[name] = self.evaluated(name, bundle, "--text", str(data / TEXT), *cut)
         if tasks := [task for task in TASKS if list(data.glob(f"{task}_*.jsonl*"))]:
             few = ["--max-examples", str(self.given.max_examples)] if self.given.max_examples else []
-            asked = ["--tasks", ",".join(tasks), "--task-dir", str(data), *few]
-            numbers["tasks"] = self.evaluated("tasks", bundle, *asked)
+            options = ["--tasks", ",".join(tasks), "--task-dir", str(data), *few]
+            numbers["tasks"] = self.evaluated("tasks", bundle, *options)
         return {name: _slim(document) for name, document in numbers.items()}
 
     def answered(self) -> dict[str, Any]:
@@ -138,20 +118,6 @@ class Cell:
         made = self.evaluated("answers", self.work / "tuned", "--reference", self.model, "--answers", ANSWERS)
         scores = made["answers"]["scores"][-1]
         return {key: scores[key] for key in ("agreement", "same", "repetition")}
-
-    def timed(self, bundle: Path, dense: Path | None) -> dict[str, Any]:
-        """What ``saap bench`` finds beside the dense bundle; ``speedup``: over it, in pairs, with its 95 % interval."""
-        specs = [str(bundle)] if dense is None else [str(dense), str(bundle)]
-        made = self.saap("bench.json", "bench", *specs, "-t", "1", "-r", "6", "--json", str(self.work / "bench.json"))
-        result = read_result(made)
-        row = table_rows(result)[-1]
-        wanted = ("decode_ts", "peak_decode_bytes", "model_bytes", "status", "reasons")
-        kept = {key: row[key] for key in wanted} | {key: result.device[key] for key in ("cpu_model", "isa")}
-        if dense is None:
-            return kept
-        base, other = (measurement.name for measurement in result.measurements)
-        (pair,) = compare_within(result, base, other).rows
-        return kept | {"speedup": [1 / each for each in (pair.ratio, pair.high, pair.low) if each]}
 
 
 def _slim(document: dict[str, Any]) -> dict[str, Any]:
@@ -178,31 +144,24 @@ def run(given: argparse.Namespace) -> None:
     """Make the cells that are missing, the dense one first."""
     few = f"-{given.max_examples}examples" if given.max_examples else ""
     dense = Cell(f"dense{few}", given.work, given.model, given)
-    bundle = dense.exported(Path(given.model))
-    if dense.missing():
-        dense.finish(bundle, None)
+    if not dense.path.is_file():
+        dense.finish(dense.exported(Path(given.model)))
     for seed in map(int, given.seeds.split(",")):
         for ratio in [f"{each}x" for each in given.speedups.split(",")] if given.speedups else given.ratios.split(","):
             for method in given.methods.split(","):
-                for tuned in (False, True) if given.tuned == "both" else (given.tuned == "yes",):
-                    if method == "dense" and not tuned:
-                        continue
-                    kept = method if method == "dense" else f"{method}-{ratio}"
-                    name = f"{kept}-{'tuned' if tuned else 'untuned'}{few}-seed{seed}"
-                    cell = Cell(name, given.work, given.model, given)
-                    if cell.missing():
-                        _cell(cell, method, ratio, seed, tuned, bundle)
+                kept = method if method == "dense" else f"{method}-{ratio}"
+                cell = Cell(f"{kept}-tuned{few}-seed{seed}", given.work, given.model, given)
+                if not cell.path.is_file():
+                    _cell(cell, method, ratio, seed)
 
 
-def _cell(cell: Cell, method: str, ratio: str, seed: int, tuned: bool, dense: Path) -> None:
+def _cell(cell: Cell, method: str, ratio: str, seed: int) -> None:
     given = cell.given
     cell.work.mkdir(parents=True, exist_ok=True)
     source = Path(given.model) if method == "dense" else _pruned(cell, method, ratio, seed)
-    if tuned:
-        cell.saap("tuned", "tune", str(source), "-o", str(cell.work / "tuned"), "--teacher", given.model, "--tokens",
-                  TOKENS, "--seed", str(seed), "--learning-rate", RATE)  # fmt: skip
-        source = cell.work / "tuned"
-    cell.finish(cell.exported(source), dense)
+    tuning = ["--teacher", given.model, "--tokens", TOKENS, "--seed", str(seed), "--learning-rate", RATE]
+    tuned = cell.saap("tuned", "tune", str(source), "-o", str(cell.work / "tuned"), *tuning)
+    cell.finish(cell.exported(tuned))
 
 
 def _fastest(method: str, given: argparse.Namespace) -> list[str]:
@@ -211,15 +170,14 @@ def _fastest(method: str, given: argparse.Namespace) -> list[str]:
 
 
 def _pruned(cell: Cell, method: str, ratio: str, seed: int) -> Path:
-    """The directory that the tuned and the untuned cell are of."""
+    """The pruned directory of a row."""
     given = cell.given
-    seeded = [] if method == "magnitude" else ["--seed", str(seed)]  # which draws nothing
-    asked = (
+    target = (
         ["--speedup", ratio[:-1], "--costs", str(given.costs), *_fastest(method, given), *HELPED.get(method, [])]
         if given.speedups
         else ["--ratio", ratio]
     )
-    chosen = [*asked, *seeded, *OPTIONS.get(method, [])]
+    chosen = [*target, "--seed", str(seed), *OPTIONS.get(method, [])]
     source = given.work / f"{method}-{ratio}-seed{seed}"
     cell.saap(f"../{source.name}", "prune", given.model, "-o", str(source), *chosen)
     return source
