@@ -61,17 +61,16 @@ def tuned_in_full(cell: Cell) -> list[Cell]:
 
 
 def table(cells: dict[str, Cell]) -> str:
-    """Every plan of every trial, the best after full tuning first, and those that were not tuned in full last."""
+    """The plans of every trial that were tuned in full, the best first."""
     lines = []
     for name, cell in cells.items():
-        others = sorted((t for t in cell["tried"] if "tuned" not in t), key=lambda told: min(told["kl"].values()))
-        for place, told in enumerate([*tuned_in_full(cell), *others], 1):
-            rounds = [f"{kl:.3f}" for kl in told["kl"].values()]
-            best = "**chosen**" if told["plan"] == chosen_of(cell)["plan"] else ""
+        for place, plan in enumerate(tuned_in_full(cell), 1):
+            rounds = [f"{kl:.3f}" for kl in plan["kl"].values()]
+            best = "**chosen**" if plan["plan"] == chosen_of(cell)["plan"] else ""
             rounds += [""] * (max(len(each["kl"]) for each in cell["tried"]) - len(rounds))
-            full = [f"{told['tuned']:.3f}", str(place)] if "tuned" in told else ["", ""]
-            lines.append([name, str(told["gone"]), f"{told['price_nats']:.3f}", *rounds, *full, best])
-    counts = max((told["kl"] for cell in cells.values() for told in cell["tried"]), key=len)
+            full = [f"{plan['tuned']:.3f}", str(place), best]
+            lines.append([name, str(plan["gone"]), f"{plan['price_nats']:.3f}", *rounds, *full])
+    counts = max((plan["kl"] for cell in cells.values() for plan in cell["tried"]), key=len)
     heads = ["trial", "blocks gone", "price", *(f"KL after {int(count):,} tokens" for count in counts)]
     return markdown([*heads, "in full, on other text", "place", ""], lines)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from functools import partial
 from pathlib import Path
 
 from saap.models.record import read_record
@@ -12,15 +11,13 @@ from studies.common import Cell, provenance, saap
 ANSWERS = 32
 
 
-def row(name: str, asked: list[str], texts: dict[str, str], tokens: int, work: Path, python: str) -> Cell:
-    """Prune, tune and judge one row of a field by commands that anyone can type; ``python`` runs the code to use."""
+def row(name: str, asked: list[str], texts: dict[str, str], tokens: int, work: Path) -> Cell:
+    """Prune, tune and judge one row of a field by commands that anyone can type."""
     slim, tuned = work / name, work / f"{name}-tuned"
-    run = partial(saap, python=python)
-
     if not (slim / "saap.json").is_file():
-        run("prune", *asked, "-o", slim)
+        saap("prune", *asked, "-o", slim)
     if not (tuned / "saap.json").is_file():
-        run("tune", slim, "-o", tuned, "--teacher", asked[0], "--tokens", tokens)
+        saap("tune", slim, "-o", tuned, "--teacher", asked[0], "--tokens", tokens)
     plan = read_record(slim)["plan"]
     cell: Cell = {
         "asked": [word for word in asked if not word.startswith("/")], "tokens": tokens,
@@ -38,12 +35,12 @@ def row(name: str, asked: list[str], texts: dict[str, str], tokens: int, work: P
             out = work / f"{name}-{kind}-{text}.json"
             if not out.is_file():
                 words = ["--reference", asked[0], "--max-chunks", 40, "--json", out]
-                run("eval", path, *(["--text", file] if file else []), *words)
+                saap("eval", path, *(["--text", file] if file else []), *words)
             found = json.loads(out.read_text())["rows"][-1]
             cell[f"{kind} {text}"] = {key: found[key] for key in ("perplexity", "bits_per_byte", "kl", "top1")}
     out = work / f"{name}-answers.json"
     if not out.is_file():
-        run("eval", tuned, "--reference", asked[0], "--answers", ANSWERS, "--json", out)
+        saap("eval", tuned, "--reference", asked[0], "--answers", ANSWERS, "--json", out)
     found = json.loads(out.read_text())["answers"]["scores"][-1]
     cell["answers"] = {key: found[key] for key in ("agreement", "same", "repetition")}
     if trials := plan.get("trials"):

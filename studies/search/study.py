@@ -1,9 +1,7 @@
 """One search over depth and width: is it better at one planned speed?
 
-    python -m studies.search.study row before --speedup 1.5 --costs cost.json --work W --python OLD/.venv/bin/python
     python -m studies.search.study row search --speedup 1.5 --costs cost.json --work W --texts Dolly=dolly.txt
     python -m studies.search.study row shortgpt --speedup 1.5 --costs cost.json --work W --method shortgpt
-    python -m studies.search.study prices --work W --texts Dolly=dolly.txt
     python -m studies.search.study halving --speedup 1.5 --seed 0 --costs cost.json --work W --text other.txt
     python -m studies.search.study table --write
 
@@ -12,7 +10,6 @@ What a command has made stays in --work, and is not made again.
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 from saap.base.writing import write_json
@@ -24,12 +21,7 @@ MODEL = "smollm2-135m"
 ROWS = {
     "search": "**SAAP**",
     "normal": "**SAAP, `--effort normal`**",
-    "uniform": "SAAP, one group size for all (be1e60e)",
-    "uniform-normal": "SAAP, one group size for all, `--effort normal` (be1e60e)",
-    "blocks": "SAAP, groups of 32",
-    "before": "SAAP of ca0b679 (widths and heads, in stages)",
     "shortgpt": "ShortGPT",
-    "shortgpt-refit": "ShortGPT with our refit",
     "shortgpt-refit-64": "ShortGPT with our refit, groups of 64",
 }
 TEXTS = ("WikiText-2", "Dolly")
@@ -37,14 +29,10 @@ TEXTS = ("WikiText-2", "Dolly")
 
 def tables() -> dict[str, str]:
     """The tables of the README."""
-    from studies.search import halving, prices
+    from studies.search import halving
 
-    found = {"rows": rows_table()}
-    for drawn in [cell for cell in read_cells(CELLS) if "plans" in cell]:
-        found |= {"prices": prices.table(drawn), "prices-bar": bar_table([prices.bar(drawn)])}
-    if trials := {cell["halving"]: cell for cell in read_cells(CELLS) if "halving" in cell}:
-        found |= {"halving": halving.table(trials), "halving-bar": bar_table([halving.bar(trials)])}
-    return found
+    trials = {cell["halving"]: cell for cell in read_cells(CELLS) if "halving" in cell}
+    return {"rows": rows_table(), "halving": halving.table(trials), "halving-bar": bar_table([halving.bar(trials)])}
 
 
 def rows_of() -> list[Cell]:
@@ -52,32 +40,31 @@ def rows_of() -> list[Cell]:
 
 
 def rows_table() -> str:
-    """Quality of every row before and after tuning."""
+    """Quality of every tuned row."""
     lines = []
     for cell in rows_of():
         method, _, speed = cell["row"].rpartition("-")
-        told = [
+        columns = [
             f"{speed}x",
             ROWS[method],
             f"{cell['planned']:.3f}",
             f"{100 * cell['removed']:.0f} %",
             str(cell["gone"]),
         ]
-        told += [str(cell.get("group", 32)), str(cell.get("eights", 0))]
+        columns += [str(cell.get("group", 32)), str(cell.get("eights", 0))]
         for text in TEXTS:
-            told += [f"{cell[f'untuned {text}']['kl']:.3f}", f"{cell[f'tuned {text}']['kl']:.3f}"]
-            told += [f"{cell[f'tuned {text}']['perplexity']:.1f}", f"{100 * cell[f'tuned {text}']['top1']:.1f} %"]
+            columns += [f"{cell[f'tuned {text}']['kl']:.3f}", f"{cell[f'tuned {text}']['perplexity']:.1f}"]
         answers = cell.get("answers")
-        told += (
+        columns += (
             [f"{100 * answers['agreement']:.1f} %", f"{100 * answers['repetition']:.0f} %"] if answers else ["-", "-"]
         )
-        lines.append((speed, cell[f"tuned {TEXTS[1]}"]["kl"], told))
+        lines.append((speed, cell[f"tuned {TEXTS[1]}"]["kl"], columns))
     heads = ["asked", "method", "planned", "layers' weights gone", "blocks gone", "weights to a scale"]
     heads.append("linears in 8 bit")
     for text in TEXTS:
-        heads += [f"{text}: KL untuned", "KL tuned", "perplexity", "top-1"]
+        heads += [f"{text}: KL", "perplexity"]
     heads += ["answers: agreement", "repetition"]
-    return markdown(heads, [told for _, _, told in sorted(lines)])
+    return markdown(heads, [columns for *_, columns in sorted(lines)])
 
 
 def main() -> None:
@@ -87,13 +74,11 @@ def main() -> None:
     made.add_argument("name", choices=ROWS)
     made.add_argument("--speedup", type=float, required=True)
     made.add_argument("--tokens", type=int, default=16_384)
-    made.add_argument("--python", default=sys.executable)
     made.add_argument("--method", default="saap")
     made.add_argument("--compensate", choices=("none", "bias", "refit"))
     made.add_argument("--costs", type=Path, required=True)
     made.add_argument("--group-size", type=int)
     made.add_argument("--effort")
-    priced = commands.add_parser("prices")
     tried = commands.add_parser("halving")
     tried.add_argument("--speedup", type=float, required=True)
     tried.add_argument("--seed", type=int, default=0)
@@ -101,10 +86,9 @@ def main() -> None:
     tried.add_argument("--in-full", type=int, default=8, help="plans tuned in full, the best after the first round")
     tried.add_argument("--costs", type=Path, required=True)
     tried.add_argument("--text", type=Path, required=True, help="that judges, and is neither learnt nor calibrated on")
-    for each in (made, priced, tried):
+    made.add_argument("--texts", nargs="*", default=[], help="NAME=FILE of further texts")
+    for each in (made, tried):
         each.add_argument("--work", type=Path, required=True)
-    for each in (made, priced):
-        each.add_argument("--texts", nargs="*", default=[], help="NAME=FILE of further texts")
     add_write_option(commands.add_parser("table"))
     args = parser.parse_args()
     if args.command == "table":
@@ -119,21 +103,16 @@ def main() -> None:
         cell = {"halving": name} | trial(MODEL, asked, text, args.tokens, work, args.in_full)
         write_json(CELLS / f"halving-{args.speedup:g}-seed{args.seed}.json", cell)
         return
-    texts = {"WikiText-2": "", **dict(each.split("=", 1) for each in args.texts)}
-    if args.command == "prices":
-        from studies.search.prices import measured
-
-        write_json(CELLS / "prices.json", measured(MODEL, args.work.resolve(), texts))
-        return
     from studies.search.measure import row
 
+    texts = {"WikiText-2": "", **dict(each.split("=", 1) for each in args.texts)}
     asked = [MODEL, "--speedup", str(args.speedup), "--costs", str(args.costs.resolve())]
     asked += ["--method", args.method] if args.method != "saap" else []
     asked += ["--compensate", args.compensate] if args.compensate else []
     asked += ["--group-size", str(args.group_size)] if args.group_size else []
     asked += ["--effort", args.effort] if args.effort else []
     name = f"{args.name}-{args.speedup:g}"
-    cell = {"row": name} | row(name, asked, texts, args.tokens, args.work.resolve(), args.python)
+    cell = {"row": name} | row(name, asked, texts, args.tokens, args.work.resolve())
     write_json(CELLS / f"row-{name}.json", cell)
 
 
