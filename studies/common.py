@@ -31,9 +31,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("saap", "torch", "transformers", "onnxruntime")
 Cell = dict[str, Any]
 METHODS = {
-    "saap": "SAAP", "flap": "FLAP", "wanda_sp": "Wanda-sp", "param_second": "LLM-Pruner param_second",
-    "param_first": "LLM-Pruner param_first", "param_mix": "LLM-Pruner param_mix", "vector": "LLM-Pruner vector",
-    "shortgpt": "ShortGPT", "magnitude": "magnitude", "random": "random widths",
+    "saap": "SAAP", "flap": "FLAP", "wanda_sp": "Wanda-sp", "param_mix": "LLM-Pruner param_mix",
+    "vector": "LLM-Pruner vector", "shortgpt": "ShortGPT",
 }  # fmt: skip
 _TABLE = re.compile(r"(?P<start><!-- table: (?P<name>[\w-]+) -->\n).*?(?P<end>\n?<!-- end -->)", re.DOTALL)
 
@@ -75,9 +74,9 @@ def commit_of(checkout: Path) -> str | None:
     return head.stdout.strip() or None
 
 
-def saap(*words: object, python: str = sys.executable) -> None:
+def saap(*words: object) -> None:
     """Run a command of saap to its end; CalledProcessError: it failed."""
-    subprocess.run([python, "-m", "saap.cli", *map(str, words)], check=True)
+    subprocess.run([sys.executable, "-m", "saap.cli", *map(str, words)], check=True)
 
 
 def used_by_saap(

@@ -31,7 +31,7 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
 
     Args:
         precision: "auto" takes bfloat16 where the hardware has it and it is faster. An Emerald Rapids without AMX
-            has it and takes twice as long (studies/tuning_speed); "bf16" and "fp32" are taken as they are.
+            has it and takes twice as long (studies/README.md, "Settled"); "bf16" and "fp32" are taken as they are.
     """
     if precision not in PRECISIONS:
         raise UserError(f"the precision {precision!r} is not known: give one of {', '.join(PRECISIONS)}")

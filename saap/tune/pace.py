@@ -21,7 +21,7 @@ from saap.system.processes import training_device
 from saap.tune.loop.state import state_directory
 from saap.tune.options import TuneOptions
 
-# Measured with SmolLM2-135M on a Zen 3 (studies/tuning_speed).
+# Measured with SmolLM2-135M on a Zen 3.
 OF_RATE = 0.65  # of the rate of a lone product is what a step and the teacher reach
 PER_WEIGHT = 25_000  # operations' time that choosing a weight's integer takes, beside the passes over the text
 START_S = 20.0  # until the model is there, and from the last step until it is written

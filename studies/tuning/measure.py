@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import time
 from dataclasses import replace
@@ -10,34 +11,48 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from saap.base.writing import write_json
+from saap.evaluate.perplexity import score_models, torch_scorer
 from saap.models import resolve as models
 from saap.models.checkpoint import load_model, read_config, write_slim
 from saap.models.record import read_record
+from saap.models.resolve import load_tokenizer
 from saap.models.weight_files import tensor_reader
 from saap.prune.options import PruneOptions
 from saap.prune.pruning import prune
-from saap.text.documents import Sequences
-from saap.text.rows import FEWEST_ROWS, TuningRows, held_out, tuning_rows
+from saap.text.documents import Sequences, documents_of, read_file
+from saap.text.rows import FEWEST_ROWS, TuningRows, held_out, training_rows, tuning_rows
+from saap.text.windows import Cut, windows_of
 from saap.tune.loop.steps import Run, train
 from saap.tune.tuning import TuneOptions, loss_of, targets_of, tensors_of, tune
 from studies.common import ROOT, provenance
-from studies.pruning.cells import Variant, slug
-from studies.pruning.measure import Texts, mean_nll
-from studies.tuning.cells import CELLS, DEFAULTS
+from studies.tuning.study import CELLS, DEFAULTS, Variant, slug
 
 OUT = ROOT / "out" / "tuning"
-LENGTH, HELD, SEED, CHUNKS = 256, 40, 0, 160
+SEQUENCES, LENGTH, HELD, SEED, CHUNKS = 64, 256, 40, 0, 160
 SCALE_RATE = 3e-3  # where a cell names none: saap's own was that when the table was made, and has doubled since
 
 
-def slim_of(model_dir: Path, texts: Texts, ratio: float) -> Path:
+def mean_nll(model: PreTrainedModel, ids: torch.Tensor) -> float:
+    """Mean negative log-likelihood in nats per predicted token, ids [sequences, tokens]."""
+    (row,) = score_models({"model": torch_scorer(model)}, ids)
+    return float(row.nll or 0.0)
+
+
+def chunks_of(name: str, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+    """A file of $SAAP_DATA in windows that follow one another, [n, 256]."""
+    (text,) = read_file(Path(os.environ["SAAP_DATA"]) / name, whole=True)
+    return windows_of(documents_of([text], "text"), tokenizer, Cut(LENGTH)).ids
+
+
+def slim_of(model_dir: Path, ratio: float) -> Path:
     """The pruned model with SAAP's defaults."""
     out = OUT / f"slim-{model_dir.name}-{ratio:g}"
     if not out.is_dir():
-        prune(model_dir, PruneOptions(ratio=ratio), output=out, calibration=texts.alike(SEED))
+        rows = training_rows(model_dir, None, "calibration", Sequences(SEQUENCES + HELD, LENGTH, SEED))
+        prune(model_dir, PruneOptions(ratio=ratio), output=out, calibration=rows.ids[:SEQUENCES])
     return out
 
 
@@ -52,14 +67,11 @@ def rows_of(slim: Path, tokens: int) -> tuple[TuningRows, torch.Tensor]:
 
 def options_of(variant: Variant) -> TuneOptions:
     """TuneOptions of a cell; the loop's options are the defaults."""
-    names = {"fold": "fold", "rank": "rank", "lr": "learning_rate", "teacher": "teacher_weight", "head": "head_bits",
-             "bits": "bits", "group": "group_size", "integers": "integers"}  # fmt: skip
-    given = {theirs: variant[mine] for mine, theirs in names.items() if mine in variant}
-    if given["fold"] in ("lora", "none"):
-        given["fold"] = "scale"
-    if given["fold"] == "scale":
-        given.setdefault("learning_rate", SCALE_RATE)
-    return TuneOptions(**given, symmetric=not variant.get("asymmetric", False))
+    names = {"lr": "learning_rate", "teacher": "teacher_weight", "head": "head_bits", "bits": "bits",
+             "group": "group_size", "integers": "integers"}  # fmt: skip
+    options = {theirs: variant[mine] for mine, theirs in names.items() if mine in variant}
+    options.setdefault("learning_rate", SCALE_RATE)
+    return TuneOptions(**options)
 
 
 def run_cell(variant: Variant, test: bool) -> None:
@@ -67,41 +79,32 @@ def run_cell(variant: Variant, test: bool) -> None:
     variant = {**DEFAULTS, **variant}
     if untuned := variant["fold"] == "none":
         variant |= {"tokens": 0, "teacher": 0}
-    model_dir = Path(models.resolve(variant.get("model", "smollm2-135m")))
-    texts = Texts(model_dir)
+    model_dir = Path(models.resolve("smollm2-135m"))
+    tokenizer = load_tokenizer(model_dir)
     path, name = CELLS / f"{slug(variant)}.json", slug(variant)
     cell = json.loads(path.read_text()) if path.is_file() else {"variant": variant, "nll": {}}
-    wanted = ["held", "other", *([f"test{CHUNKS}"] if test else [])]
-    if all(text in cell["nll"] for text in wanted):
+    missing = {"held", "other", *([f"test{CHUNKS}"] if test else [])} - set(cell["nll"])
+    if not missing:
         return
-    slim = slim_of(model_dir, texts, variant["ratio"] or DEFAULTS["ratio"])  # of the dense model: for its rows
+    slim = slim_of(model_dir, variant["ratio"] or DEFAULTS["ratio"])  # of the dense model: for its rows
     rows, held = rows_of(slim, variant["tokens"])
     tuned, began = OUT / (lora_name(variant) if variant["fold"] == "lora" else name), time.monotonic()
     if untuned:
         tuned = slim if variant["ratio"] else model_dir
     elif not tuned.is_dir():
         if variant["fold"] == "lora":
-            cell["training"] = tune_lora(variant, slim, model_dir, rows, OUT)
+            cell["training"] = tune_lora(variant, slim, model_dir, rows)
         else:
-            options, source = options_of(variant), slim
-            if variant.get("warm"):
-                first, rows = held_out(rows, 0.5)
-                tune_lora({**variant, "fold": "lora"}, slim, model_dir, first, OUT)
-                source = OUT / lora_name({**variant, "fold": "lora"})
-            tune(
-                source,
-                options,
-                output=tuned,
-                data=rows,
-                teacher=model_dir if variant["teacher"] else None,
-                progress=say,
-            )
+            teacher = model_dir if variant["teacher"] else None
+            tune(slim, options_of(variant), output=tuned, data=rows, teacher=teacher, progress=say)
             tuning = read_record(tuned)["tuning"]
             cell["training"] = {**tuning["history"], "trained": tuning["trained_parameters"]}
         cell["seconds"] = round(time.monotonic() - began, 1)
         cell["peak_gb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 3)
-    for text, ids in {"held": held, "other": texts.other(), f"test{CHUNKS}": texts.test(CHUNKS)}.items():
-        if text in wanted and text not in cell["nll"]:
+    other = chunks_of("wikitext2_train_raw_head1MB.txt", tokenizer)[100:180]
+    test_ids = chunks_of("wikitext2_test_raw.txt", tokenizer)[:CHUNKS]
+    for text, ids in {"held": held, "other": other, f"test{CHUNKS}": test_ids}.items():
+        if text in missing:
             cell["nll"][text] = nll_of(tuned, slim, variant, ids)
     write_json(path, cell | provenance())
     print(f"{name}: {cell['nll']}", flush=True)
@@ -119,7 +122,6 @@ def nll_of(directory: Path, slim: Path, variant: Variant, ids: torch.Tensor) -> 
         return mean_nll(load_model(directory), ids)
     from export import ExportOptions, export
     from saap.cli.eval import Bundle
-    from saap.evaluate.perplexity import score_models
 
     source, bundle = directory, OUT / f"bundle-{slug(variant)}"
     if not bundle.is_dir():
@@ -131,13 +133,13 @@ def nll_of(directory: Path, slim: Path, variant: Variant, ids: torch.Tensor) -> 
             still = replace(still, training=replace(still.training, rows_per_step=16))
             tune(directory, still, output=source, data=rows)
         export(source, ExportOptions(parity="none"), output=bundle)
-    (found,) = score_models({"bundle": Bundle("bundle", bundle).scorer(torch.device("cpu"))}, ids)
-    return found.nll
+    (row,) = score_models({"bundle": Bundle("bundle", bundle).scorer(torch.device("cpu"))}, ids)
+    return row.nll
 
 
-def tune_lora(variant: Variant, slim: Path, teacher_dir: Path, rows: TuningRows, out: Path) -> dict[str, Any]:
+def tune_lora(variant: Variant, slim: Path, teacher_dir: Path, rows: TuningRows) -> dict[str, Any]:
     """Float LoRA on the same linears with the same loop, loss, rows and norms; merged into a slim directory."""
-    directory = out / lora_name(variant)
+    directory = OUT / lora_name(variant)
     if directory.is_dir():
         return json.loads((directory / "lora.json").read_text())
     options = options_of(variant)
@@ -153,7 +155,7 @@ def tune_lora(variant: Variant, slim: Path, teacher_dir: Path, rows: TuningRows,
     history = train(
         adapted, groups, tensors_of(learnt, 0), loss_of(targets, options),
         Run(options.training, held_out=tensors_of(judged, len(learnt)), held_out_loss=loss_of(None, options),
-            state_dir=out / f".{lora_name(variant)}.tuning", fingerprint={"rank": rank, "model": str(slim)}),
+            state_dir=OUT / f".{lora_name(variant)}.tuning", fingerprint={"rank": rank, "model": str(slim)}),
         say,
     )  # fmt: skip
     trained = sum(p.numel() for group in groups for p in group["params"])

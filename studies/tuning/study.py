@@ -9,26 +9,28 @@ every method), writes a bundle, and measures NLL with ONNX Runtime on rows of th
 ("held"), on the head of WikiText-2 *train* ("other", 80 chunks) and on WikiText-2 raw test ("test160"). Choices are
 made by the first two; the test is read with --test.
 
-Settings: ratio=0.2|0.5, tokens=400000, fold=scale|zero-point|lora, rank, lr (of scales 3e-3 if left
-out), teacher=0.5 (share of the loss; 0 is none), model=NAME or directory (SmolLM2 if left out), head=4|8, bits, group,
-integers=gptq|nearest, asymmetric=true, warm=true (float LoRA on the first half of the tokens,
-integers on the second). fold=lora is float LoRA: it is measured as it is and, merged, with integers=nearest|gptq as a
-bundle. fold=none is what is tuned, before it is: pruned, or with ratio=0 dense, as it is or with integers.
+Settings: ratio=0.2|0.5, tokens=400000, fold=scale|lora|none, rank (of LoRA), lr (of scales 3e-3 if left out),
+teacher=0.5 (share of the loss; 0 is none), head=4|8, bits, group, integers=gptq|nearest. fold=lora is float LoRA: it
+is measured as it is and, merged, with integers=nearest|gptq as a bundle. fold=none is the model before tuning: pruned,
+or with ratio=0 dense, as it is or with integers.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from studies.common import Cell, add_write_option, markdown, parser_of, read_cells, show_tables
-from studies.pruning.cells import Variant, value_of
-from studies.tuning.cells import CELLS, DEFAULTS
 
 HERE = Path(__file__).resolve().parent
+CELLS = HERE / "cells"
+Variant = dict[str, Any]  # settings of a cell
+DEFAULTS: Variant = {"ratio": 0.2, "tokens": 400_000, "fold": "scale", "teacher": 0.5}
 TABLE: tuple[Variant, ...] = (
     {"fold": "scale"}, {"fold": "lora"}, {"fold": "lora", "integers": "nearest"},
-    {"fold": "lora", "integers": "gptq"}, {"fold": "zero-point"}, {"fold": "scale", "rank": 8},
+    {"fold": "lora", "integers": "gptq"},
     {"fold": "scale", "teacher": 0}, {"fold": "lora", "teacher": 0},
     {"fold": "lora", "teacher": 0, "integers": "nearest"},
 )  # fmt: skip
@@ -36,26 +38,38 @@ TEXTS = {"held": "held", "other": "WikiText-2 *train*", "test160": "test"}
 FEW = 3072  # tokens of the cells that compare memory
 
 
+def slug(variant: Variant) -> str:
+    """A file name for a cell."""
+    return "_".join(f"{key}={value}" for key, value in sorted(variant.items()))
+
+
+def setting(pair: str) -> tuple[str, Any]:
+    """A setting as it was typed, ``key=value``: JSON, or a word."""
+    key, value = pair.split("=", 1)
+    try:
+        return key, json.loads(value.lower())
+    except json.JSONDecodeError:
+        return key, value
+
+
 def tables() -> dict[str, str]:
     """The tables of the README."""
     cells = read_cells(CELLS)
 
-    def of(wanted: Callable[[Variant], bool]) -> str:
-        return settings_table([cell for cell in cells if wanted(cell["variant"])])
+    def of(chosen: Callable[[Variant], bool]) -> str:
+        return settings_table([cell for cell in cells if chosen(cell["variant"])])
 
     whole = (0, DEFAULTS["tokens"])  # 0: of what is not tuned
     return {
-        "twenty": of(lambda v: "model" not in v and v["ratio"] == 0.2 and v["tokens"] in whole and "lr" not in v),
-        "fifty": of(lambda v: "model" not in v and v["ratio"] == 0.5),
-        "rates": of(lambda v: v["fold"] == "scale" and {"model", "asymmetric", "warm"}.isdisjoint(v) and is_rate(v)),
+        "twenty": of(lambda v: v["ratio"] == 0.2 and v["tokens"] in whole and "lr" not in v),
+        "fifty": of(lambda v: v["ratio"] == 0.5),
+        "rates": of(lambda v: v["fold"] == "scale" and is_rate(v)),
         "memory": of(lambda v: v["tokens"] == FEW),
-        "second": of(lambda v: v.get("model") == "out/second"),
-        "gemma": of(lambda v: v.get("model") == "gemma3-270m"),
     }
 
 
 def is_rate(variant: Variant) -> bool:
-    """Of the cells that compare the rate of scales."""
+    """Whether a cell compares rates of scales."""
     return variant["ratio"] == 0.2 and variant["tokens"] > FEW and variant["teacher"] == DEFAULTS["teacher"]
 
 
@@ -76,7 +90,7 @@ def settings_table(cells: list[Cell]) -> str:
 
 def words(variant: Variant) -> str:
     """Settings as they are typed, but for what is the default."""
-    rest = {k: v for k, v in variant.items() if k not in ("model", "teacher") and DEFAULTS.get(k, "") != v}
+    rest = {k: v for k, v in variant.items() if k != "teacher" and DEFAULTS.get(k, "") != v}
     if variant["fold"] == "none":
         rest.pop("tokens", None)
     elif variant["teacher"] != DEFAULTS["teacher"]:
@@ -101,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return show_tables(HERE, tables(), given.write)
     from studies.tuning.measure import run_cell
 
-    cell: Variant = {key: value_of(value) for key, value in (pair.split("=", 1) for pair in given.settings)}
+    cell: Variant = dict(map(setting, given.settings))
     for variant in [cell] if given.what == "cell" else TABLE:
         run_cell(variant, given.test)
 
