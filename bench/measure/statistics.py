@@ -16,8 +16,8 @@ Floats = NDArray[np.float64]
 # ever makes steps slower and often hits a part of them, so the undisturbed ones tell more; a slower model slows all.
 TYPICAL_PERCENT = 25
 MOST_SUMS = 1 << 22  # in memory at once
-# Runs of one thing on one device differ by more than what is seen within a run (studies/README.md, "Settled"). Where they are too
-# few to show by how much, this deviation of their logarithms is taken for true.
+# Runs of one thing on one device differ by more than what is seen within a run (studies/README.md, "Settled"). Where
+# they are too few to show by how much, this deviation of their logarithms is taken for true.
 RUN_DEVIATION, LEAST_RUNS, NORMAL = 0.04, 5, 10**9
 
 

@@ -1,8 +1,8 @@
 """Attention over rows of a few hundred tokens by matrix products, where a CPU multiplies bfloat16 in hardware.
 
 There the products of all heads take a third of the time of torch's blockwise kernel, forward and backward together
-(studies/README.md, "Settled"). What it costs is memory: the weights of every pair of tokens are kept, which the blockwise
-kernel makes again. In float32 that kernel is the faster one, and longer rows go to it too.
+(studies/README.md, "Settled"). What it costs is memory: the weights of every pair of tokens are kept, which the
+blockwise kernel makes again. In float32 that kernel is the faster one, and longer rows go to it too.
 """
 
 from __future__ import annotations
