@@ -35,6 +35,11 @@ COMPUTE = "Compute device: cpu, cuda or cuda:1; auto is a GPU where there is one
 # The settings, with their dataclasses, that stand on the command line of the command that runs.
 TYPED: ContextVar[Collection[tuple[type | None, str]]] = ContextVar("TYPED", default=())
 NAMES = {int: "N", float: "X", Path: "PATH", str: "TEXT"}
+# Options that earlier versions had, by name, and what to do instead.
+REMOVED = {
+    "fold": "saap tune trains the scale of each group; leave it out",
+    "rank": "saap tune trains one factor for each group; leave it out, or give a larger --group-size to train fewer",
+}
 
 
 @dataclass(frozen=True)
@@ -299,11 +304,18 @@ def setting_named(settings: Mapping[str, Setting], name: str) -> Setting:
     plain = name.strip().lstrip("-").replace("-", "_")
     if plain in settings:
         return settings[plain]
+    refuse_removed(name.strip())
     import difflib
 
     near = ", ".join(difflib.get_close_matches(plain, settings, cutoff=0.6))
     advice = f"did you mean {near}?" if near else "--help-all lists them all"
     raise UserError(f"there is no option {name.strip()!r}: {advice}")
+
+
+def refuse_removed(name: str) -> None:
+    """Refuse an option that an earlier version had. Raises UserError: says what to use instead."""
+    if advice := REMOVED.get(name.lstrip("-").replace("-", "_")):
+        raise UserError(f"{name} was removed: {advice}")
 
 
 def assigned(settings: Mapping[str, Setting], text: str) -> tuple[str, object]:

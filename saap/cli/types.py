@@ -56,6 +56,10 @@ class Helpful(click.Command):
         try:
             return super().parse_args(ctx, args)
         except click.UsageError as error:
+            if isinstance(error, click.NoSuchOption):
+                from saap.base.options import refuse_removed  # here, since help needs none of it
+
+                refuse_removed(error.option_name)
             error.ctx = error.ctx or ctx
             raise
 

@@ -137,8 +137,7 @@ def read_config(directory: str | Path) -> dict[str, Any]:
     quant = config.get("slim_quant")
     if isinstance(quant, dict) and quant.get("branch"):
         raise UserError(
-            f"{directory} was tuned with --fold branch, which saap no longer has: tune the slim directory again, "
-            "with --fold scale or --fold zero-point"
+            f"{directory} was tuned with --fold branch, which saap no longer has: tune the slim directory again"
         )
     quant_of(config)
     return config

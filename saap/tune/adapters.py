@@ -1,12 +1,8 @@
-"""The group adapters: PEFT LoRA layers whose base is a matrix of integers, one class per fold.
+"""The group adapter: a PEFT LoRA layer whose base is a matrix of integers, W = s (q - z).
 
-An adapter is D = B A * alpha / r with A [r, groups] and B [N, r]: one number per output row and group of input columns
-(the low-rank group form of QA-LoRA, Xu et al., arXiv 2309.14717), or a free D [N, groups], which is B with A the
-identity. B is 0 at the start. What D does to W = s (q - z) is the fold:
-
-* scale: s' = s (1 + D), kept away from 0 and rounded to what float16 represents. The deployed kernel stays as it is.
-* zero point: z' = z - D / s, rounded to a whole number of 0 .. 2^bits - 1, so that it is free where the literature's
-  float zero points are not, but coarse.
+It trains D [N, groups], one number for each output row and group of input columns, 0 at the start. The layer computes
+with s' = s (1 + D), kept away from 0 and rounded to what float16 represents, so the deployed kernel stays as it is. (In
+the low-rank group form of QA-LoRA, Xu et al., arXiv 2309.14717, D is B A; here A is the identity, and PEFT's B is D.)
 
 All rounding happens in the forward pass, with the gradient going straight through: :meth:`GroupAdapterLayer.merge`
 writes into the base what the last forward pass used, to the bit.
@@ -17,11 +13,8 @@ holders.
 
 from __future__ import annotations
 
-import math
 import re
 import warnings
-from collections import defaultdict
-from functools import partial
 from typing import Protocol, cast
 
 import peft
@@ -36,9 +29,7 @@ from transformers import PreTrainedModel
 
 from saap.base.errors import UserError
 from saap.models.architectures import architecture_of
-from saap.models.modeling_slim import GroupQuantLinear, unpack_zero_points
-from saap.quantize.groups import pack_zero_points
-from saap.tune.options import Fold
+from saap.models.modeling_slim import GroupQuantLinear
 
 NAME = "default"  # of the adapter, PEFT's own
 PREFIX = "base_model.model."  # before a module's name in a PeftModel
@@ -55,35 +46,20 @@ class GroupAdapterLayer(nn.Module, LoraLayer):
     keeps_matrix = False  # between the passes of a step, where memory allows: see :func:`keep_matrices`
     _kept: tuple[object, torch.Tensor] | None = None
 
-    def __init__(
-        self,
-        base_layer: GroupQuantLinear,
-        adapter_name: str,
-        *,
-        r: int,
-        lora_alpha: float,
-        free: bool,
-        **_: object,  # PEFT's other options, which differ from version to version and are off here
-    ) -> None:
-        """Wrap ``base_layer``; with ``free``, A is the identity and has no parameters."""
+    def __init__(self, base_layer: GroupQuantLinear, adapter_name: str, **_: object) -> None:
+        """Wrap ``base_layer``. PEFT's other options differ from version to version and have no effect here."""
         super().__init__()
         with warnings.catch_warnings():  # PEFT asks for sizes of kinds of layers that it knows, and warns of ours
             warnings.filterwarnings("ignore", "Unsupported layer type")
             LoraLayer.__init__(self, base_layer)
-        self.name, self.free = adapter_name, free
-        self._active_adapter = adapter_name
+        self.name, self._active_adapter = adapter_name, adapter_name
         groups, device = base_layer.columns // base_layer.block, base_layer.scales.device
-        if free and r != groups:
-            raise ValueError(f"a free factor per group is of rank {groups} here, not {r}")
-        self.r[adapter_name], self.lora_alpha[adapter_name] = r, lora_alpha
-        self.scaling[adapter_name] = lora_alpha / r
-        self.lora_dropout[adapter_name] = nn.Identity()
-        a = nn.Identity() if free else nn.Linear(groups, r, bias=False)
-        if isinstance(a, nn.Linear):
-            nn.init.kaiming_uniform_(a.weight, a=math.sqrt(5))
-        b = nn.Linear(r, base_layer.out_features, bias=False)
-        nn.init.zeros_(b.weight)
-        self.lora_A[adapter_name], self.lora_B[adapter_name] = a.to(device), b.to(device)
+        self.r[adapter_name] = self.lora_alpha[adapter_name] = groups
+        self.scaling[adapter_name] = 1.0
+        self.lora_dropout[adapter_name] = self.lora_A[adapter_name] = nn.Identity()
+        factor = nn.Linear(groups, base_layer.out_features, bias=False)
+        nn.init.zeros_(factor.weight)
+        self.lora_B[adapter_name] = factor.to(device)
         centred = base_layer.centred()
         narrow = bool(centred.min() >= -128) and bool(centred.max() <= 127)
         self.register_buffer("centred", centred.to(torch.int8) if narrow else centred, persistent=False)
@@ -96,117 +72,50 @@ class GroupAdapterLayer(nn.Module, LoraLayer):
         """PEFT's way to put a second adapter on a layer, which has no meaning for integers."""
         raise ValueError("a matrix of integers takes one adapter: fold or detach the one that it has")
 
-    def factor(self) -> torch.Tensor:
-        """D [N, groups], float32 under autocast too."""
-        b = _weight(self.lora_B[self.name])
-        if self.free:
-            return b
-        with torch.autocast(b.device.type, enabled=False):
-            product: torch.Tensor = (b @ _weight(self.lora_A[self.name])) * self.scaling[self.name]
-            return product
+    def scales(self) -> torch.Tensor:
+        """s' [N, groups], float32 under autocast too."""
+        factor = cast("torch.Tensor", self.lora_B[self.name].weight)
+        return float16_through(self.base.scales * (1 + factor).clamp_min(SMALLEST_FACTOR))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in_features] -> [..., out_features], what the folded matrix gives."""
         if self.disable_adapters or self.merged:
             plain: torch.Tensor = self.base(x)
             return plain
-        y = self.adapted(x)
+        y = self.product(x)
         return y if self.base.bias is None else y + self.base.bias.to(y.dtype)
 
-    def adapted(self, x: torch.Tensor) -> torch.Tensor:
-        """The product without its bias."""
-        raise NotImplementedError
-
-    def product(self, x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor | None = None) -> torch.Tensor:
+    def product(self, x: torch.Tensor) -> torch.Tensor:
         """:func:`group_matmul` with the integers, by the matrix that is kept while the adapter is the same."""
+        scales = self.scales()
         if not self.keeps_matrix:
-            return group_matmul(x, self.centred, scale, shift)
+            return group_matmul(x, self.centred, scales)
         dtype = product_dtype(x)
         made_of = (dtype, *((id(p), p._version) for p in self.parameters() if p.requires_grad))
         if self._kept is None or self._kept[0] != made_of:
             self._kept = None  # the old one goes before the new one is made
             with torch.no_grad():
-                self._kept = made_of, dequantized(self.centred, scale, shift, dtype)
-        return group_matmul(x, self.centred, scale, shift, self._kept[1])
+                self._kept = made_of, dequantized(self.centred, scales, dtype)
+        return group_matmul(x, self.centred, scales, self._kept[1])
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Write into the base what the forward pass uses; PEFT's ``merge_and_unload`` calls it too."""
         if not self.merged:
-            self.write()
+            self.base.scales = self.scales()
             self.merged_adapters.append(self.name)
 
-    def write(self) -> None:
-        raise NotImplementedError
 
-
-class ScaleAdapter(GroupAdapterLayer):
-    """s' = s (1 + D)."""
-
-    def scales(self) -> torch.Tensor:
-        """s' [N, groups]."""
-        return float16_through(self.base.scales * (1 + self.factor()).clamp_min(SMALLEST_FACTOR))
-
-    def adapted(self, x: torch.Tensor) -> torch.Tensor:
-        return self.product(x, self.scales())
-
-    def write(self) -> None:
-        self.base.scales = self.scales()
-
-
-class ZeroPointAdapter(GroupAdapterLayer):
-    """z' = z - D / s, whole."""
-
-    zeros: torch.Tensor
-
-    def __init__(
-        self, base_layer: GroupQuantLinear, adapter_name: str, *, r: int, lora_alpha: float, free: bool, **_: object
-    ) -> None:
-        super().__init__(base_layer, adapter_name, r=r, lora_alpha=lora_alpha, free=free)
-        groups = base_layer.scales.shape[1]
-        zeros = unpack_zero_points(base_layer.zero_points, base_layer.bits, groups)
-        self.register_buffer("zeros", zeros.to(base_layer.scales.dtype), persistent=False)
-
-    def zero_points(self) -> torch.Tensor:
-        """z' [N, groups], whole numbers as floats."""
-        return whole_through(self.zeros - self.factor() / self.base.scales, 2**self.base.bits - 1)
-
-    def adapted(self, x: torch.Tensor) -> torch.Tensor:
-        return self.product(x, self.base.scales, self.zeros - self.zero_points())
-
-    def write(self) -> None:
-        self.base.zero_points = pack_zero_points(self.zero_points().to(torch.uint8), self.base.bits)
-
-
-FOLDS: dict[Fold, type[GroupAdapterLayer]] = {"scale": ScaleAdapter, "zero-point": ZeroPointAdapter}
-
-
-def _weight(linear: nn.Module) -> torch.Tensor:
-    return cast("torch.Tensor", linear.weight)
-
-
-def attach(model: PreTrainedModel, kind: Fold, rank: int | None = None, *, seed: int = 0) -> PeftModel:
+def attach(model: PreTrainedModel) -> PeftModel:
     """Put an adapter on every linear of the decoder layers, in place; all other parameters are frozen.
-
-    ``rank`` is r of D = B A, none or 0 a free D; ``seed`` is of the A matrices, apart from torch's global one.
 
     Raises:
         UserError: linears without integers or with an adapter, or a PEFT that did not put our layer on each of them.
     """
     holders = _holders(model)
-    ranks = {} if rank else {name: holder.scales.shape[1] for name, holder in holders.items()}
-    lora = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=rank or 1,
-        lora_alpha=rank or 1,
-        target_modules=_pattern(model, holders),
-        rank_pattern=_by_value(ranks),
-        alpha_pattern=_by_value(ranks),
-    )
-    layer_class = FOLDS[kind]
-    lora._register_custom_module({GroupQuantLinear: partial(layer_class, free=not rank)})  # type: ignore[dict-item]
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        torch.manual_seed(seed)
+    lora = LoraConfig(task_type="CAUSAL_LM", target_modules=_pattern(model, holders))
+    lora._register_custom_module({GroupQuantLinear: GroupAdapterLayer})
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():  # nothing here is random
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")  # which PEFT reads
         try:
             adapted = cast("PeftModel", get_peft_model(model, lora, adapter_name=NAME))
@@ -215,9 +124,11 @@ def attach(model: PreTrainedModel, kind: Fold, rank: int | None = None, *, seed:
                 f"PEFT {peft.__version__} does not take the layers of group adapters ({str(error).splitlines()[0]}): "
                 "install another version, 0.17 to 0.21"
             ) from error
-    found = {name.removeprefix(PREFIX): type(m) for name, m in adapted.named_modules() if isinstance(m, BaseTunerLayer)}
-    if found != dict.fromkeys(holders, layer_class):
-        wrong = sorted(n for n in {*holders, *found} if found.get(n) is not layer_class or n not in holders)
+    tuners = {
+        name.removeprefix(PREFIX): type(m) for name, m in adapted.named_modules() if isinstance(m, BaseTunerLayer)
+    }
+    if tuners != dict.fromkeys(holders, GroupAdapterLayer):
+        wrong = sorted(n for n in {*holders, *tuners} if tuners.get(n) is not GroupAdapterLayer or n not in holders)
         raise UserError(
             f"PEFT {peft.__version__} put no group adapter on {wrong[0]} ({len(wrong)} of {len(holders)} linears): "
             "install another version, 0.17 to 0.21"
@@ -280,14 +191,6 @@ def _pattern(model: PreTrainedModel, holders: dict[str, GroupQuantLinear]) -> st
     return rf"{inside}\.\d+\.({'|'.join(re.escape(name) for name in names)})"
 
 
-def _by_value(numbers: dict[str, int]) -> dict[str, int]:
-    """One pattern of names for each number, as PEFT's rank and alpha patterns may be: it tries them one by one."""
-    names = defaultdict(list)
-    for name, number in numbers.items():
-        names[number].append(re.escape(name))
-    return {"|".join(which): number for number, which in names.items()}
-
-
 class Context(Protocol):
     """What torch keeps between the passes of an autograd function."""
 
@@ -316,13 +219,6 @@ def float16_through(exact: torch.Tensor) -> torch.Tensor:
     return cast("torch.Tensor", _StraightThrough.apply(exact, rounded))
 
 
-def whole_through(exact: torch.Tensor, top: int) -> torch.Tensor:
-    """Rounded to a whole number of 0 .. top; the gradient passes where the number is inside or on the border."""
-    # Not clamp's own gradient, which from torch 2.15 on stops at the border, where zero points start.
-    inside = torch.where((exact >= 0) & (exact <= top), exact, exact.detach().clamp(0, top))
-    return cast("torch.Tensor", _StraightThrough.apply(inside, inside.detach().round()))
-
-
 def product_dtype(x: torch.Tensor) -> torch.dtype:
     """What a matrix product with x is computed in: its own type, or autocast's where that is on and x is eligible."""
     kind = x.device.type
@@ -332,28 +228,23 @@ def product_dtype(x: torch.Tensor) -> torch.dtype:
 
 
 def group_matmul(
-    x: torch.Tensor,
-    centred: torch.Tensor,
-    scale: torch.Tensor,
-    shift: torch.Tensor | None = None,
-    matrix: torch.Tensor | None = None,
+    x: torch.Tensor, centred: torch.Tensor, scale: torch.Tensor, matrix: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """y = x (scale * (centred + shift))^T in :func:`product_dtype`.
+    """y = x (scale * centred)^T in :func:`product_dtype`.
 
     The matrix is dequantised in the scales' type and then rounded to that of the product: rounding the scales instead
-    would hide small changes of them. Gradients of scale and shift are summed in the scales' type.
+    would hide small changes of them. Gradients of the scales are summed in their type.
 
     Args:
         x: [..., K].
         centred: [N, groups, block] integers.
         scale: [N, groups].
-        shift: [N, groups]; None is 0.
         matrix: what :func:`dequantized` gives for these, where it is known; else each pass makes it.
 
     Returns:
         [..., N].
     """
-    return cast("torch.Tensor", _GroupMatMul.apply(x.to(product_dtype(x)), centred, scale, shift, matrix))
+    return cast("torch.Tensor", _GroupMatMul.apply(x.to(product_dtype(x)), centred, scale, matrix))
 
 
 class _GroupMatMul(torch.autograd.Function):
@@ -361,36 +252,24 @@ class _GroupMatMul(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Context,
-        x: torch.Tensor,
-        centred: torch.Tensor,
-        scale: torch.Tensor,
-        shift: torch.Tensor | None,
-        matrix: torch.Tensor | None,
+        ctx: Context, x: torch.Tensor, centred: torch.Tensor, scale: torch.Tensor, matrix: torch.Tensor | None
     ) -> torch.Tensor:
-        ctx.save_for_backward(x, centred, scale, shift, matrix)
+        ctx.save_for_backward(x, centred, scale, matrix)
         with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x, dequantized(centred, scale, shift, x.dtype) if matrix is None else matrix)
+            return F.linear(x, dequantized(centred, scale, x.dtype) if matrix is None else matrix)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Context, grad: torch.Tensor) -> tuple[Gradient, None, Gradient, Gradient, None]:
-        x, centred, scale, shift, matrix = ctx.saved_tensors
-        for_x, _, for_scale, for_shift, _ = ctx.needs_input_grad
-        grad_x = grad_scale = grad_shift = None
+    def backward(ctx: Context, grad: torch.Tensor) -> tuple[Gradient, None, Gradient, None]:
+        x, centred, scale, matrix = ctx.saved_tensors
+        for_x, _, for_scale, _ = ctx.needs_input_grad
+        grad_x = grad_scale = None
         with torch.autocast(x.device.type, enabled=False):
             if for_x:
-                grad_x = grad @ (dequantized(centred, scale, shift, x.dtype) if matrix is None else matrix)
-            if for_scale or for_shift:
-                weight_grad = matrix_gradient(grad, x, scale.dtype).view(centred.shape)
-                sums = weight_grad.sum(-1) if shift is not None else None
-                if for_shift:
-                    grad_shift = scale * sums
-                if for_scale:
-                    grad_scale = weight_grad.mul_(centred).sum(-1)
-                    if sums is not None:
-                        grad_scale += shift * sums
-        return grad_x, None, grad_scale, grad_shift, None
+                grad_x = grad @ (dequantized(centred, scale, x.dtype) if matrix is None else matrix)
+            if for_scale:
+                grad_scale = matrix_gradient(grad, x, scale.dtype).view(centred.shape).mul_(centred).sum(-1)
+        return grad_x, None, grad_scale, None
 
 
 def matrix_gradient(grad: torch.Tensor, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -398,11 +277,6 @@ def matrix_gradient(grad: torch.Tensor, x: torch.Tensor, dtype: torch.dtype) -> 
     return (grad.reshape(-1, grad.shape[-1]).t() @ x.reshape(-1, x.shape[-1])).to(dtype)
 
 
-def dequantized(
-    centred: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor | None, dtype: torch.dtype
-) -> torch.Tensor:
-    """scale * (centred + shift) as a matrix [N, K]."""
-    numbers = centred.to(scale.dtype)
-    if shift is not None:
-        numbers += shift.unsqueeze(-1)
-    return numbers.mul_(scale.unsqueeze(-1)).flatten(1).to(dtype)
+def dequantized(centred: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """scale * centred as a matrix [N, K]."""
+    return centred.to(scale.dtype).mul_(scale.unsqueeze(-1)).flatten(1).to(dtype)

@@ -16,12 +16,9 @@ from saap.system.device_names import check_device_is_there
 Bits = Literal[4, 8]
 GroupSize = Literal[32, 64, 128]
 Integers = Literal["gptq", "nearest"]
-Fold = Literal["scale", "zero-point"]
 Kind = Literal["auto", "text", "chat"]
 Precision = Literal["auto", "bf16", "fp32"]
 MOST_KEPT = 32_768  # tokens per place: those of the default text are then 3 to 5 GB, and the cache holds 4
-# Peaks. On held text half that of scales was worse with 25,000 to 400,000 tokens, twice with 25,000 (studies/tuning).
-RATES = {"scale": 6e-3, "zero-point": 2e-3}
 FEWEST_HELD = 8  # rows: by one of 256 tokens, a state was kept that was 0.1 nats worse than the last (studies/demo)
 _INTEGERS = "The integers"
 _TRAINED = "What is trained"
@@ -111,15 +108,8 @@ class TuneOptions:
         Option("Sequences that gptq looks at, the first of the text.", _INTEGERS, shown=False),
         COUNT,
     ] = 16
-    fold: Annotated[Fold, Option("Trained for each group; zero-point is slower.", _TRAINED)] = "scale"
-    rank: Annotated[
-        int | None,
-        Option("Rank of a low-rank fold; default: a free factor per group.", _TRAINED),
-        Meta(ge=0, le=1_000_000),
-    ] = None
-    learning_rate: Annotated[
-        float | None, Option("Peak learning rate; default: the fold's own.", _TRAINED), Meta(ge=0, le=1)
-    ] = None
+    # On held text half of it was worse with 25,000 to 400,000 tokens, twice with 25,000 (studies/tuning).
+    learning_rate: Annotated[float, Option("Peak learning rate of the scales.", _TRAINED), Meta(ge=0, le=1)] = 6e-3
     norm_rate: Annotated[
         float, Option("Peak learning rate of the norms' weights.", _TRAINED, shown=False), Meta(ge=0, le=1)
     ] = 1e-3
@@ -179,7 +169,3 @@ class TuneOptions:
     def holds_out(self, rows: int) -> bool:
         """Whether some of so many rows are held out."""
         return rows * self.held_out >= FEWEST_HELD
-
-    @property
-    def rate(self) -> float:
-        return RATES[self.fold] if self.learning_rate is None else self.learning_rate

@@ -247,19 +247,16 @@ def way_of(shape: ModelShape, length: int, options: TuneOptions) -> Way:
 def check_model(slim_dir: Path, options: TuneOptions) -> dict[str, object]:
     """The config of a model that can be tuned.
 
-    Raises UserError: tuned already, widths that are not whole groups, or a rank above their number.
+    Raises UserError: tuned already, or widths that are not whole groups.
     """
     config = read_config(slim_dir)
     if config.get("slim_quant"):
         raise UserError(f"{slim_dir} holds tuned integers already: tune the slim directory it came from")
-    shape, block = shape_of(config), options.group
+    shape = shape_of(config)
     if options.kept_tokens > (words := shape.vocab):
         refuse_unused(options, ("kept_tokens",), f"at most the {words} tokens of the vocabulary of {slim_dir}")
     if not options.planned:
-        check_widths(shape, block)
-    most = max(shape.hidden, *(shape.inner_width(kind, s) for s in shape.layers for kind in s.blocks)) // block
-    if (options.rank or 0) > most:
-        raise UserError(f"--rank {options.rank} is more than the {most} groups of the widest matrix: leave --rank out")
+        check_widths(shape, options.group)
     return config
 
 
@@ -348,9 +345,13 @@ def _quantised(
     settle(model)
     for parameter in model.parameters():  # a view of the loaded file keeps all pages of it that were written
         parameter.data = parameter.data.clone()
-    adapted = adapters.attach(model, options.fold, options.rank, seed=options.training.seed)
+    adapted = adapters.attach(model)
     norms = [p for name, p in adapted.named_parameters() if "norm" in name]
     for norm in norms:
         norm.requires_grad_(True)
     trained = adapters.trained_parameters(adapted)
-    return adapted, [{"params": trained, "lr": options.rate}, {"params": norms, "lr": options.norm_rate}], quant
+    return (
+        adapted,
+        [{"params": trained, "lr": options.learning_rate}, {"params": norms, "lr": options.norm_rate}],
+        quant,
+    )

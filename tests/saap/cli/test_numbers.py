@@ -11,7 +11,7 @@ from support.command_line import every_command, here
 # Options that may be 0, as large as 10^9 or below 0, by their names in Python.
 ZERO = {
     "c", "cool_down_s", "depth", "generate", "held_out", "keep_layers", "layer_power",
-    "learning_rate", "memory", "min_p", "most_gone", "norm_rate", "patience", "prompt", "rank", "ratio_time_s",
+    "learning_rate", "memory", "min_p", "most_gone", "norm_rate", "patience", "prompt", "ratio_time_s",
     "recovered", "rounding", "save_seconds",
     "seconds", "seed", "skip", "spread", "stability", "teacher_weight", "temperature", "warmup", "warmup_share",
     "weight_decay",

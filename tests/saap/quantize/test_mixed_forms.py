@@ -290,9 +290,7 @@ def test_a_wider_vocabulary_table_is_kept(tiny_model, tmp_path):
 def test_a_directory_of_an_older_version_with_a_branch_is_refused(mixed, tmp_path, rank):
     edited(mixed / "config.json", lambda config: config["slim_quant"].update(branch=rank))
     edited(mixed / "saap.json")
-    message = (
-        r"mixed was tuned with --fold branch, which saap no longer has: tune the slim directory again, with --fold"
-    )
+    message = r"mixed was tuned with --fold branch, which saap no longer has: tune the slim directory again"
     for use in (
         load_model,
         lambda path: export_bundle(path, tmp_path / "out"),

@@ -14,7 +14,7 @@ from saap.models.slim_quant import MatrixForm
 from saap.quantize.groups import fill, quantize, quantize_model
 from saap.tune import adapters as module
 from saap.tune.adapters import (
-    FOLDS,
+    GroupAdapterLayer,
     attach,
     detach,
     float16_through,
@@ -23,12 +23,9 @@ from saap.tune.adapters import (
     keep_matrices,
     layers_of,
     trained_parameters,
-    whole_through,
 )
 
 IDS = torch.randint(320, (2, 12), generator=torch.Generator().manual_seed(1))
-CONFIGS = [("scale", None), ("scale", 2), ("zero-point", None), ("zero-point", 2)]
-every_fold = pytest.mark.parametrize(("kind", "rank"), CONFIGS)
 
 
 @pytest.fixture(params=["llama", "phi3"])
@@ -59,10 +56,9 @@ def spread(model, size=0.05):
     """Give all adapter parameters numbers as training would."""
     generator = torch.Generator().manual_seed(3)
     for layer in layers_of(model).values():
-        step = size if not hasattr(layer, "zeros") else size * 60 * layer.base.scales.abs().mean()
         for parameter in layer.parameters():
             if parameter.requires_grad:
-                parameter.data += step * torch.randn(parameter.shape, generator=generator)
+                parameter.data += size * torch.randn(parameter.shape, generator=generator)
 
 
 def logits(model):
@@ -70,97 +66,70 @@ def logits(model):
         return model(input_ids=IDS, use_cache=False).logits
 
 
-@every_fold
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_the_folded_model_is_the_adapted_one(quantised, kind, rank, symmetric):
+def test_the_folded_model_is_the_adapted_one(quantised, symmetric):
     model = quantised(symmetric)
     before = {name: (m.qweight.clone(), m.scales.clone(), m.zero_points.clone()) for name, m in holders(model).items()}
     expected = logits(model)
-    adapted = attach(model, kind, rank)
+    adapted = attach(model)
     assert torch.allclose(logits(adapted), expected, atol=1e-5)  # B is 0: nothing is changed yet
     spread(adapted)
     tuned = logits(adapted)
     assert (tuned - expected).abs().max() > 0.01
-    wanted = {}
-    for name, layer in layers_of(adapted).items():
-        if kind == "scale":
-            wanted[name] = layer.scales().detach()
-        else:
-            wanted[name] = layer.zero_points().detach()
+    trained = {name: layer.scales().detach() for name, layer in layers_of(adapted).items()}
     plain = fold(adapted)
     assert plain is model and not any("lora" in name for name, _ in plain.named_modules())
     assert (logits(plain) - tuned).abs().max() <= 1e-6 * max(1, tuned.abs().max())
     for name, holder in holders(plain).items():
         codes, scales, zero_points = before[name]
         assert torch.equal(holder.qweight, codes)
-        assert torch.equal(holder.scales, scales) != (kind == "scale")
-        assert torch.equal(holder.zero_points, zero_points) != (kind == "zero-point")
-        if kind == "scale":
-            assert torch.equal(holder.scales, wanted[name])
-            assert torch.equal(holder.scales, holder.scales.half().float())
-        else:
-            assert torch.equal(unpack_zero_points(holder.zero_points, 4, holder.scales.shape[1]).float(), wanted[name])
+        assert torch.equal(holder.zero_points, zero_points)
+        assert torch.equal(holder.scales, trained[name]) and not torch.equal(holder.scales, scales)
+        assert torch.equal(holder.scales, holder.scales.half().float())
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-@every_fold
-def test_the_forward_is_what_its_formula_says(kind, rank, bits):
+def test_the_forward_is_what_its_formula_says(bits):
     """Against an independent computation with plain matrices, bias and asymmetric 8-bit codes included."""
     generator = torch.Generator().manual_seed(5)
     base = GroupQuantLinear(96, 10, bits, 32, bias=True)
     fill(base, quantize(torch.randn(10, 96, generator=generator) + 1, bits, 32, symmetric=False))
     base.bias.data.normal_(generator=generator)
-    r, alpha = (rank, 2 * rank) if rank else (3, 3)
-    layer = FOLDS[kind](base, "default", r=r, lora_alpha=alpha, free=not rank)
-    for p in layer.parameters():
-        p.data.copy_(torch.randn(p.shape, generator=generator) * 0.2)
-    b = layer.lora_B["default"].weight.detach()
-    a = layer.lora_A["default"].weight.detach() if rank else torch.eye(3)
+    layer = GroupAdapterLayer(base, "default")
+    factor = torch.randn(10, 3, generator=generator) * 0.2
+    layer.lora_B["default"].weight.data.copy_(factor)
     x = torch.randn(4, 96, generator=generator)
-    zeros = unpack_zero_points(base.zero_points, bits, 3).float()
-    codes, scales = base.centred().float() + zeros.unsqueeze(-1), base.scales
-    factor = b @ a * (alpha / r)
-    if kind == "scale":
-        scales = (scales * (1 + factor).clamp_min(0.05)).half().float()
-    else:
-        zeros = (zeros - factor / scales).clamp(0, 2**bits - 1).round()
-    weight = (scales.unsqueeze(-1) * (codes - zeros.unsqueeze(-1))).flatten(1)
+    zeros = unpack_zero_points(base.zero_points, bits, 3).float().unsqueeze(-1)
+    codes = base.centred().float() + zeros
+    scales = (base.scales * (1 + factor).clamp_min(0.05)).half().float()
+    weight = (scales.unsqueeze(-1) * (codes - zeros)).flatten(1)
     assert torch.allclose(layer(x), x @ weight.T + base.bias, atol=1e-4)
 
 
-def test_a_group_keeps_its_sign_and_zero_points_their_range():
+def test_a_group_keeps_its_sign():
     base = GroupQuantLinear(64, 5, 4, 32)
     fill(base, quantize(torch.randn(5, 64, generator=torch.Generator().manual_seed(7)), 4, 32))
-    layers = {fold: FOLDS[fold](base, "default", r=2, lora_alpha=2, free=True) for fold in ("scale", "zero-point")}
-    for layer in layers.values():
-        layer.lora_B["default"].weight.data.fill_(-30)
-    assert torch.equal(layers["scale"].scales().sign(), base.scales.sign())
-    zeros = layers["zero-point"].zero_points()
-    assert torch.equal(zeros, torch.where(base.scales > 0, 15.0, 0.0))
+    layer = GroupAdapterLayer(base, "default")
+    layer.lora_B["default"].weight.data.fill_(-30)
+    assert torch.equal(layer.scales().sign(), base.scales.sign())
 
 
-@every_fold
-def test_only_adapters_are_trained_and_every_one_learns(quantised, kind, rank):
+def test_only_adapters_are_trained_and_every_one_learns(quantised):
     model = quantised()
-    adapted = attach(model, kind, rank)
+    adapted = attach(model)
     assert {id(p) for p in adapted.parameters() if p.requires_grad} == {id(p) for p in trained_parameters(adapted)}
     layers = layers_of(adapted)
-    groups = {name: layer.base.scales.shape[1] for name, layer in layers.items()}
-    shapes = [[(layer.base.out_features, rank or groups[name])] for name, layer in layers.items()]
-    if rank:
-        shapes = [[(rank, groups[n]), *shape] for n, shape in zip(layers, shapes, strict=True)]
-    assert [tuple(p.shape) for p in trained_parameters(adapted)] == [s for shape in shapes for s in shape]
+    assert [p.shape for p in trained_parameters(adapted)] == [layer.base.scales.shape for layer in layers.values()]
     spread(adapted, 0.01)
     adapted(input_ids=IDS, labels=IDS).loss.backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in trained_parameters(adapted))
 
 
-@every_fold
-def test_gradient_checkpointing_and_autocast(quantised, kind, rank):
+def test_gradient_checkpointing_and_autocast(quantised):
     """Checkpointing gives the same gradients to the bit, autocast to bfloat16 nearly the same, in float32."""
 
     def gradients(checkpointing=False, autocast=False):
-        adapted = attach(quantised(), kind, rank)
+        adapted = attach(quantised())
         spread(adapted, 0.01)
         adapted.train()
         if checkpointing:
@@ -178,7 +147,7 @@ def test_gradient_checkpointing_and_autocast(quantised, kind, rank):
 
 
 def test_no_matrix_is_kept_between_forward_and_backward(quantised):
-    adapted = attach(quantised(), "scale")
+    adapted = attach(quantised())
     own = {layer.centred.data_ptr() for layer in layers_of(adapted).values()}
     sizes = {layer.centred.numel() for layer in layers_of(adapted).values()}
     kept = []
@@ -197,48 +166,39 @@ def test_every_linear_of_the_decoder_has_our_layer_and_nothing_else(family, tiny
         assert len(linears) == 3 * sum(map(len, FAMILIES[family].matrices.values()))
     quantize_model(model, 4, 32, 4)
     expected = logits(model)
-    adapted = attach(model, "zero-point")
+    adapted = attach(model)
     assert layers_of(adapted).keys() == linears
-    assert all(type(layer) is FOLDS["zero-point"] for layer in layers_of(adapted).values())
+    assert all(type(layer) is GroupAdapterLayer for layer in layers_of(adapted).values())
     assert sum("lora_B" in name for name, _ in adapted.named_parameters()) == len(linears)
     assert torch.equal(logits(detach(adapted)), expected)
 
 
-def test_the_start_is_the_seeds_alone(quantised):
-    torch.manual_seed(1)
-    one = torch.cat([p.flatten() for p in trained_parameters(attach(quantised(), *CONFIGS[1]))])
-    torch.manual_seed(2)
+def test_attaching_draws_no_random_numbers(quantised):
+    model = quantised()
     state = torch.random.get_rng_state()
-    two = torch.cat([p.flatten() for p in trained_parameters(attach(quantised(), *CONFIGS[1]))])
-    assert torch.equal(one, two)
-    other = torch.cat([p.flatten() for p in trained_parameters(attach(quantised(), *CONFIGS[1], seed=2))])
-    assert not torch.equal(one, other)
+    attach(model)
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
 def test_autocast_does_not_touch_what_is_folded(quantised):
     """bfloat16 would hide steps of D below 1 in 256."""
-    for kind, rank in CONFIGS:
-        adapted = attach(quantised(), kind, rank)
-        spread(adapted)
-        layer = next(iter(layers_of(adapted).values()))
-        read = {"scale": "scales", "zero-point": "zero_points"}[kind]
-        expected = getattr(layer, read)()
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            found = getattr(layer, read)()
-        for one, two in zip(expected, found, strict=True):
-            assert torch.equal(one, two) and two.dtype == torch.float32
+    adapted = attach(quantised())
+    spread(adapted)
+    layer = next(iter(layers_of(adapted).values()))
+    expected = layer.scales()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        scales = layer.scales()
+    assert torch.equal(expected, scales) and scales.dtype == torch.float32
 
 
-@every_fold
-def test_a_cut_model_of_4_and_8_bits_is_folded_saved_and_loaded(kind, rank, tmp_path):
+def test_a_cut_model_of_4_and_8_bits_is_folded_saved_and_loaded(tmp_path):
     """Layers of their own sizes, one without attention and one without MLP, written as a directory."""
     sizes = {"vocab_size": 320, "hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 16}
     layers = [[2, 1, 64], [0, 0, 128], [6, 3, 0]]
     torch.manual_seed(0)
     model = SlimLlamaForCausalLM(SlimLlamaConfig(**sizes, num_hidden_layers=3, slim_layers=layers)).eval()
     quant = quantize_model(model, 4, 32, 8, own={"model.layers.1.mlp.down_proj": MatrixForm(8, 64)})
-    adapted = attach(model, kind, rank)
+    adapted = attach(model)
     assert len(layers_of(adapted)) == 7 + 3 + 4
     spread(adapted)
     tuned = logits(adapted)
@@ -252,19 +212,19 @@ def test_a_cut_model_of_4_and_8_bits_is_folded_saved_and_loaded(kind, rank, tmp_
 def test_a_peft_that_ignores_the_registration_is_found_out(quantised, monkeypatch):
     monkeypatch.setattr(LoraConfig, "_register_custom_module", lambda self, mapping: None)
     with pytest.raises(UserError, match="does not take the layers"):
-        attach(quantised(), "scale")
+        attach(quantised())
     monkeypatch.undo()
     monkeypatch.setattr("saap.tune.adapters._pattern", lambda model, holders: r".*\.1\..*(o_proj|down_proj)")
     with pytest.raises(UserError, match=r"put no group adapter on model.layers.0"):
-        attach(quantised(), "scale")
+        attach(quantised())
 
 
 def test_bad_moments(quantised, tiny_model):
-    adapted = attach(quantised(), "zero-point", 1)
+    adapted = attach(quantised())
     with pytest.raises(UserError, match="adapter already"):
-        attach(adapted.get_base_model(), "scale")
+        attach(adapted.get_base_model())
     with pytest.raises(UserError, match="holds no integers"):
-        attach(load_model(tiny_model("dense")), "scale")
+        attach(load_model(tiny_model("dense")))
 
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -274,35 +234,32 @@ CENTRED = torch.randint(-8, 8, (7, 2, 32), generator=GENERATOR).to(torch.int8)
 def numbers(dtype=torch.float64):
     x = torch.randn(2, 5, 64, generator=GENERATOR, dtype=dtype, requires_grad=True)
     scale = (torch.rand(7, 2, generator=GENERATOR, dtype=dtype) + 0.5).requires_grad_()
-    shift = torch.randint(-3, 4, (7, 2), generator=GENERATOR).to(dtype).requires_grad_()
-    return x, scale, shift
+    return x, scale
 
 
-def dense(scale, shift):
-    return ((CENTRED + shift.unsqueeze(-1)) * scale.unsqueeze(-1)).flatten(1)
+def dense(scale):
+    return (CENTRED * scale.unsqueeze(-1)).flatten(1)
 
 
 def test_gradients_are_those_of_the_dequantised_matrix():
-    x, scale, shift = numbers()
+    x, scale = numbers()
     assert torch.autograd.gradcheck(lambda a, s: group_matmul(a, CENTRED, s), (x, scale))
-    assert torch.autograd.gradcheck(lambda a, s, z: group_matmul(a, CENTRED, s, z), (x, scale, shift))
     assert torch.autograd.gradcheck(lambda s: group_matmul(x.detach(), CENTRED, s), (scale,))
-    assert torch.autograd.gradcheck(lambda a: group_matmul(a, CENTRED, scale.detach(), shift.detach()), (x,))
-    assert torch.allclose(group_matmul(x, CENTRED, scale, shift), x @ dense(scale, shift).T)
+    assert torch.allclose(group_matmul(x, CENTRED, scale), x @ dense(scale).T)
 
 
 def test_autocast_multiplies_in_bfloat16_and_sums_gradients_in_float32():
-    x, scale, shift = numbers(torch.float32)
+    x, scale = numbers(torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = group_matmul(x, CENTRED, scale, shift)
+        y = group_matmul(x, CENTRED, scale)
         assert y.dtype == torch.bfloat16
-        assert torch.equal(y, torch.nn.functional.linear(x, dense(scale, shift)))
+        assert torch.equal(y, torch.nn.functional.linear(x, dense(scale)))
     y.float().square().sum().backward()  # outside of autocast, as a training loop does
-    found = [t.grad for t in (x, scale, shift)]
-    for tensor in (x, scale, shift):
+    rounded = [t.grad for t in (x, scale)]
+    for tensor in (x, scale):
         tensor.grad = None
-    group_matmul(x, CENTRED, scale, shift).square().sum().backward()
-    for low, tensor in zip(found, (x, scale, shift), strict=True):
+    group_matmul(x, CENTRED, scale).square().sum().backward()
+    for low, tensor in zip(rounded, (x, scale), strict=True):
         assert low.dtype == torch.float32
         assert 0 < (low - tensor.grad).norm() < 0.02 * tensor.grad.norm()
 
@@ -317,20 +274,11 @@ def test_rounding_is_exact_finite_and_transparent_to_gradients(value):
     assert torch.equal(exact.grad, torch.full((3,), 2.0))
 
 
-def test_whole_numbers_stay_in_range_and_pass_gradients_inside():
-    exact = torch.tensor([-1.0, 0.0, 0.4, 2.6, 15.0, 15.2], requires_grad=True)
-    whole = whole_through(exact, 15)
-    assert whole.tolist() == [0, 0, 0, 3, 15, 15]
-    whole.sum().backward()
-    assert exact.grad.tolist() == [0, 1, 1, 1, 1, 0]
-
-
-@every_fold
-def test_a_kept_matrix_is_that_of_the_adapter_as_it_is(quantised, kind, rank):
+def test_a_kept_matrix_is_that_of_the_adapter_as_it_is(quantised):
     """Kept between passes, made anew after each change: the same losses and gradients, to the bit."""
 
     def three_steps(keeps):
-        adapted, losses = attach(quantised(), kind, rank), []
+        adapted, losses = attach(quantised()), []
         if keeps:
             keep_matrices(adapted)
         spread(adapted, 0.01)
@@ -353,7 +301,7 @@ def test_a_matrix_is_made_once_for_the_passes_of_a_step(quantised, monkeypatch):
     made = []
     dequantized = module.dequantized
     monkeypatch.setattr(module, "dequantized", lambda *given: made.append(1) or dequantized(*given))
-    adapted = attach(quantised(), "scale")
+    adapted = attach(quantised())
     keep_matrices(adapted)
     for _ in range(2):
         adapted(input_ids=IDS[:1], labels=IDS[:1], use_cache=False).loss.backward()

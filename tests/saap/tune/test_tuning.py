@@ -55,7 +55,7 @@ def slim(tmp_path_factory, llama):
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_the_scale_fold_lowers_the_loss_and_keeps_the_integers(slim, tmp_path, bits):
+def test_tuning_lowers_the_loss_and_keeps_the_integers(slim, tmp_path, bits):
     before = load_model(slim)
     form = IntegerForm(bits, 32, bits)
     quantize_model(before, bits, 32, bits, compensated_matrices(copy.deepcopy(before), ROWS[:8], form))
@@ -81,15 +81,6 @@ def test_the_scale_fold_lowers_the_loss_and_keeps_the_integers(slim, tmp_path, b
     assert tuning["trained_parameters"] == trained + norms
     entry = {"bits": bits, "block": 32, "embedding_bits": bits, "tied": True}
     assert read_config(tmp_path / "tuned")["slim_quant"] == entry
-
-
-def test_the_zero_point_fold_lowers_the_loss_too(slim, tmp_path):
-    untrained = replace(FAST, fold="zero-point", learning_rate=0.0, norm_rate=0.0)
-    tune(slim, untrained, output=tmp_path / "untrained", data=ROWS[:28])
-    options = replace(FAST, fold="zero-point", learning_rate=3e-2, training=replace(TRAINING, passes=3))
-    tune(slim, options, output=tmp_path / "tuned", data=ROWS[:28])
-    before, after = (load_model(tmp_path / name) for name in ("untrained", "tuned"))
-    assert nll_of(after, ROWS[28:]) < nll_of(before, ROWS[28:]) - 0.05
 
 
 def test_zero_points_and_mixed_forms(slim, tmp_path):
@@ -220,8 +211,6 @@ def test_bad_input_is_refused_and_nothing_is_left(tiny_model, tmp_path):
         tune(path, replace(FAST, group_size=64), output=tmp_path / "out", data=ROWS[:4])
     for wrong, message in (
         ({"bits": 3}, "--bits 3 is not allowed: give 4 or 8"),
-        ({"fold": "branch"}, "--fold branch is not allowed: give scale or zero-point"),
-        ({"rank": -1}, "--rank -1 is not allowed: give a whole number from 0"),
         ({"teacher_weight": 2.0}, "--teacher-weight 2.0 is not allowed: give a number from 0 to 1"),
         ({"max_bytes": 1000}, "1,000 bytes cannot be met"),
     ):
@@ -246,14 +235,13 @@ def test_the_command_tunes_and_shows_it(slim, tmp_path):
             for n in range(300)]  # fmt: skip
     chats.write_text("\n".join(map(json.dumps, rows)))
     common = ["--tokens", "1664", "--length", "64", "--batch", "4", "--set", "held_out=0.4"]
-    done = here("tune", slim, "-o", tmp_path / "tuned", "--data", text, *common, "--fold", "zero-point", "--rank", "2")
-    assert "zero-point fold, rank 2" in done.stdout
+    done = here("tune", slim, "-o", tmp_path / "tuned", "--data", text, *common)
+    assert re.search(r"trained +scales and norms, [\d,]+ parameters", done.stdout)
     # both losses are of a token, and named for what they are
     assert "tuning, NLL " in done.stderr and ", held-out NLL " in done.stderr and "0 KL" not in done.stdout
     assert re.search(
         r"training loss .* nats per token.*\n.*which is +NLL *\n.*held-out NLL .* nats per token", done.stdout
     )
-    assert read_record(tmp_path / "tuned")["tuning"]["options"]["fold"] == "zero-point"
     done = here("tune", slim, "-o", tmp_path / "chat", "--data", chats, *common, "--teacher", slim.parent / "tiny")
     assert "tuning, NLL+KL " in done.stderr and "0.5 NLL + 0.5 KL to the teacher" in done.stdout
     tuning = read_record(tmp_path / "chat")["tuning"]

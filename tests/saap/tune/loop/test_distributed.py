@@ -41,16 +41,12 @@ def agree(one, other):
         assert torch.allclose(value, other.tensors[name], atol=2e-6), name
 
 
-@pytest.mark.parametrize(
-    ("how", "fold"),
-    [pytest.param(SHARDED, "scale", marks=TOO_OLD), (DATA_PARALLEL, "zero-point")],
-    ids=["sharded", "data parallel"],
-)
-def test_two_processes_do_what_one_does(tiny_model, tmp_path, how, fold):
+@pytest.mark.parametrize("how", [pytest.param(SHARDED, marks=TOO_OLD), DATA_PARALLEL], ids=["sharded", "data parallel"])
+def test_two_processes_do_what_one_does(tiny_model, tmp_path, how):
     """They start once for all: runs of the loop, and then the command."""
     path, text = str(tiny_model()), tmp_path / "text.txt"
     text.write_text("\n".join(f"Line {n} of a text that is long enough to be learnt from, again." for n in range(400)))
-    command = ["tune", path, "--data", text, "--tokens", "1600", "--length", "64", "--batch", "4", "--fold", fold,
+    command = ["tune", path, "--data", text, "--tokens", "1600", "--length", "64", "--batch", "4",
                "--teacher", tiny_model("teacher", seed=1), "--precision", "fp32", "--micro-batch", "1",
                "--set", "held_out=0.4"]  # fmt: skip
     here(*command, "-o", tmp_path / "by-one")
