@@ -1,4 +1,4 @@
-"""``python -m saap.cli``, such as ``accelerate launch -m saap.cli prune ...``."""
+"""``python -m saap.cli``, such as ``accelerate launch -m saap.cli tune ...``."""
 
 from saap.cli.main import main
 

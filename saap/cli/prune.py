@@ -13,7 +13,7 @@ import click
 from saap.base.errors import UserError
 from saap.base.options import Option, refuse_unused
 from saap.base.wording import counted
-from saap.cli.console import LOADING, Console, plan_chart, print_table, speaks, tell
+from saap.cli.console import LOADING, Console, plan_chart, print_table, tell
 from saap.cli.options import OptionsCommand, options_of
 from saap.cli.types import directory, force
 from saap.prune.options import TIMED, PruneOptions
@@ -140,8 +140,6 @@ def prune_model(model: str, out: Path, asked: PruneCommand, console: Console, na
         console.say("  the model is read layer by layer, one is in memory at a time")
     result = prune_directory(name or model, options, output=out, calibration=rows, words=words, progress=console.report)
     console.finish()
-    if not speaks():
-        return
     show_plan(out, result.budget)
     if asked.explain and result.plan.reasons:
         show_reasons(result.plan, result.budget, options)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext, suppress
-from dataclasses import asdict, dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -35,14 +36,13 @@ from saap.prune.cut.refit import compensate
 from saap.prune.cut.surgery import cut_tensors
 from saap.prune.needs import prune_disk, prune_needs
 from saap.prune.options import TAYLOR, PruneOptions
-from saap.prune.plan import LayerPlan, PrunePlan, composed, whole_layer
+from saap.prune.plan import PrunePlan, composed, whole_layer
 from saap.prune.record import Pruning, plan_of, record_of
 from saap.prune.search.adaptive import adaptive_plan
 from saap.prune.search.budget import Budget, budget_for
 from saap.prune.search.explain import after
 from saap.prune.search.measured import LONG_TEXT
 from saap.prune.search.milp import check_floor
-from saap.prune.shares import joined, shares
 from saap.prune.stages import Stage, kept_stages, share_of, stages_of
 from saap.prune.trials import choose_by_tuning, trial_rows
 from saap.prune.vocabulary import Chosen, write_trimmed
@@ -98,6 +98,8 @@ def prune(
     Raises:
         UserError: the requirement cannot be met, or the input does not fit.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("pruning runs in one process: start it without accelerate launch, which is for saap tune")
     output = Path(output)
     if isinstance(calibration, torch.Tensor) and options.effort == "quick":  # all of it scores
         options = replace(options, sequences=max(1, len(calibration)), refit_text=1)
@@ -120,18 +122,15 @@ def prune(
     disk = prune_disk(budget.dense, weights_bytes(source), share_of(budget), len(stages))
     check_disk(Needs({}, disk), output, "pruning")
     with (
-        fast_float32(), kept_memory(), joined() as together,
-        claimed(output) if together.main else nullcontext(),
+        fast_float32(), kept_memory(), claimed(output),
         out_of_memory("give --stream, fewer --sequences, a smaller --length, or --device cpu"),
     ):  # fmt: skip
         options = replace(
             options, device=str(device_of(options.device)),
-            stream=together.agreed(streamed(source, budget, options, min(len(ids), options.rows), ids.shape[1])),
+            stream=streamed(source, budget, options, min(len(ids), options.rows), ids.shape[1]),
         )  # fmt: skip
         if options.stream:
             ids = ids[: options.sequences]
-        if together.count > 1:
-            ids = together.tensors(0, {"ids": ids})["ids"]
         now = _Model(source, weights_hash(source), PrunePlan(tuple(map(whole_layer, budget.dense.layers))))
         known = read_record(source).get("lineage")
         lineage = Lineage(base=str(model))
@@ -142,20 +141,17 @@ def prune(
         pruning = Pruning(options, budget, ids, lineage, len(stages), vocabulary=told, heads=heads)
         if isinstance(words, Chosen):
             pruning = pruning.saying(words)
-        # The main process writes the stages, the others read what it wrote.
-        with kept_stages(output, now.weights, options, budget.record(), ids, owner=together.main) as kept:
-            together.wait()
+        with kept_stages(output, now.weights, options, budget.record(), ids) as kept:
             done = 0
             if found := kept.last(len(stages)):  # of a run that was killed
                 done, plan = found
                 now = _Model(kept.path(done), weights_hash(kept.path(done)), plan)
             for number, stage in enumerate(stages[done:], done + 1):
                 target = output if stage.last else kept.path(number)
-                aside = kept.fresh("refitted") if options.stream and together.main else None
+                aside = kept.fresh("refitted") if options.stream else None
                 report = _in_stage(progress, number, len(stages))
                 pruning, plan = _prune_stage(pruning, stage, now, target, aside, report)
-                together.wait()
-                if now.path.parent == kept.folder and together.main:
+                if now.path.parent == kept.folder:
                     shutil.rmtree(now.path)
                 now = _Model(target, "" if stage.last else weights_hash(target), plan)
     achieved = pruning.budget.report(shape_of(config := read_config(output)), config, now.plan)
@@ -189,14 +185,12 @@ def _by_trials(
 ) -> PruneResult:
     """As :func:`prune`, with a plan that tuning chose; the text has rows for that after those that score."""
     budget = budget_of(source, options)
-    with claimed(output), joined() as together:
-        why = None
-        if together.count > 1:
-            why = "runs in one process"
+    with claimed(output):
         if streamed(source, budget, options, options.rows, options.length):
-            why = "tunes every plan, and the model does not fit into memory as a whole"
-        if why:
-            raise UserError(f"--effort {options.effort} {why}: leave it out")
+            raise UserError(
+                f"--effort {options.effort} tunes every plan, and the model does not fit into memory as a whole: "
+                "leave it out"
+            )
 
         def make(asked: PruneOptions, out: Path, scored: Rows, report: Progress | None) -> object:
             return prune(model, asked, output=out, calibration=scored, progress=report)
@@ -229,8 +223,6 @@ def _prune_stage(
         plan = adaptive_plan(model, pruning.ids, stage.budget, options, weights=now.weights, progress=progress)
     else:
         plan = ranked_plan(model, pruning.ids[: options.sequences], stage.budget, options, progress)
-    layers = shares().agreed([asdict(layer) for layer in plan.layers])
-    plan = replace(plan, layers=convert(layers, tuple[LayerPlan, ...]))
 
     refitted = {} if aside is None else TensorFolder(aside, weights_dtype(now.path))
     if options.compensation == "bias" or plan.cut_layers(shape):  # other integers alone may meet the budget
@@ -244,13 +236,12 @@ def _prune_stage(
         pruning, cut = replace(pruning.saying(chosen_words), budget=own), pruning.budget.words[plan.words].of(cut)
     whole = replace(composed(now.plan, plan), reasons=after(now.plan.reasons, plan.reasons, now.plan.kept_layers))
     report(WRITING, 0, 0)
-    if shares().main:
-        names, read = tensor_reader(now.path)
-        tensors = cut_tensors(names, read, plan, shape, architecture_of(config), refitted)
-        chosen = pruning.words if stage.last else None
-        written = (chosen.config if chosen else slim_config)(config, plan.kept_shape(cut), kept=plan.kept_layers)
-        achieved = pruning.budget.report(shape_of(written), written, whole)
-        write_trimmed(target, now.path, written, tensors, record_of(pruning, whole, achieved, config), chosen)
+    names, read = tensor_reader(now.path)
+    tensors = cut_tensors(names, read, plan, shape, architecture_of(config), refitted)
+    chosen = pruning.words if stage.last else None
+    written = (chosen.config if chosen else slim_config)(config, plan.kept_shape(cut), kept=plan.kept_layers)
+    achieved = pruning.budget.report(shape_of(written), written, whole)
+    write_trimmed(target, now.path, written, tensors, record_of(pruning, whole, achieved, config), chosen)
     return pruning, whole
 
 

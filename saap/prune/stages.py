@@ -74,20 +74,16 @@ class KeptStages:
 
 
 @contextmanager
-def kept_stages(output: Path, *parts: object, owner: bool = True) -> Iterator[KeptStages]:
+def kept_stages(output: Path, *parts: object) -> Iterator[KeptStages]:
     """The stages of an output for the time of the block; they are removed when it ends, but not when it is killed.
 
     Args:
         parts: all that the stages depend on, but for the versions of the packages; tensors count by their bytes.
-        owner: this process writes and removes them; others read them.
     """
     said = [p if not isinstance(p, torch.Tensor) else hashlib.sha256(p.numpy().tobytes()).hexdigest() for p in parts]
     versions = [__version__, torch.__version__, transformers.__version__]
     key = hashlib.sha256(json.dumps([versions, *said], default=repr, sort_keys=True).encode()).hexdigest()[:16]
     folder = output.parent / f".{output.name}.pruning"
-    if not owner:
-        yield KeptStages(folder, key)
-        return
     folder.mkdir(parents=True, exist_ok=True)
     for left in folder.iterdir():
         if not left.name.endswith(f"-{key}"):

@@ -17,6 +17,7 @@ from saap.evaluate.evaluation import evaluate
 from saap.evaluate.options import EvalOptions
 from saap.prune.options import PruneOptions
 from saap.prune.pruning import prune
+from saap.system.gpu import out_of_memory
 from saap.tune.options import TrainOptions, TuneOptions
 from saap.tune.tuning import tune
 
@@ -131,3 +132,17 @@ def test_bfloat16_that_is_not_there_is_refused(tiny_model, tmp_path, monkeypatch
     monkeypatch.setattr("saap.tune.tuning.computes_bf16", lambda device: False)
     told = refused("tune", tiny_model(), "-o", tmp_path / "out", "--precision", "bf16")
     assert "the cpu here does not multiply bfloat16 in hardware: leave --precision out" in told
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("tpu9", "device 'tpu9' is not known"), ("meta", "is not known: give auto, cpu, cuda"), ("cuda:77", "sees")],
+)
+def test_a_device_that_is_not_there_is_refused(tiny_model, tmp_path, name, message):
+    assert message in refused("prune", tiny_model(), "-o", tmp_path / "out", "--ratio", "0.3", "--device", name)
+
+
+def test_a_gpu_that_is_full_is_told_in_one_line():
+    message = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has"
+    with pytest.raises(UserError, match=r"^CUDA out of memory: give less$"), out_of_memory("give less"):
+        raise torch.OutOfMemoryError(message)

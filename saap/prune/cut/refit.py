@@ -41,7 +41,6 @@ from saap.prune.cut.ridge import regression
 from saap.prune.cut.surgery import kept_columns
 from saap.prune.options import Compensation
 from saap.prune.plan import LayerPlan, PrunePlan
-from saap.prune.shares import shares
 
 LAMBDAS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 HELD_SHARE = 6  # one sixth of the batches chooses lambda
@@ -96,7 +95,7 @@ def compensate(
 
     Yields:
         name in the slim model and tensor in its cut size: weights [hidden, kept] for ``refit``, biases [hidden] for
-        ``bias``; nothing for ``none``, and in all processes but the main one.
+        ``bias``; nothing for ``none``.
     """
     if kind == "none":
         return
@@ -109,16 +108,15 @@ def compensate(
         with present(layer), _restored(blocks := _blocks(layer, keep, shape, architecture)):
             new = walk.enter(index, layer, blocks)
         if keep.blocks:
-            if shares().main:
-                for name, tensor in new.items():
-                    yield f"{architecture.layers}.{number}.{name}", tensor.cpu()
+            for name, tensor in new.items():
+                yield f"{architecture.layers}.{number}.{name}", tensor.cpu()
             number += 1
         if progress:
             progress("compensating (layers)", index + 1, count)
 
 
 class _Walk:
-    """This process's calibration sequences on their way through a decoder that is compensated layer by layer."""
+    """The calibration sequences on their way through a decoder that is compensated layer by layer."""
 
     def __init__(
         self, kind: Compensation, model: PreTrainedModel, plan: PrunePlan, ids: torch.Tensor, last: bool
@@ -126,9 +124,7 @@ class _Walk:
         self._kind, self._last, self._keeps = kind, last, not is_streamed(model)
         self._model, self._plan = model, plan
         fitted, held = _parts(ids)
-        mine = shares().mine(range(len(fitted) + len(held)))
-        self._batches = batches_of(model, [fitted[n] for n in mine if n < len(fitted)])
-        self._batches += batches_of(model, [held[n - len(fitted)] for n in mine if n >= len(fitted)])
+        self._batches = batches_of(model, fitted) + batches_of(model, held)
         self._stream = [batch.hidden for batch in self._batches]
         self._sizes = [part.numel() for part in fitted], [part.numel() for part in held]
 
@@ -183,11 +179,10 @@ class _Walk:
 
 
 def _parts(ids: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Batches that are fitted, and those that choose lambda: of the same sequences for any number of processes."""
+    """Batches that are fitted, and those that choose lambda."""
     size = max(1, min(ROWS, len(ids) // 2))
     batches = -(-len(ids) // size)
     first_held = (batches - max(1, batches // HELD_SHARE)) * size
-    size = max(1, min(size, -(-first_held // shares().count)))
     return list(ids[:first_held].split(size)) if first_held else [], list(ids[first_held:].split(size))
 
 
@@ -239,10 +234,9 @@ def _biases(
             totals[name] += inputs.flatten(0, -2).double().sum(0)
     new = {}
     for block in blocks:
-        total = shares().add_up(totals[block.matrix])
         if len(block.kept):
             weight, gone = block.linear.weight, block.gone
-            bias = weight[:, gone] @ (total[gone] / tokens).to(weight.dtype)
+            bias = weight[:, gone] @ (totals[block.matrix][gone] / tokens).to(weight.dtype)
             new[f"{block.matrix}.bias"] = bias + (block.linear.bias if block.linear.bias is not None else 0)
     return new, after
 
@@ -347,17 +341,14 @@ def _ridge(
     if not sizes[0]:  # none to fit, where the only one chooses lambda
         return weight[:, block.kept]
     fit, held = (regression(sum(map(sum, sizes)), size, len(weight), weight.device) for _ in range(2))
-    first_held, parts = len(sizes[0]), len(sizes[0]) + len(sizes[1])
-    for place, (number, (x, stream)) in enumerate(zip(shares().mine(range(parts)), runs.until(block), strict=True)):
+    for place, (x, stream) in enumerate(runs.until(block)):
         normed = block.linear(x) if stream is None else stream
         counts = normed.square().mean(-1, keepdim=True).rsqrt()
         x = (x * counts).flatten(0, -2).float()
         rest = x[:, gone] @ weight[:, gone].float().t()
         if added is not None:
             rest += (added[place] * counts).flatten(0, -2).float()
-        (held if number >= first_held else fit).add(x[:, block.kept], rest)
-    fit.gather(sizes[0], 0)
-    held.gather(sizes[1], first_held)
+        (held if place >= len(sizes[0]) else fit).add(x[:, block.kept], rest)
     best, least = None, held.rest
     for damping in LAMBDAS:
         if (error := held.error(fit.solved(damping))) < least:

@@ -6,13 +6,9 @@ where there are more tokens than inputs, the tokens themselves where there are f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
-
-from saap.prune.shares import shares
 
 CPU = torch.device("cpu")
 LEAST_SQUARE = 1e-6  # of the mean of D: an input that hardly ever differs from 0 is not worth a large weight
@@ -20,7 +16,7 @@ LEAST_SQUARE = 1e-6  # of the mean of D: an input that hardly ever differs from 
 
 def regression(tokens: int, inputs: int, outputs: int, device: torch.device = CPU) -> Regression:
     """The smaller form for so many tokens, of no tokens yet."""
-    return (Rows if tokens < inputs else Products)(inputs, outputs, device)
+    return Rows() if tokens < inputs else Products(inputs, outputs, device)
 
 
 class Regression(Protocol):
@@ -30,9 +26,6 @@ class Regression(Protocol):
 
     def add(self, kept: torch.Tensor, rest: torch.Tensor) -> None:
         """Add tokens."""
-
-    def gather(self, sizes: Sequence[int], first: int) -> None:
-        """Take what the other processes have added; batches of ``sizes`` tokens, the number of the first is given."""
 
     def plus(self, other: Any) -> Regression:
         """Both."""
@@ -56,12 +49,6 @@ class Products:
         self.squares.addmm_(kept.t(), kept)
         self.crossed.addmm_(rest.t(), kept)
         self.rest += float(rest.square().sum())
-
-    def gather(self, sizes: Sequence[int], first: int) -> None:
-        together = shares()
-        together.add_up(self.squares)
-        together.add_up(self.crossed)
-        self.rest = together.total(self.rest)
 
     def plus(self, other: Products) -> Products:
         both = Products(0, 0)
@@ -91,8 +78,7 @@ class Products:
 class Rows:
     """X and R themselves: for fewer tokens than inputs, by (X^T X + c)^-1 X^T = X^T (X X^T + c)^-1."""
 
-    def __init__(self, inputs: int, outputs: int, device: torch.device = CPU) -> None:
-        self._widths, self._device = (inputs, outputs), device
+    def __init__(self) -> None:
         self._kept: list[torch.Tensor] = []
         self._gone: list[torch.Tensor] = []
         self.rest = 0.0
@@ -102,22 +88,8 @@ class Rows:
         self._gone.append(rest)
         self.rest += float(rest.square().sum())
 
-    def gather(self, sizes: Sequence[int], first: int) -> None:
-        """Put the processes' batches together, in their order."""
-        together = shares()
-        if together.count == 1:
-            return
-        ends = list(accumulate(sizes))
-        mine = [place for place in range(len(sizes)) if (first + place) % together.count == together.rank]
-        for rows, width in zip((self._kept, self._gone), self._widths, strict=True):
-            whole = torch.zeros(ends[-1], width, device=self._device)
-            for place, part in zip(mine, rows, strict=True):
-                whole[ends[place] - sizes[place] : ends[place]] = part
-            rows[:] = [together.add_up(whole)]
-        self.rest = together.total(self.rest)
-
     def plus(self, other: Rows) -> Rows:
-        both = Rows(*self._widths, self._device)
+        both = Rows()
         both._kept, both._gone, both.rest = self._kept + other._kept, self._gone + other._gone, self.rest + other.rest
         return both
 

@@ -149,3 +149,9 @@ def test_the_command_says_how_it_reads_the_model(tiny_model, tmp_path):
     common = ("prune", tiny_model(), "-o", tmp_path / "slim", "--ratio", 0.2, "--calibration", text, "--stream")
     assert "needs the gradients of all weights at once" in refused(*common, "--method", "param_first")
     assert "the model is read layer by layer" in here(*common, "--sequences", 8, "--length", 24).stderr
+
+
+def test_processes_of_one_machine_share_its_memory(monkeypatch):
+    whole = available_memory()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert available_memory() == pytest.approx(whole / 4, rel=0.2)

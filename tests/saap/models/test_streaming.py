@@ -119,7 +119,7 @@ def test_both_forms_of_the_regression_agree():
     generator = torch.Generator().manual_seed(0)
     x, r, more = (torch.randn(n, k, generator=generator) for n, k in ((12, 20), (12, 7), (4, 20)))
     assert isinstance(regression(12, 20, 7), Rows) and isinstance(regression(20, 20, 7), Products)
-    wide, long = Rows(20, 7), Products(20, 7)
+    wide, long = Rows(), Products(20, 7)
     for form in (wide, long):
         form.add(x[:5], r[:5])
         form.add(x[5:], r[5:])

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from saap.base.errors import UserError
 from saap.models.architectures import shape_of
 from saap.models.checkpoint import load_model, read_config
 from saap.models.record import read_record
@@ -64,6 +65,12 @@ def test_a_text_is_read_as_the_options_say(tiny_model, tmp_path, river, monkeypa
     short.write_text("\n".join(f"She sold {i} boats." for i in range(9)))
     prune(tiny_model(), asked, output=tmp_path / "less", calibration=short)
     assert read_record(tmp_path / "less")["lineage"]["calibration"]["sequences"] == 6
+
+
+def test_several_processes_are_refused(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="pruning runs in one process: start it without accelerate launch"):
+        prune(tiny_model(), PruneOptions(ratio=0.3), output=tmp_path / "slim", calibration=IDS)
 
 
 def test_pruning_in_steps_is_pruning_again_and_again(tiny_model, tmp_path):
