@@ -38,7 +38,7 @@ def speaks() -> bool:
 class Console:
     """Progress of one command: a bar with the time left on a terminal, plain lines elsewhere.
 
-    Use as a context manager and pass :meth:`report` to the libraries as their ``progress``.
+    Use as a context manager and pass it to the libraries as their ``progress``.
     """
 
     def __init__(self) -> None:
@@ -78,6 +78,12 @@ class Console:
         self._label, self._finished = said, finished
         with suppress(OSError):  # nobody reads any more; the work goes on
             (self._bar if self._terminal else self._line)(said, done, total, fresh)
+
+    __call__ = report
+
+    def note(self, text: str) -> None:
+        """Print a sentence of a library's, indented as its progress is."""
+        self.say(f"  {text}")
 
     def finish(self) -> None:
         """End the bar, so that what follows is printed below it."""
