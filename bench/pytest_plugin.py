@@ -70,12 +70,11 @@ class Device:
         from bench.judge.regression import Limits, keep_tested, retest
         from bench.judge.verdict import CANNOT_TELL, NOT_COMPARABLE, WORSE
         from bench.report.verdicts import sentence
-        from bench.runtimes.peers import PREPACKED
         from devices.probe.host import probe
 
         test = retest(
             self.baselines,
-            name or Path(str(bundle).removeprefix(PREPACKED)).resolve().name,  # as the commands name it
+            name or Path(str(bundle)).resolve().name,  # as the commands name it
             lambda options: self._run(bundle, options),
             on=self.target.url,
             here=None if self.target.url else probe()["fingerprint"],

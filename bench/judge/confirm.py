@@ -20,8 +20,6 @@ from devices.probe.host import probe
 from export.bundle.manifest import BundleError, read_manifest
 from saap.base.progress import Progress
 
-PREPACKED = "prepacked:"
-
 
 @dataclass(frozen=True)
 class Confirmed:
@@ -117,7 +115,7 @@ def bundle_gone(m: Measurement) -> str | None:
     if m.bundle_hash is None:
         return f"{m.spec} is no bundle, so it may have changed"
     try:
-        manifest = read_manifest(Path(m.spec.split(":", 1)[-1] if m.kind != "onnx" else m.spec.removeprefix(PREPACKED)))
+        manifest = read_manifest(Path(m.spec.split(":", 1)[-1] if m.kind != "onnx" else m.spec))
     except BundleError:
         return f"{m.spec} is not there any more"
     return None if manifest.content_hash == m.bundle_hash else f"{m.spec} is another bundle now"

@@ -171,7 +171,6 @@ def job_of(peer: Peer, setting: Setting, plan: BenchOptions, vocab_size: int) ->
         cuda_graph=plan.cuda_graph,
         runtime=peer.runtime,
         choice=peer.choice,
-        prepacked=peer.prepacked,
         root=str(plan.root),
     )
 

@@ -144,7 +144,6 @@ class Job:
     provider: str = "cpu"
     cuda_graph: bool = False
     runtime: str | None = None  # module of a peer; None: a bundle in ONNX Runtime
-    prepacked: bool = False  # map packed weights from the user's cache
     choice: str | None = None  # of the runtime's choices; None: its default
     only_load: bool = False  # time the load and end
     spawned_at: float | None = None  # time.monotonic of the parent
@@ -273,10 +272,8 @@ def _loaded(job: Job, load: Load) -> ColdLoad:
 
 
 def load_bundle(job: Job) -> Decoder:
-    """The parent has checked the hashes once, and packed; doing it here would time the disk and the hash."""
-    return make_decoder(
-        job.path, job.threads, job.positions, job.provider, cuda_graph=job.cuda_graph, prepacked=job.prepacked
-    )
+    """The parent has checked the hashes once; doing it here would time the disk and the hash."""
+    return make_decoder(job.path, job.threads, job.positions, job.provider, cuda_graph=job.cuda_graph)
 
 
 def _bundle_facts(decoder: Decoder) -> PeerFacts:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.remote.options import BoardOptions
-from bench.runtimes.peers import OTHER_RUNTIMES, PREPACKED, bundle_facts, memory_needs
+from bench.runtimes.peers import OTHER_RUNTIMES, bundle_facts, memory_needs, refuse_removed
 from devices.transport import BoardError
 from export.bundle.decoder import check_context
 from export.bundle.engines import FASTEST, Placed
@@ -32,12 +32,11 @@ Source = Path | bytes
 
 @dataclass(frozen=True)
 class Packed:
-    """One spec: its prefix, the name of its folder, its engine, and its files as relative path -> sha256."""
+    """One spec: the name of its folder, its engine, and its files as relative path -> sha256."""
 
     spec: str
-    prefix: str
     name: str
-    engine: str | None  # None: as the prefix says, in ONNX Runtime
+    engine: str | None  # None: ONNX Runtime
     manifest: BundleManifest
     files: dict[str, str]
 
@@ -106,9 +105,9 @@ def pack(specs: Sequence[str], positions: int, options: BoardOptions | None = No
 
 def _bundle(spec: str, positions: int, sources: dict[str, Source]) -> Packed:
     if spec.startswith(OTHER_RUNTIMES):
-        raise BoardError(f"{spec} cannot be measured on a board: --on takes bundles, BUNDLE@ENGINE, prepacked:BUNDLE")
-    prefix = PREPACKED if spec.startswith(PREPACKED) else ""
-    placed = Placed.of(spec.removeprefix(prefix))
+        raise BoardError(f"{spec} cannot be measured on a board: --on takes bundles and BUNDLE@ENGINE")
+    refuse_removed(spec)
+    placed = Placed.of(spec)
     if placed.engine == FASTEST:
         raise BoardError(f"{spec}: the fastest is known for this host alone: name the engines, and see which one is")
     placed.file()  # for what it refuses
@@ -118,7 +117,7 @@ def _bundle(spec: str, positions: int, sources: dict[str, Source]) -> Packed:
     files = {name: entry.sha256 for name, entry in manifest.files.items()}
     files[MANIFEST] = sha256_file(path / MANIFEST)
     sources.update({sha: path / name for name, sha in files.items()})
-    return Packed(spec, prefix, path.name, placed.engine, manifest, files)
+    return Packed(spec, path.name, placed.engine, manifest, files)
 
 
 def _code() -> bytes:

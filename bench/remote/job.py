@@ -27,10 +27,10 @@ EVERY_S = 1.0  # between two lines: a board is not kept busy by telling
 
 
 class Job(msgspec.Struct):
-    """``job.json``: the folder below ``bundles`` of each spec, after the spec's prefix, and how to measure."""
+    """``job.json``: the folder below ``bundles`` of each spec, and how to measure."""
 
     kind: Literal["bench", "costs"]
-    specs: list[tuple[str, str]]
+    specs: list[str]
     options: dict[str, object]
     names: list[str] | None = None
 
@@ -39,7 +39,7 @@ def main(folder: Path) -> int:
     """Measure; the exit code, 2 where the request cannot be measured there."""
     signal.signal(signal.SIGTERM, _end)
     job = msgspec.convert(json.loads((folder / "job.json").read_text(encoding="utf-8")), Job)
-    specs, out = [prefix + str(folder / "bundles" / place) for prefix, place in job.specs], folder / "result.json"
+    specs, out = [str(folder / "bundles" / place) for place in job.specs], folder / "result.json"
     told_at = 0.0
 
     def progress(label: str, done: float, total: float) -> None:

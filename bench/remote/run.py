@@ -185,7 +185,7 @@ def _push(board: Board, shipment: Shipment, missing: object, told: Progress) -> 
 
 
 def _start(run: str, shipment: Shipment, task: Task[T]) -> Reply:
-    places = [[packed.prefix, f"{index}/{packed.place}"] for index, packed in enumerate(shipment.packed)]
+    places = [f"{index}/{packed.place}" for index, packed in enumerate(shipment.packed)]
     return {
         "run": run,
         "key": shipment.key,

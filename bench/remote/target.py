@@ -106,7 +106,7 @@ def bench_on(
 
     Args:
         urls: as for :func:`target`.
-        specs: bundles and ``prepacked:`` bundles, as paths here.
+        specs: bundles, as paths here.
         progress, say: called from several threads, one at a time.
 
     Returns:

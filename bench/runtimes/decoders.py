@@ -7,7 +7,6 @@ from pathlib import Path
 from bench.runtimes.cuda import DeviceDecoder
 from bench.runtimes.providers import ProviderFacts
 from export.bundle.decoder import Decoder, OrtDecoder
-from export.bundle.session import DecoderError
 
 
 def make_decoder(
@@ -17,7 +16,6 @@ def make_decoder(
     provider: str = "cpu",
     *,
     cuda_graph: bool = False,
-    prepacked: bool = False,
 ) -> Decoder:
     """A bundle ready to run; its hashes are not checked.
 
@@ -25,15 +23,12 @@ def make_decoder(
         threads: of ONNX Runtime; the caller pins the process.
         max_length: positions of the cache.
         cuda_graph: replay decode steps as a CUDA graph.
-        prepacked: map packed weights from the user's cache; cpu only.
 
     Raises:
         BundleError, DecoderError: as the decoder's class says.
     """
     if provider == "cpu" and not cuda_graph:
-        return OrtDecoder(path, threads, max_length, verify=False, prepacked=prepacked)
-    if prepacked:
-        raise DecoderError(f"packed weights are the CPU's, the provider {provider} has none: leave prepacked: out")
+        return OrtDecoder(path, threads, max_length, verify=False)
     return DeviceDecoder(path, threads, max_length, provider, cuda_graph=cuda_graph)
 
 

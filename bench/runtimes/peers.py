@@ -1,9 +1,8 @@
 """What can be measured, each in a process of its own: a bundle, or a model in another runtime.
 
-A plain path is a bundle, ``BUNDLE@ENGINE`` one in another engine, ``prepacked:BUNDLE`` one whose packed weights are
-kept on this device. The peers are ``torch:DIR``, a model directory in transformers, ``llama.cpp:FILE.gguf``,
-``genai:DIR``, ``optimum:DIR`` and ``openvino:DIR``, a directory of optimum-intel. What a spec needs is checked here
-from its own small files; the packages are looked for, never imported.
+A plain path is a bundle, ``BUNDLE@ENGINE`` one in another engine. The peers are ``torch:DIR``, a model directory in
+transformers, ``llama.cpp:FILE.gguf``, ``genai:DIR``, ``optimum:DIR`` and ``openvino:DIR``, a directory of
+optimum-intel. What a spec needs is checked here from its own small files; the packages are looked for, never imported.
 """
 
 from __future__ import annotations
@@ -37,7 +36,6 @@ from export.bundle.manifest import (
     verify_files,
 )
 from export.bundle.openvino import IR
-from export.bundle.prepacked import prepack
 from export.bundle.session import check_provider
 from saap.base.caches import GROWING
 from saap.base.errors import UserError
@@ -48,10 +46,7 @@ from saap.base.interpreters import python_with
 TORCH, LLAMA_CPP, GENAI, OPTIMUM, OPENVINO = "torch:", "llama.cpp:", "genai:", "optimum:", "openvino:"
 OTHER_RUNTIMES = (TORCH, LLAMA_CPP, GENAI, OPTIMUM, OPENVINO)
 PREPACKED = "prepacked:"
-FORMS = (
-    "a bundle's path, BUNDLE@ENGINE, prepacked:BUNDLE, torch:DIR, llama.cpp:FILE.gguf, genai:DIR, optimum:DIR or "
-    "openvino:DIR"
-)
+FORMS = "a bundle's path, BUNDLE@ENGINE, torch:DIR, llama.cpp:FILE.gguf, genai:DIR, optimum:DIR or openvino:DIR"
 T = TypeVar("T")
 RUNTIME_BYTES = {"torch": 350 << 20, "optimum": 400 << 20}  # interpreter and libraries, resident; ours is smaller
 ONNXRUNTIME_BYTES = 64 << 20
@@ -82,7 +77,6 @@ class Peer:
     model: ModelFacts
     unknown: dict[str, str]
     python: str = sys.executable  # interpreter of the worker
-    prepacked: bool = False  # packed weights are mapped from the user's cache
     choices: tuple[str, ...] = ()  # of the runtime, that its users make for speed; the first is its default
     choice: str | None = None  # which is made; None: its default
 
@@ -120,7 +114,7 @@ def read_peers(
         raise PeerError(f"nothing to measure: give {FORMS}")
     peers = [_reader(spec)(spec, length) for spec in specs]
     for peer in peers:
-        if peer.runtime is None and not peer.prepacked:
+        if peer.runtime is None:
             check_provider(read_manifest(peer.path), provider, peer.spec, cuda_graph=cuda_graph)
         elif provider != "cpu" or cuda_graph:
             raise PeerError(
@@ -134,13 +128,19 @@ def read_peers(
 
 def _reader(spec: str) -> Callable[[str, int], Peer]:
     readers = {
-        PREPACKED: _prepacked, TORCH: _torch, LLAMA_CPP: _llama_cpp, GENAI: genai_peer, OPTIMUM: _optimum,
-        OPENVINO: _openvino,
+        TORCH: _torch, LLAMA_CPP: _llama_cpp, GENAI: genai_peer, OPTIMUM: _optimum, OPENVINO: _openvino,
     }  # fmt: skip
     return next((read for prefix, read in readers.items() if spec.startswith(prefix)), _bundle)
 
 
+def refuse_removed(spec: str) -> None:
+    """Raise PeerError for a spec of a kind that went."""
+    if spec.startswith("prepacked:"):
+        raise PeerError(f"{spec}: prepacked: was removed: give the bundle without it, which needs as much memory")
+
+
 def _bundle(spec: str, length: int) -> Peer:
+    refuse_removed(spec)
     placed = Placed.of(spec)
     if placed.engine == LLAMA_CPP_ENGINE:
         manifest = verify_files(placed.bundle)
@@ -167,14 +167,6 @@ def _bundle(spec: str, length: int) -> Peer:
     check_context(manifest, length, spec)
     peer = _peer(spec, "onnx", path, manifest.vocab_size, manifest)
     return replace(peer, name=path.name, runtime=None)
-
-
-def _prepacked(spec: str, length: int) -> Peer:
-    peer = _bundle(spec.removeprefix(PREPACKED), length)
-    check_provider(read_manifest(peer.path), "cpu", spec)
-    # Made before anything is measured: the first start packs, all later ones map.
-    prepack(peer.path / DECODE_GRAPH, read_manifest(peer.path))
-    return replace(peer, name=f"{peer.name} (prepacked)", spec=spec, prepacked=True)
 
 
 def _torch(spec: str, length: int) -> Peer:

@@ -25,7 +25,6 @@ from export.bundle.manifest import (
     read_manifest,
     verify_files,
 )
-from export.bundle.prepacked import prepack
 from export.bundle.session import DecoderError, check_provider, open_session
 from export.bundle.sliding import SlidingCaches
 from saap.base.cores import allowed_cores
@@ -153,8 +152,6 @@ class OrtDecoder(BundleDecoder):
         max_length: positions of the KV cache, allocated zeroed, touched as it fills.
         verify: check the files' hashes first, which reads them all.
         manifest: the bundle's, where it was read before.
-        prepacked: keep ONNX Runtime's packed weights in the user's cache and map them from there: less anonymous
-            memory and no packing at the next start, but no huge pages.
 
     ``huge_page_bytes``: of memory that was moved to huge pages.
 
@@ -171,7 +168,6 @@ class OrtDecoder(BundleDecoder):
         *,
         verify: bool = True,
         manifest: BundleManifest | None = None,
-        prepacked: bool = False,
     ) -> None:
         from onnxruntime import OrtValue
 
@@ -182,11 +178,10 @@ class OrtDecoder(BundleDecoder):
         check_provider(manifest, "cpu", str(directory))
         super().__init__(manifest, directory, threads, max_length)
         graph = directory / DECODE_GRAPH
-        graph = prepack(graph, manifest) if prepacked else graph
-        # Before the KV buffers exist, whose pages shall come as they fill. Packed weights of a file cannot be moved.
+        # Before the KV buffers exist, whose pages shall come as they fill.
         self._session, self.huge_page_bytes = with_huge_pages(
             lambda: open_session(graph, threads, manifest),
-            0 if prepacked else manifest.weight_bytes_per_token,
+            manifest.weight_bytes_per_token,
         )
         self._bind(self._session)
         # Standard operators concatenate the cache; only GroupQueryAttention writes into the past buffer.

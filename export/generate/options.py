@@ -42,4 +42,3 @@ class GenerateOptions:
     context: Annotated[
         int | None, Option("Tokens that the cache holds; default: as needed, 4096 for a conversation."), Meta(ge=1)
     ] = None
-    prepacked: Annotated[bool, Option("Keep packed weights in the cache: less memory, faster next start.")] = False

@@ -128,11 +128,9 @@ def open_bundle(bundle: str | Path, options: GenerateOptions, prompt: str | None
     verify_files(directory, manifest, tokenizer.files.hashed)
     decoder: Decoder
     if placed.engine in PACKAGES:
-        if options.prepacked:
-            refuse_unused(options, ("prepacked",), f"ONNX Runtime, and {bundle} runs in {placed.engine}")
         decoder = decoder_of(placed.engine, file, threads, context)
     else:
-        decoder = OrtDecoder(directory, threads, context, verify=False, manifest=manifest, prepacked=options.prepacked)
+        decoder = OrtDecoder(directory, threads, context, verify=False, manifest=manifest)
     settings = AnswerSettings(options.max_tokens, sampling)
     talk = Conversation(decoder, tokenizer, settings, system=options.system) if templated else None
 

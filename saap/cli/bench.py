@@ -78,7 +78,7 @@ def check_turns(options: object, plan: BenchOptions) -> None:
 def bench(specs: tuple[str, ...], json_path: Path | None, options: BenchCommand) -> None:
     """Measure bundles and other runtimes, interleaved, each run in a fresh process.
 
-    A is a bundle, BUNDLE@llama.cpp, BUNDLE@fastest, prepacked:BUNDLE, torch:DIR, llama.cpp:FILE.gguf, genai:DIR or
+    A is a bundle, BUNDLE@llama.cpp, BUNDLE@fastest, torch:DIR, llama.cpp:FILE.gguf, genai:DIR or
     optimum:DIR. Peers need their packages, here or in the Python that SAAP_PEER_PYTHON names. Lengths and threads may
     be lists: -p 128,512 -d 0,1024 -t 1,2.
 

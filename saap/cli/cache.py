@@ -15,7 +15,7 @@ KEPT = {  # a folder of the cache, or how its folders begin, and what it holds
     "scores": "scores and measured losses of calibration text",
     "prices": "prices of what may go from a model",
     "teacher": "a teacher's answers",
-    "prepacked": "weights packed for this CPU",
+    "prepacked": "weights packed for this CPU, which saap no longer uses",
     "tensorrt": "TensorRT engines",
     "boards": "what is known of boards",
     "locks": "names of outputs that are being written",

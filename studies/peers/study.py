@@ -138,7 +138,6 @@ def tables() -> dict[str, str]:
         "prefill": rates_table({n: r for n, r in peers.items() if "-p512-" in n}, "prefill_ts"),
         "ratios": ratios_table(peers),
         "vnni": vnni_table(results["peers-t1"]),
-        "memory": memory_table(results["prepacked-t1"]),
     }
 
 
@@ -193,15 +192,6 @@ def vnni_table(result: Result) -> str:
         lines.append([m.name, *rates, loads, f"{row['peak_decode_bytes'] / 1e6:.0f}", m.status])
     heads = ["", "decode tok/s", "x ours (95 %)", "prefill tok/s", "load / cold ms", "peak MB", ""]
     return markdown(heads, lines)
-
-
-def memory_table(result: Result) -> str:
-    """Peaks and load of bundles as they are and with packed weights from the cache."""
-    lines = []
-    for row, m in zip(table_rows(result), result.measurements, strict=True):
-        megabytes = [f"{row[key] / 1e6:.1f}" for key in ("peak_decode_bytes", "anonymous_bytes")]
-        lines.append([m.name, *megabytes, f"{min(s.load_s for s in m.samples):.3f}", m.status])
-    return markdown(["", "peak MB", "anonymous MB", "load s, best", ""], lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

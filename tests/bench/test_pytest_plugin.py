@@ -97,8 +97,8 @@ def test_a_bundle_has_the_name_that_the_commands_give_it(tmp_path: Path, monkeyp
 
     monkeypatch.setattr(regression, "retest", retest)
     with pytest.raises(AssertionError, match="decode: worse"):
-        Device(Target("ssh://board", BoardOptions()), tmp_path, 1.0).check("prepacked:tiny")
-    assert names == ["tiny"] == [name_of("prepacked:tiny", None)]
+        Device(Target("ssh://board", BoardOptions()), tmp_path, 1.0).check("some/tiny")
+    assert names == ["tiny"] == [name_of("some/tiny", None)]
 
 
 def test_no_baseline_says_how_to_make_one(suite: pytest.Pytester) -> None:

@@ -231,7 +231,7 @@ def measuring(device: Target, bundle: str, name: str, console: Console) -> Measu
 
 
 def name_of(bundle: str, name: str | None) -> str:
-    placed = Placed.of(bundle.removeprefix("prepacked:"))
+    placed = Placed.of(bundle)
     return name or placed.bundle.resolve().name + (f"-{placed.engine}" if placed.engine else "")
 
 
@@ -265,4 +265,4 @@ def fastest_setting(device: Target, bundle: str, plan: BenchOptions, console: Co
 
 
 def _path(bundle: str) -> Path:
-    return Placed.of(bundle.removeprefix("prepacked:")).bundle
+    return Placed.of(bundle).bundle

@@ -229,17 +229,6 @@ def test_slim_directory_in_torch(tiny_model: Callable[..., Path], tmp_path: Path
     assert model.kv_bytes_per_token == 2 * 1 * 16 * 4
 
 
-def test_a_worker_is_told_that_weights_are_packed(
-    bundles: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jobs: list[dict[str, Any]]
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.delenv("SAAP_CACHE", raising=False)
-    result = measure([str(bundles[0]), f"prepacked:{bundles[0]}"], ONE)
-    assert [m.name for m in result.measurements if m.samples] == ["dense", "dense (prepacked)"]
-    assert [job["prepacked"] for job in jobs] == [False, True]
-    assert list((tmp_path / "saap/prepacked").glob("*/model.onnx"))
-
-
 NOISY = """
 import os
 from bench.runtimes.facts import PeerFacts

@@ -108,9 +108,9 @@ def test_a_result_has_the_form_of_a_local_one_and_a_second_run_sends_only_what_r
     whole = max(Path(bundles[0]).iterdir(), key=lambda path: path.stat().st_size).read_bytes()
     rotten = sshd.cache / "files" / hashlib.sha256(whole).hexdigest()
     rotten.write_bytes(b"x" + whole[1:])
-    spec = f"prepacked:{bundles[0]}"
+    spec = str(bundles[0])
     again = one(sshd.url, [spec], ONCE, progress=lambda label, done, total: labels.append((label, total)))
-    assert [(m.name, m.spec) for m in again.measurements] == [("dense (prepacked)", spec)]
+    assert [(m.name, m.spec) for m in again.measurements] == [("dense", spec)]
     assert again.measurements[0].samples and rotten.read_bytes() == whole
     assert {total for label, total in labels if label.startswith("push")} == {len(whole) / 1e6}
     assert not [label for label, _ in labels if label.startswith("install")]

@@ -188,7 +188,6 @@ def test_what_the_gpu_refuses_is_one_line(bundle, monkeypatch) -> None:
     [
         ("cpu", "cpu", {"cuda_graph": True}, "provider cpu cannot replay a CUDA graph"),
         ("tensorrt", "portable", {"cuda_graph": True}, "provider tensorrt cannot replay a CUDA graph"),
-        ("cuda", "cuda", {"prepacked": True}, "packed weights are the CPU's"),
         ("cuda", "cpu", {}, "bundle for cpu, which the provider cuda does not run"),
         ("tensorrt", "cuda", {}, "bundle for cuda, which the provider tensorrt does not run"),
     ],

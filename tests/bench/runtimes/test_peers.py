@@ -399,11 +399,8 @@ def test_bad_specs_are_one_line(tmp_path: Path) -> None:
         (f"optimum:{tmp_path}", 8, "there is no model.onnx"),
         ("torch:/nowhere", 8, "no config.json"),
         *((f"torch:{tmp_path / name}", 8, "damaged") for name in ("", "cut", "list", "null")),
-        (
-            "mlx:model",
-            8,
-            "there is no runtime 'mlx'; give a bundle's path, BUNDLE@ENGINE, prepacked:BUNDLE, torch:DIR",
-        ),
+        ("mlx:model", 8, "there is no runtime 'mlx'; give a bundle's path, BUNDLE@ENGINE, torch:DIR"),
+        (f"prepacked:{bundle}", 8, "prepacked: was removed: give the bundle without it"),
     ):
         with pytest.raises(ValueError, match=message) as caught:
             read_peers([spec], length)

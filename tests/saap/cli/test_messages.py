@@ -124,7 +124,7 @@ TRUE = {
     "export slim -o o --group-size 64": "down_proj of layer 1 has 96 input columns, not a multiple of the group size",
     "eval dense --text short.txt": "give more text, or a smaller --chunk",
     "generate cuda hi": "cuda is a bundle for cuda, which the provider cpu does not run: run it with `saap bench",
-    "bench prepacked:cuda": "prepacked:cuda is a bundle for cuda, which the provider cpu does not run",
+    "bench prepacked:cuda": "prepacked:cuda: prepacked: was removed: give the bundle without it",
     "generate bundle hi --system x": "--system needs the model's chat template: put it into the prompt; this",
     "bench bundle --provider cuda": "bundle is a bundle for cpu, which the provider cuda does not run: run it with",
     "prune damaged -o o --ratio 0.2": "damaged/config.json is damaged (Expecting value",

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from msgspec import Meta
 
 from saap.base.errors import UserError
-from saap.base.options import Option, check_values, made, settings_of
+from saap.base.options import REMOVED, Option, check_values, made, settings_of
 from saap.base.values import parse_bytes, parse_counts, parse_layers, parse_pair, parse_parameters
 from saap.cli.options import OptionsCommand, options_of
 
@@ -131,6 +131,8 @@ def test_a_file_gives_way_to_set_and_set_to_a_flag(tmp_path):
         ("--set ratios=2", "there is no option 'ratios': did you mean ratio, rows?"),
         ("--set slices", "--set slices has no value: write NAME=VALUE"),
         ("--exact", "--exact is not a flag: write --set exact=VALUE, or leave it at its default"),
+        ("--prepacked", f"--prepacked was removed: {REMOVED['prepacked']}"),
+        ("--set prepacked=true", f"prepacked was removed: {REMOVED['prepacked']}"),
         ("--config no.toml", "cannot read no.toml: No such file or directory; give a TOML file"),
     ],
 )
