@@ -23,7 +23,7 @@ KNOWN_ROUNDS = 10  # of fewer, an interval may be narrow by luck
 MOST_ROUNDS = 60
 TURNS_S = 60.0  # for a ratio within 1 % on a virtual machine
 
-Provider = Literal["cpu", "cuda", "tensorrt"]  # of ONNX Runtime
+Provider = Literal["cpu", "cuda"]  # of ONNX Runtime
 
 
 @dataclass(frozen=True, order=True)
@@ -98,7 +98,6 @@ class BenchOptions:
     warmup: Annotated[Length | None, Option("Warm-up steps; default: until they are steady.", shown=False)] = None
     seed: Annotated[int, Option("Of the prompt's tokens, the same for all specs."), Meta(ge=0)] = 0
     provider: Annotated[Provider, Option("Of ONNX Runtime, for bundles.")] = "cpu"
-    cuda_graph: Annotated[bool, Option("Replay decode steps as a CUDA graph.")] = False
     cool_down_s: Annotated[
         float,
         Option(

@@ -168,7 +168,6 @@ def job_of(peer: Peer, setting: Setting, plan: BenchOptions, vocab_size: int) ->
         order=0,
         context=tokens[: setting.context],
         provider=plan.provider,
-        cuda_graph=plan.cuda_graph,
         runtime=peer.runtime,
         choice=peer.choice,
         root=str(plan.root),

@@ -28,10 +28,7 @@ from export.bundle.decoder import check_threads
 from saap.base.cgroup import available
 from saap.base.progress import Progress
 
-RECORDED = (
-    "seed", "repetitions", "precision", "max_time_s", "ratio_time_s", "warmup", "timeout_s", "cool_down_s",
-    "cuda_graph",
-)  # fmt: skip
+RECORDED = ("seed", "repetitions", "precision", "max_time_s", "ratio_time_s", "warmup", "timeout_s", "cool_down_s")
 
 
 def measure(
@@ -57,7 +54,7 @@ def measure(
     settings = options.settings()
     for threads in {setting.threads for setting in settings}:
         check_threads(threads)
-    peers = read_peers(specs, options.positions, names, options.provider, options.cuda_graph)
+    peers = read_peers(specs, options.positions, names, options.provider)
     check_memory(peers, settings, options.root)
     peers, pilots = at_their_best(peers, options, progress)
     device = probe()

@@ -8,7 +8,6 @@ would make a measurement INVALID only warns until half of them are. What a rule 
 |---|---|---|
 | clock_drift, clock_limit | share | of ``bench.measure.cores``, around decode |
 | clock_s | s | ``bench.measure.cores.level`` before decode |
-| provider_fallback | 0 or 1 | whether ONNX Runtime ran another provider than it was asked for |
 """
 
 from __future__ import annotations
@@ -62,12 +61,6 @@ def _below(limit: float) -> Callable[[float], bool]:
 
 # Of two rules for one counter the first that is broken speaks.
 RULES = (
-    Rule(
-        "provider_fallback",
-        INVALID,
-        _above(0),
-        "another provider than the one asked for did part of the work (versions.provider names it)",
-    ),
     Rule("throttle_events", INVALID, _above(0), "the CPU throttled {value:.0f} times for heat: cool it better"),
     Rule("cooling_state", INVALID, _above(0), "cooling slowed the processor (state {value:.0f}): let it cool down"),
     Rule("oc1_events", INVALID, _above(0), "under-voltage, {value:.0f} OC1 events: use a stronger power supply"),

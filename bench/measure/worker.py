@@ -23,7 +23,7 @@ from bench.measure.gpu import GpuWatch, open_nvml
 from bench.measure.host_state import counters, snapshot
 from bench.measure.memory import peak_rss, reset_peak, resident, resident_split
 from bench.measure.result import Sample
-from bench.runtimes.decoders import make_decoder, provider_facts
+from bench.runtimes.decoders import make_decoder
 from bench.runtimes.facts import PeerFacts
 from export.bundle.decoder import Decoder, Ids, Logits
 from saap.base.cgroup import available
@@ -142,7 +142,6 @@ class Job:
     order: int
     context: list[int] = field(default_factory=list)
     provider: str = "cpu"
-    cuda_graph: bool = False
     runtime: str | None = None  # module of a peer; None: a bundle in ONNX Runtime
     choice: str | None = None  # of the runtime's choices; None: its default
     only_load: bool = False  # time the load and end
@@ -202,8 +201,6 @@ def sample(job: Job, load: Load, live: Live | None = None) -> tuple[Sample, tupl
     happened = {**counters(before, snapshot(job.cpus, root), len(job.cpus)), **clocks}
     happened["clock_drift"], happened["clock_limit"] = drift(probes, probe_clock())
     happened["clock_s"] = level(probes)
-    if gpu:
-        happened["provider_fallback"] = float(provider_facts(decoder).fallback)
     gpu_bytes, no_gpu = gpu.memory() if gpu else (None, "the CPU computed")
     split, left = resident_split(), available(root)
     taken = Sample(
@@ -273,16 +270,12 @@ def _loaded(job: Job, load: Load) -> ColdLoad:
 
 def load_bundle(job: Job) -> Decoder:
     """The parent has checked the hashes once; doing it here would time the disk and the hash."""
-    return make_decoder(job.path, job.threads, job.positions, job.provider, cuda_graph=job.cuda_graph)
+    return make_decoder(job.path, job.threads, job.positions, job.provider)
 
 
 def _bundle_facts(decoder: Decoder) -> PeerFacts:
-    """Sizes are in the manifest, which the parent has; what a GPU's session really ran on is only known here."""
-    facts = provider_facts(decoder)
-    if facts.asked == "cpu":
-        return PeerFacts()
-    on_cpu = f", on the CPU: {', '.join(facts.on_cpu)}" if facts.on_cpu else ""
-    return PeerFacts({"provider": f"{facts.active}, nodes {facts.nodes}{on_cpu}"})
+    """Nothing: the parent has the manifest."""
+    return PeerFacts()
 
 
 if __name__ == "__main__":

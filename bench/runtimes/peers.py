@@ -97,7 +97,6 @@ def read_peers(
     length: int,
     names: Sequence[str] | None = None,
     provider: str = "cpu",
-    cuda_graph: bool = False,
 ) -> list[Peer]:
     """Check every spec before anything is measured.
 
@@ -105,7 +104,6 @@ def read_peers(
         length: positions that each must hold.
         names: one per spec; by default the name of the file or directory, with the runtime's where it is another.
         provider: of ONNX Runtime, which only plain bundles take.
-        cuda_graph: replay decode steps as a CUDA graph.
 
     Raises:
         UserError: naming the spec and what to do.
@@ -115,11 +113,9 @@ def read_peers(
     peers = [_reader(spec)(spec, length) for spec in specs]
     for peer in peers:
         if peer.runtime is None:
-            check_provider(read_manifest(peer.path), provider, peer.spec, cuda_graph=cuda_graph)
-        elif provider != "cpu" or cuda_graph:
-            raise PeerError(
-                f"{peer.spec} runs on the CPU only: leave --provider and --cuda-graph out, or give a bundle"
-            )
+            check_provider(read_manifest(peer.path), provider, peer.spec)
+        elif provider != "cpu":
+            raise PeerError(f"{peer.spec} runs on the CPU only: leave --provider out, or give a bundle")
     chosen = list(names) if names is not None else _distinct([peer.name for peer in peers])
     if len(chosen) != len(peers) or len(set(chosen)) != len(chosen):
         raise PeerError(f"{len(peers)} specs need as many different names, not {', '.join(chosen) or 'none'}")

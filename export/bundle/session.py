@@ -14,9 +14,8 @@ from saap.base.errors import UserError, first_line
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession, SessionOptions
 
-EXECUTION = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
-# TensorRT takes standard operators only; attention of the cuda target is ONNX Runtime's own and float16.
-TARGETS = {"cpu": ("cpu", "portable"), "cuda": ("cuda",), "tensorrt": ("portable",)}
+EXECUTION = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+TARGETS = {"cpu": ("cpu", "portable"), "cuda": ("cuda",)}  # attention of the cuda target is float16
 
 
 class DecoderError(UserError):
@@ -106,14 +105,11 @@ def check_signature(session: InferenceSession, manifest: BundleManifest, graph: 
             )
 
 
-def check_provider(
-    manifest: BundleManifest, provider: str, where: str, *, cuda_graph: bool = False, runtime: ModuleType | None = None
-) -> None:
+def check_provider(manifest: BundleManifest, provider: str, where: str, *, runtime: ModuleType | None = None) -> None:
     """Refuse a bundle that a provider cannot run, and a provider that this ONNX Runtime does not have.
 
     Args:
-        provider: cpu, cuda or tensorrt.
-        cuda_graph: whether decode steps shall be replayed as a CUDA graph.
+        provider: cpu or cuda.
         runtime: the onnxruntime module, or another one in its place.
     """
     if provider not in EXECUTION:
@@ -125,9 +121,6 @@ def check_provider(
             f"{where} is a bundle for {manifest.target}, which the provider {provider} does not run: {instead}"
             f"make another with `saap export MODEL -o BUNDLE --target {TARGETS[provider][0]}`"
         )
-    if cuda_graph and provider != "cuda":
-        why = "its cache moves at every token" if provider == "tensorrt" else "there is no GPU in it"
-        raise DecoderError(f"the provider {provider} cannot replay a CUDA graph ({why}): leave it out, or use cuda")
     if runtime is None:
         runtime = import_module("onnxruntime")
     if refusal := too_old(manifest, runtime.__version__):

@@ -37,6 +37,7 @@ TYPED: ContextVar[Collection[tuple[type | None, str]]] = ContextVar("TYPED", def
 NAMES = {int: "N", float: "X", Path: "PATH", str: "TEXT"}
 # Options that earlier versions had, by name, and what to do instead.
 REMOVED = {
+    "cuda_graph": "--provider cuda runs every step without one; leave it out",
     "prepacked": "ONNX Runtime packs the weights at each start, which takes a tenth of a second; leave it out",
     "fold": "saap tune trains the scale of each group; leave it out",
     "rank": "saap tune trains one factor for each group; leave it out, or give a larger --group-size to train fewer",

@@ -16,7 +16,7 @@ KEPT = {  # a folder of the cache, or how its folders begin, and what it holds
     "prices": "prices of what may go from a model",
     "teacher": "a teacher's answers",
     "prepacked": "weights packed for this CPU, which saap no longer uses",
-    "tensorrt": "TensorRT engines",
+    "tensorrt": "TensorRT engines, which saap no longer uses",
     "boards": "what is known of boards",
     "locks": "names of outputs that are being written",
     "matplotlib": "the list of fonts",

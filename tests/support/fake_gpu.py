@@ -1,8 +1,7 @@
 """An onnxruntime with a GPU that is not there: it computes on the CPU and moves data as CUDA does.
 
 What it is strict about is what goes wrong on a GPU without a word: a value of the host is copied when it is bound and
-never again; what a run wrote on the device must not be read before it was waited for; a captured graph replays the
-buffers and shapes of its capture, whatever is bound later; a cache of no positions is no shape for TensorRT.
+never again; what a run wrote on the device must not be read before it was waited for.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-CUDA, TENSORRT, CPU = "CUDAExecutionProvider", "TensorrtExecutionProvider", "CPUExecutionProvider"
+CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 
 
 class Memory:
@@ -71,15 +70,13 @@ class Session:
     """``InferenceSession``; providers that do not start are replaced by the CPU, as ONNX Runtime does."""
 
     def __init__(self, machine: Machine, graph: str, options: Any, providers: list[Any], enable_fallback: int) -> None:
-        self.machine, self.asked, self.captured = machine, dict(providers), {}
+        self.machine, self.asked = machine, dict(providers)
         assert not enable_fallback
         for key, value in machine.fails.items():
             if key in self.asked:
                 raise RuntimeError(value)
         self.real = ort.InferenceSession(graph, options, providers=[CPU])
         self.first = next(iter(self.asked)) if machine.starts else CPU
-        if hasattr(type(self), "get_provider_graph_assignment_info"):
-            assert options.get_session_config_entry("session.record_ep_graph_assignment_info") == "1"
 
     def get_providers(self) -> list[str]:
         return list(dict.fromkeys([self.first, *(self.asked if self.machine.starts else ()), CPU]))
@@ -93,23 +90,11 @@ class Session:
     def io_binding(self) -> Binding:
         return Binding(self)
 
-    def end_profiling(self) -> str:
-        self.machine.log.append("profile ends")
-        return self.real.end_profiling()
-
-    def run_with_iobinding(self, binding: Binding, run_options: Any = None) -> None:
+    def run_with_iobinding(self, binding: Binding) -> None:
         self.machine.log.append("run")
-        graph_id = run_options.get_run_config_entry("gpu_graph_id") if run_options else "-1"
-        capture = "enable_cuda_graph" in self.asked.get(CUDA, {}) and graph_id != "-1"
         inputs, outputs = binding.inputs, binding.outputs
-        if capture:
-            inputs, outputs = self.captured.setdefault(graph_id, (dict(inputs), dict(outputs)))
-            assert all(
-                isinstance(value, Memory) and value.device == "cuda" for value in [*inputs.values(), *outputs.values()]
-            )
         for value in inputs.values():
             assert value.device == "cuda"
-            assert TENSORRT not in self.asked or 0 not in value.array.shape
         real = self.real.io_binding()
         for name, value in inputs.items():
             a = value.array
@@ -128,37 +113,25 @@ class Session:
             binding.results.append(memory)
 
 
-class Placing(Session):
-    """A session of a newer ONNX Runtime, which tells where its nodes are."""
-
-    def get_provider_graph_assignment_info(self) -> list[Any]:
-        return [
-            SimpleNamespace(ep_name=provider, get_nodes=lambda ops=operators: [SimpleNamespace(op_type=o) for o in ops])
-            for provider, operators in self.machine.nodes.items()
-        ]
-
-
 class Machine:
-    """Stands for the module. ``nodes`` is where newer sessions say their operators are, None for an older runtime."""
+    """Stands for the module."""
 
     __version__ = "1.99.0"
-    SessionOptions, RunOptions, ExecutionMode = ort.SessionOptions, ort.RunOptions, ort.ExecutionMode
+    SessionOptions, ExecutionMode = ort.SessionOptions, ort.ExecutionMode
 
     def __init__(
         self,
-        nodes: dict[str, list[str]] | None = None,
-        available: tuple[str, ...] = (TENSORRT, CUDA, CPU),
+        available: tuple[str, ...] = (CUDA, CPU),
         starts: bool = True,
         fails: dict[str, str] | None = None,
     ) -> None:
-        self.nodes, self.available, self.starts, self.fails = nodes, available, starts, fails or {}
+        self.available, self.starts, self.fails = available, starts, fails or {}
         self.memory: list[Memory] = []
         self.log: list[str] = []
         self.sessions: list[Session] = []
         machine = self
-        base = Session if nodes is None else Placing
 
-        class InferenceSession(base):  # type: ignore[misc, valid-type]
+        class InferenceSession(Session):
             def __init__(self, graph: str, options: Any, providers: list[Any], enable_fallback: int = 1) -> None:
                 super().__init__(machine, graph, options, providers, enable_fallback)
                 machine.sessions.append(self)

@@ -76,7 +76,6 @@ class BaselineCommand:
         Meta(ge=1, le=10_000),
     ] = None
     provider: Annotated[Provider, Option("Of ONNX Runtime.")] = "cpu"
-    cuda_graph: Annotated[bool, Option("Replay decode steps as a CUDA graph.")] = False
     sessions: Annotated[int, Option("What differs between them is taken for noise."), Meta(ge=1, le=100)] = 5
     spread: Annotated[
         float,
@@ -124,7 +123,7 @@ def baseline(bundle: str, options: BaselineCommand) -> None:
     device_options.check()
     check_ending(options, options.repetitions)
     folder = checked_folder(device_options.folder)
-    asked_of_bench = ("prompt", "generate", "depth", "threads", "repetitions", "provider", "cuda_graph")
+    asked_of_bench = ("prompt", "generate", "depth", "threads", "repetitions", "provider")
     plan = BenchOptions(
         **{name: getattr(options, name) for name in asked_of_bench}, max_time_s=device_options.max_time_s,
         text=text_ids(_path(bundle), options.text), greedy=GREEDY,

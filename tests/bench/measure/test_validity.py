@@ -15,7 +15,7 @@ QUIET: dict[str, float | None] = {
     "memory_bytes": 8e9, "room_bytes": 6e9, "taken_bytes": 2e7, "boot_id": 12345, "clock_share": 1.0, "fixed_clock": 1,
     "temperature_c": 60.0, "temperature_start_c": 50.0, "firmware_throttled": 0, "throttle_events": 0,
     "cooling_state": 0, "oc1_events": 0, "oc2_events": 0, "oc3_events": 0, "mixed_cores": 0, "smt_siblings": 0,
-    "clock_drift": 0.02, "clock_limit": 0.03, "clock_s": 0.001, "provider_fallback": 0,
+    "clock_drift": 0.02, "clock_limit": 0.03, "clock_s": 0.001,
 }  # fmt: skip
 
 
@@ -35,7 +35,6 @@ def test_a_host_that_is_quiet_or_tells_nothing_breaks_no_rule() -> None:
 @pytest.mark.parametrize(
     ("change", "status", "reason"),
     [
-        ({"provider_fallback": 1}, INVALID, "another provider than the one asked for"),
         ({"firmware_throttled": 5}, INVALID, "the firmware reported under-voltage, throttling: "),
         ({"firmware_throttled": 10}, INVALID, "the firmware reported a capped clock, the soft temperature limit: "),
         ({"throttle_events": 3}, INVALID, "the CPU throttled 3 times for heat"),

@@ -131,6 +131,7 @@ def test_a_file_gives_way_to_set_and_set_to_a_flag(tmp_path):
         ("--set ratios=2", "there is no option 'ratios': did you mean ratio, rows?"),
         ("--set slices", "--set slices has no value: write NAME=VALUE"),
         ("--exact", "--exact is not a flag: write --set exact=VALUE, or leave it at its default"),
+        ("--cuda-graph", f"--cuda-graph was removed: {REMOVED['cuda_graph']}"),
         ("--prepacked", f"--prepacked was removed: {REMOVED['prepacked']}"),
         ("--set prepacked=true", f"prepacked was removed: {REMOVED['prepacked']}"),
         ("--config no.toml", "cannot read no.toml: No such file or directory; give a TOML file"),
