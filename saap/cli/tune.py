@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-import os
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import click
-from msgspec import Meta
 
 from saap.base.errors import UserError
 from saap.base.options import Option, refuse_unused
@@ -20,9 +18,7 @@ from saap.text.documents import SELF
 from saap.tune.options import FEWEST_HELD, TuneOptions
 
 if TYPE_CHECKING:
-    from saap.text.rows import TuningRows
     from saap.tune.loop.steps import History
-    from saap.tune.pace import KeptTokens
 
 _LEARNT = "What is learnt from"
 
@@ -38,15 +34,12 @@ class TuneCommand:
     data: Annotated[
         str | None, Option("A text, .jsonl or .gz file, a data set id, or self; default: as saap prune.", _LEARNT)
     ] = None
-    minutes: Annotated[
-        float | None, Option("Minutes that it may take in all, instead of --tokens.", _LEARNT), Meta(gt=0, le=100_000)
-    ] = None
 
     def check(self) -> None:
         """Refuse values out of range, and what would have no effect. Raises UserError: names the option."""
         options, training = self.options, self.options.training
         options.check()
-        if self.minutes is not None:
+        if options.minutes is not None:
             refuse_unused(self, ("tokens",), "a run without --minutes")
             if self.data == SELF:
                 raise UserError("--minutes cannot tell how long the model writes its text: give --tokens")
@@ -101,80 +94,18 @@ def tune(slim: Path, out: Path, options: TuneCommand) -> None:
         tune_model(slim, out, options, console)
 
 
-def tune_model(slim: str | Path, out: Path, asked: TuneCommand, console: Console) -> None:
-    from saap.models.resolve import kind_of, resolve
-
-    for each in (slim, *([asked.teacher] if asked.teacher else [])):
-        kind_of(each)  # before what takes seconds to import
-    asked.check()
+def tune_model(slim: str | Path, out: Path, command: TuneCommand, console: Console) -> None:
+    command.check()
     console.report(LOADING, 0, 0)
-    from saap.base.writing import RECORD, check_output
     from saap.system.processes import is_main_process
-    from saap.text.documents import TooLittleTextError
-    from saap.text.encoding import long_spelling
-    from saap.tune.pace import KeptTokens
-    from saap.tune.tuning import check_model, tuning_text
     from saap.tune.tuning import tune as tune_directory
 
-    check_output(out, slim, asked.teacher, asked.data, record=RECORD)
-    directory = resolve(slim, progress=console.report)
-    asked = replace(asked, options=asked.options.for_model(directory))
-    check_model(directory, asked.options)
-    teacher = resolve(asked.teacher, progress=console.report) if asked.teacher else None
-    kept = None if asked.minutes is None else KeptTokens(out, asked.minutes)
-    options = asked.options if kept is None else timed(directory, teacher, asked, kept, console)
-
-    def text(options: TuneOptions) -> TuningRows:
-        return tuning_text(directory, options, teacher=teacher, data=asked.data, progress=console.report)
-
-    try:
-        rows = text(options)
-    except TooLittleTextError as error:
-        fewer = options.tokens - error.missing * options.length
-        if kept is None or fewer < options.training.rows_per_step * options.length:
-            raise
-        options = replace(options, tokens=fewer)
-        rows = text(options)
-        console.say(f"  the text has {fewer:,} tokens that may be learnt: give more --data to use all the time")
-    if kept is not None:
-        replace(asked, options=options, minutes=None).check()
-        kept.write(options.tokens)
-    say_rows(rows, console)
-    if note := long_spelling(directory, rows.ids.flatten().tolist()):
-        console.say(f"  {note}")
-    result = tune_directory(directory, options, output=out, teacher=teacher, data=rows, progress=console.report)
-    if kept is not None:
-        kept.discard()
+    result = tune_directory(
+        slim, command.options, output=out, teacher=command.teacher, data=command.data, progress=console
+    )
     console.finish()
     if is_main_process():
         show_tuning(out, result.history)
-
-
-def timed(model: Path, teacher: Path | None, asked: TuneCommand, kept: KeptTokens, console: Console) -> TuneOptions:
-    """The options with as many tokens as fit into the minutes."""
-    from saap.models.architectures import shape_of
-    from saap.models.checkpoint import read_config
-    from saap.tune.pace import pace_of
-    from saap.tune.tuning import way_of
-
-    options, minutes = asked.options, asked.minutes or 0.0
-    if "WORLD_SIZE" in os.environ:
-        raise UserError("--minutes is for one process: give --tokens")
-    if (tokens := kept.read()) is None:
-        shape = shape_of(read_config(model))
-        asked_too = shape_of(read_config(teacher)) if teacher and options.teacher_weight else None
-        recomputed = way_of(shape, options.length, options).recomputed
-        pace = pace_of(shape, asked_too, options, recomputed=recomputed)
-        tokens = pace.tokens_in(minutes, options)
-        console.say(f"  --minutes {minutes:g} is about {tokens:,} tokens here, {1 / pace.token_s:.0f} a second")
-    return replace(options, tokens=tokens)
-
-
-def say_rows(rows: TuningRows, console: Console) -> None:
-    part = "" if rows.kind == "text" else f", {rows.learnt} of {rows.ids.numel()} tokens are answers and learnt"
-    console.say(f"  tuning text: {rows.source}{part}")
-    if rows.note:
-        console.say(f"  {rows.note}")
 
 
 def loss_said(name: str, weight: object) -> str:

@@ -12,15 +12,18 @@ from saap.base.needs import PROCESS, Needs, fits
 from saap.base.progress import LOADING, WRITING, Progress
 from saap.models.architectures import shape_of
 from saap.models.checkpoint import load_model, read_config, slim_config, write_slim
+from saap.models.needs import SQUARES
 from saap.models.record import Integers, read_record
+from saap.models.shape import ModelShape
 from saap.models.streaming import load_streamed, moved, settle
 from saap.models.weight_files import weights_hash
 from saap.quantize.gptq import compensated_matrices
 from saap.quantize.groups import IntegerForm, check_widths, quantize_model
-from saap.quantize.needs import choosing_needs, integer_bytes
 from saap.system.gpu import fits_device
 from saap.system.precision import fast_float32
 from saap.system.processes import training_device
+
+CHOOSING = 6  # bytes per weight of a matrix whose integers are chosen: a copy, codes, and codes as they are packed
 
 
 @fast_float32()
@@ -67,3 +70,19 @@ def write_integers(
         ((name, tensor.cpu()) for name, tensor in model.state_dict().items()),
         record,
     )
+
+
+def integer_bytes(shape: ModelShape, bits: int, group_size: int) -> int:
+    """Sum up a model's integers, scales and zero points."""
+    return round(shape.parameters * (bits / 8 + 4 / group_size))
+
+
+def choosing_needs(shape: ModelShape, *, streamed: bool) -> dict[str, int]:
+    """Sum up bytes by what they are for, beside the process and the integers themselves."""
+    layers = [shape.weights_of(s) for s in shape.layers]
+    floats = {"embedding and head": 4 * shape.held_outside, "a layer": 4 * max(layers)}
+    return {
+        **(floats if streamed else {"weights": 4 * shape.parameters}),
+        "X X^T": 4 * SQUARES * max(sizes.ffn for sizes in shape.layers) ** 2,
+        "choosing the head": CHOOSING * shape.vocab * shape.hidden,
+    }

@@ -1,12 +1,20 @@
-"""What tuning takes at its peak; the constants were measured (docs/method.md)."""
+"""What tuning takes at its peak, and where it computes; the constants were measured (docs/method.md)."""
 
 from __future__ import annotations
 
-from saap.base.needs import PROCESS, Needs
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from saap.base.needs import PROCESS, Needs, check_memory, fits
 from saap.models.needs import PER_LOGIT, kept_per_token
 from saap.models.shape import ModelShape
-from saap.quantize.needs import choosing_needs, integer_bytes
+from saap.quantize.integers import choosing_needs, integer_bytes
+from saap.system.gpu import CPU, check_device, fits_device
+from saap.system.processes import shares_parameters, training_device
 from saap.tune.losses import PLACES
+from saap.tune.options import TuneOptions
 
 TUNING = 70_000_000  # peft and accelerate, beside the process
 TRAINED = 24  # bytes per trained number: itself, its gradient, two moments, the best state and the start
@@ -15,7 +23,7 @@ TRAINED = 24  # bytes per trained number: itself, its gradient, two moments, the
 def tune_needs(
     shape: ModelShape, bits: int, block: int, tokens: int, *, streamed: bool, recomputed: bool = True
 ) -> Needs:
-    """Of choosing integers, then training one number per group with rows of ``tokens`` in all at once.
+    """Sum up choosing integers, then training one number per group with rows of ``tokens`` in all at once.
 
     ``recomputed``: layers keep neither activations nor dequantised matrices from one pass to the next.
     """
@@ -33,3 +41,35 @@ def tune_needs(
     choosing = choosing_needs(shape, streamed=streamed)
     largest: dict[str, int] = max((choosing, training), key=lambda stage: sum(stage.values()))
     return Needs({"the process": PROCESS + TUNING, "integers": integer_bytes(shape, bits, block), **largest})
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where tuning computes and what it keeps, by the memory there is."""
+
+    device: torch.device  # where the integers are chosen
+    streamed: bool  # the floats are read layer by layer
+    recomputed: bool  # layers keep neither activations nor dequantised matrices from one pass to the next
+
+
+def placement_of(shape: ModelShape, length: int, options: TuneOptions) -> Placement:
+    """Choose the fastest that fits with rows of ``length`` tokens. Raises UserError: memory is too small."""
+    device = CPU if shares_parameters() else training_device()
+    training = options.training
+    tokens = length * (training.micro_rows or training.rows_per_step)
+    needs = partial(tune_needs, shape, options.bits, options.group, tokens)
+
+    def fit(needs: Needs) -> bool:
+        return fits(needs) and fits_device(needs, device)
+
+    streamed = not fit(needs(streamed=False))
+    if streamed:
+        if options.max_bytes is not None:
+            check_memory(needs(streamed=False), "tuning", "--max-bytes needs all floats at once: leave it out")
+            check_device(needs(streamed=False), device, "tuning", "--max-bytes needs all floats there: leave it out")
+        check_memory(needs(streamed=True), "tuning", "give a smaller --length")
+        check_device(needs(streamed=True), device, "tuning", "give a smaller --length, or --device cpu")
+    recomputed = training.checkpointing
+    if recomputed is None:
+        recomputed = shares_parameters() or not fit(needs(streamed=streamed, recomputed=False))
+    return Placement(device, streamed, recomputed)

@@ -129,6 +129,9 @@ class TuneOptions:
     ] = 0.04  # fewer than 8 rows: none is held out, and the last state is kept
     kind: Annotated[Kind, Option("chat: the model's template, only answers are learnt.", _LEARNT)] = "auto"
     tokens: Annotated[int, Option("Training tokens.", _LEARNT), Meta(ge=1)] = 24576
+    minutes: Annotated[
+        float | None, Option("Minutes that it may take in all, instead of --tokens.", _LEARNT), Meta(gt=0, le=100_000)
+    ] = None
     length: Annotated[int, Option("Tokens per sequence.", _LEARNT, hidden=True), Meta(ge=2, le=1_000_000)] = 256
     skip: Annotated[
         int | None,
@@ -153,9 +156,8 @@ class TuneOptions:
 
     def recorded(self) -> dict[str, object]:
         """As saap.json and states hold them, whose name for the group size is older; the text is recorded apart."""
-        about = {
-            name: value for name, value in asdict(self).items() if name not in ("kind", "tokens", "length", "skip")
-        }
+        of_text = ("kind", "tokens", "minutes", "length", "skip")
+        about = {name: value for name, value in asdict(self).items() if name not in of_text}
         return {"block" if name == "group_size" else name: value for name, value in about.items()}
 
     def check(self) -> None:

@@ -7,18 +7,23 @@ It is kept beside the output until that is there: a run that was killed goes on 
 from __future__ import annotations
 
 import json
+import os
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from saap.base.errors import UserError
 from saap.base.files import write_text
+from saap.base.progress import Progress, note
+from saap.models.architectures import shape_of
+from saap.models.checkpoint import read_config
 from saap.models.shape import ModelShape
 from saap.system.precision import autocast_dtype, product_rate
 from saap.system.processes import training_device
 from saap.tune.loop.state import state_directory
+from saap.tune.needs import placement_of
 from saap.tune.options import TuneOptions
 
 # Measured with SmolLM2-135M on a Zen 3.
@@ -70,10 +75,27 @@ def pace_of(shape: ModelShape, teacher: ModelShape | None, options: TuneOptions,
     return Pace(START_S + integers, (learning + asking) / rate)
 
 
+def timed(
+    options: TuneOptions, model: Path, teacher: Path | None, kept: KeptTokens, progress: Progress | None
+) -> TuneOptions:
+    """Give the options as many tokens as fit into their minutes. Raises UserError: not one step does."""
+    if "WORLD_SIZE" in os.environ:
+        raise UserError("--minutes is for one process: give --tokens")
+    if (tokens := kept.read()) is None:
+        shape = shape_of(read_config(model))
+        answering = shape_of(read_config(teacher)) if teacher and options.teacher_weight else None
+        recomputed = placement_of(shape, options.length, options).recomputed
+        pace = pace_of(shape, answering, options, recomputed=recomputed)
+        tokens = pace.tokens_in(kept.minutes, options)
+        note(progress, f"--minutes {kept.minutes:g} is about {tokens:,} tokens here, {1 / pace.token_s:.0f} a second")
+    return replace(options, tokens=tokens)
+
+
 class KeptTokens:
     """The number of tokens that a budget came to, beside an output that is not there yet."""
 
     def __init__(self, out: Path, minutes: float) -> None:
+        self.minutes = minutes
         self._path = state_directory(out) / f"minutes-{minutes:g}.json"
 
     def read(self) -> int | None:

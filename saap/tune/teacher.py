@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -101,32 +101,40 @@ class StudentWords:
         return None if said is None else cls(said)
 
 
+@dataclass(frozen=True)
+class Question:
+    """What is kept of a teacher's answers.
+
+    Attributes:
+        k: tokens per place; fewer where the rows would not fit into ``LIMIT_BYTES``, and then ``note`` says so.
+            64 of SmolLM2-135M's 49152 hold 88 % of its probability at temperature 1, but 25 % at 2.
+        temperature: above 0. What lies outside the k at another one cannot be told from them, so each temperature is
+            an entry of its own and costs the teacher one run.
+        autocast: compute in bfloat16 where the model allows: faster on CPUs that have it, and about as exact as
+            bfloat16 logits are (three digits).
+        words: the only ones that the student predicts; the teacher's probabilities are of them alone.
+    """
+
+    k: int = 64
+    temperature: float = 1.0
+    autocast: bool = False
+    words: StudentWords | None = None
+
+
 def teacher_targets(
-    teacher_dir: str | Path,
-    ids: torch.Tensor,
-    *,
-    k: int = 64,
-    temperature: float = 1.0,
-    autocast: bool = False,
-    words: StudentWords | None = None,
-    progress: Progress | None = None,
+    teacher_dir: str | Path, ids: torch.Tensor, question: Question | None = None, progress: Progress | None = None
 ) -> TeacherTargets:
     """Run the teacher over the rows, but for those that the cache has, and keep its k likeliest tokens.
 
     Args:
         teacher_dir: a model directory; it is not loaded where the cache has all.
         ids: [rows, tokens] int64, at least two tokens.
-        k: tokens kept per place; fewer where the rows would not fit into ``LIMIT_BYTES``, and then ``note`` says so.
-            64 of SmolLM2-135M's 49152 hold 88 % of its probability at temperature 1, but 25 % at 2.
-        temperature: above 0. What lies outside the k at another one cannot be told from them, so each temperature is
-            an entry of its own and costs the teacher one run.
-        autocast: compute in bfloat16 where the model allows: faster on CPUs that have it, and about as exact as
-            bfloat16 logits are (three digits).
-        words: the only ones that the student says; the teacher's probabilities are of them alone.
 
     Raises:
         UserError: a value out of range, rows that do not fit with one token each, a cache that cannot be written.
     """
+    question = question or Question()
+    k, temperature, words = question.k, question.temperature, question.words
     if not temperature > 0 or k < 1:
         raise UserError(f"k {k} at temperature {temperature} is not allowed: give k of 1 or more and a T above 0")
     rows, length = ids.shape
@@ -147,7 +155,7 @@ def teacher_targets(
     if k < asked:
         note = f"{k} instead of {asked} of the teacher's tokens are kept, to fit into {LIMIT_BYTES / 1e6:.0f} MB"
     root = cache_directory() / "teacher"
-    kept = _Kept(k, temperature, vocabulary, autocast, words)
+    kept = _Kept(replace(question, k=k), vocabulary)
     entry = root / _key(teacher_dir, ids, kept)
     try:
         entry.mkdir(parents=True, exist_ok=True)
@@ -184,8 +192,9 @@ def check_same_vocabulary(teacher_dir: str | Path, student_dir: str | Path) -> N
 class _Kept:
     """Which of a teacher's numbers are kept, and in what form."""
 
-    def __init__(self, k: int, temperature: float, vocabulary: int, autocast: bool, words: StudentWords | None) -> None:
-        self.k, self.temperature, self.autocast, self.words = k, temperature, autocast, words
+    def __init__(self, question: Question, vocabulary: int) -> None:
+        self.k, self.temperature, self.words = question.k, question.temperature, question.words
+        self.autocast = question.autocast
         self.tokens = torch.uint16 if vocabulary <= 1 << 16 else torch.int32
 
     @torch.inference_mode()

@@ -17,7 +17,6 @@ import time
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -29,35 +28,35 @@ from transformers import PreTrainedModel
 
 from saap.base.allocator import kept_memory
 from saap.base.errors import UserError
-from saap.base.needs import Needs, check_memory, fits
 from saap.base.options import refuse_unused
-from saap.base.progress import LOADING, WRITING, Progress
+from saap.base.progress import LOADING, WRITING, Progress, note
 from saap.base.writing import RECORD, check_output, claimed
 from saap.models.architectures import architecture_of, shape_of
 from saap.models.checkpoint import load_model, read_config, slim_config, write_slim
-from saap.models.record import read_record
+from saap.models.record import Tuning, read_record
 from saap.models.resolve import resolve
-from saap.models.shape import ModelShape
 from saap.models.slim_quant import MatrixForm, SlimQuant, planned_forms
 from saap.models.streaming import load_streamed, moved, settle
 from saap.models.weight_files import weights_hash
 from saap.quantize.choose_forms import choose_forms
 from saap.quantize.gptq import compensated_matrices
 from saap.quantize.groups import IntegerForm, check_widths, nearest_matrices, quantize_model
-from saap.system.gpu import CPU, check_device, fits_device, out_of_memory
+from saap.system.gpu import out_of_memory
 from saap.system.precision import autocast_dtype, computes_bf16, fast_float32
-from saap.system.processes import computing_on, is_main_process, shares_parameters, training_device
-from saap.text.documents import Sequences
+from saap.system.processes import computing_on, is_main_process, training_device
+from saap.text.documents import Sequences, TooLittleTextError
+from saap.text.encoding import long_spelling
 from saap.text.rows import IGNORED, TuningRows, held_out, tuning_rows
 from saap.tune import adapters
 from saap.tune.loop.processes import Batch, LossOf
 from saap.tune.loop.state import discard_states, state_directory
 from saap.tune.loop.steps import DivergedError, Group, History, Run, train
 from saap.tune.losses import KeptMatrix, head_loss, head_words, learning_loss
-from saap.tune.needs import tune_needs
+from saap.tune.needs import Placement, placement_of
 from saap.tune.options import TuneOptions
+from saap.tune.pace import KeptTokens, timed
 from saap.tune.short_attention import use_short_attention
-from saap.tune.teacher import StudentWords, TeacherTargets, check_same_vocabulary, teacher_targets
+from saap.tune.teacher import Question, StudentWords, TeacherTargets, check_same_vocabulary, teacher_targets
 
 
 @dataclass(frozen=True)
@@ -87,10 +86,10 @@ def tune(
 
     Args:
         model: a directory or a name.
-        teacher: the dense model, whose next-token distribution is learnt too.
+        teacher: the dense model, whose next-token distribution is learned too.
         data: a text, .jsonl or .gz file, or a data set id; ``self`` is text that the model writes, None SAAP_DATA,
             else the samples that ship. Rows that are cut already are used once, in this order; plain ids
-            [sequences, tokens] are learnt whole.
+            [sequences, tokens] are learned whole.
 
     Raises:
         DivergedError: a loss that is not finite; the best state before it was written to ``output``.
@@ -103,10 +102,6 @@ def tune(
     options = options.for_model(directory)
     check_model(directory, options)
     teacher_dir = None if teacher is None else resolve(teacher, progress=progress)
-    if isinstance(data, torch.Tensor):
-        data = TuningRows(data, data.clone(), "given ids", None, "text")
-    if not isinstance(data, TuningRows):
-        data = tuning_text(directory, options, teacher=teacher_dir, data=data, progress=progress)
     with (
         computing_on(options.training.device), claimed(out) if is_main_process() else nullcontext(),
         out_of_memory("give a smaller --micro-batch or --length, or --device cpu"),
@@ -115,18 +110,28 @@ def tune(
         if options.training.precision == "bf16" and not computes_bf16(device):
             raise UserError(f"the {device.type} here does not multiply bfloat16 in hardware: leave --precision out")
         options = replace(options, training=replace(options.training, device=str(device)))
-        return _tune(directory, out, data, options, teacher_dir, progress)
+        kept = None if options.minutes is None else KeptTokens(out, options.minutes)
+        if kept is not None:
+            options = timed(options, directory, teacher_dir, kept, progress)
+        if isinstance(data, torch.Tensor):
+            data = TuningRows(data, data.clone(), "given ids", None, "text")
+        if not isinstance(data, TuningRows):
+            data, options = tuning_text(directory, options, teacher_dir, data, progress)
+        if kept is not None:
+            kept.write(options.tokens)
+        result = _Tuning(directory, out, options, teacher_dir, data, progress).run()
+        if kept is not None:
+            kept.discard()
+    return result
 
 
 def tuning_text(
-    model: Path,
-    options: TuneOptions,
-    *,
-    teacher: Path | None = None,
-    data: str | Path | None = None,
-    progress: Progress | None = None,
-) -> TuningRows:
-    """The rows that :func:`tune` learns from; UserError for no such text, too little, or a teacher of other tokens."""
+    model: Path, options: TuneOptions, teacher: Path | None, data: str | Path | None, progress: Progress | None = None
+) -> tuple[TuningRows, TuneOptions]:
+    """Cut the rows that :func:`tune` learns from; with a budget of minutes fewer tokens may be there than it allows.
+
+    Raises UserError: no such text, too little, or a teacher of other tokens.
+    """
     if teacher is not None:
         check_same_vocabulary(teacher, model)
     calibrated = read_record(model).get("lineage", {}).get("calibration", {})
@@ -134,114 +139,133 @@ def tuning_text(
     skip = options.skip
     if skip is None:
         skip = math.ceil(calibrated.get("sequences", 0) * calibrated.get("tokens", 0) / options.length)
-    wanted = Sequences(max(1, options.tokens // options.length), options.length, options.training.seed, skip)
-    # Text that the model writes itself comes from the teacher where there is one: the slim model knows less.
-    return tuning_rows(model, None if data is None else str(data), wanted, options.kind, progress, writer=teacher)
+    source = None if data is None else str(data)
 
+    def cut(tokens: int) -> TuningRows:
+        sequences = Sequences(max(1, tokens // options.length), options.length, options.training.seed, skip)
+        # Text that the model writes itself comes from the teacher where there is one: the slim model knows less.
+        return tuning_rows(model, source, sequences, options.kind, progress, writer=teacher)
 
-def _tune(
-    model_dir: Path,
-    out: Path,
-    rows: TuningRows,
-    options: TuneOptions,
-    teacher_dir: Path | None,
-    progress: Progress | None,
-) -> TuneResult:
-    config = check_model(model_dir, options)
-    if len(rows) < options.training.rows_per_step:
-        raise UserError(
-            f"{len(rows)} sequences of tuning text are fewer than one step's {options.training.rows_per_step}: "
-            "give more text, or shorter sequences"
-        )
-    if teacher_dir is not None:
-        check_same_vocabulary(teacher_dir, model_dir)
-    report = progress or (lambda label, done, total: None)
-    report(LOADING, 0, 0)
-    began, weights = time.monotonic(), weights_hash(model_dir)
-    writes = is_main_process()  # asked before a model is loaded: FSDP would leave the others' weights empty
-    way = way_of(shape_of(config), rows.ids.shape[1], options)
-    model = load_streamed(model_dir, device=way.device) if way.streamed else moved(load_model(model_dir), way.device)
-    learnt, judged = held_out(rows, options.held_out) if options.holds_out(len(rows)) else (rows, None)
-    targets = targets_of(teacher_dir, rows, options, StudentWords.of(model_dir), progress)
-    own = planned_forms(read_record(model_dir), architecture_of(config)) if options.planned else {}
-    adapted, groups, quant = _quantised(model, rows.ids, options, own, progress)
-    trained = sum(p.numel() for group in groups for p in group["params"])
-    use_short_attention(cast("PreTrainedModel", adapted.get_base_model()))
-    head = None if way.recomputed else KeptMatrix()
-    if not way.recomputed:
-        adapters.keep_matrices(adapted)
-    state_dir = state_directory(out)
-    run = Run(
-        replace(options.training, checkpointing=way.recomputed),
-        held_out=None if judged is None else tensors_of(judged, len(learnt)),
-        held_out_loss=loss_of(None, options, head),
-        loss_name=loss_name(targets, options),
-        held_out_name="held-out NLL",
-        state_dir=state_dir,
-        fingerprint={
-            "model": weights,
-            "teacher": weights_hash(teacher_dir) if teacher_dir else None,
-            "tuning": {key: value for key, value in options.recorded().items() if key != "training"},
-        },
-    )
-    error = None
     try:
-        history = train(adapted, groups, tensors_of(learnt, 0), loss_of(targets, options, head), run, progress)
-    except DivergedError as diverged:
-        if not diverged.history.best_step:
+        rows = cut(options.tokens)
+    except TooLittleTextError as error:
+        fewer = options.tokens - error.missing * options.length
+        if options.minutes is None or fewer < options.training.rows_per_step * options.length:
             raise
-        error, history = diverged, diverged.history
-    report(WRITING, 0, 0)
-    if writes:
-        tensors = ((name, tensor.cpu()) for name, tensor in adapters.fold(adapted).state_dict().items())
-        record = read_record(model_dir)
-        record["tuning"] = {
-            "options": options.recorded(),
-            "trained_parameters": trained,
-            "tokens": rows.ids.numel(),
-            "text": rows.lineage(),
-            "teacher": str(teacher_dir) if teacher_dir else None,
-            "seconds": round(time.monotonic() - began, 1),
-            "history": asdict(history),
-            "from_sha256": weights,
-        }
-        write_slim(out, model_dir, slim_config(config, shape_of(config), quant), tensors, record)
-        discard_states(state_dir)
-    if error is not None:
-        raise DivergedError(f"{error}; it was written to {out}", error.step, history)
-    return TuneResult(out, history, rows, trained)
+        rows, options = cut(fewer), replace(options, tokens=fewer)
+        note(progress, f"the text has {fewer:,} tokens that may be learned: give more --data to use all the time")
+    part = "" if rows.kind == "text" else f", {rows.learnt} of {rows.ids.numel()} tokens are answers and learned"
+    for line in (f"tuning text: {rows.source}{part}", rows.note, long_spelling(model, rows.ids.flatten().tolist())):
+        if line:
+            note(progress, line)
+    return rows, options
 
 
 @dataclass(frozen=True)
-class Way:
-    """How tuning goes about it, by the memory there is."""
+class _Tuning:
+    """One run: what is tuned on which rows, and where the result goes."""
 
-    device: torch.device  # where the integers are chosen
-    streamed: bool  # the floats are read layer by layer
-    recomputed: bool  # layers keep neither activations nor dequantised matrices from one pass to the next
+    model: Path
+    out: Path
+    options: TuneOptions
+    teacher: Path | None
+    rows: TuningRows
+    progress: Progress | None
 
+    def run(self) -> TuneResult:
+        options, shape = self.options, shape_of(read_config(self.model))
+        if len(self.rows) < options.training.rows_per_step:
+            raise UserError(
+                f"{len(self.rows)} sequences of tuning text are fewer than one step's {options.training.rows_per_step}:"
+                " give more text, or shorter sequences"
+            )
+        if self.teacher is not None:
+            check_same_vocabulary(self.teacher, self.model)
+        self._report(LOADING)
+        began, weights = time.monotonic(), weights_hash(self.model)
+        writes = is_main_process()  # known before a model is loaded: FSDP would leave the others' weights empty
+        placement = placement_of(shape, self.rows.ids.shape[1], options)
+        device = placement.device
+        model = (
+            load_streamed(self.model, device=device) if placement.streamed else moved(load_model(self.model), device)
+        )
+        targets = targets_of(self.teacher, self.rows, options, StudentWords.of(self.model), self.progress)
+        adapted, groups, quant = _quantised(model, self.rows.ids, options, self._planned_forms(), self.progress)
+        trained = sum(p.numel() for group in groups for p in group["params"])
+        use_short_attention(cast("PreTrainedModel", adapted.get_base_model()))
+        error = None
+        try:
+            history = self._train(adapted, groups, targets, placement, weights)
+        except DivergedError as diverged:
+            if not diverged.history.best_step:
+                raise
+            error, history = diverged, diverged.history
+        self._report(WRITING)
+        if writes:
+            self._write(
+                adapted,
+                quant,
+                {
+                    "options": options.recorded(),
+                    "trained_parameters": trained,
+                    "tokens": self.rows.ids.numel(),
+                    "text": self.rows.lineage(),
+                    "teacher": str(self.teacher) if self.teacher else None,
+                    "seconds": round(time.monotonic() - began, 1),
+                    "history": asdict(history),
+                    "from_sha256": weights,
+                },
+            )
+        if error is not None:
+            raise DivergedError(f"{error}; it was written to {self.out}", error.step, history)
+        return TuneResult(self.out, history, self.rows, trained)
 
-def way_of(shape: ModelShape, length: int, options: TuneOptions) -> Way:
-    """The fastest that fits with rows of so many tokens; UserError where memory is too small for what is asked."""
-    device = CPU if shares_parameters() else training_device()
-    training = options.training
-    tokens = length * (training.micro_rows or training.rows_per_step)
-    needs = partial(tune_needs, shape, options.bits, options.group, tokens)
+    def _report(self, label: str) -> None:
+        if self.progress:
+            self.progress(label, 0, 0)
 
-    def fit(needs: Needs) -> bool:
-        return fits(needs) and fits_device(needs, device)
+    def _planned_forms(self) -> Mapping[str, MatrixForm]:
+        """Integers that single matrices were planned in."""
+        if not self.options.planned:
+            return {}
+        return planned_forms(read_record(self.model), architecture_of(read_config(self.model)))
 
-    streamed = not fit(needs(streamed=False))
-    if streamed:
-        if options.max_bytes is not None:
-            check_memory(needs(streamed=False), "tuning", "--max-bytes needs all floats at once: leave it out")
-            check_device(needs(streamed=False), device, "tuning", "--max-bytes needs all floats there: leave it out")
-        check_memory(needs(streamed=True), "tuning", "give a smaller --length")
-        check_device(needs(streamed=True), device, "tuning", "give a smaller --length, or --device cpu")
-    recomputed = training.checkpointing
-    if recomputed is None:
-        recomputed = shares_parameters() or not fit(needs(streamed=streamed, recomputed=False))
-    return Way(device, streamed, recomputed)
+    def _train(
+        self,
+        adapted: PeftModel,
+        groups: list[Group],
+        targets: TeacherTargets | None,
+        placement: Placement,
+        weights: str,
+    ) -> History:
+        """Train in place. ``weights``: the hash of the model's."""
+        options, rows = self.options, self.rows
+        learned, judged = held_out(rows, options.held_out) if options.holds_out(len(rows)) else (rows, None)
+        head = None if placement.recomputed else KeptMatrix()
+        if not placement.recomputed:
+            adapters.keep_matrices(adapted)
+        run = Run(
+            replace(options.training, checkpointing=placement.recomputed),
+            held_out=None if judged is None else tensors_of(judged, len(learned)),
+            held_out_loss=loss_of(None, options, head),
+            loss_name=loss_name(targets, options),
+            held_out_name="held-out NLL",
+            state_dir=state_directory(self.out),
+            fingerprint={
+                "model": weights,
+                "teacher": weights_hash(self.teacher) if self.teacher else None,
+                "tuning": {key: value for key, value in options.recorded().items() if key != "training"},
+            },
+        )
+        return train(adapted, groups, tensors_of(learned, 0), loss_of(targets, options, head), run, self.progress)
+
+    def _write(self, adapted: PeftModel, quant: SlimQuant, tuning: Tuning) -> None:
+        """Write the directory; the states of the run are no longer needed."""
+        tensors = ((name, tensor.cpu()) for name, tensor in adapters.fold(adapted).state_dict().items())
+        record, config = read_record(self.model), read_config(self.model)
+        record["tuning"] = tuning
+        write_slim(self.out, self.model, slim_config(config, shape_of(config), quant), tensors, record)
+        discard_states(state_directory(self.out))
 
 
 def check_model(slim_dir: Path, options: TuneOptions) -> dict[str, object]:
@@ -273,11 +297,9 @@ def targets_of(
     from accelerate import PartialState
 
     fast = autocast_dtype(options.training.precision, training_device()) is not None
+    question = Question(options.kept_tokens, options.temperature, fast, words)
     with PartialState().main_process_first():
-        return teacher_targets(
-            teacher_dir, rows.ids, k=options.kept_tokens, temperature=options.temperature, autocast=fast,
-            words=words, progress=progress,
-        )  # fmt: skip
+        return teacher_targets(teacher_dir, rows.ids, question, progress)
 
 
 def tensors_of(rows: TuningRows, first: int) -> Batch:

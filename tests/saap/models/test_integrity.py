@@ -34,7 +34,7 @@ from saap.prune.scores.cache import keep_scores, read_scores, scores_path
 from saap.prune.scores.scoring import scores_of
 from saap.prune.search.layer_costs import read_costs
 from saap.system.sealed_tensors import load_sealed, save_sealed
-from saap.tune.teacher import teacher_targets
+from saap.tune.teacher import Question, teacher_targets
 
 IDS = torch.randint(320, (8, 16), generator=torch.Generator().manual_seed(3))
 NAMED = (UserError, BundleError, ResultError, QualityError, RegressionError)
@@ -188,7 +188,7 @@ def test_caches_are_made_anew(tiny_model, tmp_path, monkeypatch):
         return [float(part.double().sum()) for part in (*found.products.values(), *found.token.values())]
 
     def teacher() -> Any:
-        return [part.tolist() for part in teacher_targets(path, IDS, k=4).batch(0, 8)]
+        return [part.tolist() for part in teacher_targets(path, IDS, Question(k=4)).batch(0, 8)]
 
     for read, pattern in ((scores, "scores/*.safetensors"), (teacher, "teacher/*/*")):
         expected = read()

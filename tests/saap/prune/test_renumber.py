@@ -30,7 +30,7 @@ from saap.text.closed_words import forest_of
 from saap.text.documents import EVALUATION_SAMPLE, documents_of, load_documents, samples_of
 from saap.text.encoding import writing_tokenizer
 from saap.tune.options import TuneOptions
-from saap.tune.teacher import StudentWords, check_same_vocabulary, teacher_targets
+from saap.tune.teacher import Question, StudentWords, check_same_vocabulary, teacher_targets
 from saap.tune.tuning import tune, tuning_text
 
 SENTENCES = ["the quick brown fox jumps over the lazy dog, and the cat sat on the mat " * 40] * 6
@@ -110,11 +110,11 @@ def test_pruned_and_tuned_by_the_dense_model(tiny_model, chosen, tmp_path):
     assert result.achieved["parameters"] == shape_of(read_config(tmp_path / "slim")).parameters <= 120_000
     assert record["plan"]["planned"]["parameters"] == result.achieved["parameters"]
     options = TuneOptions(tokens=2048)
-    rows = tuning_text(tmp_path / "slim", options, teacher=dense, data=text)
+    rows, _ = tuning_text(tmp_path / "slim", options, dense, text)
     assert int(rows.ids.max()) < len(chosen.words)
     tune(tmp_path / "slim", options, output=tmp_path / "tuned", data=text, teacher=dense)
     assert read_record(tmp_path / "tuned")["vocabulary"] == record["vocabulary"]
-    targets = teacher_targets(dense, rows.ids, k=4, words=StudentWords.of(tmp_path / "tuned"))
+    targets = teacher_targets(dense, rows.ids, Question(k=4, words=StudentWords.of(tmp_path / "tuned")))
     tokens, logprobs = targets.batch(0, 2)
     with torch.inference_mode():
         words = torch.tensor(chosen.words)
@@ -131,7 +131,7 @@ def test_a_head_learns_from_words_that_it_has(tiny_model, chosen, tmp_path):
     text.write_text("\n".join(SENTENCES))
     slim = trim(dense, Chosen(chosen.words, 320, 0.01, "dice"), tmp_path / "slim")
     for data in (text, "self"):
-        rows = tuning_text(slim, TuneOptions(tokens=2048), teacher=dense, data=data)
+        rows, _ = tuning_text(slim, TuneOptions(tokens=2048), dense, data)
         assert rows.ids.shape == (2048 // TuneOptions().length, TuneOptions().length)
         assert set(rows.ids.flatten().tolist()) <= set(chosen.words)
 

@@ -27,7 +27,7 @@ from saap.text.closed_words import forest_of
 from saap.text.documents import load_documents
 from saap.text.encoding import long_spelling, said_words_of, writing_tokenizer
 from saap.tune.options import TuneOptions
-from saap.tune.teacher import StudentWords, teacher_targets
+from saap.tune.teacher import Question, StudentWords, teacher_targets
 from saap.tune.tuning import tune
 
 WORDS = sorted(random.Random(3).sample(range(320), 150))
@@ -107,7 +107,7 @@ def test_pruned_tuned_and_exported_it_stays_so(tiny_model, tmp_path):
 
 def test_a_teacher_is_asked_for_these_words_alone(tiny_model):
     dense, words = tiny_model(), torch.tensor(WORDS)
-    targets = teacher_targets(dense, IDS, k=8, words=StudentWords(words))
+    targets = teacher_targets(dense, IDS, Question(k=8, words=StudentWords(words)))
     tokens, logprobs = targets.batch(0, 2)
     assert set(tokens.flatten().tolist()) <= set(WORDS)
     with torch.inference_mode():

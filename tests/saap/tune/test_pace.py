@@ -75,7 +75,7 @@ def test_the_command_learns_what_fits_and_a_killed_one_goes_on(tiny_model, tmp_p
 
     done = here(*words, "30")
     known = read_record(out)["tuning"]["tokens"]
-    assert f"  the text has {known:,} tokens that may be learnt: give more --data" in done.stderr
+    assert f"  the text has {known:,} tokens that may be learned: give more --data" in done.stderr
     assert 896 < known < 100 * (30 * 60 - 50) and json.loads((out / "saap.json").read_text())
     assert "--minutes 0.5 is too short" in refused(*words, "0.5")
     assert "--tokens is for a run without --minutes" in refused(*words, "1", "--tokens", "2048")

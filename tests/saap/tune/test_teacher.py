@@ -15,7 +15,7 @@ from saap.models.checkpoint import load_model
 from saap.models.streaming import open_model
 from saap.tune import teacher as teacher_module
 from saap.tune.losses import bucket_shares, distillation_loss
-from saap.tune.teacher import check_same_vocabulary, teacher_targets
+from saap.tune.teacher import Question, check_same_vocabulary, teacher_targets
 
 GENERATOR = torch.Generator().manual_seed(0)
 IDS = torch.randint(300, (70, 12), generator=GENERATOR)
@@ -155,7 +155,7 @@ def test_rounded_shares_sum_to_one():
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_the_cache_agrees_with_the_live_teacher(tiny_model, temperature):
     path, student = tiny_model(), load_model(tiny_model("other", seed=1))
-    targets = teacher_targets(path, IDS, k=24, temperature=temperature)
+    targets = teacher_targets(path, IDS, Question(k=24, temperature=temperature))
     assert (len(targets), targets.k, targets.note) == (70, 24, None)
     with torch.inference_mode():
         live = load_model(path)(input_ids=IDS).logits[:, :-1] / temperature
@@ -194,35 +194,35 @@ def test_a_killed_run_goes_on_and_a_finished_one_is_not_run_again(tiny_model, mo
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        teacher_targets(path, IDS, k=8, progress=killed)
+        teacher_targets(path, IDS, Question(k=8), progress=killed)
     assert steps == [("asking the teacher (sequences), 8 likeliest tokens", done, 70) for done in (0, 32, 64)]
     (entry,) = (teacher_module.cache_directory() / "teacher").iterdir()
     first = {file.name: file.stat().st_mtime_ns for file in entry.iterdir()}
     assert len(first) == 2
     (entry / f"x.partial-{2**22 + 1}").write_bytes(b"of a process that was killed")
-    targets = teacher_targets(path, IDS, k=8)
+    targets = teacher_targets(path, IDS, Question(k=8))
     assert len(loads) == 2 and len(list(entry.iterdir())) == 3
     assert all((entry / name).stat().st_mtime_ns == time for name, time in first.items())
     tokens, logprobs = targets.batch(0, 70)
-    again = teacher_targets(path, IDS, k=8, progress=killed)
+    again = teacher_targets(path, IDS, Question(k=8), progress=killed)
     assert len(loads) == 2 and len(steps) == 3 and torch.equal(again.batch(0, 70)[0], tokens)
     del targets, again
     (shard,) = entry.glob("00001-*")
     shard.write_bytes(shard.read_bytes()[:500])
-    mended = teacher_targets(path, IDS, k=8)
+    mended = teacher_targets(path, IDS, Question(k=8))
     assert len(loads) == 3 and torch.equal(mended.batch(0, 70)[1], logprobs)
 
 
 def test_what_the_numbers_depend_on_is_in_the_key(tiny_model):
     path, other = tiny_model(), tiny_model("other", seed=1)
     entries = [
-        teacher_targets(path, IDS, k=8),
-        teacher_targets(other, IDS, k=8),
-        teacher_targets(path, IDS, k=9),
-        teacher_targets(path, IDS, k=8, temperature=2.0),
-        teacher_targets(path, IDS.flip(0), k=8),
-        teacher_targets(path, IDS.view(140, 6), k=8),
-        teacher_targets(path, IDS, k=8, autocast=True),
+        teacher_targets(path, IDS, Question(k=8)),
+        teacher_targets(other, IDS, Question(k=8)),
+        teacher_targets(path, IDS, Question(k=9)),
+        teacher_targets(path, IDS, Question(k=8, temperature=2.0)),
+        teacher_targets(path, IDS.flip(0), Question(k=8)),
+        teacher_targets(path, IDS.view(140, 6), Question(k=8)),
+        teacher_targets(path, IDS, Question(k=8, autocast=True)),
     ]
     assert len({one.directory for one in entries}) == len(entries)
     exact, rounded = entries[0].batch(0, 70)[1], entries[-1].batch(0, 70)[1]
@@ -235,7 +235,7 @@ def test_the_cache_is_bounded(tiny_model, monkeypatch):
 
     def targets(limit, shift=0, k=10):
         monkeypatch.setattr(teacher_module, "LIMIT_BYTES", limit)
-        return teacher_targets(path, IDS.roll(shift, 1), k=k)
+        return teacher_targets(path, IDS.roll(shift, 1), Question(k=k))
 
     first, second = (targets(10 * each, shift).directory for shift in range(2))
     os.utime(first, (1, 1))
@@ -255,7 +255,7 @@ def test_refusals(tiny_model, tmp_path, monkeypatch):
     path = tiny_model()
     for options in ({"temperature": 0.0}, {"temperature": float("nan")}, {"k": 0}):
         with pytest.raises(UserError, match="is not allowed"):
-            teacher_targets(path, IDS, **options)
+            teacher_targets(path, IDS, Question(**options))
     with pytest.raises(UserError, match="cannot predict anything"):
         teacher_targets(path, IDS[:, :1])
     with pytest.raises(UserError, match="is not allowed"):
