@@ -127,11 +127,11 @@ def add_write_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--write", action="store_true", help="table: into the README instead of to the terminal")
 
 
-def show_tables(folder: Path, tables: Mapping[str, str], write: bool = False) -> None:
-    """Print a study's tables, or put them into its README."""
-    readme = folder / "README.md"
+def show_tables(place: Path, tables: Mapping[str, str], write: bool = False) -> None:
+    """Print a study's tables, or put them into a page: a file, or the README of a folder."""
+    page = place / "README.md" if place.is_dir() else place
     if write:
-        readme.write_text(with_tables(readme.read_text(encoding="utf-8"), tables), encoding="utf-8")
+        page.write_text(with_tables(page.read_text(encoding="utf-8"), tables), encoding="utf-8")
         return
     for name, table in tables.items():
         print(f"{name}\n\n{table}\n")

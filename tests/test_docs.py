@@ -54,6 +54,15 @@ OTHER_PROGRAMS = {
 }
 
 
+# As `wc -w` counts them.
+MOST_WORDS = {"README.md": 900, "studies/field/README.md": 2800, "studies/search/README.md": 2800}
+
+
+@pytest.mark.parametrize("name", MOST_WORDS)
+def test_a_page_stays_short(name):
+    assert len((ROOT / name).read_text().split()) <= MOST_WORDS[name]
+
+
 def fences(name, *languages):
     """(what stands after the language, text) of a page's code blocks."""
     found = FENCE.findall((ROOT / name).read_text())

@@ -70,17 +70,17 @@ def test_a_board_gets_the_engines_that_their_extras_install():
         assert extras[extra.removeprefix("'saap[").removesuffix("]'")] == [REQUIREMENTS[engine]]
 
 
-def test_the_readme_says_what_every_extra_installs():
+def test_the_page_tells_what_every_extra_installs():
     """`python -m studies.install.study table --write` mends it."""
-    readme = (ROOT / "README.md").read_text()
-    assert with_tables(readme, install.tables()) == readme
+    page = (ROOT / "docs" / "install.md").read_text()
+    assert with_tables(page, install.tables()) == page
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = {install.BASE, *project["optional-dependencies"]}
     assert set(install.FOR) == extras
     measured = {cell["extra"]: cell for cell in read_cells(install.CELLS)}
     assert measured.keys() >= {install.BASE, "bench", "prune"}
     assert 5 < measured[install.BASE]["megabytes"] < measured["bench"]["megabytes"] < measured["prune"]["megabytes"]
-    assert all(f"| `{extra}` | " in readme for extra in extras - {install.BASE})
+    assert all(f"| `{extra}` | " in page for extra in extras - {install.BASE})
 
 
 def test_megabytes_are_of_what_was_installed(tmp_path):

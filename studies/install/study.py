@@ -1,7 +1,7 @@
 """What each extra installs: packages, megabytes, seconds.
 
     python -m studies.install.study run [--rows bench]     # a fresh environment each, removed at the end; minutes
-    python -m studies.install.study table [--write]        # --write: also into the project's README
+    python -m studies.install.study table [--write]        # --write: also into docs/install.md
 
 An environment of `python -m venv` lies in a temporary folder; `pip install` of this checkout goes into it without pip's
 cache, so that every package is downloaded, except those that pip finds in a local folder (`pip config get
@@ -116,7 +116,7 @@ def main() -> None:
             (CELLS / f"{name}.json").write_text(json.dumps(cell, indent=1) + "\n", encoding="utf-8")
     show_tables(HERE, tables(), asked.write)
     if asked.write:
-        show_tables(ROOT, tables(), write=True)  # the same table is in the project's README
+        show_tables(ROOT / "docs" / "install.md", tables(), write=True)
 
 
 if __name__ == "__main__":
