@@ -15,10 +15,11 @@ import json
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
-from collections import Counter
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,27 @@ WORDS = re.findall(
     "carries closes measures follows opens crosses holds finds writes turns moves breaks small warm early heavy quiet "
     "distant narrow plain before after under against without beside because while where until every some many few",
 )
+GRAPHS = ("model.onnx", "scoring.onnx")
+ROLES = ("user", "assistant")
+TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# By model_type, the fields of a config that set a family apart.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "lfm2": {"layer_types": ["conv", "full_attention", "conv"], "block_auto_adjust_ff_dim": False},
+    "qwen3_5_text": {
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+        "rope_parameters": {"rope_theta": 1e4, "rope_type": "default", "partial_rotary_factor": 0.5},
+    },
+    "gemma3_text": {"sliding_window": 64, "sliding_window_pattern": 3, "query_pre_attn_scalar": 24},
+    "gemma4_text": {
+        "layer_types": ["sliding_attention", "full_attention", "full_attention"], "global_head_dim": 64,
+        "num_kv_shared_layers": 1, "sliding_window": 64, "use_double_wide_mlp": True,
+        "hidden_size_per_layer_input": 32, "vocab_size_per_layer_input": 320,
+    },
+}  # fmt: skip
 
 
 def text(seed: int, documents: int) -> list[str]:
@@ -153,32 +175,95 @@ def record(old: Path) -> dict[str, Any]:
 
     Returns:
         versions of libraries, a sample of the arithmetic, and by the name of each product: the plan, the sha256 of the
-        files with weights, and of each tensor type, shape and sketch; the sha256 of a bundle's files and of a GGUF
-        file, and how often each operator stands in a graph.
+        files with weights, and of each tensor type, shape, the start of a hash and a sketch; of a bundle the sha256 of
+        its files, and starts of hashes of the graph's nodes and constants; the sha256 of a GGUF file.
     """
     import torch
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # an older transformers has fewer
 
     torch.backends.mkldnn.enabled = False  # used on AMD's processors only
-    made: dict[str, Any] = {"versions": {name: importlib.metadata.version(name) for name in LIBRARIES}}
-    made["arithmetic"] = arithmetic(old / "dense")
-    text = ("--calibration", old / "learn.jsonl", "--sequences", 12, "--seed", 0)
-    for name, options in {
-        "saap": ("--ratio", 0.15),
-        "saap-two-stages": ("--ratio", 0.2),
+    result: dict[str, Any] = {"versions": {name: importlib.metadata.version(name) for name in LIBRARIES}}
+    result["arithmetic"] = arithmetic(old / "dense")
+    text = ("--calibration", old / "learn.jsonl", "--sequences", 12)
+    pruned = {
+        "ratio": ("--ratio", 0.15),
+        "speedup": ("--speedup", 1.15, "--costs", old / "cost.json"),
+        "max-bytes": ("--max-bytes", "180kB", "--group-size", 32),
+        "vocabulary": ("--vocabulary", 0.9, "--ratio", 0.1),
         "flap": ("--method", "flap", "--ratio", 0.2),
         "shortgpt": ("--method", "shortgpt", "--ratio", 0.3),
-    }.items():
-        here("prune", old / "dense", "-o", name, *options, *text)
-    here("tune", old / "slim", "-o", "tuned", "--teacher", old / "dense", "--data", old / "learn.jsonl",
-         "--tokens", 4096, "--seed", 0, "--precision", "fp32")  # fmt: skip
-    made["models"] = {name: of_model(Path(name)) for name in ("saap", "saap-two-stages", "flap", "shortgpt", "tuned")}
-    here("export", old / "tuned", "-o", "cpu")
-    here("export", old / "tuned", "-o", "portable", "--target", "portable")
+    }
+    for name, options in pruned.items():
+        here("prune", old / "dense", "-o", name, *options, *text, "--seed", 0)
+    slim, talks = talking(old / "slim", Path("talking")), conversations(Path("talks.jsonl"))
+    teacher = ("--teacher", old / "dense", "--data", old / "learn.jsonl")
+    tuned = {
+        "tuned": (old / "slim", *teacher, "--tokens", 4096),
+        "tuned-max-bytes": (old / "slim", *teacher, "--tokens", 1024, "--max-bytes", "205kB"),
+        "tuned-conversations": (slim, "--data", talks, "--kind", "chat", "--tokens", 2048),
+    }
+    families = [name for name in FAMILIES if name in CONFIG_MAPPING]
+    for name in families:
+        dense = family(name, old / "dense", Path(name))
+        here("prune", dense, "-o", f"{name}-slim", "--ratio", 0.3, "--keep", "blocks", *text, "--seed", 0)
+        tuned[f"{name}-tuned"] = (f"{name}-slim", *teacher[2:], "--tokens", 1024)
+    for name, arguments in tuned.items():
+        here("tune", *arguments, "-o", name, "--seed", 0, "--precision", "fp32")
+    models = [*pruned, *(f"{name}-slim" for name in families), *tuned]
+    result["models"] = {name: of_model(Path(name)) for name in models}
+    bundles = {
+        "cpu": (old / "tuned",),
+        "portable": (old / "tuned", "--target", "portable"),
+        "vocabulary-bundle": ("vocabulary",),
+        "max-bytes-bundle": ("tuned-max-bytes",),
+        **{f"{name}-bundle": (f"{name}-tuned",) for name in families},
+    }
+    for name, words in bundles.items():
+        here("export", *words, "-o", name)
     here("export", old / "slim", "-o", "slim.gguf", "--target", "gguf", "--bits", 8)
     here("export", old / "tuned", "-o", "tuned.gguf", "--target", "gguf")
-    made["bundles"] = {name: of_bundle(Path(name)) for name in ("cpu", "portable")}
-    made["gguf"] = {name: sha256(Path(name)) for name in ("slim.gguf", "tuned.gguf")}
-    return made
+    result["bundles"] = {name: of_bundle(Path(name)) for name in bundles}
+    result["gguf"] = {name: sha256(Path(name)) for name in ("slim.gguf", "tuned.gguf")}
+    return result
+
+
+def family(name: str, tokenizer: Path, out: Path) -> Path:
+    """A model of random weights whose layers are not all attention, or not all alike."""
+    import numpy as np
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    fields = {
+        "vocab_size": 320, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "head_dim": 32,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 512,
+        "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2, "tie_word_embeddings": True,
+    }  # fmt: skip
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **(fields | FAMILIES[name])))
+    for place, parameter in model.named_parameters():  # by name, so that no order of making changes them
+        values = np.random.Generator(np.random.PCG64(zlib.crc32(place.encode()))).standard_normal(parameter.shape)
+        spread = torch.from_numpy(values.astype(np.float32)) * (0.1 if parameter.dim() > 1 else 0.3)
+        constant = parameter.dim() == 1 and bool((parameter == parameter[0]).all())  # a norm, not a random start
+        parameter.data = parameter.data + spread if constant else spread
+    model.save_pretrained(out)
+    for path in tokenizer.glob("*token*.json"):
+        shutil.copy(path, out)
+    return out
+
+
+def talking(model: Path, out: Path) -> Path:
+    """A copy of a model whose tokenizer has a template of conversations."""
+    shutil.copytree(model, out)
+    (out / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
+    return out
+
+
+def conversations(path: Path) -> Path:
+    """Rows of messages: two questions and their answers each."""
+    sentences = [line for document in text(4, 24) for line in document.splitlines()]
+    rows = (sentences[place : place + 4] for place in range(0, len(sentences), 4))
+    turns = ([{"role": ROLES[i % 2], "content": line} for i, line in enumerate(row)] for row in rows)
+    path.write_text("".join(json.dumps({"messages": each}) + "\n" for each in turns), encoding="utf-8")
+    return path
 
 
 def arithmetic(model: Path) -> str:
@@ -211,28 +296,35 @@ def of_model(directory: Path) -> dict[str, Any]:
     """The plan of a slim directory, and its weights."""
     from safetensors.numpy import load_file
 
-    said = json.loads((directory / "saap.json").read_text(encoding="utf-8"))
     files = sorted(directory.glob("*.safetensors"))
     return {
-        "plan": said["plan"],
+        "plan": json.loads((directory / "saap.json").read_text(encoding="utf-8"))["plan"],
         "files": {file.name: sha256(file) for file in files},
         "tensors": {name: sketch(value) for file in files for name, value in sorted(load_file(file).items())},
     }
 
 
 def of_bundle(directory: Path) -> dict[str, Any]:
-    """The graph and the weights of a bundle."""
+    """The graphs and the weights of a bundle."""
     import onnx
 
-    nodes = onnx.load(directory / "model.onnx", load_external_data=False).graph.node
-    return {
-        "operators": dict(sorted(Counter(node.op_type for node in nodes).items())),
-        "files": {name: sha256(directory / name) for name in ("model.onnx", "model.onnx.data", "scoring.onnx")},
-    }
+    result: dict[str, Any] = {"files": {name: sha256(directory / name) for name in (*GRAPHS, "model.onnx.data")}}
+    for name in GRAPHS:
+        graph = onnx.load(directory / name, load_external_data=False).graph
+        result[name] = {
+            "nodes": [f"{node.op_type} {start(node.SerializeToString())}" for node in graph.node],
+            "constants": {each.name: start(each.SerializeToString()) for each in graph.initializer},
+        }
+    return result
+
+
+def start(data: bytes) -> str:
+    """The start of a hash, which is enough to say where two files differ."""
+    return hashlib.sha256(data).hexdigest()[:8]
 
 
 def sketch(tensor: Any) -> list[Any]:
-    """Type, shape, norm, and sums with eight patterns of signs: near those of another tensor where that is near."""
+    """Type, shape, start of a hash, norm, and eight sums with random signs, which are near where tensors are near."""
     import numpy as np
 
     flat = tensor.astype(np.float64).reshape(-1)
@@ -241,7 +333,8 @@ def sketch(tensor: Any) -> list[Any]:
     mixed ^= mixed >> np.uint64(29)
     signs = [1.0 - 2.0 * ((mixed >> np.uint64(k)) & np.uint64(1)).astype(np.float64) for k in range(8)]
     sums = [float(f"{float(np.sum(flat * sign)):.9g}") for sign in signs]
-    return [str(tensor.dtype), list(tensor.shape), float(f"{float(np.sqrt(np.sum(flat * flat))):.9g}"), *sums]
+    head = [str(tensor.dtype), list(tensor.shape), start(np.ascontiguousarray(tensor).tobytes())]
+    return [*head, float(f"{float(np.sqrt(np.sum(flat * flat))):.9g}"), *sums]
 
 
 def sha256(path: Path) -> str:
