@@ -13,8 +13,6 @@ Tests that take ``saap_device`` are marked ``device``, so that ``-m "not device"
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -118,7 +116,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def saap_device(request: pytest.FixtureRequest) -> Iterator[Device]:
+def saap_device(request: pytest.FixtureRequest) -> Device:
     """The device that ``--saap-device`` names."""
     from bench.judge.baselines import DEFAULT
 
@@ -126,17 +124,16 @@ def saap_device(request: pytest.FixtureRequest) -> Iterator[Device]:
     if url is None:
         pytest.skip("no device: name one with --saap-device local or --saap-device ssh://user@host")
     baselines = Path(request.config.getoption("--saap-baselines") or request.config.invocation_params.dir / DEFAULT)
-    with ExitStack() as ends:
-        device = _opened(None if url in HERE else url, ends)
-        yield Device(device, baselines, request.config.getoption("--saap-max-time"))
+    device = _target(None if url in HERE else url)
+    return Device(device, baselines, request.config.getoption("--saap-max-time"))
 
 
-def _opened(url: str | None, ends: ExitStack) -> Target:
-    """The device, the same one for all tests; what names none is refused before anything is measured."""
+def _target(url: str | None) -> Target:
+    """The device; a URL that names none is refused before anything is measured."""
     from bench.remote.target import target
     from devices.transport import BoardError
 
     try:
-        return ends.enter_context(target(url, say=print))  # pytest shows it where a test fails
+        return target(url, say=print)  # pytest shows it where a test fails
     except BoardError as error:
         raise pytest.UsageError(f"--saap-device: {error}") from None

@@ -41,7 +41,7 @@ OPTION = re.compile(r"(?<![\w-])(?<!var\()--[a-z][\w-]*")
 CODE_SPAN = re.compile(r"(?<!`)(`{1,2})(?!`)(.+?)\1(?!`)", re.DOTALL)
 OTHER_PROGRAMS = {
     *("--fsdp_version", "--multi_gpu", "--num_processes", "--use_fsdp"),  # accelerate
-    *("--kick", "--place"),  # labgrid-client
+    "--wait",  # labgrid-client
     *("--arch", "--include", "--keyring", "--variant"),  # mmdebstrap
     "--pruner_type",  # LLM-Pruner
     *("--index-url", "--no-binary", "--only-binary", "--platform", "--upgrade"),  # pip

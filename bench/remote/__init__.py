@@ -1,6 +1,6 @@
-"""Measuring on boards and farms: the bench sends itself there, runs detached, and brings the result back.
+"""Measuring on a board: the bench sends itself there, runs detached, and brings the result back.
 
-``target`` gives this host or a board behind one interface.
+``Target`` is this host or a board behind one interface.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from saap.base.lazy import handed_out
 if TYPE_CHECKING:
     from bench.remote.options import BoardOptions as BoardOptions
     from bench.remote.target import Target as Target
-    from bench.remote.target import bench_on as bench_on
 
-__all__ = ["BoardOptions", "Target", "bench_on"]
-__getattr__ = handed_out(__name__, {"BoardOptions": ".options", "Target": ".target", "bench_on": ".target"})
+__all__ = ["BoardOptions", "Target"]
+__getattr__ = handed_out(__name__, {"BoardOptions": ".options", "Target": ".target"})

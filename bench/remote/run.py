@@ -1,7 +1,7 @@
-"""A run on boards, whatever is measured there: sent by hash, detached, followed, fetched, and nothing left.
+"""A run on a board, whatever is measured there: sent by hash, detached, followed, fetched, and nothing left.
 
-Only what is needed goes to a board (``bench.remote.files``), and the run there is detached from the connection
-(``devices.agent.run``). Several boards run at the same time, as they share nothing.
+Only what is needed goes to the board (``bench.remote.files``), and the run there is detached from the connection
+(``devices.agent.run``).
 
 A run that a killed computer left on a board ends itself after a quarter of an hour, and keeps its board busy until
 then. So a run is noted here while it lasts, and ended when the same computer measures that board again.
@@ -17,8 +17,9 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -29,11 +30,11 @@ import psutil
 
 from bench.remote.board import Board, Reply, Say
 from bench.remote.files import RESERVE_BYTES, Shipment
-from bench.remote.labgrid_place import LabgridPlace, is_place
+from bench.remote.labgrid_place import is_place, open_place
 from devices.transport import BoardError, Transport, open_transport, printable
 from saap.base.child import until_done
 from saap.base.files import cache_directory, parse_json, write_text
-from saap.base.progress import Label, Progress
+from saap.base.progress import Progress
 
 CLOCK_S = 300.0  # by which a board's clock may be off before it is said
 LEASE_S = 900.0  # a run that nobody follows for so long ends itself
@@ -54,46 +55,39 @@ class Task(Generic[T]):
     read: Callable[[str, object], T]
 
 
-@dataclass(frozen=True)
-class Answer(Generic[T]):
-    """What one board gave: a result or the reason why there is none."""
+def open_board(url: str) -> Transport:
+    """The way to the board of a URL; nothing is connected yet.
 
-    url: str
-    result: T | None = None
-    error: BoardError | None = None
-
-    def value(self) -> T:
-        if self.error is not None:
-            raise self.error
-        assert self.result is not None
-        return self.result
-
-
-def routes_to(urls: Sequence[str]) -> list[Route]:
-    """How the boards are reached. Raises BoardError: a URL that names no board, or one board twice."""
-    routes = [route_to(url) for url in urls]
-    if len({route.name for route in routes}) != len(routes):  # ssh://board/ is ssh://board
-        raise BoardError("a board is named twice: name each once")
-    return routes
-
-
-def run_on_all(
-    routes: Sequence[Route], shipment: Shipment, task: Task[T], progress: Progress | None = None, say: Say | None = None
-) -> list[Answer[T]]:
-    """Run on every board, all at once; one answer per board, in their order.
-
-    An interrupt cleans the boards up before it goes on. ``progress`` and ``say`` are called from several threads, one
-    at a time.
+    Raises BoardError: it names no board, what it needs here is not installed, or the place of a farm is not acquired.
     """
-    stop, shown = threading.Event(), _Shown(len(routes), progress, say)
-    with ThreadPoolExecutor(len(routes)) as pool:
-        futures = [pool.submit(_answer, route, shipment, task, stop, shown) for route in routes]
+    return open_place(url) if is_place(url) else open_transport(url)
+
+
+def run_at(url: str, shipment: Shipment, task: Task[T], progress: Progress | None = None, say: Say | None = None) -> T:
+    """Run on the board of a URL. ``progress`` and ``say`` are called from another thread.
+
+    An interrupt cleans the board up before it goes on. Raises BoardError: naming the board and what to do.
+    """
+    stop = threading.Event()
+    with closing(open_board(url)) as transport, ThreadPoolExecutor(1) as pool:
+        board = Board(transport, stop, say)
+        future = pool.submit(run_on, board, shipment, task, progress and _with_name(transport.name, progress))
         try:
-            until_done(futures)
+            until_done([future])
         except BaseException:
             stop.set()
             raise
-    return [future.result() for future in futures]
+        return future.result()
+
+
+def _with_name(board: str, progress: Progress) -> Progress:
+    """Progress whose labels name the board."""
+
+    def report(label: str, done: float, total: float) -> None:
+        what, _, rest = label.partition(", ")
+        progress(f"{what}, {board}: {rest}" if rest else f"{what}, {board}", done, total)
+
+    return report
 
 
 def run_on(board: Board, shipment: Shipment, task: Task[T], progress: Progress | None = None) -> T:
@@ -125,17 +119,6 @@ def own_version() -> dict[str, str]:
         return {"saap": metadata.version("saap")}
     except metadata.PackageNotFoundError:
         return {}
-
-
-def _answer(route: Route, shipment: Shipment, task: Task[T], stop: threading.Event, shown: _Shown) -> Answer[T]:
-    try:
-        with route.held(stop, shown.say) as transport:
-            board = Board(transport, stop, shown.say)
-            return Answer(route.name, result=run_on(board, shipment, task, shown.of(route.name)))
-    except BoardError as error:
-        return Answer(route.name, error=error)
-    finally:
-        shown.ended(route.name)
 
 
 def _preflight(board: Board, shipment: Shipment, positions: int | None) -> None:
@@ -244,41 +227,6 @@ def _user() -> str:
         return "somebody"
 
 
-class _Shown:
-    """Progress of several boards as one: each counts one, and the label names the one that moved."""
-
-    def __init__(self, boards: int, progress: Progress | None, say: Say | None) -> None:
-        self._boards, self._progress, self._say = boards, progress, say
-        self._lock, self._done = threading.Lock(), dict[str, float]()
-
-    def of(self, url: str) -> Progress:
-        def report(label: str, done: float, total: float) -> None:
-            with self._lock:
-                if self._progress is None:
-                    return
-                what, _, rest = label.partition(", ")
-                if self._boards == 1:
-                    self._progress(f"{what}, {url}: {rest}" if rest else f"{what}, {url}", done, total)
-                    return
-                if what.startswith("bench "):
-                    self._done[url] = done / total if total else 0.0
-                told = f"boards (boards), {url}: {Label.of(label).shown}"
-                self._progress(told, sum(self._done.values()), self._boards)
-
-        return report
-
-    def ended(self, url: str) -> None:
-        with self._lock:
-            self._done[url] = 1.0
-            if self._progress is not None and self._boards > 1:
-                self._progress(f"boards (boards), {url}: ended", sum(self._done.values()), self._boards)
-
-    def say(self, text: str) -> None:
-        with self._lock:
-            if self._say is not None:
-                self._say(text)
-
-
 class _Note(msgspec.Struct):
     """The process here that a run on a board is of."""
 
@@ -324,33 +272,3 @@ def left(board: str) -> list[str]:
 
 def _folder(board: str) -> Path:
     return cache_directory() / "boards" / hashlib.sha256(board.encode()).hexdigest()[:16]
-
-
-@dataclass(frozen=True)
-class Route:
-    """How a board is reached: ``held`` gives the transport and, at its end, the board back."""
-
-    name: str
-    held: Callable[[threading.Event, Say], contextlib.AbstractContextManager[Transport]]
-
-
-def route_to(url: str) -> Route:
-    """The route to the board of a URL; nothing is connected or acquired yet.
-
-    Raises BoardError: it names no board, or what it needs here is not installed.
-    """
-    if is_place(url):
-        return Route(url, LabgridPlace(url).held)
-    transport = open_transport(url)
-    return Route(transport.name, lambda stop, say: contextlib.closing(transport))
-
-
-@contextlib.contextmanager
-def kept(url: str, say: Say | None = None) -> Iterator[str]:
-    """The URL of one board for several runs: a place of a farm stays acquired, the same one, until the end."""
-    route = route_to(url)
-    if not is_place(url):
-        yield url
-        return
-    with route.held(threading.Event(), say or (lambda text: None)) as transport:
-        yield transport.name

@@ -6,8 +6,8 @@ numbers the same meaning. A result is brought here; a board is left clean whatev
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -21,7 +21,7 @@ from bench.measure.run import measure
 from bench.remote.board import Board, Say
 from bench.remote.files import Packed, Shipment, pack
 from bench.remote.options import BoardOptions
-from bench.remote.run import Answer, Task, kept, own_version, routes_to, run_on, run_on_all
+from bench.remote.run import Task, open_board, own_version, run_at, run_on
 from devices.transport import printable
 from export.bundle.manifest import BundleManifest, read_manifest
 from saap.base.progress import Progress
@@ -71,55 +71,23 @@ class Target:
 
     def _answer(self, shipment: Shipment, task: Task[T], progress: Progress | None) -> T:
         assert self.url is not None
-        (answer,) = run_on_all(routes_to([self.url]), shipment, task, progress, self.say)
-        return answer.value()
+        return run_at(self.url, shipment, task, progress, self.say)
 
 
-@contextmanager
-def target(url: str | None, options: BoardOptions | None = None, say: Say | None = None) -> Iterator[Target]:
-    """This host, or one board until the end: a place of a farm stays acquired, the same one, for several calls.
+def target(url: str | None, options: BoardOptions | None = None, say: Say | None = None) -> Target:
+    """This host, or a board under its full name.
 
     Args:
         url: None for this host, else ``ssh://user@host[:port]``, ``adb://[serial]``, ``labgrid://PLACE`` or
             ``local://``.
 
     Raises:
-        BoardError: it names no board, or what it needs here is not installed.
+        BoardError: it names no board, what it needs here is not installed, or the place of a farm is not acquired.
     """
     if url is None:
-        yield Target()
-        return
-    with kept(url, say) as held:
-        yield Target(held, options, say)
-
-
-def bench_on(
-    urls: Sequence[str],
-    specs: Sequence[str],
-    options: BenchOptions | None = None,
-    board_options: BoardOptions | None = None,
-    *,
-    progress: Progress | None = None,
-    say: Say | None = None,
-) -> list[Answer[Result]]:
-    """Measure the specs on every board, all boards at once.
-
-    Args:
-        urls: as for :func:`target`.
-        specs: bundles, as paths here.
-        progress, say: called from several threads, one at a time.
-
-    Returns:
-        one answer per board, in their order. An interrupt cleans the boards up before it goes on.
-
-    Raises:
-        BoardError, OptionsError, PeerError, BundleError, DecoderError: the user's input, before a board is asked.
-    """
-    options = options or BenchOptions()
-    options.check()
-    routes = routes_to(urls)
-    shipment = pack(specs, options.positions, board_options)
-    return run_on_all(routes, shipment, _bench_task(shipment, options), progress, say)
+        return Target()
+    with closing(open_board(url)) as transport:
+        return Target(transport.name, options, say)
 
 
 def measure_on(board: Board, shipment: Shipment, options: BenchOptions, progress: Progress | None = None) -> Result:

@@ -1,8 +1,7 @@
-"""``saap bench``: what is asked, measured here or on boards, printed and kept."""
+"""``saap bench``: measure here or on a board, print and keep the result."""
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -35,7 +34,7 @@ class BenchCommand:
     on: Annotated[
         tuple[str, ...],
         Option(
-            "A board: ssh://user@host[:port], adb://[serial], labgrid://PLACE or ?TAG=VALUE; may be repeated.",
+            "A board: ssh://user@host[:port], adb://[serial], labgrid://PLACE.",
             metavar="URL",
         ),
     ] = ()
@@ -45,10 +44,18 @@ class BenchCommand:
     form: Annotated[Literal["md", "csv"] | None, Option("Print this instead of tables.", flags=("--format",))] = None
 
     def check(self) -> None:
+        if len(self.on) > 1:
+            raise UserError(
+                "--on takes one board: run the command once for each, such as "
+                "`for board in pi jetson; do saap bench BUNDLE --on ssh://$board --json $board.json; done`"
+            )
         self.board.check(on_a_board=bool(self.on))
         check_ending(self, self.options.repetitions)
-        if len(self.on) > 1 and self.form == "csv":
-            raise UserError("--format csv is of one board: give md, or --json FILE")
+
+    @property
+    def board_url(self) -> str | None:
+        """The board's URL; None for this host."""
+        return next(iter(self.on), None)
 
     def specs(self, given: Sequence[str]) -> list[str]:
         """What is measured; the first one twice where the noise floor is asked for."""
@@ -88,32 +95,33 @@ def bench(specs: tuple[str, ...], json_path: Path | None, options: BenchCommand)
       saap bench out/demo/dense-int4 llama.cpp:smollm2-q4_0.gguf
       saap bench out/demo/slim-int4 --on ssh://pi@board
     """
+    from bench.measure import measure
+    from bench.remote.target import target
+    from saap.base.interrupt import ended_as_by_a_person
     from saap.base.outputs import RESULT, check_folder, check_place
 
     options.check()
-    for place in _places(json_path, options.on).values() if options.on else [json_path]:
-        check_place(place, RESULT, *specs, options.quality)
+    check_place(json_path, RESULT, *specs, options.quality)
     if options.history is not None:
         check_folder(options.history, RESULT, "--history")
     if len(options.specs(specs)) == 1:
         refuse_unused(options, ("ratio_time_s",), "the ratio of two models or more", "give another")
     else:
         check_turns(options, options.options)
-    with Console() as console:
-        run = bench_on_boards if options.on else bench_here
-        sys.exit(run(specs, options, json_path, console))
-
-
-def bench_here(specs: Sequence[str], asked: BenchCommand, json_path: Path | None, console: Console) -> int:
-    """Measure on this host; the exit code."""
-    quality = read_quality(asked.quality)
-    result = replace(measured(asked.specs(specs), asked.options, console), quality=quality)
+    quality, plan = read_quality(options.quality), options.options
+    with Console() as console, ended_as_by_a_person():
+        if options.board_url is None:
+            result = measure(specs_here(options.specs(specs), console), plan, progress=console.report)
+        else:
+            board = target(options.board_url, options.board, console.say)
+            result = board.bench(options.specs(specs), plan, progress=console.report)
+    result = replace(result, quality=quality)
     try:
-        keep(result, json_path, asked.history)  # first: a terminal may be gone
+        keep(result, json_path, options.history)  # first: a terminal may be gone
     finally:  # as may the room for a file
-        _show_as_asked(result, asked)
+        _show_as_asked(result, options)
     print_document(result, json_path)
-    return 0 if any(m.samples for m in result.measurements) else NOTHING_MEASURED
+    sys.exit(0 if any(m.samples for m in result.measurements) else NOTHING_MEASURED)
 
 
 def read_quality(path: Path | None) -> dict[str, object] | None:
@@ -126,37 +134,6 @@ def read_quality(path: Path | None) -> dict[str, object] | None:
     return read_object(path, "write it with `saap eval --json`")
 
 
-def bench_on_boards(specs: Sequence[str], asked: BenchCommand, json_path: Path | None, console: Console) -> int:
-    """Measure on boards at once, show one after the other, then side by side; 2 when one could not be used."""
-    from bench.remote import bench_on
-    from saap.base.interrupt import ended_as_by_a_person
-
-    quality = read_quality(asked.quality)
-    with ended_as_by_a_person():
-        answers = bench_on(
-            asked.on, asked.specs(specs), asked.options, asked.board, progress=console.report, say=console.say
-        )
-    console.finish()
-    if len(answers) == 1 and answers[0].error is not None:
-        raise answers[0].error
-    measured = {a.url: replace(a.result, quality=quality) for a in answers if a.result is not None}
-    places = _places(json_path, [answer.url for answer in answers])
-    for url, result in measured.items():
-        try:
-            keep(result, places[url], asked.history)
-        finally:
-            _show_board(url, result, asked, several=len(answers) > 1)
-        print_document(result, places[url])
-    if len(measured) > 1 and not asked.form:
-        _side_by_side(measured)
-    failed = [answer.error for answer in answers if answer.error is not None]
-    for error in failed:
-        click.echo(f"saap: {error}", err=True)
-    if failed:
-        return UserError.exit_code
-    return 0 if any(m.samples for r in measured.values() for m in r.measurements) else NOTHING_MEASURED
-
-
 def _show_as_asked(result: Result, asked: BenchCommand) -> None:
     from bench.report.tables import formatted
 
@@ -167,17 +144,13 @@ def _show_as_asked(result: Result, asked: BenchCommand) -> None:
         show_result(result, noise_floor=asked.noise_floor)
 
 
-def measured(specs: list[str], options: BenchOptions, console: Console, names: list[str] | None = None) -> Result:
-    from bench.measure import measure
-    from saap.base.interrupt import ended_as_by_a_person
+def specs_here(specs: Sequence[str], console: Console) -> list[str]:
+    """Specs as this host measures them: with the engine that is fastest here, and models checked."""
     from saap.cli.engines import on_fastest
 
     specs = [on_fastest(spec, console.report) for spec in specs]
     verify_models(specs)
-    with ended_as_by_a_person():
-        result = measure(specs, options, names=names, progress=console.report)
-    console.finish()
-    return result
+    return specs
 
 
 def verify_models(specs: list[str]) -> None:
@@ -296,41 +269,3 @@ def _noise_floor(result: Result, names: list[str]) -> float | None:
         return None
     tell(f"  noise floor: {names[0]} against itself is within {floor:.1%} (95 %)")
     return floor
-
-
-def _show_board(url: str, result: Result, asked: BenchCommand, several: bool) -> None:
-    from devices.transport import printable
-
-    if several and asked.form in (None, "md"):
-        board = result.device.get("board") or result.device.get("cpu_model") or "unknown board"
-        click.echo(f"### {url}: {printable(board)}\n")
-    _show_as_asked(result, asked)
-
-
-def _places(path: Path | None, urls: Sequence[str]) -> dict[str, Path | None]:
-    """One document per board: ``result.json`` becomes ``result.pi-board.json``; never two in one file."""
-    if path is None or path == STDOUT or len(urls) < 2:
-        return dict.fromkeys(urls, path)
-    labels = {url: _label(url.partition("://")[2]) or _label(url) for url in urls}
-    found: dict[str, Path | None] = {}
-    for number, (url, label) in enumerate(labels.items(), 1):
-        unique = label if [*labels.values()].count(label) == 1 else f"{_label(url)}-{number}"
-        found[url] = path.with_name(f"{path.stem}.{unique}{path.suffix}")
-    return found
-
-
-def _label(text: str) -> str:
-    return re.sub(r"[^A-Za-z0-9.]+", "-", text).strip("-")
-
-
-def _side_by_side(measured: dict[str, Result]) -> None:
-    from bench.report.tables import LEAST, main_table
-
-    tables = {url: main_table(result) for url, result in measured.items()}
-    columns = list(dict.fromkeys(column for table in tables.values() for column in table.header))
-    rows = []
-    for url, table in tables.items():
-        for row in table.rows:
-            cells = dict(zip(table.header, row, strict=True))
-            rows.append([url, *(cells.get(column, "-") for column in columns)])
-    print_table("side by side", ["board", *columns], rows, LEAST)

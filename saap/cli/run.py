@@ -607,8 +607,9 @@ def _bench(state: _State, made_from: list[str], threads: int, peers: dict[str, s
     """With one thread count; what a small model gains from a second thread depends on its operators."""
     from bench.judge.comparison import LEAST_REPETITIONS
     from bench.judge.wording import threads as counted
-    from bench.measure.options import BenchOptions
-    from saap.cli.bench import keep, measured
+    from bench.measure import BenchOptions, measure
+    from saap.base.interrupt import ended_as_by_a_person
+    from saap.cli.bench import keep, specs_here
 
     repetitions = state.options.repetitions
     specs = {name: str(state.out / name) for name in state.options.bundles} | peers
@@ -617,7 +618,10 @@ def _bench(state: _State, made_from: list[str], threads: int, peers: dict[str, s
 
     def work() -> None:
         plan = BenchOptions(threads=threads, repetitions=repetitions, ratio_time_s=ratio_s)
-        keep(measured([*specs.values()], plan, state.console, [*specs]), result)
+        paths = specs_here([*specs.values()], state.console)
+        with ended_as_by_a_person():
+            keep(measure(paths, plan, names=[*specs], progress=state.console.report), result)
+        state.console.finish()
 
     command = ["bench", *specs.values(), "--threads", threads, "--repetitions", repetitions, "--ratio-time", ratio_s,
                "--json", result]  # fmt: skip

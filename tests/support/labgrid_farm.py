@@ -1,8 +1,7 @@
-"""A real labgrid coordinator and exporter on 127.0.0.1, whose only board is the sshd of the other tests.
+"""A real labgrid coordinator and exporters on 127.0.0.1, whose only board is the sshd of the other tests.
 
-Its power is a relay behind HTTP, as labgrid's driver `rest` expects one; switching it starts and stops that sshd, so
-power is really switched. Places: `pi` (network and power, tags board=pi, rack=a), `dark` (power only), `two` (two
-networks), `gone` (matches nothing) and `behind` (reached by a jump over its exporter).
+Places: `pi` (network, alias `raspberry`), `dark` (power only), `two` (two networks) and `behind` (reached by a jump
+over its exporter).
 """
 
 from __future__ import annotations
@@ -14,20 +13,15 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
-from unittest import mock
 
 import pytest
 from support.remote_runs import VENV
 from support.sshd import Sshd, require_sshd
 
-from bench.remote.labgrid_session import _pb2, ask
-
 BEGIN_S = 30.0
+PLACES = {"pi": "lab", "dark": "lab", "two": "lab", "behind": "closed"}  # with their exporters
 
 
 def require_labgrid() -> None:
@@ -36,82 +30,38 @@ def require_labgrid() -> None:
 
 
 class Farm:
-    """The farm; ``sshd`` is its board, ``switched`` what was done to its power."""
+    """The farm; ``sshd`` is its board."""
 
     def __init__(self, folder: Path) -> None:
         require_labgrid()
         require_sshd()
         self.folder = folder
         self.sshd = Sshd(folder / "sshd", VENV)
-        self.switched: list[str] = []
-        self.on = False
-        self.relay = _relay(self)
         self._processes: list[subprocess.Popen[str]] = []
-        self.address, self.log = "", folder
+        self.address = ""
 
     def start(self) -> None:
-        self.log, self.address = self._begin("coordinator", r"listening on (.+)", "-l", "127.0.0.1:0")
+        self.sshd.start()
+        (self.folder / "places.yaml").write_text(json.dumps({name: _place(name) for name in PLACES}))
+        self.address = self._begin("coordinator", r"listening on (.+)", "-l", "127.0.0.1:0")
         self._export("lab")
         self._export("closed", "--isolated")
-        ask(self.address, self._places)
 
-    def acquire(self, user: str | None = None) -> None:
-        self._as(user, "AcquirePlace", _pb2().AcquirePlaceRequest(placename="pi"))
+    def acquire(self, place: str = "pi", user: str | None = None) -> None:
+        self.client("-p", place, "acquire", user=user)
 
-    def release(self, user: str | None = None) -> None:
-        self._as(user, "ReleasePlace", _pb2().ReleasePlaceRequest(placename="pi"))
+    def release(self, place: str = "pi", user: str | None = None) -> None:
+        self.client("-p", place, "release", user=user)
 
-    def reserve(self, user: str) -> str:
-        """The reservation's token."""
-        named = _pb2().Reservation.Filter(filter={"name": "pi"})
-        made = self._as(user, "CreateReservation", _pb2().CreateReservationRequest(filters={"main": named}, prio=0.0))
-        return str(made.reservation.token)
-
-    def cancel(self, token: str) -> None:
-        self._as(None, "CancelReservation", _pb2().CancelReservationRequest(token=token))
-
-    def _as(self, user: str | None, call: str, request: object) -> Any:
-        """As `labgrid-client` of that user asks it."""
-
-        async def act(session: Any) -> Any:
-            return await getattr(session.stub, call)(request)
-
-        with mock.patch.dict(os.environ, {"LG_USERNAME": user} if user else {}):
-            return ask(self.address, act)
-
-    def power(self, on: bool) -> None:
-        """Without a switch."""
-        if on and not self.on:
-            self.sshd.start()
-        if self.on and not on:
-            self.sshd.stop()
-        self.on = on
-
-    def holder(self, place: str) -> str | None:
-        """Who has acquired a place."""
-        return self._state()[0][place]
-
-    def is_free(self) -> bool:
-        """No place is acquired, and no reservation is left."""
-        holders, reservations = self._state()
-        return not any(holders.values()) and not reservations
-
-    def clear(self) -> None:
-        """So that one test that fails does not make the next one wait."""
-
-        async def clear(session: Any) -> None:
-            told = await session.stub.GetReservations(_pb2().GetReservationsRequest())
-            for reservation in told.reservations:
-                await session.stub.CancelReservation(_pb2().CancelReservationRequest(token=reservation.token))
-            for place in session.places.values():
-                if place.acquired:
-                    await session.stub.ReleasePlace(_pb2().ReleasePlaceRequest(placename=place.name))
-
-        ask(self.address, clear)
-
-    def acquired(self) -> int:
-        """How often a place was acquired until now."""
-        return self.log.read_text().count("place acquired by")
+    def client(self, *arguments: str, user: str | None = None) -> str:
+        """Run `labgrid-client` as a user, and return its output."""
+        done = subprocess.run(
+            [sys.executable, "-m", "labgrid.remote.client", "-x", self.address, *arguments],
+            env={**os.environ, **({"LG_USERNAME": user} if user else {})}, cwd=self.folder, capture_output=True,
+            text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return done.stdout
 
     def stop(self) -> None:
         for process in reversed(self._processes):
@@ -121,39 +71,15 @@ class Farm:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-        self.relay.shutdown()
-        self.relay.server_close()
-        self.power(False)
-
-    def _state(self) -> tuple[dict[str, str | None], int]:
-        async def state(session: Any) -> tuple[dict[str, str | None], int]:
-            told = await session.stub.GetReservations(_pb2().GetReservationsRequest())
-            return {name: place.acquired for name, place in session.places.items()}, len(told.reservations)
-
-        return ask(self.address, state)
-
-    async def _places(self, session: Any) -> None:
-        stub, pb2 = session.stub, _pb2()
-        for name in ("pi", "dark", "two", "gone", "behind"):
-            await stub.AddPlace(pb2.AddPlaceRequest(name=name))
-            exporter = "closed" if name == "behind" else "lab"
-            await stub.AddPlaceMatch(pb2.AddPlaceMatchRequest(placename=name, pattern=f"{exporter}/{name}/*"))
-        await stub.SetPlaceTags(pb2.SetPlaceTagsRequest(placename="pi", tags={"board": "pi", "rack": "a"}))
-        await stub.AddPlaceAlias(pb2.AddPlaceAliasRequest(placename="pi", alias="raspberry"))
+        self.sshd.stop()
 
     def _export(self, name: str, *options: str) -> None:
         board = {"address": "127.0.0.1", "username": getpass.getuser(), "port": self.sshd.port}
-        relay = {
-            "model": "rest",
-            "host": f"http://127.0.0.1:{self.relay.server_address[1]}/relay/{{index}}",
-            "index": 1,
-        }
-        several = {label: {"cls": "NetworkService", **board} for label in ("one", "other")}
         groups = {
             "lab": {
-                "pi": {"NetworkService": board, "NetworkPowerPort": relay},
-                "dark": {"NetworkPowerPort": relay},
-                "two": several,
+                "pi": {"NetworkService": board},
+                "dark": {"NetworkPowerPort": {"model": "rest", "host": "http://127.0.0.1/{index}", "index": 1}},
+                "two": {label: {"cls": "NetworkService", **board} for label in ("one", "other")},
             },
             "closed": {"behind": {"NetworkService": board}},
         }
@@ -161,7 +87,7 @@ class Farm:
         options = ("-c", self.address, "-n", name, "--hostname", "127.0.0.1", *options, f"{self.folder}/{name}.yaml")
         self._begin("exporter", r"(Exporter ready)", *options)
 
-    def _begin(self, kind: str, ready: str, *options: str) -> tuple[Path, str]:
+    def _begin(self, kind: str, ready: str, *options: str) -> str:
         log = self.folder / f"{kind}{len(self._processes)}.log"
         with log.open("w") as out:
             process = subprocess.Popen(
@@ -171,34 +97,13 @@ class Farm:
         self._processes.append(process)
         end = time.monotonic() + BEGIN_S
         while time.monotonic() < end and process.poll() is None:
-            if found := re.search(ready, log.read_text()):
-                return log, found[1]
+            if line := re.search(ready, log.read_text()):
+                return line[1]
             time.sleep(0.05)
         raise AssertionError(f"labgrid's {kind} did not begin:\n{log.read_text()}")
 
 
-def _relay(farm: Farm) -> ThreadingHTTPServer:
-    """`GET` tells the state, `PUT` switches: labgrid/driver/power/rest.py."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self._answer(b"1" if farm.on else b"0")
-
-        def do_PUT(self) -> None:
-            on = self.rfile.read(int(self.headers["Content-Length"])) == b"1"
-            farm.switched.append("on" if on else "off")
-            farm.power(on)
-            self._answer(b"")
-
-        def _answer(self, body: bytes) -> None:
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, format: str, *args: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    return server
+def _place(name: str) -> dict[str, object]:
+    """A place as the coordinator stores it."""
+    match = {"exporter": PLACES[name], "group": name, "cls": "*", "name": None, "rename": None}
+    return {"matches": [match], "aliases": ["raspberry"] if name == "pi" else []}

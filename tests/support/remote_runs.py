@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -18,8 +17,11 @@ from support.sshd import Sshd, require_sshd
 from support.tiny_graphs import tiny_bundle
 
 from bench.measure.options import BenchOptions
+from bench.measure.result import Result
+from bench.remote.board import Say
 from bench.remote.options import BoardOptions
-from bench.remote.target import bench_on
+from bench.remote.target import Target
+from saap.base.progress import Progress
 
 QUICK = BenchOptions(prompt=4, generate=6, threads=1, repetitions=2, cold=False)
 ONCE = dataclasses.replace(QUICK, repetitions=1)
@@ -59,10 +61,16 @@ def remains(cache: Path) -> list[object]:
     return [*cache.glob("lock.json"), *(cache / "runs").glob("*"), *left(cache)]
 
 
-def one(url: str, specs: list[str], plan: BenchOptions = QUICK, **options: Any) -> Any:
-    """The result of one board, which uses the packages of this Python."""
-    (answer,) = bench_on([url], specs, plan, OWN_PACKAGES, **options)
-    return answer.value()
+def one(
+    url: str,
+    specs: list[str],
+    plan: BenchOptions = QUICK,
+    *,
+    progress: Progress | None = None,
+    say: Say | None = None,
+) -> Result:
+    """The result of a board, which uses the packages of this Python."""
+    return Target(url, OWN_PACKAGES, say).bench(specs, plan, progress=progress)
 
 
 def running_bench(bundle: str, url: str, cache: Path) -> subprocess.Popen[str]:

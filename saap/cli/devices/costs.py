@@ -68,7 +68,8 @@ def costs(model: str, out: Path, options: CostsCommand) -> None:
     from saap.base.interrupt import ended_as_by_a_person
 
     options.check()
-    with Console() as console, ended_as_by_a_person(), target(options.on, options.board, console.say) as device:
+    with Console() as console, ended_as_by_a_person():
+        device = target(options.on, options.board, console.say)
         found = probe_costs(model, out, options, device, console.report)
         console.finish()
     keep_costs(out, found)

@@ -132,7 +132,8 @@ def baseline(bundle: str, options: BaselineCommand) -> None:
     writable_folder(folder, name)
     there = _baseline_there(folder, name, device_options.on) if options.add else None
     how = Recording(options.sessions, options.spread, there, say=console.say)
-    with ended_as_by_a_person(), target(device_options.on, device_options.board, console.say) as device:
+    with ended_as_by_a_person():
+        device = target(device_options.on, device_options.board, console.say)
         if there is None:
             plan = replace(plan, choice=fastest_setting(device, bundle, plan, console))
         kept = record(name, measuring(device, bundle, name, console), plan_of(there) if there else plan, how)
@@ -191,7 +192,8 @@ def test(bundle: str, options: TestCommand) -> None:
     device_options.check()
     name = name_of(bundle, device_options.name)
     try:
-        with ended_as_by_a_person(), target(device_options.on, device_options.board, console.say) as device:
+        with ended_as_by_a_person():
+            device = target(device_options.on, device_options.board, console.say)
             found = retest(
                 checked_folder(device_options.folder),
                 name,

@@ -19,7 +19,7 @@ import psutil
 import pytest
 from support.agent_requests import RUN
 from support.bench_samples import measurement, result
-from support.command_line import here, refused
+from support.command_line import refused
 from support.remote_runs import (
     LONG,
     ONCE,
@@ -37,22 +37,19 @@ from support.remote_runs import (
 
 from bench.costs.options import CostsOptions
 from bench.judge.comparison import compare
-from bench.measure.result import read_result
 from bench.measure.run import measure
 from bench.remote import board as remote_board
-from bench.remote import run as remote_run
 from bench.remote import target
 from bench.remote.board import Board
 from bench.remote.files import REQUIREMENTS, pack
 from bench.remote.options import BoardOptions
-from bench.remote.target import bench_on, measure_on
+from bench.remote.target import Target, measure_on
 from devices.agent.home import Lock
 from devices.transport import BoardError, Local, open_transport
 from export.bundle.engines import OPENVINO
 from export.bundle.engines import REQUIREMENTS as OF_ENGINES
 from export.bundle.manifest import BundleError
 from saap.base.interrupt import ask_to_end, ended_as_by_a_person
-from saap.cli.bench import _places
 
 
 @pytest.fixture(scope="module")
@@ -287,11 +284,11 @@ def test_under_nohup_a_closed_terminal_ends_nothing():
 def test_a_test_of_a_board_is_ended_like_a_bench(bundles, tmp_path, monkeypatch):
     seen = []
 
-    def run_on_all(*arguments):
+    def run_at(*arguments):
         seen.append(signal.getsignal(signal.SIGTERM))
         raise BoardError("enough")
 
-    monkeypatch.setattr(target, "run_on_all", run_on_all)
+    monkeypatch.setattr(target, "run_at", run_at)
     asked = ["--baselines", tmp_path / "kept", "--on", "local://", "--board-packages"]
     assert "enough" in refused("devices", "baseline", bundles[0], *asked, "-p", "4", "-n", "4", "-t", "1", "-r", "6")
     assert seen == [ask_to_end]
@@ -316,44 +313,12 @@ def test_a_worker_that_fails_is_invalid_as_it_is_here(sshd, bundles):
     assert any("no answer within 0.01 s" in reason for reason in found.measurements[0].reasons)
 
 
-def test_several_boards_on_the_command_line(sshd, bundles, tmp_path, monkeypatch):
-    monkeypatch.setenv("SAAP_CACHE", str(tmp_path / "here"))
-    monkeypatch.setenv("PATH", f"{sshd.bin}:{VENV}")
-    done = here("bench", bundles[0], "--on", sshd.url, "--on", "local://", *OPTIONS, "--json", tmp_path / "r.json")
-    assert "side by side" in done.stdout and done.stdout.count("### ") == 2
-    names = [f"r.{sshd.url.removeprefix('ssh://').replace('@', '-').replace(':', '-')}.json", "r.local.json"]
-    assert {path.name for path in tmp_path.glob("r.*")} == set(names)
-    results = [read_result(tmp_path / name) for name in names]
-    assert [r.settings["on"] for r in results] == [sshd.url, "local://"]
-    assert not remains(tmp_path / "here")
-
-
-def test_no_two_boards_write_one_file():
-    urls = ["adb://", "local://", "ssh://pi@board", "ssh://pi-board", "ssh://other"]
-    places = _places(Path("out/r.json"), urls)
-    assert [path.name for path in places.values()] == [
-        "r.adb.json", "r.local.json", "r.ssh-pi-board-3.json", "r.ssh-pi-board-4.json", "r.other.json",
-    ]  # fmt: skip
-    assert _places(Path("r.json"), urls[:1]) == {"adb://": Path("r.json")}
-
-
 def test_what_a_board_wrote_steers_no_terminal(bundles):
     shipment = pack(bundles[:1], ONCE.positions)
     sent = measurement("dense", [0.01], bundle_hash=shipment.packed[0].manifest.content_hash,
                        reasons=["\x1b[31mhot"], stderr=["\x1b]0;title\x07"])  # fmt: skip
     (m,) = target._bench_task(shipment, ONCE).read("local://", dataclasses.asdict(result(sent))).measurements
     assert (m.reasons, m.stderr, m.spec) == (["?[31mhot"], ["?]0;title?"], bundles[0])
-
-
-def test_one_board_of_two_fails(sshd, bundles, tmp_path, monkeypatch):
-    def run_on(board, *arguments):
-        if board.name == sshd.url:
-            raise BoardError(f"{board.name}: no connection")
-        return result(measurement("dense", [0.01] * 3))
-
-    monkeypatch.setattr(remote_run, "run_on", run_on)
-    done = here("bench", bundles[0], "--on", sshd.url, "--on", "local://", *OPTIONS, code=2)
-    assert "no connection" in done.stderr and "decode" in done.stdout
 
 
 def test_a_lock_that_nobody_hears_of_is_given_back(tmp_path, monkeypatch):
@@ -387,15 +352,13 @@ def test_the_agent_installs_itself_into_a_venv_of_its_own(bare, bundles, tmp_pat
     bare.stop()
     bare.environment.update({k: v for k, v in os.environ.items() if k.startswith("PIP_") or k.endswith("_proxy")})
     bare.start()
-    (found,) = bench_on([bare.url], bundles[:1], QUICK)
-    assert found.error is None, found.error
-    assert found.result.versions["saap"] and len(found.result.measurements[0].samples) == 2
+    result = Target(bare.url).bench(bundles[:1], QUICK)
+    assert result.versions["saap"] and len(result.measurements[0].samples) == 2
     (agent,) = bare.cache.glob("agent-*")
     packages = {path.name.split("-")[0] for path in agent.glob("venv/lib/python3*/site-packages/*.dist-info")}
     assert {"msgspec", "numpy", "onnxruntime", "psutil"} <= packages and not {"torch", "scipy", "click"} & packages
     wheels = tmp_path / "wheels"
     pip = [sys.executable, "-m", "pip", "download", "-q", "-d", str(wheels), *REQUIREMENTS]
     subprocess.run(pip, check=True)
-    (found,) = bench_on([bare.url], bundles[:1], QUICK, BoardOptions(wheels))
-    assert found.error is None, found.error
+    Target(bare.url, BoardOptions(wheels)).bench(bundles[:1], QUICK)
     assert len(list(bare.cache.glob("agent-*"))) == 2 and not remains(bare.cache)
