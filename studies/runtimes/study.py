@@ -16,7 +16,6 @@ from dataclasses import replace
 from pathlib import Path, PurePath
 
 from bench.measure.result import Measurement, Result, read_result, result_text
-from bench.report.tables import peer_notes
 from studies.common import Cell, add_write_option, cpu_of, markdown, parser_of, provenance, read_cells, show_tables
 
 FOLDER = Path(__file__).parent
@@ -70,11 +69,7 @@ def tables() -> dict[str, str]:
     """The tables of README.md."""
     cells = [cell for cell in read_cells(FOLDER / "cells") if "result" in cell]
     heads = ["CPU", "threads", "model", "decode tok/s", "of Q4_0", "of pure", "prefill tok/s", "of Q4_0", "peak MB"]
-    notes = [[cpu_of(cell["machine"]), note] for cell in cells for note in peer_notes(result_of(cell))]
-    return {
-        "speed": markdown(heads, [row for cell in cells for row in rows_of(cell)]),
-        "pilots": markdown(["CPU", "which setting of llama.cpp is fastest"], notes),
-    }
+    return {"speed": markdown(heads, [row for cell in cells for row in rows_of(cell)])}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
