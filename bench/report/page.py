@@ -26,8 +26,8 @@ from bench.judge.wording import (
 )
 from bench.measure.result import Result, read_result
 from bench.report.headline import Entry, beside, bought, cards_of, entries_of, pair_of
-from bench.report.kept import kept_of, kept_plot, shares_text, threshold_text
-from bench.report.plots import Figure, decode_rates, memory_phases, token_times
+from bench.report.kept import kept_of, kept_plot, shares_text
+from bench.report.plots import Figure, decode_rates
 from bench.report.quality import Row, sections_of, tradeoffs
 from bench.report.tables import detail_table, peer_notes
 from saap.base.files import parse_json, write_text
@@ -94,7 +94,7 @@ def _context(results: Sequence[Result], run: Mapping[str, object], qualities: Se
         "beside": list(filter(None, (bought(each, measured) for each in beside(pair, entries)))),
         "notes": [note for result in results for note in peer_notes(result)],
         "made_for": plain(run.get("device_told") or ""),
-        "plots": _plots(entries),
+        "speeds": _speeds(entries),
         "tradeoffs": tradeoffs(entries, sections),
         "plan": _plan(run, results),
         "qualities": sections,
@@ -114,38 +114,21 @@ def _context(results: Sequence[Result], run: Mapping[str, object], qualities: Se
     }
 
 
-def _plots(entries: Sequence[Entry]) -> list[Figure]:
+def _speeds(entries: Sequence[Entry]) -> Figure | None:
     known = [entry for entry in entries if entry.measurement.samples]
     if not known:
-        return []
+        return None
     shown = known[:MOST_DRAWN]
     more = f" The first {len(shown)} of {len(known)} are drawn, the tables hold all." if len(known) > len(shown) else ""
-    measurements, names = [entry.measurement for entry in shown], [entry.name for entry in shown]
     ceilings = [entry.result.ceiling_ts(entry.measurement) for entry in shown]
     rates = "; ".join(f"{entry.name} {number(entry.row['decode_ts'])} tok/s" for entry in shown)
-    peaks = "; ".join(f"{entry.name} {megabytes(entry.row['peak_decode_bytes'])} MB" for entry in shown)
-    return [
-        Figure(
-            "Decode speed",
-            "A dot per repetition in the order measured, a bar at the median; hollow dots are INVALID. "
-            f"The dashed line is what the probed memory bandwidth allows.{more}",
-            f"Decode speed, medians: {rates}",
-            decode_rates(measurements, ceilings, names),
-        ),
-        Figure(
-            "Time per token over the run",
-            "Median over the repetitions, shaded between the quartiles. "
-            f"A rising line is the growing cache, or heat.{more}",
-            "Time per token over the run, a line per measurement",
-            token_times(measurements, names),
-        ),
-        Figure(
-            "Memory",
-            f"Resident memory of the measured process: the largest over the repetitions.{more}",
-            f"Memory, peak while decoding: {peaks}",
-            memory_phases(measurements, names),
-        ),
-    ]
+    return Figure(
+        "Decode speed",
+        "A dot per repetition in the order measured, a bar at the median; hollow dots are INVALID. "
+        f"The dashed line is what the probed memory bandwidth allows.{more}",
+        f"Decode speed, medians: {rates}",
+        decode_rates([entry.measurement for entry in shown], ceilings, [entry.name for entry in shown]),
+    )
 
 
 def _history(folder: Path | None) -> list[Panel]:
@@ -168,8 +151,6 @@ def _plan(run: Mapping[str, object], results: Sequence[Result]) -> Row | None:
         "facts": facts,
         "svg": kept_plot(kept) if kept else None,
         "label": f"What is kept: {shares_text(kept)}" if kept else None,
-        "priced": bool(kept and kept.prices is not None),
-        "threshold": threshold_text(plan),
     }
 
 

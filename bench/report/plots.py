@@ -31,7 +31,6 @@ _COLOURS = {INK: "--ink", MUTED: "--muted", GRID: "--line", SURFACE: "--surface"
     f"#0a0b{index:02x}": f"--s{index}" for index in range(1, SERIES + 1)
 }
 _WIDTH = 4.4  # inches at 100 px: narrow, so that letters stay legible on a phone
-_MOST_POINTS = 256  # of a line; longer runs are binned
 
 Array = NDArray[np.float64]
 
@@ -82,115 +81,23 @@ def decode_rates(measurements: Sequence[Measurement], ceilings: Sequence[float |
     return drawing(draw, 0.75 * len(names) + 0.7, "decode")
 
 
-def token_times(measurements: Sequence[Measurement], names: Sequence[str]) -> Markup:
-    """Milliseconds per token over the run: median of the repetitions, shaded from the first to the third quartile."""
-
-    def draw(axes: Axes) -> None:
-        top, centres = 0.0, []
-        for index, measurement in enumerate(measurements):
-            times = np.array([sample.token_s for sample in measurement.samples], dtype=np.float64) * 1e3
-            if not times.size:
-                continue
-            position, times = _binned(times)
-            low, middle, high = np.percentile(times, [25, 50, 75], axis=0)
-            axes.fill_between(position, low, high, color=series_colour(index), alpha=0.18, linewidth=0)
-            axes.plot(position, middle, color=series_colour(index), linewidth=1.4, label=label(names[index]))
-            # A single slow token must not flatten the lines; it still enters every statistic.
-            top = max(top, float(np.percentile(high, 99)), float(np.percentile(middle, 99)) * 1.1)
-            centres.append(float(np.median(middle)))
-        far_apart = bool(centres) and max(centres) > 4 * min(centres)
-        if far_apart:
-            _plain_log_scale(axes)
-        axes.set_ylim(min(centres) / 2 if far_apart else 0, top * (1.6 if far_apart else 1.15) or 1)
-        axes.set_xlim(left=0)
-        axes.set_xlabel("generated token")
-        axes.set_ylabel("ms per token (log)" if far_apart else "ms per token")
-        axes.grid(axis="y", color=GRID, linewidth=0.8)
-        _legend(axes)
-
-    return drawing(draw, 2.9 + _legend_inches(len(names)), "times")
-
-
-def memory_phases(measurements: Sequence[Measurement], names: Sequence[str]) -> Markup:
-    phases = [
-        ("peak, loading", "peak_load_bytes", 0.35),
-        ("peak, decoding", "peak_decode_bytes", 1.0),
-        ("end, private", "anonymous_bytes", 0.7),
-        ("end, mapped files", "file_bytes", 0.5),
-    ]
-
-    def draw(axes: Axes) -> None:
-        height = 0.8 / len(measurements)
-        for index, measurement in enumerate(measurements):
-            for row, (_, field, alpha) in enumerate(phases):
-                value = measurement.peak(field)
-                at = row - 0.4 + height * (index + 0.5)
-                if value is None:
-                    axes.annotate(" unknown", (0, at), va="center", color=MUTED, fontsize=9)
-                    continue
-                name = label(names[index]) if row == 1 else None
-                axes.barh(at, value / 1e6, height * 0.86, color=series_colour(index), alpha=alpha, label=name)
-                axes.annotate(f" {value / 1e6:.0f}", (value / 1e6, at), va="center", color=INK, fontsize=9)
-        axes.set_yticks(range(len(phases)), [name for name, _, _ in phases])
-        axes.set_ylim(len(phases) - 0.5, -0.5)
-        axes.margins(x=0.12)
-        axes.set_xlim(left=0)
-        axes.set_xlabel("MB (10⁶ bytes)")
-        axes.grid(axis="x", color=GRID, linewidth=0.8)
-        _legend(axes)
-
-    height = 0.9 + len(phases) * max(0.4, 0.2 * len(measurements)) + _legend_inches(len(names))
-    return drawing(draw, height, "memory")
-
-
 def label(name: str, most: int = 34) -> str:
     """A name that a plot can hold: printable, and shortened in the middle, since both ends tell models apart."""
     text = "".join(character if character.isprintable() else "?" for character in name)
     return text if len(text) <= most else f"{text[: most // 2 - 1]}…{text[-(most // 2) :]}"
 
 
-def _binned(times: Array) -> tuple[Array, Array]:
-    """Token positions and times [repetitions, points]; a long run becomes medians of equal stretches."""
-    count = times.shape[1]
-    if count <= _MOST_POINTS:
-        return np.arange(1.0, count + 1), times
-    parts = np.array_split(np.arange(count), _MOST_POINTS)
-    return np.array([part.mean() + 1 for part in parts]), np.stack([np.median(times[:, p], axis=1) for p in parts], 1)
-
-
-def _plain_log_scale(axes: Axes) -> None:
-    """A logarithmic y axis with ticks 5, 10, 20; powers of ten would need mathematics, which is off for the names."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
-
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_locator(NullLocator())
-
-
-def _legend(axes: Axes) -> None:
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), frameon=False, borderaxespad=0.2, labelcolor=INK, ncols=1)
-
-
-def _legend_inches(rows: int) -> float:
-    """What a legend of more rows than a plot has room for adds to its height."""
-    return 0.2 * max(0, rows - 4)
-
-
 def drawing(
-    draw: Callable[..., None],
+    draw: Callable[[Axes], None],
     height: float,
     salt: str,
-    panels: int = 1,
     width: float = _WIDTH,
-    ratios: Sequence[float] | None = None,
 ) -> Markup:
-    """What ``draw`` draws on the axes of each panel, in the page's colours, with every name escaped by matplotlib.
+    """Return a drawing as SVG in the page's colours, with every name escaped by matplotlib.
 
     Args:
-        height: inches, as ``width``; ``ratios``: of the panels' heights.
-        salt: ids are the same in every run, and differ between the plots of a page.
+        height: inches, as ``width``.
+        salt: keeps ids the same in every run, and different between the plots of a page.
     """
     # matplotlib keeps a list of fonts: in our cache, not in one of its own.
     os.environ.setdefault("MPLCONFIGDIR", str(cache_directory() / "matplotlib"))
@@ -208,7 +115,7 @@ def drawing(
         # Letters that matplotlib's own font lacks are drawn by the page's.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         figure = Canvas(figsize=(width, height), layout="constrained")
-        draw(*figure.subplots(panels, 1, sharex=True, height_ratios=ratios, squeeze=False)[:, 0])
+        draw(figure.subplots())
         text = io.StringIO()
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     return Markup(_for_the_page(text.getvalue()))

@@ -17,13 +17,6 @@ if TYPE_CHECKING:
     from markupsafe import Markup
     from matplotlib.axes import Axes
 
-PRICES = (  # title, what the axis says, field of a row, factor, digits
-    ("speed", "ms per generated token", "decode_ts", 1e3, 2),
-    ("size", "MB on disk", "model_bytes", 1e-6, 1),
-    ("energy", "joules per generated token", "joules_per_token", 1.0, 3),
-)
-
-
 Row = dict[str, object]  # of a document of ``saap eval``, or of an older one: any key may be missing
 
 
@@ -114,24 +107,23 @@ def task_table(tasks: Sequence[Row]) -> Table | None:
 
 
 def tradeoffs(entries: Sequence[Entry], sections: Sequence[Section]) -> list[Figure]:
-    """Quality against speed, size and energy: a plot for each price that two models or more were measured at."""
+    """Quality against speed: a plot for each protocol under which two timed models or more were evaluated."""
     plots = []
     for section in sections:
         quality, what, less = _quality_by_name(section)
-        for title, axis, key, factor, digits in PRICES:
-            points, told = _points(entries, quality, key, factor), ""
-            if key == "decode_ts" and len({point.name for point in points}) < 2:
-                points, axis, told = _by_turns(entries, quality)
-            if len({point.name for point in points}) < 2:
-                continue
-            best = ", ".join(sorted({point.name for point in pareto_front(points, less)}))
-            values = "; ".join(f"{p.name} {number(p.price, digits)} and {number(p.quality, 3)}" for p in points)
-            text = (
-                f"{_where(section, sections)}{told}{'Lower' if less else 'Higher'} is better, further left is cheaper; "
-                "filled: no other model here is better at both."
-            )
-            words = f"{what} against {axis}: {values}; best trade-offs: {best}"
-            plots.append(Figure(f"Quality against {title}", text, words, pareto_plot(points, axis, what, less)))
+        points, axis, reason = _timed(entries, quality), "ms per generated token", ""
+        if len({point.name for point in points}) < 2:
+            points, axis, reason = _by_turns(entries, quality)
+        if len({point.name for point in points}) < 2:
+            continue
+        best = ", ".join(sorted({point.name for point in pareto_front(points, less)}))
+        values = "; ".join(f"{p.name} {number(p.price, 2)} and {number(p.quality, 3)}" for p in points)
+        text = (
+            f"{_where(section, sections)}{reason}{'Lower' if less else 'Higher'} is better, further left is faster; "
+            "filled: no other model here is better at both."
+        )
+        words = f"{what} against {axis}: {values}; best trade-offs: {best}"
+        plots.append(Figure("Quality against speed", text, words, pareto_plot(points, axis, what, less)))
     return plots
 
 
@@ -143,16 +135,14 @@ def _where(section: Section, sections: Sequence[Section]) -> str:
     return f"{plain(protocol.get('text'))}, chunks of {plain(protocol.get('chunk'))}. "
 
 
-def _points(entries: Sequence[Entry], quality: Mapping[str, float], key: str, factor: float) -> list[Point]:
-    points: dict[tuple[str, float], Point] = {}
+def _timed(entries: Sequence[Entry], quality: Mapping[str, float]) -> list[Point]:
+    """Milliseconds per token of the valid measurements whose models were evaluated."""
+    points = []
     for entry in entries:
-        value, measured = as_float(entry.row.get(key)), quality.get(model_of(entry, list(quality)) or "")
-        valid = key == "model_bytes" or entry.measurement.status != INVALID
-        if value and measured is not None and valid:
-            price = factor / value if key == "decode_ts" else factor * value
-            name = entry.measurement.name if key == "model_bytes" else entry.name
-            points[name, price] = Point(name, price, measured)
-    return list(points.values())
+        rate, value = as_float(entry.row.get("decode_ts")), quality.get(model_of(entry, list(quality)) or "")
+        if rate and value is not None and entry.measurement.status != INVALID:
+            points.append(Point(entry.name, 1e3 / rate, value))
+    return points
 
 
 def _by_turns(entries: Sequence[Entry], quality: Mapping[str, float]) -> tuple[list[Point], str, str]:

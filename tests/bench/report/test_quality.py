@@ -44,7 +44,7 @@ def test_the_front_is_what_nothing_beats():
 def test_a_price_needs_two_models_with_a_quality():
     entries = entries_of([result(measurement("dense", 10.0), measurement("slim", 8.0))])
     plots = tradeoffs(entries, sections_of([], {}, [document([row("out/dense", 20.0), row("out/slim", 25.0)])]))
-    assert [plot.title for plot in plots] == ["Quality against speed", "Quality against size"]
+    assert [plot.title for plot in plots] == ["Quality against speed"]
     assert "dense 10.00 and 20" in plots[0].label and "best trade-offs: dense, slim" in plots[0].label
     assert "ms per generated token" in plots[0].svg
     assert tradeoffs(entries, sections_of([], {}, [document([row("dense", 20.0)])])) == []
@@ -63,8 +63,7 @@ def test_an_invalid_speed_has_no_place_in_a_trade_off():
     entries = entries_of(
         [result(measurement("dense", 10.0), measurement("slim", 8.0, status="INVALID", reasons=["x"]))]
     )
-    plots = tradeoffs(entries, sections_of([], {}, [document([row("dense", 20.0), row("slim", 25.0)])]))
-    assert [plot.title for plot in plots] == ["Quality against size"]
+    assert tradeoffs(entries, sections_of([], {}, [document([row("dense", 20.0), row("slim", 25.0)])])) == []
 
 
 def test_turns_tell_a_speed_where_the_clock_moves():
@@ -74,7 +73,7 @@ def test_turns_tell_a_speed_where_the_clock_moves():
     loads += [Load([1, 0], [[0.1], [0.1]], [[0.010 * clock], [0.008 * clock]]) for clock in (1.1, 0.9)]
     entries = entries_of([result(*told, bursts=[Bursts(["dense", "slim"], 128, 16, 0, 1, loads)])])
     rows = [row("dense", 20.0), row("slim", 25.0), row("other", 24.0)]
-    plot, _ = tradeoffs(entries, sections_of([], {}, [document(rows)]))
+    (plot,) = tradeoffs(entries, sections_of([], {}, [document(rows)]))
     assert plot.title == "Quality against speed" and "The clock moved" in plot.text
     assert "against time per generated token, dense = 1: dense 1.00 and 20.000; slim 0.80 and 25.000;" in plot.label
 
