@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import resource
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -12,7 +15,8 @@ import pytest
 
 pytest.importorskip("onnx")
 from support.command_line import here
-from support.hostile import BASELINE, BUNDLES, DOCUMENTS, GGUFS, INSPECTED, MODELS, SCORED, seal
+from support.hostile import BASELINE, BUNDLES, DOCUMENTS, FOLLOWED, GGUFS, INSPECTED, MODELS, PICKLED, SCORED, seal
+from support.no_pickles import no_pickles
 
 from studies.fuzz.products import gguf_bytes, gguf_structure
 
@@ -82,9 +86,62 @@ def test_a_hostile_model_is_refused(name, tiny_model, text, tmp_path, monkeypatc
     MODELS[name](model)
     monkeypatch.chdir(tmp_path)
     refused("export", model, "-o", "bundle", "--parity", "none")
-    if not name.startswith("generation-config"):  # which evaluation does not read
+    if name not in ("generation-config", "generation-config-beyond"):  # which evaluation does not read
         refused("eval", model, "--text", text, "--chunk", 32, "--max-chunks", 2)
     assert not (tmp_path / "bundle").exists()
+
+
+@pytest.mark.parametrize("name", PICKLED)
+def test_no_command_reads_weights_that_an_index_names_elsewhere(name, tiny_model, text, tmp_path, monkeypatch):
+    model = tiny_model("model")
+    PICKLED[name](model)
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    with no_pickles(tmp_path.parent / f"{tmp_path.name}-watch"):
+        for command in (
+            ["prune", model, "-o", "slim", "--ratio", 0.2, "--calibration", text],
+            ["tune", model, "-o", "tuned", "--data", text],
+            ["run", model, "-o", "run"],
+            ["bench", f"torch:{model}", "-p", 4, "-n", 2],
+        ):
+            refused(*command)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", FOLLOWED)
+def test_weights_that_only_transformers_would_follow_are_not_read(name, tiny_model, text, tmp_path, monkeypatch):
+    model = tiny_model("model")
+    FOLLOWED[name](model)
+    monkeypatch.chdir(tmp_path)
+    with no_pickles(tmp_path / "watch"):
+        here("eval", model, "--text", text, "--chunk", 32, "--max-chunks", 2)
+        here("bench", f"torch:{model}", "-p", 4, "-n", 2, "--repetitions", 1)
+    assert not (tmp_path / "owned").exists()
+
+
+def test_the_watch_sees_a_pickle_in_a_child(tmp_path):
+    with pytest.raises(AssertionError, match="in <module>"), no_pickles(tmp_path / "watch"):
+        code = "import torch; torch.load('nothing')"
+        assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode
+
+
+def test_links_of_the_hub_s_cache_are_followed_into_its_blobs(tiny_model, text, tmp_path):
+    snapshot, blobs = tmp_path / "models--org--name/snapshots/abc", tmp_path / "models--org--name/blobs"
+    tiny_model("model").rename(tmp_path / "plain")
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for file in (tmp_path / "plain").iterdir():
+        content = file.read_bytes()
+        large = file.suffix == ".safetensors"
+        blob = blobs / (hashlib.sha256 if large else hashlib.sha1)(content).hexdigest()
+        blob.write_bytes(content)
+        (snapshot / file.name).symlink_to(f"../../blobs/{blob.name}")
+    here("eval", snapshot, "--text", text, "--chunk", 32, "--max-chunks", 2)
+    here("export", snapshot, "-o", tmp_path / "bundle", "--parity", "none")
+    assert (tmp_path / "bundle/LICENSE").read_text() == "Test licence\n"
+    (snapshot / "LICENSE").unlink()
+    (snapshot / "LICENSE").symlink_to("../../../../plain/LICENSE")
+    refused("export", snapshot, "-o", tmp_path / "other", "--parity", "none")
 
 
 @pytest.mark.parametrize(("document", "name"), [(d, name) for d, changes in DOCUMENTS.items() for name in changes])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -396,6 +397,91 @@ MODELS |= {
     "weights-link": _link("model.safetensors", "/etc/passwd", listed=False),
 }
 
+
+def _device(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("/dev/zero")
+
+
+def _pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+# What torch unpickles where it is not told to take weights only: it would make a file `owned`.
+PICKLE = b"cposix\nsystem\n(S'touch owned'\ntR."
+
+
+def _index(name: str, place: str = "") -> Callable[[Path], None]:
+    """Weights in a pickle, or outside, that an index of safetensors files names."""
+
+    def changed(model: Path) -> None:
+        weights, file = load_file(model / "model.safetensors"), model / (place or name)
+        if name.endswith(".safetensors"):
+            (model / "model.safetensors").rename(file)
+        else:
+            torch.save(weights, file)  # noqa: TID251
+            (model / "model.safetensors").unlink()
+            save_file({}, model / "other.safetensors", metadata={"format": "pt"})  # so that there are some
+        index = {"metadata": {}, "weight_map": dict.fromkeys(weights, name)}
+        (model / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    return changed
+
+
+def _named(name: str) -> Callable[[Path], None]:
+    """Weights that config.json names."""
+
+    def changed(model: Path) -> None:
+        torch.save(load_file(model / "model.safetensors"), model / name)  # noqa: TID251
+        config = json.loads((model / "config.json").read_text()) | {"transformers_weights": name}
+        (model / "config.json").write_text(json.dumps(config))
+
+    return changed
+
+
+def _distributed(model: Path) -> None:
+    (model / "model.safetensors").rename(model / "shard-00001-model-00001-of-00001.safetensors")
+    (model / ".metadata").write_bytes(PICKLE)
+
+
+def _socket(model: Path) -> None:
+    (model / "LICENSE").unlink()
+    here = Path.cwd()
+    os.chdir(model)  # a socket's name is short
+    try:
+        socket.socket(socket.AF_UNIX).bind("LICENSE")
+    finally:
+        os.chdir(here)
+
+
+PICKLED = {
+    "index-of-a-pickle": _index("pytorch_model.bin"),
+    "index-of-a-tokenizer": _index("tokenizer.model"),
+    "index-of-a-pickle-by-another-name": _index("weights.safetensors.bin"),
+    "index-outside": _index("../outside.safetensors"),
+    "index-absolute": _index("/tmp/outside.safetensors", "../outside.safetensors"),
+    "index-of-nothing": _index("missing.safetensors", "other.safetensors"),
+    "index-list": lambda model: (
+        (model / "model.safetensors").rename(model / "a.safetensors")
+        and _raw("model.safetensors.index.json", '{"weight_map": ["a"]}')(model)
+    ),
+}
+# What transformers would follow, and nobody does here.
+FOLLOWED = {"weights-of-the-config": _named("adapter_model.bin"), "weights-distributed": _distributed}
+FILES = (
+    "LICENSE", "NOTICE", "README.md", "tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "saap.json",
+    "chat_template.jinja", "added_tokens.json", "generation_config.json", "model.safetensors.index.json",
+)  # fmt: skip
+LINKED = {f"link-{name}": _link(name, "/etc/hostname", listed=False) for name in FILES}
+LINKED["link-blob"] = _link("LICENSE", f"../../blobs/{'0' * 40}", listed=False)
+SPECIAL = {
+    f"{kind.__name__.strip('_')}-{name}": lambda model, k=kind, n=name: (model / n).touch() or k(model / n)
+    for name in ("model.safetensors", "other.safetensors", "config.json", *FILES)
+    for kind in (_pipe, _device)
+} | {"socket": _socket}  # fmt: skip
+MODELS |= PICKLED | LINKED | SPECIAL
+
 # -- measurements ------------------------------------------------------------------------------------------------------
 
 # By the name of a document in tests/support/old: what is changed in it, and by which name.
@@ -414,16 +500,6 @@ def _changed(change: Callable[[Any], object]) -> Callable[[Path], None]:
         path.write_text(json.dumps(document))
 
     return changed
-
-
-def _device(path: Path) -> None:
-    path.unlink()
-    path.symlink_to("/dev/zero")
-
-
-def _pipe(path: Path) -> None:
-    path.unlink()
-    os.mkfifo(path)
 
 
 def _sparse(path: Path) -> None:

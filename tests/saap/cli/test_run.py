@@ -15,6 +15,7 @@ from huggingface_hub import ModelCard
 from support.command_line import here, refused
 from support.cost_files import cost_file
 from support.fake_trees import plant
+from support.no_pickles import no_pickles
 
 from export.gguf.llama_cpp import quantizer
 from saap.base.errors import UserError
@@ -263,7 +264,8 @@ def test_a_run_resumes_and_each_of_its_steps_does_the_same_alone(tiny_model, tmp
                  "--data", text, "--tokens", "1024", "--seed", "3", "--repetitions", "1", "--threads", "1", *few,
                  "--set", "learning_rate=0.01",
                  "--calibration", "self", "--text", "self"]  # fmt: skip
-    done = here(*arguments)
+    with no_pickles(tmp_path / "watch"):
+        done = here(*arguments)
     said = done.stdout
     assert bool(PEER) != ("  llama.cpp is not compared with: llama.cpp's quantizer needs llama_cpp" in done.stderr)
     assert "slim-int4, pp128+tg128, 1 thread: decode" in said or "not comparable with dense-int4" in said
@@ -305,7 +307,8 @@ def test_a_run_resumes_and_each_of_its_steps_does_the_same_alone(tiny_model, tmp
     for name in ("slim", "tuned", "dense-tuned", "dense-int4", "slim-int4"):
         shutil.rmtree(out / name)
     (out / "bench-1-thread.json").unlink()
-    done = [here(*words[1:], *(["--json", "q.json"] if words[1] == "eval" else [])) for words in commands]
+    with no_pickles(tmp_path / "watch"):
+        done = [here(*words[1:], *(["--json", "q.json"] if words[1] == "eval" else [])) for words in commands]
     assert weights(out) == made_by_run
     for row in json.loads(Path("q.json").read_text())["rows"]:
         name = Path(row["name"]).name

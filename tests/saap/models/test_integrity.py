@@ -123,11 +123,14 @@ def test_a_hub_cache_whose_blob_is_damaged(tiny_model, tmp_path):
     """The hub's cache links each large file to a blob that is named by its sha256."""
     from saap.base.files import sha256_file
 
-    path = tiny_model()
+    path = tmp_path / "models--org--name/snapshots/0123"
+    path.parent.mkdir(parents=True)
+    tiny_model().rename(path)
     weights = path / "model.safetensors"
-    blob = tmp_path / sha256_file(weights)
+    blob = path.parents[1] / "blobs" / sha256_file(weights)
+    blob.parent.mkdir()
     weights.rename(blob)
-    weights.symlink_to(blob)
+    weights.symlink_to(f"../../blobs/{blob.name}")
     load_model(path)
     with flipped(blob, random.Random(0)), pytest.raises(UserError, match="remove it from the hub's cache"):
         load_model(path)
