@@ -83,14 +83,11 @@ def load(path: Path, threads: int, max_length: int) -> Decoder:
     """The model in fp32; a directory of ours goes through its own loader, integers made ordinary weights."""
     import torch
 
+    from saap.models.checkpoint import built_model, load_model
+
     torch.set_num_threads(threads)
     if (path / "saap.json").is_file():
-        from saap.models.checkpoint import load_model
-
         model = load_model(path, materialise=True, verify=False)  # whoever asks for a run has done it
     else:
-        from transformers import AutoModelForCausalLM
-
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
-        model.eval()
+        model = built_model(path, torch.float32).eval()
     return TorchDecoder(model, path, max_length)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from saap.base.errors import UserError, first_line
@@ -36,12 +36,13 @@ from saap.models.architectures import (
     said_words,
     with_defaults,
 )  # fmt: skip
+from saap.models.directory import check_files
 from saap.models.integrity import check_directory, hashes
 from saap.models.modeling_slim import GroupQuantTable, ScaledEmbedding, TiedHead, slim_classes
 from saap.models.record import DOCUMENT, Record, read_record
 from saap.models.shape import MIXERS, ModelShape
 from saap.models.slim_quant import SlimQuant, quant_of
-from saap.models.weight_files import NOT_NEEDED, check_finite, write_shards
+from saap.models.weight_files import NOT_NEEDED, check_finite, read_tensors, write_shards
 
 for _row in FAMILIES.values():
     if (_classes := slim_classes(_row.family)) is not None:
@@ -72,16 +73,7 @@ def load_model(
     read_record(directory)
     if verify:
         check_directory(directory)
-    transformers_logging.disable_progress_bar()  # a bar of its own for half a second, in the middle of ours
-    with loading(directory):
-        opened: tuple[PreTrainedModel, dict[str, set[str]]] = AutoModelForCausalLM.from_pretrained(  # type: ignore[assignment]
-            directory, dtype=dtype, local_files_only=True, output_loading_info=True
-        )
-    model, found = opened
-    if missing := sorted(found["missing_keys"]):  # transformers would go on with random numbers
-        raise UserError(f"{directory} has no tensor {missing[0]}, which its config.json asks for: get or make it again")
-    if strange := [name for name in sorted(found["unexpected_keys"]) if not NOT_NEEDED.search(name)]:
-        raise UserError(f"{directory} has a tensor {strange[0]}, which its config.json has no place for: get it again")
+    model = built_model(directory, dtype)
     for name, tensor in model.state_dict().items():
         check_finite(directory, name, tensor)
     if materialise:
@@ -90,10 +82,34 @@ def load_model(
     return model
 
 
+def built_model(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """A directory's model, of any family that transformers has, with the tensors that are read here.
+
+    transformers is given no directory: there it would follow an index, names in ``config.json`` and pickles.
+
+    Raises UserError: no tensors there, too few, or some that the model has no place for.
+    """
+    tensors = read_tensors(directory)
+    transformers_logging.disable_progress_bar()  # a bar of its own for half a second, in the middle of ours
+    with loading(directory):
+        with torch.device("meta"):  # which tells its class and its config
+            empty = AutoModelForCausalLM.from_config(transformers_config(directory), trust_remote_code=False)
+        model, report = type(empty).from_pretrained(
+            None, config=empty.config, state_dict=tensors, dtype=dtype, output_loading_info=True
+        )
+        if (directory / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(directory, local_files_only=True)
+    if missing := sorted(report["missing_keys"]):  # transformers would go on with random numbers
+        raise UserError(f"{directory} has no tensor {missing[0]}, which its config.json asks for: get or make it again")
+    if strange := [name for name in sorted(report["unexpected_keys"]) if not NOT_NEEDED.search(name)]:
+        raise UserError(f"{directory} has a tensor {strange[0]}, which its config.json has no place for: get it again")
+    return model
+
+
 def transformers_config(directory: str | Path) -> ModelConfig:
     """A directory's config as transformers reads it. Raises UserError: it cannot."""
     with loading(directory):
-        config: ModelConfig = AutoConfig.from_pretrained(directory, local_files_only=True)
+        config: ModelConfig = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     return config
 
 
@@ -120,13 +136,14 @@ def read_config(directory: str | Path) -> dict[str, Any]:
     Raises UserError: it is not there, damaged, of more layers than any model has, or tuned with a fold that is gone.
     """
     path = Path(directory) / "config.json"
-    if not path.is_file():
-        if path.parent.is_dir():
-            raise UserError(f"{directory} is not a model directory: it has no config.json; give a Hugging Face one")
+    if not path.parent.is_dir():
         raise UserError(
             f"{directory} is not a model directory: give one; resolve() of saap.models.resolve makes one of a GGUF "
             "file or a name"
         )
+    check_files(path.parent)
+    if not path.is_file():
+        raise UserError(f"{directory} is not a model directory: it has no config.json; give a Hugging Face one")
     config = read_object(path, "make the directory again")
     if (Path(directory) / "adapter_config.json").exists():
         raise UserError(

@@ -22,6 +22,7 @@ import psutil
 from saap.base.errors import UserError
 from saap.base.files import calling, sha256_file
 from saap.base.writing import RECORD, read_object, write_document
+from saap.models.directory import weight_files
 from saap.models.record import FileHash
 
 CACHE_RECORD = "saap-cache.json"
@@ -45,15 +46,16 @@ def hashes(directory: Path) -> dict[str, FileHash]:
 def check_directory(directory: str | Path) -> None:
     """Hold a model directory's files against their hashes, once per process for each content.
 
-    Raises UserError: a file that is not there or has changed, or a record that is damaged.
+    Raises UserError: a file that is not there or has changed, a record that is damaged, or what is no file.
     """
     directory = Path(directory)
+    weights = weight_files(directory)
     record = next((file for name in (RECORD, CACHE_RECORD) if (file := directory / name).is_file()), None)
     if record:
         bad = differing(directory, read_object(record, "make the directory again").get("files", {}))
         remedy = f"make the directory again; if the change is yours, remove its entry and the checksum in {record.name}"
     else:
-        named = {file: re.fullmatch(r"[0-9a-f]{64}", file.resolve().name) for file in directory.glob("*.safetensors")}
+        named = {file: re.fullmatch(r"[0-9a-f]{64}", file.resolve().name) for file in weights}
         blobs = {file.name: {"sha256": found[0]} for file, found in named.items() if found and file.is_symlink()}
         bad, remedy = differing(directory, blobs), "remove it from the hub's cache, and it is downloaded again"
     if bad:

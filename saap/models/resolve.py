@@ -19,13 +19,12 @@ from saap.base.files import cache_directory, calling, read_whole, sha256_file
 from saap.base.progress import Progress
 from saap.base.tokenizer_file import LARGEST_TOKENIZER, TOKENIZER, check_tokenizer, tokenizing
 from saap.base.writing import read_object
+from saap.models.directory import WEIGHTS, check_files, weight_files
 from saap.models.integrity import cached
 from saap.models.packaged import PACKAGED, fetch, model_card
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-WEIGHTS = "*.safetensors"
 
 # What goes along from one model directory to the next: all but weights and config.
 SIDECARS = (
@@ -80,7 +79,10 @@ def copy_sidecars(src: Path, dst: Path) -> None:
     """Copy tokenizer, chat template, generation config, licence and model card, but neither weights nor config.
 
     ``dst``: an existing directory; files of the same name are replaced.
+
+    Raises UserError: a link that leads out of ``src``, or what is no file.
     """
+    check_files(src)
     for pattern in SIDECARS:
         for path in src.glob(pattern):
             target = dst / path.name
@@ -109,11 +111,14 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 
     if not Path(path).is_dir():
         raise UserError(f"{path} is not a directory: give a model directory")
+    check_files(path)
     remedy = "copy the base model's tokenizer files there"
     with tokenizing(f"{path} has no tokenizer that can be read", remedy):
         if (file := Path(path) / TOKENIZER).is_file():
             check_tokenizer(read_whole(file, LARGEST_TOKENIZER))
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            str(path), local_files_only=True, trust_remote_code=False
+        )
     if not isinstance(tokenizer.model_max_length, int | float):  # with which a text's length is compared
         raise UserError(
             f"{Path(path) / 'tokenizer_config.json'} has model_max_length {str(tokenizer.model_max_length)[:40]}: "
@@ -126,9 +131,10 @@ def _checked(path: Path) -> Path:
     """The path, if it is a model directory."""
     if (path / "bundle.json").is_file():
         raise UserError(f"{path} is an exported bundle, not a model: give the model directory it was made from")
+    check_files(path)
     if not (path / "config.json").is_file():
         raise UserError(f"{path} is not a model directory: it has no config.json; give a Hugging Face model directory")
-    if not any(path.glob(WEIGHTS)):
+    if not weight_files(path):
         pickled = any(path.glob("*.bin")) or any(path.glob("*.pt*"))
         what = "only pickled weights" if pickled else "no weights"
         raise UserError(f"{path} holds {what}: saap reads safetensors; save the model with save_pretrained first")

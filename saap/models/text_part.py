@@ -16,7 +16,7 @@ from saap.base.errors import UserError
 from saap.base.progress import Progress
 from saap.base.writing import read_object
 from saap.models.architectures import ARCHITECTURES, architecture_of, check_config
-from saap.models.weight_files import opened, write_shards
+from saap.models.weight_files import opened, stored_tensors, write_shards
 
 NESTED, OLDER, HEAD = "model.language_model.", "language_model.", "lm_head."
 
@@ -38,10 +38,9 @@ def write_text_part(source: Path, out: Path, report: Progress) -> None:
     assert text is not None, "the caller has looked"
     family = architecture_of(text).family
     places: dict[str, tuple[Path, str]] = {}
-    for file in sorted(source.glob("*.safetensors")):
-        with opened(file) as handle:
-            names = handle.keys()
-        places |= {name: (file, new) for name in names if (new := text_name(name))}
+    for name, file in stored_tensors(source).items():
+        if new := text_name(name):
+            places[name] = file, new
     if not places:
         raise UserError(f"{source} has no tensors of a text part ({NESTED}*): get it again")
     heads = any(new.startswith(HEAD) for _, new in places.values())

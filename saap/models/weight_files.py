@@ -24,6 +24,7 @@ from saap.models.architectures import (
     layer_count,
     shape_of,
 )
+from saap.models.directory import INDEX, SINGLE, weight_files
 from saap.models.integrity import check_directory, known_sha256
 from saap.system.sealed_tensors import save_tensors
 
@@ -32,7 +33,6 @@ STRANGE = 3  # modules that are named
 PIECE = 1 << 26  # numbers that are looked at together
 LAYER = re.compile(r".*?\blayers\.\d+(?=\.)")
 NOT_NEEDED = re.compile(r"rotary_emb\.inv_freq$|^lm_head\.weight$")  # that checkpoints hold and models make themselves
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def tensor_reader(directory: str | Path) -> tuple[list[str], Callable[[str], torch.Tensor]]:
@@ -41,14 +41,8 @@ def tensor_reader(directory: str | Path) -> tuple[list[str], Callable[[str], tor
     Raises UserError: no safetensors there, or files that are not what was written.
     """
     check_directory(directory)
-    files = sorted(Path(directory).glob("*.safetensors"))
-    if not files:
-        raise UserError(f"{directory} holds no *.safetensors; saap reads no pickled weights: convert the model first")
     row = architecture_of(config := read_object(Path(directory) / "config.json", "get or make it again"))
-    where: dict[str, tuple[Path, str]] = {}
-    for file in files:
-        with opened(file) as handle:
-            where.update({name.replace(*row.stored_as): (file, name) for name in handle.keys()})  # noqa: SIM118
+    where = {name.replace(*row.stored_as): (file, name) for name, file in stored_tensors(directory).items()}
     _check_names(Path(directory), row, layer_count(config), sorted(where))
     finite = set[str]()
 
@@ -66,6 +60,30 @@ def tensor_reader(directory: str | Path) -> tuple[list[str], Callable[[str], tor
     return sorted(where), read
 
 
+def stored_tensors(directory: str | Path) -> dict[str, Path]:
+    """The file of each tensor of a checkpoint, by the name that it has there.
+
+    Raises UserError: no safetensors there, or an index that names other files.
+    """
+    files = weight_files(directory)
+    if not files:
+        raise UserError(f"{directory} holds no *.safetensors; saap reads no pickled weights: convert the model first")
+    places: dict[str, Path] = {}
+    for file in files:
+        with opened(file) as handle:
+            places |= dict.fromkeys(handle.keys(), file)
+    return places
+
+
+def read_tensors(directory: str | Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint, memory-mapped, by the names that they have there. Raises UserError: as above."""
+    tensors: dict[str, torch.Tensor] = {}
+    for file in dict.fromkeys(stored_tensors(directory).values()):
+        with opened(file) as handle:
+            tensors |= {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+    return tensors
+
+
 def check_family(directory: str | Path) -> None:
     """Refuse a family that is not in the table, by the modules of its layers that the nearest one does not have.
 
@@ -77,7 +95,7 @@ def check_family(directory: str | Path) -> None:
         if not error.nearest:
             raise
         known, there = FAMILIES[error.nearest].modules, dict[str, None]()
-        for file in sorted(Path(directory).glob("*.safetensors")):
+        for file in weight_files(directory):
             with opened(file) as handle:
                 places = [name[len(layer[0]) + 1 :] for name in handle.keys() if (layer := LAYER.match(name))]  # noqa: SIM118
             there |= dict.fromkeys(re.sub(r"\.\d+\.", ".N.", name.removesuffix(".weight")) for name in places)
@@ -108,7 +126,7 @@ def check_sizes(directory: str | Path) -> None:
         for kind in sizes.blocks:
             wanted[f"{row.layers}.{index}.{row.writing(kind)}.weight"] = [shape.hidden, shape.inner_width(kind, sizes)]
     found = dict[str, list[int]]()
-    for file in Path(directory).glob("*.safetensors"):
+    for file in weight_files(directory):
         with opened(file) as handle:
             names = wanted.keys() & set(handle.keys())
             found |= {name: handle.get_slice(name).get_shape() for name in names}
@@ -205,7 +223,7 @@ class TensorFolder(MutableMapping[str, torch.Tensor]):
 
 def weights_hash(directory: str | Path) -> str:
     """sha256 over a model's config and weight files: what a lineage calls the base. A file is read once per process."""
-    files = [Path(directory) / "config.json", *sorted(Path(directory).glob("*.safetensors"))]
+    files = [Path(directory) / "config.json", *weight_files(directory)]
     digest = hashlib.sha256()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for file, sha256 in zip(files, pool.map(known_sha256, files), strict=True):
@@ -214,7 +232,7 @@ def weights_hash(directory: str | Path) -> str:
 
 
 def weights_bytes(directory: str | Path) -> int:
-    return sum(file.stat().st_size for file in Path(directory).glob("*.safetensors"))
+    return sum(file.stat().st_size for file in weight_files(directory))
 
 
 def weights_dtype(directory: str | Path) -> torch.dtype:
