@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.runtimes.facts import PeerFacts, graph_facts
+from bench.runtimes.facts import PeerFacts, file_facts
 from export.bundle.decoder import Decoder, Ids, Logits
 from export.bundle.genai import GENAI_CONFIG, Model, genai_document, genai_model, read_genai_model, shares_cache
 from export.bundle.graph_check import check_graph
@@ -106,5 +106,5 @@ def facts(decoder: Decoder) -> PeerFacts:
     versions = {"onnxruntime-genai": metadata.version("onnxruntime-genai")}
     if (decoder.path / MANIFEST).is_file():
         return PeerFacts(versions)
-    told = read_genai_model(decoder.path).decoder
-    return PeerFacts(versions, graph_facts(decoder.path / told.filename, told.head_size))
+    graph = decoder.path / read_genai_model(decoder.path).decoder.filename
+    return PeerFacts(versions, file_facts(graph, *check_graph(graph, nested=True)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import metadata
 from pathlib import Path
 
-from bench.runtimes.facts import PeerFacts, graph_facts
+from bench.runtimes.facts import PeerFacts, file_facts
 from bench.runtimes.torch import TorchDecoder
 from export.bundle.decoder import Decoder
 from export.bundle.graph_check import check_graph
@@ -26,7 +26,7 @@ class OptimumDecoder(TorchDecoder):
         import torch
         from optimum.onnxruntime import ORTModelForCausalLM
 
-        check_graph(path / DECODE_GRAPH, nested=True)
+        self.files = [path / DECODE_GRAPH, *check_graph(path / DECODE_GRAPH, nested=True)]
         torch.set_num_threads(threads)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
@@ -54,4 +54,4 @@ def facts(decoder: Decoder) -> PeerFacts:
     assert isinstance(decoder, OptimumDecoder)
     versions = {name: metadata.version(name) for name in ("optimum-onnx", "transformers", "torch")}
     ours = (decoder.path / MANIFEST).is_file()
-    return PeerFacts(versions, None if ours else graph_facts(decoder.path / DECODE_GRAPH))
+    return PeerFacts(versions, None if ours else file_facts(*decoder.files))

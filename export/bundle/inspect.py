@@ -1,4 +1,4 @@
-"""What is in a bundle: sizes per layer, bytes per token, nodes, precision, parity, provenance, files."""
+"""Contents of a bundle as its manifest lists them: sizes, bytes per token, precision, parity, provenance, files."""
 
 from __future__ import annotations
 
@@ -8,29 +8,13 @@ from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
 
-from export.bundle.graph_check import check_graph
-from export.bundle.graph_facts import GraphFacts, read_graph
-from export.bundle.manifest import DECODE_GRAPH, BundleManifest, FileEntry, read_manifest
+from export.bundle.manifest import BundleManifest, FileEntry, LayerSizes, read_manifest
 from saap.base.files import sha256_file
 
 UNVERIFIED = (
     "UNVERIFIED: nobody has compared this graph with its model; export again without --parity none before you trust it"
 )
 Table = tuple[str, list[str], list[list[str]]]  # title, columns, rows
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A decoder layer; ``parameters`` and ``bytes`` are None where the graph does not tell."""
-
-    index: int
-    query_heads: int
-    kv_heads: int
-    ffn: int
-    conv: int
-    delta: int
-    parameters: int | None
-    bytes: int | None
 
 
 @dataclass(frozen=True)
@@ -44,24 +28,15 @@ class FileState:
 
 @dataclass(frozen=True)
 class Inspection:
-    """Everything that the manifest, the decode graph and the files of a bundle say."""
+    """A bundle's manifest, and its files compared with it."""
 
     bundle: Path
     manifest: BundleManifest
-    graph: GraphFacts
-    layers: list[Layer]
     files: list[FileState]
-    data_files: dict[str, list[str]]
-
-    @property
-    def layer_bytes(self) -> int | None:
-        """Bytes of all layers; None where those of one are not known."""
-        known = [layer.bytes for layer in self.layers if layer.bytes is not None]
-        return sum(known) if len(known) == len(self.layers) else None
 
     def document(self) -> dict[str, object]:
         """All of it in JSON types; sizes are bytes, None is unknown."""
-        manifest, graph = self.manifest, self.graph
+        manifest = self.manifest
         own_forms = {key: value for key, value in manifest.lineage.items() if key in ("matrices", "blocks")}
         return {
             "bundle": str(self.bundle),
@@ -69,45 +44,34 @@ class Inspection:
             **_fields(manifest, "format", "target", "model_type"),
             "sizes": {
                 "parameters": manifest.parameters,
-                "layers": len(self.layers),
+                "layers": len(manifest.layers),
                 **_fields(manifest, "hidden_size", "head_dim", "vocab_size", "context_length"),
             },
-            "layers": [asdict(layer) for layer in self.layers],
+            "layers": [asdict(layer) for layer in manifest.layers],
             "bytes_per_token": {
                 "weights": manifest.weight_bytes_per_token,
-                "layers": self.layer_bytes,
-                "head": graph.head_bytes(),
                 "kv_cache": manifest.kv_bytes_per_token,
             },
             "precision": _fields(manifest, "bits", "block", "accuracy_level", "kv_dtype") | own_forms,
-            "graph": {
-                **_fields(graph, "opsets", "ir_version", "producer"),
-                "nodes": dict(Counter(node.kind for node in graph.nodes).most_common()),
-                "quantised": [asdict(each) for each in graph.quantised()],
-                "initialisers": {name: asdict(stored) for name, stored in graph.by_dtype().items()},
-            },
             "verified": manifest.parity is not None,
             "parity": None if manifest.parity is None else asdict(manifest.parity),
             "provenance": manifest.lineage,
             "onnxruntime_min": manifest.onnxruntime_min,
-            "data_files": self.data_files,
             "files": [asdict(file) for file in self.files],
         }
 
     def lines(self) -> list[str]:
-        """The paragraph above the tables."""
+        """Lines above the tables."""
         manifest = self.manifest
         lines = [UNVERIFIED] if manifest.parity is None else []
         lines += [
             f"{self.bundle}: {manifest.model_type} for {manifest.target}, "
-            f"{manifest.parameters / 1e6:.1f} M parameters in {len(self.layers)} layers, "
+            f"{manifest.parameters / 1e6:.1f} M parameters in {len(manifest.layers)} layers, "
             f"hidden {manifest.hidden_size}, head {manifest.head_dim}, "
             f"vocabulary {manifest.vocab_size}, context {manifest.context_length}",
-            f"  read per token: {_mb(manifest.weight_bytes_per_token)} MB of weights (layers {_mb(self.layer_bytes)}, "
-            f"head {_mb(self.graph.head_bytes())}); written: {manifest.kv_bytes_per_token} bytes of "
-            f"{manifest.kv_dtype} KV cache",
-            f"  needs onnxruntime >= {manifest.onnxruntime_min}; opsets "
-            + ", ".join(f"{name} {version}" for name, version in self.graph.opsets.items()),
+            f"  read per token: {manifest.weight_bytes_per_token / 1e6:.2f} MB of weights; written: "
+            f"{manifest.kv_bytes_per_token} bytes of {manifest.kv_dtype} KV cache",
+            f"  needs onnxruntime >= {manifest.onnxruntime_min}",
             f"  bundle hash {manifest.content_hash[:16]}",
         ]
         if own := Counter(manifest.lineage.get("matrices", {}).values()):
@@ -129,41 +93,20 @@ class Inspection:
         return lines + ([f"  DAMAGED: {', '.join(bad)}: export the bundle again"] if bad else [])
 
     def tables(self) -> list[Table]:
-        """What ``saap.cli.console.print_table`` shows; empty tables are left out."""
-        nodes = Counter(node.kind for node in self.graph.nodes).most_common()
-        matrices = []
-        for q in self.graph.quantised():
-            level = "-" if q.accuracy_level is None else str(q.accuracy_level)
-            matrices.append([q.node, str(q.bits), str(q.block), level, str(q.count), _mb(q.bytes)])
-        stored = [[name, str(kind.count), _mb(kind.bytes)] for name, kind in self.graph.by_dtype().items()]
-        tables = [
-            ("layers", _layer_columns(self.layers), _layer_rows(self.layers)),
-            ("nodes of the decode graph", ["operator", "count"], [[kind, str(count)] for kind, count in nodes]),
-            ("quantised matrices", ["node", "bits", "block", "accuracy level", "count", "MB"], matrices),
-            ("tensors of the decode graph", ["type", "count", "MB"], stored),
-            ("files", ["file", "bytes", "state"], [[f.name, str(f.bytes), f.state] for f in self.files]),
-        ]
-        return [table for table in tables if table[2]]
+        """Tables for ``saap.cli.console.print_table``."""
+        files = [[file.name, str(file.bytes), file.state] for file in self.files]
+        return [_layer_table(self.manifest.layers), ("files", ["file", "bytes", "state"], files)]
 
 
 def inspect_bundle(path: str | Path) -> Inspection:
-    """Read a bundle; ``files`` are compared with their hashes, which reads them all.
+    """Read a bundle's manifest and compare its files with their hashes, which reads them all.
 
-    Raises BundleError: no bundle, a damaged one, or weights that lie outside its folder.
+    Raises BundleError: no bundle, or a manifest that is damaged or names files outside the bundle.
     """
     directory = Path(path)
     manifest = read_manifest(directory)
-    data_files = {}
-    for name in sorted(n for n in {DECODE_GRAPH, *manifest.files} if n.endswith(".onnx")):
-        data_files[name] = [f.relative_to(directory).as_posix() for f in check_graph(directory / name)]
-    graph = read_graph(directory / DECODE_GRAPH)
-    layers = []
-    for index, sizes in enumerate(manifest.layers):
-        tensors = [t for t in graph.tensors.values() if t.layer == index]
-        counts = (sum(t.parameters for t in tensors) or None, sum(t.bytes for t in tensors) or None)
-        layers.append(Layer(index, sizes.query_heads, sizes.kv_heads, sizes.ffn, sizes.conv, sizes.delta, *counts))
     files = [FileState(name, e.bytes, _state(directory / name, e)) for name, e in sorted(manifest.files.items())]
-    return Inspection(directory, manifest, graph, layers, files, data_files)
+    return Inspection(directory, manifest, files)
 
 
 def _fields(of: object, *names: str) -> dict[str, object]:
@@ -198,31 +141,16 @@ def _provenance_lines(manifest: BundleManifest) -> list[str]:
     return lines
 
 
-def _layer_columns(layers: list[Layer]) -> list[str]:
-    return ["layers", "query heads", "KV heads", *(title for _, title in _rare(layers)), "FFN", "M params", "MB"]
-
-
-def _rare(layers: list[Layer]) -> list[tuple[str, str]]:
-    """Field and title of the sizes that only some families have."""
-    titles = {"conv": "convolution", "delta": "delta heads"}
-    return [(name, title) for name, title in titles.items() if any(getattr(layer, name) for layer in layers)]
-
-
-def _layer_rows(layers: list[Layer]) -> list[list[str]]:
-    """One row for each run of layers that are alike."""
-    rare = [name for name, _ in _rare(layers)]
-
-    def cells(layer: Layer) -> list[str]:
-        sizes = (layer.query_heads, layer.kv_heads, *(getattr(layer, name) for name in rare), layer.ffn)
-        counts = [str(count) for count in sizes]
-        return counts + ["-" if n is None else f"{n / 1e6:.3f}" for n in (layer.parameters, layer.bytes)]
-
-    rows = []
-    for same, run in groupby(layers, key=cells):
-        indices = [layer.index for layer in run]
-        rows.append([f"{indices[0]}-{indices[-1]}" if len(indices) > 1 else str(indices[0]), *same])
-    return rows
-
-
-def _mb(size: int | None) -> str:
-    return "-" if size is None else f"{size / 1e6:.2f}"
+def _layer_table(layers: list[LayerSizes]) -> Table:
+    """One row for each run of equal layers; sizes that only some families have are left out where all are 0."""
+    titles = {
+        "query_heads": "query heads", "kv_heads": "KV heads", "conv": "convolution", "delta": "delta heads",
+        "ffn": "FFN",
+    }  # fmt: skip
+    names = [n for n in titles if n not in ("conv", "delta") or any(getattr(layer, n) for layer in layers)]
+    rows, first = [], 0
+    for sizes, run in groupby([str(getattr(layer, name)) for name in names] for layer in layers):
+        last = first + len(list(run)) - 1
+        rows.append([f"{first}-{last}" if last > first else str(first), *sizes])
+        first = last + 1
+    return "layers", ["layers", *(titles[name] for name in names)], rows

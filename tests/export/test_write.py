@@ -13,7 +13,16 @@ from safetensors.torch import load_file, save_file
 from support.command_line import refused
 from support.cuts import cut
 from support.edited import edited
-from support.export_cases import IDS, MODELS, UNEVEN, largest_differences, logits_of, model_of, tensors_of
+from support.export_cases import (
+    IDS,
+    MODELS,
+    UNEVEN,
+    bytes_read,
+    largest_differences,
+    logits_of,
+    model_of,
+    tensors_of,
+)
 from support.exported import export_bundle
 from support.references import reference_model
 
@@ -25,7 +34,7 @@ from export.options import ExportOptions
 from export.parity.verify import check_parity
 from export.write import export
 from saap.base.errors import UserError
-from saap.models.checkpoint import load_model, read_config
+from saap.models.checkpoint import load_model
 from saap.models.weight_files import tensor_reader
 from saap.prune.plan import PrunePlan
 from saap.tune import TuneOptions, tune
@@ -36,7 +45,7 @@ def test_every_precision_computes_what_torch_does(kind, tiny_model, tmp_path):
     path, bundle = model_of(kind, tiny_model, tmp_path), tmp_path / "bundle"
     dense = logits_of(load_model(path), IDS)
     manifest = export_bundle(path, bundle, bits=32)
-    assert manifest.weight_bytes_per_token == bytes_read(path, bundle)
+    assert manifest.weight_bytes_per_token == bytes_read(bundle)
     assert max(largest_differences(bundle, dense)) <= 1e-4
     export_bundle(path, bundle, bits=4, accuracy_level=0)
     expected = logits_of(reference_model(path, 4, 32, 4), IDS)
@@ -46,15 +55,8 @@ def test_every_precision_computes_what_torch_does(kind, tiny_model, tmp_path):
         manifest = export_bundle(path, bundle, bits=bits, ids=IDS)
         assert manifest.parity.tokens == IDS.numel() and manifest.parity.kl <= 0.05
         assert read_manifest(bundle).parity == manifest.parity
-        assert manifest.weight_bytes_per_token == bytes_read(path, bundle)
+        assert manifest.weight_bytes_per_token == bytes_read(bundle)
         check_fast_kernels(bundle)
-
-
-def bytes_read(path, bundle):
-    """Bytes of the tensors that every token reads: of an embedding of its own only a row is."""
-    tied = read_config(path).get("tie_word_embeddings", True) is not False
-    skip = ("cos", "sin", "embedding.scales3") + (() if tied else ("embedding.qweight", "embedding.weight"))
-    return sum(a.nbytes for n, a in tensors_of(bundle).items() if n not in skip and not n.startswith("constant."))
 
 
 def check_fast_kernels(bundle):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -101,6 +103,21 @@ def logits_of(model, ids):
 def tensors_of(bundle):
     graph = ir.load(bundle / "model.onnx").graph
     return {name: value.const_value.numpy() for name, value in graph.initializers.items()}
+
+
+def bytes_read(bundle):
+    """Bytes that every token reads of the weights: of a table that is only looked up in, a row is."""
+    looked_up = {"Gather", "GatherBlockQuantized", "GroupQueryAttention", "RotaryEmbedding"}
+    model = onnx.load(bundle / "model.onnx", load_external_data=False)
+    sizes = {}
+    for tensor in model.graph.initializer:
+        place = tuple(entry.value for entry in tensor.external_data if entry.key in ("location", "offset"))
+        readers = {node.op_type for node in model.graph.node if tensor.name in node.input}
+        if place and not readers <= looked_up:
+            name = onnx.TensorProto.DataType.Name(tensor.data_type)
+            bits = 4 if "INT4" in name else 8 * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+            sizes[place] = prod(tensor.dims) * bits // 8
+    return sum(sizes.values())
 
 
 def largest_differences(bundle, expected):

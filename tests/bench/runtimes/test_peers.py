@@ -24,7 +24,7 @@ from bench.measure.result import INVALID, Bursts
 from bench.measure.rounds import prompt_tokens
 from bench.measure.run import measure
 from bench.measure.worker import timed_pass, warm_up
-from bench.runtimes.facts import graph_facts
+from bench.runtimes.facts import file_facts
 from bench.runtimes.peers import PeerError, read_peers
 from export.bundle.decoder import OrtDecoder
 from export.bundle.engine_logits import logits_of
@@ -301,30 +301,12 @@ def test_genai_of_a_bundle_has_the_manifest_s_facts(genai_bundle: Path) -> None:
     assert "onnxruntime-genai" in result.versions
 
 
-def test_graph_facts_agree_with_the_manifest(tmp_path: Path) -> None:
-    bundle = tiny_bundle(tmp_path / "bundle")
-    manifest, facts = read_manifest(bundle), graph_facts(bundle / DECODE_GRAPH)
-    assert facts.bits == 32 and facts.kv_bytes_per_token == manifest.kv_bytes_per_token
-    assert facts.model_bytes == sum((bundle / name).stat().st_size for name in (DECODE_GRAPH, "model.onnx.data"))
-    # The manifest of this toy counts every float; the table and the rotary tables are only looked up in.
-    looked_up = 4 * (VOCAB * HIDDEN + 2 * CONTEXT * 8)
-    assert 0 <= facts.weight_bytes_per_token - (manifest.weight_bytes_per_token - looked_up) < 256
-    assert facts.parameters is None and "parameters" in facts.unknown
-
-
-def test_graph_facts_of_packed_weights(tmp_path: Path) -> None:
-    helper, types = onnx.helper, onnx.TensorProto
-    packed = onnx.numpy_helper.from_array(np.zeros((64, 2, 16), np.uint8), "w")
-    scales = onnx.numpy_helper.from_array(np.ones((64, 2), np.float32), "s")
-    node = helper.make_node("MatMulNBits", ["x", "w", "s"], ["y"], domain="com.microsoft", K=64, N=64, bits=4)
-    x, y = (helper.make_tensor_value_info(n, types.FLOAT, [1, 1, 64]) for n in "xy")
-    past = helper.make_tensor_value_info("past_key_values.0.key", types.FLOAT16, ["b", 2, "past", "size"])
-    onnx.save(helper.make_model(helper.make_graph([node], "g", [x, past], [y], [packed, scales])), tmp_path / "g.onnx")
-    facts = graph_facts(tmp_path / "g.onnx", head_size=24)
-    assert (facts.bits, facts.weight_bytes_per_token) == (4, 64 * 32 + 64 * 8)
-    assert facts.kv_bytes_per_token == 2 * 24 * 2
-    unsized = graph_facts(tmp_path / "g.onnx")
-    assert unsized.kv_bytes_per_token is None and "kv_bytes_per_token" in unsized.unknown
+def test_a_foreign_model_is_told_by_the_size_of_its_files(tmp_path: Path) -> None:
+    for name, size in (("a.onnx", 100), ("a.data", 1000)):
+        (tmp_path / name).write_bytes(bytes(size))
+    facts = file_facts(tmp_path / "a.onnx", tmp_path / "a.data")
+    assert facts.model_bytes == 1100 and facts.weight_bytes_per_token is None
+    assert set(facts.unknown) == {"parameters", "weight_bytes_per_token", "kv_bytes_per_token", "bits"}
 
 
 @pytest.mark.parametrize("kind", ["torch", "optimum"])
