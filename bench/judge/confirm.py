@@ -6,7 +6,7 @@ both say is true of the models.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,10 +15,10 @@ from bench.judge.comparison import confirm as confirm_rows
 from bench.judge.verdict import CANNOT_TELL, SLOWER, Verdict, confirmed
 from bench.measure.options import BenchOptions
 from bench.measure.result import Measurement, Result
-from bench.measure.run import measure
 from devices.probe.host import probe
 from export.bundle.manifest import BundleError, read_manifest
-from saap.base.progress import Progress
+
+Measure = Callable[[Sequence[str], BenchOptions, Sequence[str] | None], Result]  # measures specs under names
 
 
 @dataclass(frozen=True)
@@ -32,35 +32,30 @@ class Confirmed:
 def compare_live(
     specs: Sequence[str],
     plan: BenchOptions,
+    measure: Measure,
     min_effect: float = 0.02,
     *,
     confirm: bool = True,
     names: Sequence[str] | None = None,
-    progress: Progress | None = None,
 ) -> Confirmed:
-    """The second of two specs against the first, measured now and interleaved.
+    """Compare the second of two specs with the first, measured now and interleaved.
 
     Args:
         plan: of each of the at most two runs; its time limit too.
         min_effect: relative change below which a difference does not matter.
         confirm: run once more where something looks slower, and say so only when that run agrees.
-
-    Raises:
-        as bench.measure.run.measure.
     """
-    first = measure(specs, plan, names=names, progress=progress)
+    first = measure(specs, plan, names)
     base, other = dict.fromkeys(m.name for m in first.measurements)
     comparison = compare_within(first, base, other, min_effect)
     if not (confirm and comparison.regressed):
         return Confirmed(comparison, [first])
-    second = measure(specs, replace(plan, cold=False), names=[base, other], progress=progress)
+    second = measure(specs, replace(plan, cold=False), [base, other])
     again = compare_within(second, base, other, min_effect)
     return Confirmed(confirm_rows(comparison, again), [first, second])
 
 
-def confirm_files(
-    comparison: Comparison, old: Runs, new: Runs, plan: BenchOptions, *, progress: Progress | None = None
-) -> Confirmed:
+def confirm_files(comparison: Comparison, old: Runs, new: Runs, plan: BenchOptions, measure: Measure) -> Confirmed:
     """Measure again what results call slower, and what they cannot tell.
 
     Two bundles that are still what they were are measured interleaved. Where the old one is gone, or it was the same,
@@ -85,22 +80,22 @@ def confirm_files(
             rows.append(replace(row, reason=f"not confirmed: {obstacle}") if row.verdict == SLOWER else row)
             continue
         specs, names = ([then.spec, now.spec], ["old", "new"]) if both else ([now.spec], [then.name])
-        fresh = measure(specs, _plan_of(now, after, plan), names=names, progress=progress)
+        fresh = measure(specs, _plan_of(now, after, plan), names)
         results.append(fresh)
         least = comparison.min_effect
         again = compare_within(fresh, "old", "new", least) if both else compare(before, fresh, least)
-        said = confirmed(row, again.rows[0]) if row.verdict == SLOWER else again.rows[0]
-        rows.append(replace(said, name=row.name, against=row.against))
+        verdict = confirmed(row, again.rows[0]) if row.verdict == SLOWER else again.rows[0]
+        rows.append(replace(verdict, name=row.name, against=row.against))
     return Confirmed(replace(comparison, rows=rows), results)
 
 
 def _behind(row: Verdict, name: str, runs: Sequence[Result]) -> list[Result]:
     """The runs that a row rests on, each with its one measurement."""
-    found = []
+    results = []
     for run in runs:
         some = [m for m in run.of(name) if (m.test, m.n_threads) == (row.setting, row.n_threads)]
-        found += [replace(run, measurements=some[:1])] if some else []
-    return found
+        results += [replace(run, measurements=some[:1])] if some else []
+    return results
 
 
 def _gone(m: Measurement, result: Result, here: str) -> str | None:

@@ -8,6 +8,7 @@ Results differ between instruction sets (int8 kernels sum in another order), so 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -21,6 +22,7 @@ from bench.measure.result import Json, Result
 from bench.runtimes.peers import Peer
 from export.bundle.decoder import Decoder, Logits
 from saap.base.child import ChildFailedError, call, job_and_tell
+from saap.base.progress import Progress
 
 NLL_TOLERANCE = 0.02  # nats per token: what other kernels of the same precision move it by
 
@@ -44,6 +46,15 @@ class _Job:
     provider: str
     runtime: str | None = None  # module of another engine; None: ONNX Runtime
     choice: str | None = None  # of that engine's own settings
+
+
+def ask_all(peers: Sequence[Peer], plan: BenchOptions, threads: int, progress: Progress | None) -> Json:
+    """The text of the options and each model's answer to it, as a result records them; empty without a text."""
+    if not plan.text:
+        return {}
+    if progress:
+        progress("asking for answers", 0, 0)
+    return {"text": list(plan.text), "answers": {peer.name: ask(peer, plan, threads) for peer in peers}}
 
 
 def ask(peer: Peer, plan: BenchOptions, threads: int) -> Json:

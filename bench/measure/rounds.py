@@ -107,28 +107,30 @@ class Rounds:
                     others[index].unknown["cold_load_s"] = reason
 
     def _one(self, outcome: Outcome) -> None:
+        """One process of a spec that has not failed before."""
         self._say(outcome, f"round {self._round + 1}")
         if outcome.failure is None:
+            self._cooling.wait()
+            peer, job = outcome.peer, self._job(outcome)
+            job = replace(job, spawned_at=time.monotonic(), available_before=available(self.plan.root))
             try:
-                self._measure(outcome)
+                answer = call(
+                    WORKER, asdict(job), self.plan.timeout_s, peer.environment(job.threads), peer.python,
+                    lambda note: self._say(outcome, f"round {self._round + 1}, {_rate(note)}"),
+                )  # fmt: skip
             except ChildFailedError as error:
                 outcome.failure, outcome.stderr = str(error), error.stderr
+            else:
+                self._keep(outcome, msgspec.convert(answer, Measured))
         self._order += 1
 
-    def _measure(self, outcome: Outcome) -> None:
-        self._cooling.wait()
-        peer, job = outcome.peer, self._job(outcome)
-        job = replace(job, spawned_at=time.monotonic(), available_before=available(self.plan.root))
-        told = call(
-            WORKER, asdict(job), self.plan.timeout_s, peer.environment(job.threads), peer.python,
-            lambda told: self._say(outcome, f"round {self._round + 1}, {_rate(told)}"),
-        )  # fmt: skip
-        answer = msgspec.convert(told, Measured)
+    def _keep(self, outcome: Outcome, answer: Measured) -> None:
         energy, why = self.recorder.energy(*answer.window, idle=self._idle)
         unknown = answer.sample.unknown | ({} if energy else {"energy": why or "no decode window"})
         outcome.samples.append(replace(answer.sample, energy=energy, unknown=unknown))
         if answer.facts.model is not None:
-            outcome.model = replace(answer.facts.model, vocab_size=peer.vocab_size, spelling=peer.model.spelling)
+            spelling = outcome.peer.model.spelling
+            outcome.model = replace(answer.facts.model, vocab_size=outcome.peer.vocab_size, spelling=spelling)
         outcome.versions |= answer.facts.versions
 
     def _job(self, outcome: Outcome) -> Job:

@@ -10,22 +10,20 @@ import platform
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
-from pathlib import Path
 
-from bench.measure.answers import ask
+from bench.measure.answers import ask_all
 from bench.measure.bursts import take_turns
 from bench.measure.cores import choose_cores
-from bench.measure.options import BenchOptions, Setting
+from bench.measure.options import BenchOptions
 from bench.measure.pilots import at_their_best
-from bench.measure.result import INVALID, Bandwidth, Bursts, Json, Measurement, Result, command_line, package_versions
+from bench.measure.result import INVALID, Bandwidth, Bursts, Measurement, Result, command_line, package_versions
 from bench.measure.roofline import joined, probe_bandwidth
 from bench.measure.rounds import Outcome, Rounds
 from bench.measure.validity import judge
 from bench.power.energy import Recorder
-from bench.runtimes.peers import Peer, PeerError, memory_needs, read_peers
+from bench.runtimes.peers import check_memory, read_peers
 from devices.probe.host import probe
 from export.bundle.decoder import check_threads
-from saap.base.cgroup import available
 from saap.base.progress import Progress
 
 RECORDED = ("seed", "repetitions", "precision", "max_time_s", "ratio_time_s", "warmup", "timeout_s", "cool_down_s")
@@ -55,7 +53,7 @@ def measure(
     for threads in {setting.threads for setting in settings}:
         check_threads(threads)
     peers = read_peers(specs, options.positions, names, options.provider)
-    check_memory(peers, settings, options.root)
+    check_memory(peers, options.positions, options.root)
     peers, pilots = at_their_best(peers, options, progress)
     device = probe()
     widths = sorted({setting.threads for setting in settings})
@@ -68,8 +66,7 @@ def measure(
         rounds.run()
     bursts = _turns(rounds, options, progress)
     after = _bandwidths(widths, device["last_level_cache_bytes"], progress)
-    if progress and options.text:
-        progress("asking for answers", 0, 0)
+    answers = ask_all(peers, options, widths[0], progress)
     outcomes = [outcome for group in rounds.outcomes.values() for outcome in group]
     result = Result(
         device={**device},
@@ -87,29 +84,11 @@ def measure(
             "power": recorder.facts(),
             **({"choice": options.choice} if options.choice is not None else {}),
             **({"pilots": [asdict(pilot) for pilot in pilots]} if pilots else {}),
-            **_asked(peers, options, widths[0]),
+            **answers,
         },
         bursts=bursts,
     )
     return _judged(result)
-
-
-def check_memory(peers: Sequence[Peer], settings: Sequence[Setting], root: Path = Path("/")) -> None:
-    """Refuse what is larger than the memory that is left, so that a board does not swap or kill.
-
-    Raises:
-        PeerError: with the sum.
-    """
-    left = available(root)
-    positions = max(setting.positions for setting in settings)
-    for peer in peers:
-        parts = memory_needs(peer.kind, peer.model, positions, peer.path)
-        if left is not None and sum(parts.values()) > left:
-            told = " + ".join(f"{name} {size / 1e6:.0f}" for name, size in parts.items())
-            raise PeerError(
-                f"{peer.spec} needs about {sum(parts.values()) / 1e6:.0f} MB ({told}) and {left / 1e6:.0f} MB are "
-                "available: stop other programs, ask for fewer tokens, or export with fewer --bits"
-            )
 
 
 def _bandwidths(widths: Sequence[int], cache_bytes: int | None, progress: Progress | None) -> list[Bandwidth]:
@@ -131,13 +110,6 @@ def _turns(rounds: Rounds, options: BenchOptions, progress: Progress | None) -> 
         if len(peers) > 1 and options.turns_s:
             found.append(take_turns(peers, setting, options, progress))
     return found
-
-
-def _asked(peers: Sequence[Peer], options: BenchOptions, threads: int) -> Json:
-    """What each model says to the text of the options."""
-    if not options.text:
-        return {}
-    return {"text": list(options.text), "answers": {peer.name: ask(peer, options, threads) for peer in peers}}
 
 
 def _measurement(outcome: Outcome, options: BenchOptions) -> Measurement:

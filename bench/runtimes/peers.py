@@ -38,6 +38,7 @@ from export.bundle.manifest import (
 from export.bundle.openvino import IR
 from export.bundle.session import check_provider
 from saap.base.caches import GROWING
+from saap.base.cgroup import available
 from saap.base.errors import UserError
 from saap.base.files import parse_json
 from saap.base.gguf_header import read_header
@@ -286,6 +287,22 @@ def memory_needs(kind: str, model: ModelFacts, positions: int, path: Path) -> di
     parts = {"weights": model.model_bytes or _weight_files(path), "runtime": RUNTIME_BYTES.get(kind, ONNXRUNTIME_BYTES)}
     kv = model.kv_bytes_per_token
     return parts if kv is None else {**parts, "cache": kv * positions - model.sliding.saved(positions)}
+
+
+def check_memory(peers: Sequence[Peer], positions: int, root: Path = Path("/")) -> None:
+    """Refuse what is larger than the memory that is left, so that a board does not swap or kill.
+
+    Raises PeerError: with the sum.
+    """
+    left = available(root)
+    for peer in peers:
+        parts = memory_needs(peer.kind, peer.model, positions, peer.path)
+        if left is not None and sum(parts.values()) > left:
+            sizes = " + ".join(f"{name} {size / 1e6:.0f}" for name, size in parts.items())
+            raise PeerError(
+                f"{peer.spec} needs about {sum(parts.values()) / 1e6:.0f} MB ({sizes}) and {left / 1e6:.0f} MB are "
+                "available: stop other programs, ask for fewer tokens, or export with fewer --bits"
+            )
 
 
 def _weight_files(path: Path) -> int:

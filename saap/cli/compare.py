@@ -23,6 +23,7 @@ from saap.cli.types import directory, force
 
 if TYPE_CHECKING:
     from bench.judge.comparison import Comparison
+    from bench.judge.confirm import Measure
 
 SUMMARY = "GITHUB_STEP_SUMMARY"  # names the file that a workflow shows as the step's summary
 
@@ -115,13 +116,13 @@ def compare(old: str, new: str, json_path: Path | None, options: CompareCommand)
         comparison = compare_results(*results, minimum)
         if options.confirm and (comparison.regressed or comparison.open):
             with ended_as_by_a_person():
-                comparison = confirm_files(comparison, *results, plan, progress=console.report).comparison
+                comparison = confirm_files(comparison, *results, plan, measuring(console)).comparison
     elif any(files):
         raise UserError(f"{old} and {new} do not compare: give two results of `saap bench --json`, or two bundles")
     else:
         verify_models([old, new])
         with ended_as_by_a_person():
-            live = compare_live([old, new], plan, minimum, confirm=options.confirm, progress=console.report)
+            live = compare_live([old, new], plan, measuring(console), minimum, confirm=options.confirm)
         comparison = live.comparison
     console.finish()
     _write_verdicts(comparison, options, json_path)  # first: a terminal may be gone
@@ -131,6 +132,13 @@ def compare(old: str, new: str, json_path: Path | None, options: CompareCommand)
     if json_path == STDOUT:
         click.echo(json.dumps(comparison_json(comparison), allow_nan=False))
     sys.exit(comparison.exit_code(options.fail_on == "regression"))
+
+
+def measuring(console: Console) -> Measure:
+    """The bench, whose progress the console shows."""
+    from bench.measure import measure
+
+    return lambda specs, plan, names: measure(specs, plan, names=names, progress=console.report)
 
 
 def _is_result(spec: str) -> bool:

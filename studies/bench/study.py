@@ -148,12 +148,15 @@ def size(out: Path, a: str, b: str, rounds: int) -> None:
 def trials(out: Path, a: str, b: str, count: int, max_time: float) -> None:
     """What `saap compare A B` says, again and again."""
     from bench.judge.confirm import compare_live
-    from bench.measure import BenchOptions
+    from bench.measure import BenchOptions, Result, measure
+
+    def timed(specs: Sequence[str], plan: BenchOptions, names: Sequence[str] | None) -> Result:
+        return measure(specs, plan, names=names)
 
     path = out / f"trials-{Path(a).name}-{Path(b).name}.jsonl"
     for _ in range(len(records(path)), count):
         begun = time.monotonic()
-        live = compare_live([a, b], BenchOptions(**LENGTHS, max_time_s=max_time), names=["a", "b"])
+        live = compare_live([a, b], BenchOptions(**LENGTHS, max_time_s=max_time), timed, names=["a", "b"])
         (row,) = live.comparison.rows
         record = {
             "verdict": row.verdict,

@@ -26,9 +26,7 @@ class Machine:
     def __init__(self, *scales: float, **fields: object) -> None:
         self.scales, self.fields, self.asked = list(scales), fields, []
 
-    def __call__(
-        self, specs: Sequence[str], plan: BenchOptions, *, names: Sequence[str] | None = None, **_: object
-    ) -> Result:
+    def __call__(self, specs: Sequence[str], plan: BenchOptions, names: Sequence[str] | None = None) -> Result:
         self.asked.append((list(specs), plan, names))
         scale = self.scales.pop(0)
         names = names or [Path(spec).name for spec in specs]
@@ -39,49 +37,36 @@ class Machine:
         )
 
 
-@pytest.fixture
-def machine(monkeypatch: pytest.MonkeyPatch):
-    def install(*scales: float, **fields: object) -> Machine:
-        made = Machine(*scales, **fields)
-        monkeypatch.setattr(confirm, "measure", made)
-        return made
-
-    return install
-
-
-def test_a_slow_down_is_measured_twice(machine) -> None:
-    there = machine(1.10, 1.08)
-    live = confirm.compare_live(["a", "b"], BenchOptions(max_time_s=9))
+def test_a_slow_down_is_measured_twice() -> None:
+    there = Machine(1.10, 1.08)
+    live = confirm.compare_live(["a", "b"], BenchOptions(max_time_s=9), there)
     (row,) = live.comparison.rows
     assert (row.verdict, row.confirmed, len(live.results)) == (SLOWER, True, 2)
     assert row.ratio == pytest.approx(1.08)  # of the run that was not picked for it
     assert there.asked[1][1].max_time_s == 9 and there.asked[1][1].cold is False
 
 
-def test_one_that_does_not_come_again_is_none(machine) -> None:
-    machine(1.10, 1.001)
-    (row,) = confirm.compare_live(["a", "b"], BenchOptions()).comparison.rows
+def test_one_that_does_not_come_again_is_none() -> None:
+    (row,) = confirm.compare_live(["a", "b"], BenchOptions(), Machine(1.10, 1.001)).comparison.rows
     assert (row.verdict, row.confirmed) == (SAME, False)
     assert "did not confirm" in row.reason
 
 
 @pytest.mark.parametrize(("scale", "options"), [(1.0, {}), (0.9, {}), (1.1, {"confirm": False})])
-def test_nothing_else_is_measured_twice(machine, scale: float, options: dict[str, bool]) -> None:
-    there = machine(scale)
-    assert len(confirm.compare_live(["a", "b"], BenchOptions(), **options).results) == len(there.asked) == 1
+def test_nothing_else_is_measured_twice(scale: float, options: dict[str, bool]) -> None:
+    there = Machine(scale)
+    assert len(confirm.compare_live(["a", "b"], BenchOptions(), there, **options).results) == len(there.asked) == 1
 
 
-def test_a_second_run_that_is_invalid_leaves_it_open(machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    there = machine(1.1, 1.1)
-    measure = confirm.measure
+def test_a_second_run_that_is_invalid_leaves_it_open() -> None:
+    there = Machine(1.1, 1.1)
 
-    def second_is_invalid(*given: object, **options: object) -> Result:
-        found = measure(*given, **options)
-        spoilt = [replace(m, status=INVALID, reasons=["the host swapped"]) for m in found.measurements]
-        return replace(found, measurements=spoilt) if len(there.asked) == 2 else found
+    def second_is_invalid(specs: Sequence[str], plan: BenchOptions, names: Sequence[str] | None) -> Result:
+        timed = there(specs, plan, names)
+        spoilt = [replace(m, status=INVALID, reasons=["the host swapped"]) for m in timed.measurements]
+        return replace(timed, measurements=spoilt) if len(there.asked) == 2 else timed
 
-    monkeypatch.setattr(confirm, "measure", second_is_invalid)
-    comparison = confirm.compare_live(["a", "b"], BenchOptions()).comparison
+    comparison = confirm.compare_live(["a", "b"], BenchOptions(), second_is_invalid).comparison
     assert comparison.rows[0].verdict == NOT_COMPARABLE and "the host swapped" in comparison.rows[0].reason
     assert comparison.exit_code(True) == 3
 
@@ -99,9 +84,9 @@ def files(tmp_path: Path):
     return of("old", 1.0), of("newer", 1.2)
 
 
-def test_files_are_confirmed_by_both_bundles_interleaved(files, machine) -> None:
-    there = machine(1.09)
-    found = confirm.confirm_files(compare(*files), *files, BenchOptions(max_time_s=7))
+def test_files_are_confirmed_by_both_bundles_interleaved(files) -> None:
+    there = Machine(1.09)
+    found = confirm.confirm_files(compare(*files), *files, BenchOptions(max_time_s=7), there)
     (row,) = found.comparison.rows
     assert (row.verdict, row.confirmed, row.name) == (SLOWER, True, "model")
     ((specs, plan, names),) = there.asked
@@ -109,37 +94,36 @@ def test_files_are_confirmed_by_both_bundles_interleaved(files, machine) -> None
     assert (plan.prompt, plan.generate, plan.threads, plan.seed, plan.max_time_s) == (8, 4, 1, 3, 7)
 
 
-def test_or_by_the_new_bundle_alone(files, machine, tmp_path: Path) -> None:
+def test_or_by_the_new_bundle_alone(files, tmp_path: Path) -> None:
     (tmp_path / "old" / "bundle.json").unlink()
-    there = machine(1.0)
-    (row,) = confirm.confirm_files(compare(*files), *files, BenchOptions()).comparison.rows
+    there = Machine(1.0)
+    (row,) = confirm.confirm_files(compare(*files), *files, BenchOptions(), there).comparison.rows
     assert (row.verdict, row.confirmed) == (CANNOT_TELL, False) and "a second run cannot tell" in row.reason
     assert len(there.asked[0][0]) == 1
 
 
-def test_what_results_cannot_tell_is_measured_where_both_bundles_are_there(files, machine) -> None:
+def test_what_results_cannot_tell_is_measured_where_both_bundles_are_there(files) -> None:
     old, new = files
     new = replace(new, measurements=[replace(new.measurements[0], samples=old.measurements[0].samples)])
     assert compare(old, new).open
-    machine(1.0)
-    (row,) = confirm.confirm_files(compare(old, new), old, new, BenchOptions()).comparison.rows
+    (row,) = confirm.confirm_files(compare(old, new), old, new, BenchOptions(), Machine(1.0)).comparison.rows
     assert (row.verdict, row.test, row.name) == (SAME, "wilcoxon", "model")
-    there = machine()
+    there = Machine()
     same = replace(new, measurements=[replace(new.measurements[0], bundle_hash=old.measurements[0].bundle_hash)])
-    (row,) = confirm.confirm_files(compare(old, same), old, same, BenchOptions()).comparison.rows
+    (row,) = confirm.confirm_files(compare(old, same), old, same, BenchOptions(), there).comparison.rows
     assert row.verdict == CANNOT_TELL and there.asked == []  # what was of one bundle then is not judged by it now
 
 
-def test_or_not_at_all(files, machine, tmp_path: Path) -> None:
-    there = machine()
+def test_or_not_at_all(files, tmp_path: Path) -> None:
+    there = Machine()
     old, new = files
     tiny_bundle(tmp_path / "newer", seed=99)
-    (row,) = confirm.confirm_files(compare(old, new), old, new, BenchOptions()).comparison.rows
+    (row,) = confirm.confirm_files(compare(old, new), old, new, BenchOptions(), there).comparison.rows
     assert (row.verdict, row.confirmed) == (SLOWER, None) and "another bundle now" in row.reason
     elsewhere = [replace(r, device={"fingerprint": "e" * 16}) for r in files]
-    (row,) = confirm.confirm_files(compare(*elsewhere), *elsewhere, BenchOptions()).comparison.rows
+    (row,) = confirm.confirm_files(compare(*elsewhere), *elsewhere, BenchOptions(), there).comparison.rows
     assert row.verdict == SLOWER and "another device" in row.reason
     foreign = [replace(r, measurements=[replace(r.measurements[0], bundle_hash=None)]) for r in files]
-    (row,) = confirm.confirm_files(compare(*foreign), *foreign, BenchOptions()).comparison.rows
+    (row,) = confirm.confirm_files(compare(*foreign), *foreign, BenchOptions(), there).comparison.rows
     assert row.verdict == SLOWER and "may have changed" in row.reason
     assert there.asked == []
