@@ -12,7 +12,8 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from export.bundle.manifest import DECODE_GRAPH, LARGEST_JSON, PREFILL_CHUNK, BundleError, BundleManifest
+from export.bundle.manifest import DECODE_GRAPH, PREFILL_CHUNK, BundleError, BundleManifest
+from export.bundle.small_files import LARGEST_JSON
 from saap.base.files import read_whole
 
 GENAI_CONFIG = "genai_config.json"

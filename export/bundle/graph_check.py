@@ -12,9 +12,9 @@ import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from math import prod
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
-from export.bundle.manifest import BundleError, is_there
+from export.bundle.manifest import BundleError, inside, is_there
 
 # Message: the fields that lead to what is checked, and what message each holds.
 _PATHS = {
@@ -52,7 +52,9 @@ def check_graph(graph: str | Path, nested: bool = False) -> list[Path]:
     found = read_contents(path)
     files: list[Path] = []
     for location in found.locations:
-        file = _inside(path, location)
+        file = inside(path.parent, location)
+        if file is None:
+            raise BundleError(f"{path} wants its weights in {location!r}, outside the bundle's folder: do not use it")
         if not is_there(file):
             raise BundleError(f"{path} wants its weights in {location!r}, which is missing: export the bundle again")
         files.append(file)
@@ -102,19 +104,6 @@ def read_contents(graph: Path) -> Contents:
     except (IndexError, ValueError):  # of an empty file, too
         raise BundleError(f"{graph} is not an ONNX file: export the bundle again") from None
     return found
-
-
-def _inside(graph: Path, location: str) -> Path:
-    folder = graph.parent.resolve()
-    file = graph.parent / location
-    strange = not location or "\\" in location or "\0" in location or PurePosixPath(location).is_absolute()
-    try:
-        strange = strange or folder not in file.resolve().parents
-    except RuntimeError:  # a link in a circle
-        strange = True
-    if strange:
-        raise BundleError(f"{graph} wants its weights in {location!r}, outside the bundle's folder: do not use it")
-    return file
 
 
 def _read(

@@ -24,7 +24,7 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from math import prod
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, TypedDict
 
 import msgspec
@@ -33,8 +33,7 @@ from msgspec import Meta
 from saap.base.caches import GROWING, Sliding
 from saap.base.documents import Document
 from saap.base.errors import UserError
-from saap.base.files import read_whole, sha256_file
-from saap.base.tokenizer_file import LARGEST_TOKENIZER, TOKENIZER
+from saap.base.files import sha256_file
 
 FORMAT = 1
 MANIFEST = "bundle.json"
@@ -49,8 +48,6 @@ WINDOW_START = "window_start"
 # Positions of them that can always be taken back, as a conversation does whose template changes its last words.
 WINDOW_BACK = 32
 WEIGHTS = "model.onnx.data"
-LARGEST_JSON = 16 << 20  # bytes that are read of a small file
-LARGEST = {TOKENIZER: LARGEST_TOKENIZER, "chat_template.jinja": 1 << 20}
 # Tokens of a prompt that a decoder reads at once. Activations and the operators' scratch grow with them, and pieces of
 # this size cost no time.
 PREFILL_CHUNK = 256
@@ -361,53 +358,9 @@ def read_manifest(directory: str | Path) -> BundleManifest:
         raise BundleError(f"{directory} is not a bundle: {_instead_of_bundle(directory)}")
     manifest = DOCUMENT.read(path)
     for name in manifest.files:
-        _inside(directory, name)
+        if inside(directory, name) is None:
+            raise BundleError(f"{path} names {name!r}, which lies outside the bundle: do not use it")
     return manifest
-
-
-def manifest_of(directory: Path) -> BundleManifest | None:
-    """The manifest of a bundle; None of a model directory."""
-    return read_manifest(directory) if (directory / MANIFEST).is_file() else None
-
-
-@dataclass(frozen=True)
-class SmallFiles:
-    """The small files of a bundle or, without ``manifest``, of a model directory.
-
-    ``hashed``: names of those that were read and are as the manifest lists them.
-    """
-
-    directory: Path
-    manifest: BundleManifest | None
-    hashed: set[str] = field(default_factory=set)
-
-    def read(self, name: str) -> bytes | None:
-        """The content of a file; None where there is none.
-
-        Of a bundle these are the very bytes that the manifest lists, hashed before anything is made of them.
-
-        Raises BundleError: no file, larger than such a file ever is, not listed, or not as listed.
-        """
-        path, most = self.directory / name, LARGEST.get(name, LARGEST_JSON)
-        entry = None if self.manifest is None else self.manifest.files.get(name)
-        if not os.path.lexists(path) and entry is None:
-            return None
-        if self.manifest is not None and entry is None:
-            raise BundleError(f"{path} is not listed in {MANIFEST}: remove it, or export the bundle again")
-        try:
-            content = read_whole(path, most)
-        except (OSError, ValueError) as error:
-            raise BundleError(f"{path} cannot be read ({error}): {remedy(self.directory)}") from None
-        if entry is not None:
-            if hashlib.sha256(content).hexdigest() != entry.sha256:
-                raise BundleError(f"{path} does not match the hash in {MANIFEST}: export the bundle again")
-            self.hashed.add(name)
-        return content
-
-
-def remedy(directory: Path) -> str:
-    """How to repair a damaged file; a model directory has tokenizers, too."""
-    return "export the bundle again" if (directory / MANIFEST).is_file() else "get or make the model again"
 
 
 def verify_files(
@@ -426,7 +379,7 @@ def verify_files(
         if name != MANIFEST and name not in manifest.files and (path.is_symlink() or not path.is_dir()):
             raise BundleError(f"{path} is not listed in {MANIFEST}: remove it, or export the bundle again")
     for name, entry in manifest.files.items():
-        path = _inside(directory, name)
+        path = directory / name
         if not is_there(path):
             raise BundleError(f"{path} is missing: export the bundle again")
         if path.stat().st_size != entry.bytes or (name not in hashed and sha256_file(path) != entry.sha256):
@@ -442,15 +395,14 @@ def is_there(path: Path) -> bool:
         return False
 
 
-def _inside(directory: Path, name: str) -> Path:
-    path = directory / name
+def inside(folder: Path, name: str) -> Path | None:
+    """A file below a folder by its relative name; None where it lies elsewhere, links followed."""
+    path = folder / name
     try:
-        inside = b"\0" not in os.fsencode(name) and directory.resolve() in path.resolve().parents
+        strange = not name or "\\" in name or b"\0" in os.fsencode(name) or PurePosixPath(name).is_absolute()
+        return None if strange or folder.resolve() not in path.resolve().parents else path
     except (ValueError, RuntimeError):  # half a surrogate pair; a link in a circle
-        inside = False
-    if not inside:
-        raise BundleError(f"{directory / MANIFEST} names {name!r}, which lies outside the bundle: do not use it")
-    return path
+        return None
 
 
 def too_old(manifest: BundleManifest, installed: str) -> str | None:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from export.bundle.manifest import BundleManifest, SmallFiles, manifest_of, remedy
+from export.bundle.manifest import BundleManifest
+from export.bundle.small_files import SmallFiles, manifest_of, remedy
 from saap.base.chat_template import ChatTemplate, TemplateError
 from saap.base.errors import UserError
 from saap.base.files import parse_json

@@ -12,8 +12,9 @@ import msgspec
 from export.bundle.decoder import OrtDecoder, check_threads
 from export.bundle.engines import EXTRAS, OPENVINO, PACKAGES, Placed
 from export.bundle.llama_cpp import LlamaCppDecoder
-from export.bundle.manifest import BundleManifest, SmallFiles, read_manifest, verify_files
+from export.bundle.manifest import BundleManifest, read_manifest, verify_files
 from export.bundle.openvino import OpenVinoDecoder
+from export.bundle.small_files import SmallFiles
 from export.bundle.tokenizer import BundleTokenizer, read_json
 from export.generate.chat import Conversation
 from export.generate.loop import AnswerSettings, Decoder, Generation, begin_text

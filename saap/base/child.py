@@ -22,6 +22,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, TypeVar
 
+from saap.base.hashing import hashes_for_workers
 from saap.base.waiting import environment_of_others
 
 PACKAGES = Path(__file__).resolve().parents[2]  # the folder that holds devices/
@@ -70,7 +71,7 @@ def call(
             with signals_wait():
                 process = subprocess.Popen(
                     [python, "-m", module], stdin=given, stdout=subprocess.PIPE, stderr=err, cwd=PACKAGES,
-                    env={**environment_of_others(), **(env or {})}, start_new_session=True,
+                    env={**environment_of_others(), **hashes_for_workers(), **(env or {})}, start_new_session=True,
                 )  # fmt: skip
             for line in _lines_until(process, time.monotonic() + timeout_s):
                 document = _object(line)
@@ -103,7 +104,7 @@ class Resident:
         with signals_wait():
             self._process = subprocess.Popen(
                 [self._python, "-m", self._module], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._err,
-                cwd=PACKAGES, env=self._env, start_new_session=True,
+                cwd=PACKAGES, env={**self._env, **hashes_for_workers()}, start_new_session=True,
             )  # fmt: skip
         return self
 

@@ -20,7 +20,8 @@ import msgspec
 import psutil
 
 from saap.base.errors import UserError
-from saap.base.files import calling, sha256_file
+from saap.base.files import calling
+from saap.base.hashing import known_sha256
 from saap.base.writing import RECORD, read_object, write_document
 from saap.models.directory import weight_files
 from saap.models.record import FileHash
@@ -30,7 +31,6 @@ CACHE_RECORD = "saap-cache.json"
 NOT_HASHED = re.compile(r"saap(-cache)?\.json$|README|LICENSE|NOTICE|\.")
 # Counts up when a conversion would write other files, so that old entries are not taken for new ones.
 CONVERTER = 1
-_known: dict[tuple[str, int, int], str] = {}
 
 
 def hashes(directory: Path) -> dict[str, FileHash]:
@@ -82,15 +82,6 @@ def differing(directory: Path, files: object) -> str | None:
         return next((name for name, entry in known.items() if entry["sha256"] != found[name]), None)
     except (KeyError, ValueError):  # a name with a zero byte is a ValueError, and so is what is not a record
         return RECORD
-
-
-def known_sha256(path: Path) -> str:
-    """Hex sha256 of a file, read once per process for each content."""
-    stat = path.stat()
-    key = str(path.resolve()), stat.st_size, stat.st_ctime_ns
-    if key not in _known:
-        _known[key] = sha256_file(path)
-    return _known[key]
 
 
 def cached(entry: Path, build: Callable[[Path], None], source_sha256: str) -> Path:

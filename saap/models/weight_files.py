@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from saap.base.errors import UserError
+from saap.base.hashing import known_sha256
 from saap.base.writing import read_object
 from saap.models.architectures import (
     FAMILIES,
@@ -25,7 +26,7 @@ from saap.models.architectures import (
     shape_of,
 )
 from saap.models.directory import INDEX, SINGLE, weight_files
-from saap.models.integrity import check_directory, known_sha256
+from saap.models.integrity import check_directory
 from saap.system.sealed_tensors import save_tensors
 
 SHARD_BYTES = 1 << 30
