@@ -1,4 +1,4 @@
-"""The workflow that docs/devices.md offers, as actionlint sees it."""
+"""The workflow that docs/regression.md offers, as actionlint sees it."""
 
 from __future__ import annotations
 

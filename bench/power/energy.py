@@ -1,6 +1,6 @@
 """Energy of a measurement, from a sensor of the board that is read beside it.
 
-What a sensor sees is its *scope*, and numbers of different scopes do not compare. docs/devices.md lists the sensors in
+What a sensor sees is its *scope*, and numbers of different scopes do not compare. docs/board.md lists the sensors in
 the order in which they are trusted, with their scopes.
 """
 
