@@ -40,6 +40,7 @@ REMOVED = {
     "cuda_graph": "--provider cuda runs every step without one; leave it out",
     "prepacked": "ONNX Runtime packs the weights at each start, which takes a tenth of a second; leave it out",
     "fold": "saap tune trains the scale of each group; leave it out",
+    "temperature": "saap tune compares with the teacher at temperature 1; leave it out",
     "rank": "saap tune trains one factor for each group; leave it out, or give a larger --group-size to train fewer",
 }
 

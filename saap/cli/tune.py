@@ -44,9 +44,9 @@ class TuneCommand:
             if self.data == SELF:
                 raise UserError("--minutes cannot tell how long the model writes its text: give --tokens")
         if self.teacher is None:
-            refuse_unused(self, ("teacher_weight", "temperature", "kept_tokens"), "--teacher", "name one")
+            refuse_unused(self, ("teacher_weight", "kept_tokens"), "--teacher", "name one")
         if options.teacher_weight == 0:
-            refuse_unused(self, ("temperature", "kept_tokens"), "a --teacher-weight above 0")
+            refuse_unused(self, ("kept_tokens",), "a --teacher-weight above 0")
         if options.max_bytes is not None:
             one = "one form of integers, and --max-bytes chooses one for each matrix"
             refuse_unused(self, ("bits", "head_bits", "group_size"), one)

@@ -3,18 +3,14 @@
 KL divergence of a student to a teacher of whom the k likeliest tokens are known, with its gradient in closed form.
 
 The vocabulary is merged into k + 1 buckets: the kept tokens K and one for all others. With the teacher's probabilities
-p, the student's q = softmax(z / T), and their mass outside K, p_r and q_r:
+p, the student's q = softmax(z), and their mass outside K, p_r and q_r:
 
     L = sum_{i in K} p_i log(p_i / q_i) + p_r log(p_r / q_r)
 
 Merging outcomes never raises a divergence (data-processing inequality), so L is a divergence of its own, 0 where the
 buckets agree, and a lower bound of the full KL(teacher || student), which it is for k = vocabulary. Its gradient is
 
-    dL/dz_j = (q_j - p_j) / T  for j in K,  q_j (1 - p_r / q_r) / T  for all others.
-
-The temperature is that of Hinton et al. 2015 (arXiv:1503.02531): both sides are softened and L is multiplied by T^2, so
-that its gradient stays comparable with the language-modelling loss. p at another temperature cannot be told from k
-probabilities (the mass outside K changes with it), so the log-probabilities that are given must be those at T.
+    dL/dz_j = q_j - p_j  for j in K,  q_j (1 - p_r / q_r)  for all others.
 
 Logits are the largest numbers of training: 1,024 tokens of a vocabulary of 49,152 take 201 MB in float32, several times
 over. In :func:`head_loss` the head therefore runs on a few places at a time, each piece is differentiated at once, and
@@ -26,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Protocol, cast
+from typing import cast
 
 import torch
 from torch import nn
@@ -34,7 +30,6 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from saap.base.errors import UserError
 from saap.models.architectures import Traits, architecture_of, traits_of
 from saap.models.layer_walk import finished_logits
 from saap.models.modeling_slim import GroupQuantLinear, GroupQuantTable, TiedHead, unpacked_words
@@ -49,41 +44,6 @@ ROWS = 4096  # of the vocabulary, that are dequantised together
 PieceLoss = Callable[[torch.Tensor, int, int], torch.Tensor]
 
 
-def distillation_loss(
-    logits: torch.Tensor,
-    tokens: torch.Tensor,
-    logprobs: torch.Tensor,
-    mask: torch.Tensor,
-    temperature: float = 1.0,
-    *,
-    reduction: str = "mean",
-) -> torch.Tensor:
-    """KL(teacher || student) over the kept tokens and one bucket for the rest, nats per token, times T^2.
-
-    Beside the logits at most one float32 tensor of their size is alive: a scratch one in the forward pass, which is
-    freed, and the gradient itself in the backward pass. Nothing of that size is kept between them.
-
-    Args:
-        logits: the student's [b, t, V], any floating type.
-        tokens: the teacher's likeliest tokens, int64 [b, t, k], no token twice.
-        logprobs: their log-probabilities AT ``temperature`` [b, t, k], as :class:`saap.tune.teacher.TeacherTargets`
-        gives.
-        mask: bool [b, t], the places that count.
-        temperature: T, above 0.
-        reduction: ``mean`` over the places that count (0 where there are none), or their ``sum``.
-
-    Raises:
-        UserError: a temperature that is not above 0.
-    """
-    if not temperature > 0:
-        raise UserError(f"a temperature of {temperature} is not allowed: give a number above 0")
-    if logits.shape[:2] != tokens.shape[:2] or tokens.shape != logprobs.shape or mask.shape != tokens.shape[:2]:
-        shapes = [tuple(one.shape) for one in (logits, tokens, logprobs, mask)]
-        raise ValueError(f"logits, tokens, logprobs and mask of shapes {shapes} do not belong together")
-    total: torch.Tensor = _BucketDivergence.apply(logits, tokens, logprobs, mask, float(temperature))
-    return total if reduction == "sum" else total / mask.sum().clamp_min(1)
-
-
 def bucket_shares(logprobs: torch.Tensor, vocabulary: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Probabilities [..., k] and the mass outside them [...], summing to 1 however the logarithms were rounded."""
     kept = logprobs.exp()
@@ -92,51 +52,6 @@ def bucket_shares(logprobs: torch.Tensor, vocabulary: int) -> tuple[torch.Tensor
         return kept / whole, torch.zeros_like(whole[..., 0])
     kept = kept / whole.clamp_min(1)
     return kept, (1 - kept.sum(-1)).clamp_min(0)
-
-
-class _Softened(Context, Protocol):
-    temperature: float
-
-
-class _BucketDivergence(torch.autograd.Function):
-    """T^2 L summed over the places of the mask."""
-
-    @staticmethod
-    def forward(
-        ctx: _Softened,
-        logits: torch.Tensor,
-        tokens: torch.Tensor,
-        logprobs: torch.Tensor,
-        mask: torch.Tensor,
-        temperature: float,
-    ) -> torch.Tensor:
-        floats = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        p, p_rest = bucket_shares(logprobs.to(floats), logits.shape[-1])
-        scaled = logits.to(floats, copy=True).div_(temperature)
-        top = scaled.amax(-1, keepdim=True)
-        kept = scaled.gather(-1, tokens)
-        scaled.sub_(top).exp_().scatter_(-1, tokens, 0.0)
-        rest = scaled.sum(-1)  # summed without the kept: 1 - sum q_i would cancel
-        del scaled
-        log_total = ((kept - top).exp().sum(-1) + rest).log()
-        shift = top + log_total.unsqueeze(-1)  # z / T - shift = log q
-        log_q = kept - shift
-        q_rest = (rest / log_total.exp()).clamp_min(SMALLEST_SHARE)
-        divergence = (torch.xlogy(p, p) - p * log_q).sum(-1) + torch.xlogy(p_rest, p_rest) - p_rest * q_rest.log()
-        weight = mask.to(floats) * temperature**2
-        ctx.save_for_backward(logits, tokens, shift, log_q.exp() - p, 1 - p_rest / q_rest, weight)
-        ctx.temperature = temperature
-        return (divergence * weight).sum()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: _Softened, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
-        """The gradient for the logits, made from them anew."""
-        logits, tokens, shift, of_kept, of_rest, weight = ctx.saved_tensors
-        found = logits.to(shift.dtype, copy=True).div_(ctx.temperature).sub_(shift).exp_()
-        found.mul_(of_rest.unsqueeze(-1)).scatter_(-1, tokens, of_kept)
-        found.mul_((weight * (grad / ctx.temperature)).unsqueeze(-1))
-        return found.to(logits.dtype), None, None, None, None
 
 
 class KeptMatrix(dict[torch.dtype, torch.Tensor]):
@@ -202,30 +117,20 @@ def _dequantised(table: GroupQuantTable, dtype: torch.dtype) -> torch.Tensor:
 
 
 def learning_loss(
-    logits: torch.Tensor,
-    labels: torch.Tensor,
-    answers: tuple[torch.Tensor, torch.Tensor],
-    share: float,
-    temperature: float = 1.0,
+    logits: torch.Tensor, labels: torch.Tensor, answers: tuple[torch.Tensor, torch.Tensor], share: float
 ) -> torch.Tensor:
     """(1 - share) NLL + share KL(teacher || student), each summed over the places.
 
-    At temperature 1 both are read off one softmax, and their gradient is formed beside it: three passes over the
-    logits instead of a dozen.
+    Both are read off one softmax, and their gradient is formed beside it: three passes over the logits instead of a
+    dozen. Beside the logits at most one float32 tensor of their size is alive.
 
     Args:
-        logits: the student's [places, V].
+        logits: the student's [places, V], any floating type.
         labels: int64 [places].
-        answers: the teacher's tokens and log-probabilities, both [places, k], as :func:`distillation_loss` takes them.
+        answers: the teacher's likeliest tokens, no token twice, and their log-probabilities, both [places, k].
         share: of the teacher, 0 to 1.
     """
-    if temperature == 1:
-        return cast("torch.Tensor", _LearningLoss.apply(logits, labels, *answers, share))
-    nll = F.cross_entropy(logits.float(), labels, reduction="sum")
-    counted = torch.ones_like(labels, dtype=torch.bool)[None]
-    tokens, logprobs = (part[None] for part in answers)
-    divergence = distillation_loss(logits[None], tokens, logprobs, counted, temperature, reduction="sum")
-    return (1 - share) * nll + share * divergence
+    return cast("torch.Tensor", _LearningLoss.apply(logits, labels, *answers, share))
 
 
 class _LearningLoss(torch.autograd.Function):

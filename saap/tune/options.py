@@ -116,9 +116,6 @@ class TuneOptions:
     teacher_weight: Annotated[
         float, Option("Share of the loss that is the KL to the teacher.", _LEARNT), Meta(ge=0, le=1)
     ] = 0.5
-    temperature: Annotated[
-        float, Option("Temperature of teacher and model in the KL.", _LEARNT, hidden=True), Meta(gt=0, le=1000)
-    ] = 1.0
     kept_tokens: Annotated[
         int,
         Option("The teacher's likeliest tokens that are kept per place.", _LEARNT, shown=False),

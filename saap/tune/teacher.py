@@ -1,7 +1,7 @@
 """The dense teacher runs once: its k likeliest tokens per predicted place are kept on disk.
 
 An entry of the cache is a directory named by the sha256 over all that its numbers depend on: the teacher's weights, the
-token ids, k, the temperature, the precision and a format number. It holds shards of some rows each (safetensors),
+token ids, k, the precision and a format number. It holds shards of some rows each (safetensors),
 written beside their place and renamed, so a killed run goes on with the first shard that is missing. Tokens are uint16
 where the vocabulary allows it, else int32; log-probabilities are float16, so a probability is known to 0.05 % where it
 is above a third and to 0.4 % at 1e-5. All entries together are bounded; those unused longest go.
@@ -37,6 +37,7 @@ from saap.system.sealed_tensors import load_sealed, save_sealed
 from saap.text.encoding import said_words_of
 
 FORMAT = 1  # counts up when the same inputs would give other numbers
+TEMPERATURE = 1.0  # of the answers; a part of the keys of entries, of which earlier versions had others
 LIMIT_BYTES = 4 << 30  # of all entries
 SHARD_ROWS, MOST_SHARDS = 32, 128  # a killed run loses one shard; every shard is an open file
 TOKENS_AT_ONCE = 1024  # of one forward pass: the logits of 49152 words are then 200 MB
@@ -48,8 +49,8 @@ class TeacherTargets:
     ``note`` is what the user should be told, such as a lowered k, or None; ``directory`` is the entry of the cache.
     """
 
-    def __init__(self, directory: Path, rows: int, k: int, temperature: float, note: str | None) -> None:
-        self.directory, self.k, self.temperature, self.note = directory, k, temperature, note
+    def __init__(self, directory: Path, rows: int, k: int, note: str | None) -> None:
+        self.directory, self.k, self.note = directory, k, note
         self._rows, self._each = rows, _shard_rows(rows)
         self._shards = [safe_open(path, framework="pt") for path in _shard_paths(directory, rows)]
 
@@ -107,16 +108,13 @@ class Question:
 
     Attributes:
         k: tokens per place; fewer where the rows would not fit into ``LIMIT_BYTES``, and then ``note`` says so.
-            64 of SmolLM2-135M's 49152 hold 88 % of its probability at temperature 1, but 25 % at 2.
-        temperature: above 0. What lies outside the k at another one cannot be told from them, so each temperature is
-            an entry of its own and costs the teacher one run.
+            64 of SmolLM2-135M's 49152 hold 88 % of its probability.
         autocast: compute in bfloat16 where the model allows: faster on CPUs that have it, and about as exact as
             bfloat16 logits are (three digits).
         words: the only ones that the student predicts; the teacher's probabilities are of them alone.
     """
 
     k: int = 64
-    temperature: float = 1.0
     autocast: bool = False
     words: StudentWords | None = None
 
@@ -134,9 +132,9 @@ def teacher_targets(
         UserError: a value out of range, rows that do not fit with one token each, a cache that cannot be written.
     """
     question = question or Question()
-    k, temperature, words = question.k, question.temperature, question.words
-    if not temperature > 0 or k < 1:
-        raise UserError(f"k {k} at temperature {temperature} is not allowed: give k of 1 or more and a T above 0")
+    k, words = question.k, question.words
+    if k < 1:
+        raise UserError(f"k {k} is not allowed: give 1 or more")
     rows, length = ids.shape
     if rows < 1 or length < 2:
         raise UserError(
@@ -162,7 +160,7 @@ def teacher_targets(
         os.utime(entry)
         make_room(root, LIMIT_BYTES - rows * (length - 1) * per_token * k, entry)
         _fill(entry, teacher_dir, ids, kept, progress)
-        return TeacherTargets(entry, rows, k, temperature, note)
+        return TeacherTargets(entry, rows, k, note)
     except OSError as error:
         raise UserError(
             f"the teacher's answers cannot be kept in {root} ({error.strerror or error}): "
@@ -193,8 +191,7 @@ class _Kept:
     """Which of a teacher's numbers are kept, and in what form."""
 
     def __init__(self, question: Question, vocabulary: int) -> None:
-        self.k, self.temperature, self.words = question.k, question.temperature, question.words
-        self.autocast = question.autocast
+        self.k, self.autocast, self.words = question.k, question.autocast, question.words
         self.tokens = torch.uint16 if vocabulary <= 1 << 16 else torch.int32
 
     @torch.inference_mode()
@@ -207,12 +204,12 @@ class _Kept:
             with torch.autocast(teacher.device.type, torch.bfloat16, enabled=self.autocast):
                 logits = teacher(input_ids=few.to(teacher.device), use_cache=False).logits
             for row in logits:  # one by one: the float32 copies are as large as the logits
-                scaled = row[:-1].float() / self.temperature
-                scaled = scaled if words is None else scaled[:, words.ids.to(scaled.device)]
-                likeliest = scaled.topk(self.k)
+                floats = row[:-1].float()
+                floats = floats if words is None else floats[:, words.ids.to(floats.device)]
+                likeliest = floats.topk(self.k)
                 found = likeliest.indices.cpu()
                 tokens.append((found if words is None or words.renumbered else words.ids[found]).to(self.tokens))
-                logprobs.append((likeliest.values - scaled.logsumexp(-1, keepdim=True)).half().cpu())
+                logprobs.append((likeliest.values - floats.logsumexp(-1, keepdim=True)).half().cpu())
         return {"tokens": torch.stack(tokens), "logprobs": torch.stack(logprobs)}
 
     def intact(self, path: Path, rows: int, places: int) -> bool:
@@ -258,7 +255,7 @@ def _vocabulary(directory: str | Path) -> int:
 
 
 def _key(teacher_dir: str | Path, ids: torch.Tensor, kept: _Kept) -> str:
-    about = [FORMAT, weights_hash(teacher_dir), list(ids.shape), kept.k, float(kept.temperature), kept.autocast]
+    about = [FORMAT, weights_hash(teacher_dir), list(ids.shape), kept.k, TEMPERATURE, kept.autocast]
     digest = hashlib.sha256(json.dumps(about).encode())
     if kept.words is not None:
         digest.update(bytes([kept.words.renumbered]) + kept.words.ids.numpy().tobytes())

@@ -297,7 +297,7 @@ def targets_of(
     from accelerate import PartialState
 
     fast = autocast_dtype(options.training.precision, training_device()) is not None
-    question = Question(options.kept_tokens, options.temperature, fast, words)
+    question = Question(options.kept_tokens, fast, words)
     with PartialState().main_process_first():
         return teacher_targets(teacher_dir, rows.ids, question, progress)
 
@@ -327,7 +327,7 @@ def loss_of(targets: TeacherTargets | None, options: TuneOptions, head: KeptMatr
             if known is None:
                 return F.cross_entropy(logits.float(), labels[first:end], reduction="sum")
             of_teacher = known[0][first:end], known[1][first:end]
-            return learning_loss(logits, labels[first:end], of_teacher, options.teacher_weight, options.temperature)
+            return learning_loss(logits, labels[first:end], of_teacher, options.teacher_weight)
 
         return head_loss(model, batch["ids"], places, of_piece, head), learnt.sum()
 
