@@ -35,10 +35,13 @@ COMPUTE = "Compute device: cpu, cuda or cuda:1; auto is a GPU where there is one
 # The settings, with their dataclasses, that stand on the command line of the command that runs.
 TYPED: ContextVar[Collection[tuple[type | None, str]]] = ContextVar("TYPED", default=())
 NAMES = {int: "N", float: "X", Path: "PATH", str: "TEXT"}
+FROM_PYTHON = "leave it out, or set it from Python, in saap.tune.TuneOptions or its TrainOptions"
 # Options that earlier versions had, by name, and what to do instead.
 REMOVED = {
     "cuda_graph": "--provider cuda runs every step without one; leave it out",
     "prepacked": "ONNX Runtime packs the weights at each start, which takes a tenth of a second; leave it out",
+    **dict.fromkeys(("passes", "warmup_share", "weight_decay", "clip", "checkpointing", "evaluations"), FROM_PYTHON),
+    **dict.fromkeys(("save_seconds", "calibration_rows", "norm_rate", "kept_tokens"), FROM_PYTHON),
     "fold": "saap tune trains the scale of each group; leave it out",
     "temperature": "saap tune compares with the teacher at temperature 1; leave it out",
     "rank": "saap tune trains one factor for each group; leave it out, or give a larger --group-size to train fewer",

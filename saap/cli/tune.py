@@ -44,16 +44,12 @@ class TuneCommand:
             if self.data == SELF:
                 raise UserError("--minutes cannot tell how long the model writes its text: give --tokens")
         if self.teacher is None:
-            refuse_unused(self, ("teacher_weight", "kept_tokens"), "--teacher", "name one")
-        if options.teacher_weight == 0:
-            refuse_unused(self, ("kept_tokens",), "a --teacher-weight above 0")
+            refuse_unused(self, ("teacher_weight",), "--teacher", "name one")
         if options.max_bytes is not None:
             one = "one form of integers, and --max-bytes chooses one for each matrix"
             refuse_unused(self, ("bits", "head_bits", "group_size"), one)
-        elif options.integers == "nearest":
-            refuse_unused(self, ("calibration_rows",), "--integers gptq")
         if options.held_out == 0:
-            refuse_unused(self, ("evaluations", "patience"), "held-out text, and held_out is 0")
+            refuse_unused(self, ("patience",), "held-out text, and held_out is 0")
         least = training.rows_per_step * options.length
         if options.tokens < least:
             raise UserError(
@@ -64,15 +60,10 @@ class TuneCommand:
         if options.held_out and not options.holds_out(rows):
             fewest = math.ceil(FEWEST_HELD / options.held_out) * options.length
             few = f"held-out text, and of {rows} sequences none are held out"
-            refuse_unused(self, ("evaluations", "patience"), few, f"give --tokens {fewest} or more")
-        steps = training.passes * rows // training.rows_per_step
-        for name, value, most, what in (
-            ("calibration_rows", options.calibration_rows, rows, "sequences of --tokens"),
-            ("evaluations", training.evaluations, steps, "steps that --tokens are"),
-            ("patience", training.patience or 0, training.evaluations, "evaluations, and 0 never stops early"),
-        ):
-            if value > most:
-                refuse_unused(self, (name,), f"at most the {most} {what}", f"give {most} or fewer")
+            refuse_unused(self, ("patience",), few, f"give --tokens {fewest} or more")
+        if (training.patience or 0) > training.evaluations:
+            most = f"at most the {training.evaluations} evaluations, and 0 never stops early"
+            refuse_unused(self, ("patience",), most, f"give {training.evaluations} or fewer")
 
 
 @click.command(cls=OptionsCommand)

@@ -18,7 +18,6 @@ GroupSize = Literal[32, 64, 128]
 Integers = Literal["gptq", "nearest"]
 Kind = Literal["auto", "text", "chat"]
 Precision = Literal["auto", "bf16", "fp32"]
-MOST_KEPT = 32_768  # tokens per place: those of the default text are then 3 to 5 GB, and the cache holds 4
 FEWEST_HELD = 8  # rows: by one of 256 tokens, a state was kept that was 0.1 nats worse than the last (studies/demo)
 _INTEGERS = "The integers"
 _TRAINED = "What is trained"
@@ -28,7 +27,7 @@ _RUNS = "How it runs"
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """Schedule, precision and memory of a training run."""
+    """Schedule, precision and memory of a training run. What has no Option is set from Python alone."""
 
     rows_per_step: Annotated[
         int,
@@ -40,31 +39,16 @@ class TrainOptions:
         Option("Sequences at once; fewer take less memory.", _RUNS, flags=("--micro-batch",), hidden=True),
         COUNT,
     ] = None  # a process's whole share
-    passes: Annotated[
-        int, Option("Passes over the text, in the same order.", _RUNS, shown=False), Meta(ge=1, le=1000)
-    ] = 1
-    warmup_share: Annotated[float, Option("Share of the steps that warm up.", _RUNS, shown=False), Meta(ge=0, le=1)] = (
-        0.1
-    )
+    passes: int = 1  # over the text, in the same order
+    warmup_share: float = 0.1  # of the steps
     betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: Annotated[float, Option("Weight decay.", _RUNS, shown=False), Meta(ge=0, le=1)] = 0.0
-    clip: Annotated[
-        float | None,
-        Option("Largest norm of the gradient of all groups; none: no limit.", _RUNS, shown=False),
-        Meta(gt=0, le=1_000_000),
-    ] = 1.0
+    weight_decay: float = 0.0
+    clip: float | None = 1.0  # largest norm of the gradient of all groups; None: no limit
     precision: Annotated[Precision, Option("Precision of the forward and backward passes.", _RUNS, hidden=True)] = (
         "auto"
     )
-    checkpointing: Annotated[
-        bool | None,
-        Option("Recompute activations: less memory, more time; default: where memory is short.", _RUNS, shown=False),
-    ] = None
-    evaluations: Annotated[
-        int,
-        Option("Evaluations on held-out text, evenly spread over the run.", _RUNS, shown=False),
-        Meta(ge=1, le=1000),
-    ] = 6
+    checkpointing: bool | None = None  # recompute activations; None: where memory is short
+    evaluations: int = 6  # on held-out text, evenly spread over the run
     patience: Annotated[
         int | None,
         Option(
@@ -72,9 +56,7 @@ class TrainOptions:
         ),
         COUNT,
     ] = 3
-    save_seconds: Annotated[
-        float, Option("Seconds between two states on disk: what a kill can cost.", _RUNS, shown=False), Meta(ge=0)
-    ] = 60.0
+    save_seconds: float = 60.0  # between two states on disk: what a kill can cost
     seed: Annotated[int, Option("Random seed.", _RUNS), Meta(ge=0)] = 0
     device: Annotated[str, Option(COMPUTE, _RUNS, metavar="NAME", hidden=True)] = "auto"
 
@@ -103,24 +85,14 @@ class TuneOptions:
         Meta(gt=0),
     ] = None  # with it bits, head_bits and group_size mean nothing (saap.quantize.choose_forms)
     integers: Annotated[Integers, Option("Error-compensating, or each weight by itself.", _INTEGERS)] = "gptq"
-    calibration_rows: Annotated[
-        int,
-        Option("Sequences that gptq looks at, the first of the text.", _INTEGERS, shown=False),
-        COUNT,
-    ] = 16
+    calibration_rows: int = 16  # the first of the text, which gptq looks at
     # On held text half of it was worse with 25,000 to 400,000 tokens, twice with 25,000 (studies/tuning).
     learning_rate: Annotated[float, Option("Peak learning rate of the scales.", _TRAINED), Meta(ge=0, le=1)] = 6e-3
-    norm_rate: Annotated[
-        float, Option("Peak learning rate of the norms' weights.", _TRAINED, shown=False), Meta(ge=0, le=1)
-    ] = 1e-3
+    norm_rate: float = 1e-3  # peak learning rate of the norms' weights
     teacher_weight: Annotated[
         float, Option("Share of the loss that is the KL to the teacher.", _LEARNT), Meta(ge=0, le=1)
     ] = 0.5
-    kept_tokens: Annotated[
-        int,
-        Option("The teacher's likeliest tokens that are kept per place.", _LEARNT, shown=False),
-        Meta(ge=1, le=MOST_KEPT),
-    ] = 256
+    kept_tokens: int = 256  # of the teacher's likeliest per place
     held_out: Annotated[
         float, Option("Share of the text that decides when to stop.", _LEARNT, shown=False), Meta(ge=0, le=0.5)
     ] = 0.04  # fewer than 8 rows: none is held out, and the last state is kept

@@ -28,7 +28,6 @@ from transformers import PreTrainedModel
 
 from saap.base.allocator import kept_memory
 from saap.base.errors import UserError
-from saap.base.options import refuse_unused
 from saap.base.progress import LOADING, WRITING, Progress, note
 from saap.base.writing import RECORD, check_output, claimed
 from saap.models.architectures import architecture_of, shape_of
@@ -277,8 +276,6 @@ def check_model(slim_dir: Path, options: TuneOptions) -> dict[str, object]:
     if config.get("slim_quant"):
         raise UserError(f"{slim_dir} holds tuned integers already: tune the slim directory it came from")
     shape = shape_of(config)
-    if options.kept_tokens > (words := shape.vocab):
-        refuse_unused(options, ("kept_tokens",), f"at most the {words} tokens of the vocabulary of {slim_dir}")
     if not options.planned:
         check_widths(shape, options.group)
     return config

@@ -51,21 +51,16 @@ UNUSED = {
     "prune dense -o o --ratio 0.2 --heads --keep heads": "--heads and --keep heads contradict each other: give one",
     "prune dense -o o --ratio 0.2 --here": "--here is about the table of --costs",
     "tune slim -o o --teacher-weight 0.5": "--teacher-weight is for --teacher: leave it out, or name one",
-    "tune slim -o o --teacher-weight 0.3 --temperature 2": "--teacher-weight and --temperature are for --teacher:",
-    "tune slim -o o --teacher dense --teacher-weight 0 --temperature 2": "--temperature is for a --teacher-weight",
+    "tune slim -o o --teacher dense --temperature 2": "--temperature was removed: saap tune compares with the",
+    "tune slim -o o --set clip=2": "clip was removed: leave it out, or set it from Python, in saap.tune.TuneOptions",
     "tune slim -o o --max-bytes 1MB --head-bits 8": "--head-bits is for one form of integers, and --max-bytes chooses",
-    "tune slim -o o --integers nearest --set calibration_rows=2": "calibration_rows is for --integers gptq",
     "tune slim -o o --set held_out=0 --patience 2": "--patience is for held-out text, and held_out is 0",
     "tune slim -o o --micro-batch 8": "--micro-batch is for at most the 4 sequences of a step: leave it out, or give 4",
     "run dense -o o --set micro_rows=8": "is for at most the 4 sequences of a step: leave it out, or give 4",
-    "tune slim -o o --set calibration_rows=97": "calibration_rows is for at most the 96 sequences of --tokens: leave",
     "tune slim -o o --patience 2": "--patience is for held-out text, and of 96 sequences none are held out: leave "
     "it out, or give --tokens 51200 or more",
-    "tune slim -o o --tokens 60000 --set evaluations=99": "evaluations is for at most the 58 steps that --tokens are: "
-    "leave it out",
     "tune slim -o o --tokens 60000 --patience 11": "--patience is for at most the 6 evaluations, and 0 "
     "never stops early: leave it",
-    "tune slim -o o --teacher dense --set kept_tokens=321": "kept_tokens is for at most the 320 tokens of the vocabul",
     "eval slim --task-dir . --seed 3": "--task-dir and --seed are for --tasks: leave them out, or name some",
     "eval slim --tasks piqa --seed 3": "--seed is for drawing examples: leave it out, or give --max-examples",
     "eval slim --tasks piqa --stride 32": "--stride is for perplexity, which --tasks leaves out: leave it out, or",
