@@ -40,7 +40,7 @@ def cache(clear: bool) -> None:
     place = cache_place()
     sizes: dict[str, int] = {}
     for entry in sorted(place.iterdir()) if place.is_dir() else []:
-        what = next((told for name, told in KEPT.items() if entry.name.startswith(name)), OTHER)
+        what = next((kind for name, kind in KEPT.items() if entry.name.startswith(name)), OTHER)
         sizes[what] = sizes.get(what, 0) + _size(entry)
         if clear:
             shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()

@@ -1,4 +1,4 @@
-"""What a person sees: progress with the time left, errors of one line. Everything rich lives here."""
+"""The terminal: progress with the time left, tables, errors of one line. Everything that uses rich is here."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Console:
 
     @classmethod
     def of_command(cls) -> Console:
-        """The console of the command that runs; it is closed with it."""
+        """Return the console of the command that runs; it is closed with it."""
         return click.get_current_context().with_resource(cls())
 
     def report(self, label: str, done: float, total: float) -> None:
@@ -67,17 +67,17 @@ class Console:
         """
         if not speaks():
             return
-        said, finished = Label.of(label), 0 < total <= done
-        fresh = said.what != self._label.what or (self._finished and not finished)
+        parsed, finished = Label.of(label), 0 < total <= done
+        fresh = parsed.what != self._label.what or (self._finished and not finished)
         if fresh:
             self._stop()
             self._started = self._printed = time.monotonic()
             self._first = done  # a run that was continued after a kill did not do these now
         if self._finished and not fresh:
             return
-        self._label, self._finished = said, finished
+        self._label, self._finished = parsed, finished
         with suppress(OSError):  # nobody reads any more; the work goes on
-            (self._bar if self._terminal else self._line)(said, done, total, fresh)
+            (self._bar if self._terminal else self._line)(parsed, done, total, fresh)
 
     __call__ = report
 
@@ -96,7 +96,7 @@ class Console:
                 tell(text, self._stream)
 
     def say_text(self, purpose: str, source: str) -> None:
-        """Which text a command works on."""
+        """Say which text a command reads."""
         self.say(f"  {purpose} text: {source}")
 
     def _bar(self, label: Label, done: float, total: float, fresh: bool) -> None:
@@ -119,9 +119,9 @@ class Console:
             return
         self._printed = now
         left = self._left(done, total)
-        told = "" if left is None else f", {left:.0f} s left"
+        ending = "" if left is None else f", {left:.0f} s left"
         count = f"{done:.0f}/{total:.0f} {label.unit}".rstrip()
-        tell(f"  {label.shown}: {count}, {now - self._started:.0f} s{told}", self._stream)
+        tell(f"  {label.shown}: {count}, {now - self._started:.0f} s{ending}", self._stream)
 
     def _left(self, done: float, total: float) -> float | None:
         """Seconds until all is done, at the speed so far; None where that is not known."""
@@ -141,7 +141,7 @@ class Console:
 
 
 def progress_bar(stream: TextIO) -> Progress:
-    """A bar that fits the screen: what is done, a bar, how much of how much, the time it took and the time left."""
+    """Return a bar that fits the screen: label, bar, done of total, time taken and time left."""
     from rich.console import Console as RichConsole
     from rich.progress import BarColumn, Progress, ProgressColumn, Task, TimeElapsedColumn
     from rich.table import Column
@@ -201,7 +201,7 @@ class _Unheard(io.TextIOBase):
 
 @contextmanager
 def heard_or_not() -> Iterator[None]:
-    """Within the block a step's tables may be lost; the steps after it are done."""
+    """Let a step's tables be lost inside the block, so that the steps after it are done."""
     with redirect_stdout(_Unheard(sys.stdout)):
         yield
 
@@ -234,7 +234,7 @@ def shown(text: str) -> str:
 
 
 def print_table(title: str, columns: list[str], rows: list[list[str]], least: Sequence[str] = ()) -> None:
-    """A table for people on standard output; columns of numbers stand on the right.
+    """Print a table for people on standard output; columns of numbers are aligned on the right.
 
     Numbers do not break into lines: one in two pieces cannot be read. Where a terminal (or ``COLUMNS``) is too narrow,
     columns go in the order of ``least`` and are named below. Cells are shown as they are: brackets, such as those of an
@@ -286,7 +286,7 @@ class _Column:
 
 
 def plan_chart(dense: Sequence[Counts], kept: Sequence[Kept]) -> str:
-    """A small picture of a plan: per layer what is left of KV groups, query heads and the FFN.
+    """Draw a small picture of a plan: per layer what is left of KV groups, query heads and the FFN.
 
     Where a layer has a convolution or a delta net instead of attention, its channels or key heads.
     """

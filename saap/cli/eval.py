@@ -88,7 +88,7 @@ def evaluate(paths: tuple[Path, ...], json_path: Path | None, options: EvalComma
     console.report(LOADING, 0, 0)
     from saap.evaluate.evaluation import evaluate as evaluate_subjects
     from saap.evaluate.evaluation import subjects_of, windows_for
-    from saap.text.encoding import long_spelling, said_words_of
+    from saap.text.encoding import head_words_of, long_spelling
 
     def keep(quality: Quality) -> None:
         """Before anything is shown, so that what took hours is there whatever happens then."""
@@ -111,7 +111,7 @@ def evaluate(paths: tuple[Path, ...], json_path: Path | None, options: EvalComma
             console.say(f"  {note}")
     if options.options.tasks:
         for subject in subjects:
-            if said_words_of(subject.path) is not None:
+            if head_words_of(subject.path) is not None:
                 console.say(f"  {subject.name}: questions are read in all words, answers weighed in those it says")
     quality = evaluate_subjects(
         subjects, options.options, reference=base, text=windows, progress=console.report, keep=keep

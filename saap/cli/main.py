@@ -75,10 +75,10 @@ def check_packages() -> None:
     home = Path(__file__).resolve().parents[2]
     for name in ("export", "bench", "devices"):
         spec = find_spec(name)
-        found = Path(spec.origin).resolve().parent.parent if spec and spec.origin else None
-        if found != home:
+        place = Path(spec.origin).resolve().parent.parent if spec and spec.origin else None
+        if place != home:
             raise click.ClickException(
-                f"package {name!r} comes from {found}, saap from {home}: another package shadows "
+                f"package {name!r} comes from {place}, saap from {home}: another package shadows "
                 "it; use a fresh virtual environment"
             )
 
@@ -120,7 +120,7 @@ def open_streams() -> None:
 
 
 def drop_unwritten() -> None:
-    """What a stream did not take is told by now: the interpreter's own end would try it again."""
+    """Drop what a stream did not take: the interpreter would try it again at its end."""
     for number, stream in ((1, sys.__stdout__), (2, sys.__stderr__)):
         try:
             if stream is not None:
@@ -170,14 +170,14 @@ def invoke() -> None:
 
 
 def mistake(error: click.ClickException) -> str:
-    """What click found wrong, in one sentence as all others are, and where help is."""
+    """Say click's complaint in one sentence, as all others are, and where help is."""
     near = getattr(error, "possibilities", None)
-    said = error.message if near else error.format_message()
-    said = said[:1].lower() + said[1:].rstrip(".")
+    message = error.message if near else error.format_message()
+    message = message[:1].lower() + message[1:].rstrip(".")
     if near:
-        said += f" (did you mean {' or '.join(near)}?)"
+        message += f" (did you mean {' or '.join(near)}?)"
     context = error.ctx if isinstance(error, click.UsageError) else None
-    return said if context is None else f"{said}; see {context.command_path} --help"
+    return message if context is None else f"{message}; see {context.command_path} --help"
 
 
 def tell_place(error: OSError) -> None:

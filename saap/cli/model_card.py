@@ -14,31 +14,18 @@ from saap.cli.report import RunFile
 
 
 def model_card(source: Path, run: RunFile, results: Sequence[Result], bundles: Sequence[str]) -> str:
-    """What was made of which model, how good and how fast it is, and how it is run.
+    """Write the card: the base model, quality and speed, how to run the bundle, how it was made.
 
     Args:
         source: the dense model's directory, whose own card names the base model and the licence.
         results: the benches of the run, the one of the fewest threads first.
         bundles: names of the dense and the slim bundle.
     """
-    from huggingface_hub import ModelCard, ModelCardData
-
-    known, about = source / "README.md", dict[str, object]()
-    if known.is_file():
-        about = ModelCard.load(known, ignore_metadata_errors=True).data.to_dict()
-    base = about.get("base_model") or run["model"]
-    data = ModelCardData(
-        base_model=base if isinstance(base, str | list) else str(base),
-        license=str(about["license"]) if "license" in about else None,
-        library_name="onnxruntime",
-        pipeline_tag="text-generation",
-        tags=["saap", "onnx", "pruned", "quantized", "edge"],
-    )
     slim = bundles[1]
     gained = next(filter(None, (bought_by(result, run["quality"]) for result in results)), None)
     steps = "\n".join(str(step["command"]) for step in run["steps"])
     return f"""---
-{data.to_yaml()}
+{_metadata(source, run)}
 ---
 # {plain(run["model"])}, pruned and tuned by saap
 
@@ -82,12 +69,30 @@ llama-cli -m slim.gguf
 """
 
 
+def _metadata(source: Path, run: RunFile) -> str:
+    """Write the card's header as YAML."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    known, about = source / "README.md", dict[str, object]()
+    if known.is_file():
+        about = ModelCard.load(known, ignore_metadata_errors=True).data.to_dict()
+    base = about.get("base_model") or run["model"]
+    data = ModelCardData(
+        base_model=base if isinstance(base, str | list) else str(base),
+        license=str(about["license"]) if "license" in about else None,
+        library_name="onnxruntime",
+        pipeline_tag="text-generation",
+        tags=["saap", "onnx", "pruned", "quantized", "edge"],
+    )
+    return data.to_yaml()
+
+
 def _on_device(run: RunFile, slim: str) -> str:
-    """Of a run for a device: whether the bundle fits there, and what brings it there."""
-    if (found := run.get("device")) is None:
+    """Say whether the bundle fits the run's device, and how to copy it there."""
+    if (fit := run.get("device")) is None:
         return ""
-    commands = "\n".join(f"{command}  # {what}" for what, command in board_commands(found, Path(slim)))
-    return f"{fit_in_words(found, slim)}.\n\n```sh\n{commands}\n```\n\n"
+    commands = "\n".join(f"{command}  # {what}" for what, command in board_commands(fit, Path(slim)))
+    return f"{fit_in_words(fit, slim)}.\n\n```sh\n{commands}\n```\n\n"
 
 
 def _measured(run: RunFile, results: Sequence[Result]) -> Table:
@@ -102,9 +107,9 @@ def _measured(run: RunFile, results: Sequence[Result]) -> Table:
 
 
 def _decode(name: str, count: int, results: Sequence[Result]) -> str:
-    found: list[Measurement] = [m for result in results for m in result.of(name) if m.n_threads == count]
-    decode = found[0].decode if found else None
-    return "-" if decode is None else f"{decode.median:.1f} ({found[0].status})"
+    measurements: list[Measurement] = [m for result in results for m in result.of(name) if m.n_threads == count]
+    decode = measurements[0].decode if measurements else None
+    return "-" if decode is None else f"{decode.median:.1f} ({measurements[0].status})"
 
 
 def _conditions(run: RunFile, results: Sequence[Result]) -> str:

@@ -84,7 +84,7 @@ class _Assignment(ValueType):
 
 
 def options_of(kind: type) -> Callable[[Callable[..., T]], Callable[..., T]]:
-    """A decorator: the flags of an options dataclass; the function gets the dataclass as ``options``."""
+    """Return a decorator that adds the flags of an options dataclass; the function gets it as ``options``."""
     settings = settings_of(kind)
 
     def decorate(function: Callable[..., T]) -> Callable[..., T]:
@@ -96,10 +96,10 @@ def options_of(kind: type) -> Callable[[Callable[..., T]], Callable[..., T]]:
                 value = values.pop(name)
                 if context.get_parameter_source(name) is not ParameterSource.DEFAULT:
                     typed[name] = value
-            given = from_toml(settings, config) if config else {}
+            from_file = from_toml(settings, config) if config else {}
             reset = TYPED.set({(settings[name].owner, name) for name in typed})
             try:
-                return function(*arguments, options=made(kind, given | typed), **values)
+                return function(*arguments, options=made(kind, from_file | typed), **values)
             finally:
                 TYPED.reset(reset)
 
@@ -127,7 +127,7 @@ def _flag(setting: Setting) -> Callable[[Callable[..., T]], Callable[..., T]]:
 
 
 def default_of(setting: Setting) -> str:
-    """The default as help shows it; nothing where it is None, False or empty."""
+    """Return the default as help shows it; nothing where it is None, False or empty."""
     value = setting.default
     if value is MISSING or value in (None, "", (), frozenset()) or value == 0:  # False is 0
         return ""

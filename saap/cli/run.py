@@ -93,7 +93,7 @@ class RunOptions:
         Part(
             flags=("bits", "group_size", "teacher", "data", "tokens"),
             without=("max_bytes", "length", "skip", "seed", "minutes", "device"),
-            headings={"The integers": _STEPS, "What is learnt from": _STEPS},
+            headings={"The integers": _STEPS, "Training text": _STEPS},
         ),
     ] = field(default_factory=TuneCommand)
     text: Annotated[str | None, Option("Text for evaluation, likewise; never the same as the others.", _STEPS)] = None

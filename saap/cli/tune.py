@@ -15,24 +15,24 @@ from saap.cli.console import LOADING, Console, print_table
 from saap.cli.options import OptionsCommand, options_of
 from saap.cli.types import directory, force
 from saap.text.documents import SELF
-from saap.tune.options import FEWEST_HELD, TuneOptions
+from saap.tune.options import FEWEST_JUDGED, TuneOptions
 
 if TYPE_CHECKING:
     from saap.tune.loop.steps import History
 
-_LEARNT = "What is learnt from"
+_TEXT = "Training text"
 
 
 @dataclass(frozen=True)
 class TuneCommand:
-    """What ``saap tune`` is asked for: how to tune, from whom, and on which text."""
+    """The request of ``saap tune``: options, teacher and text."""
 
     options: TuneOptions = field(default_factory=TuneOptions)
     teacher: Annotated[
-        str | None, Option("The dense model, a directory or a name: its KL joins the loss.", _LEARNT, metavar="MODEL")
+        str | None, Option("The dense model, a directory or a name: its KL joins the loss.", _TEXT, metavar="MODEL")
     ] = None
     data: Annotated[
-        str | None, Option("A text, .jsonl or .gz file, a data set id, or self; default: as saap prune.", _LEARNT)
+        str | None, Option("A text, .jsonl or .gz file, a data set id, or self; default: as saap prune.", _TEXT)
     ] = None
 
     def check(self) -> None:
@@ -58,7 +58,7 @@ class TuneCommand:
             )
         rows = options.tokens // options.length
         if options.held_out and not options.holds_out(rows):
-            fewest = math.ceil(FEWEST_HELD / options.held_out) * options.length
+            fewest = math.ceil(FEWEST_JUDGED / options.held_out) * options.length
             few = f"held-out text, and of {rows} sequences none are held out"
             refuse_unused(self, ("patience",), few, f"give --tokens {fewest} or more")
         if (training.patience or 0) > training.evaluations:
@@ -99,8 +99,8 @@ def tune_model(slim: str | Path, out: Path, command: TuneCommand, console: Conso
         show_tuning(out, result.history)
 
 
-def loss_said(name: str, weight: object) -> str:
-    """What is trained on, in words."""
+def loss_in_words(name: str, weight: object) -> str:
+    """Name the loss for a reader."""
     if name == "NLL+KL" and isinstance(weight, float):
         return f"{1 - weight:g} NLL + {weight:g} KL to the teacher"
     return "KL to the teacher" if name == "KL" else "NLL"
@@ -121,7 +121,7 @@ def show_tuning(out: Path, history: History) -> None:
         ["trained", f"scales and norms, {tuning['trained_parameters']:,} parameters"],
         ["tokens", f"{history.tokens:,} in {history.precision}, {history.tokens / max(history.seconds, 1e-9):.0f} / s"],
         ["training loss", f"{first:.4f} -> {last:.4f} nats per token (means of {some} steps)"],
-        ["which is", loss_said(history.loss_name, options["teacher_weight"])],
+        ["which is", loss_in_words(history.loss_name, options["teacher_weight"])],
     ]
     if history.held_out:
         best = min(loss for _, loss in history.held_out)

@@ -68,7 +68,7 @@ class Sections(Helpful):
     """A command whose help has a section for each heading of its options."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """The sections in the order of their first options; options without a heading come last."""
+        """Write the sections in the order of their first options; options without a heading come last."""
         sections: dict[str, list[tuple[str, str]]] = {}
         options = [param for param in self.get_params(ctx) if isinstance(param, click.Option)]
         for param in sorted(options, key=lambda option: not isinstance(option, FieldOption)):

@@ -56,7 +56,7 @@ class Prompts:
 
 
 def read_prompts(path: Path | None, count: int) -> Prompts:
-    """The first lines of a text file, or of the prompts that ship.
+    """Read the first lines of a text file, or of the prompts that ship.
 
     Raises UserError: the file cannot be read, or has fewer.
     """
@@ -76,9 +76,9 @@ def read_prompts(path: Path | None, count: int) -> Prompts:
 def stop_ids(directory: Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Tokens that end an answer."""
     place = directory / "generation_config.json"
-    told = json.loads(place.read_text()).get("eos_token_id") if place.is_file() else None
-    told = tokenizer.eos_token_id if told is None else told
-    return [] if told is None else [told] if isinstance(told, int) else list(told)
+    stops = json.loads(place.read_text()).get("eos_token_id") if place.is_file() else None
+    stops = tokenizer.eos_token_id if stops is None else stops
+    return [] if stops is None else [stops] if isinstance(stops, int) else list(stops)
 
 
 def torch_writer(model: PreTrainedModel, stops: Sequence[int]) -> Writer:
@@ -113,17 +113,17 @@ def score_answers(
             if progress:
                 progress(f"answering (prompts), {name}", number, len(prompts))
             answers[name].append(write(prompt, tokens))
-    found = []
+    scores = []
     for name, (_, score) in models.items():
         agreement = same = None
         if reference is not None:
-            wanted = answers[reference]
-            agreed = [_agreed(score, prompt, answer) for prompt, answer in zip(prompts, wanted, strict=True)]
-            agreement = sum(agreed) / max(1, sum(map(len, wanted)))
-            same = sum(map(_common, answers[name], wanted)) / len(prompts)
+            expected = answers[reference]
+            agreed = [_agreed(score, prompt, answer) for prompt, answer in zip(prompts, expected, strict=True)]
+            agreement = sum(agreed) / max(1, sum(map(len, expected)))
+            same = sum(map(_common, answers[name], expected)) / len(prompts)
         repeated = [repetition(answer) for answer in answers[name]]
-        found.append(AnswerScore(name, agreement, same, sum(repeated) / len(prompts)))
-    return found
+        scores.append(AnswerScore(name, agreement, same, sum(repeated) / len(prompts)))
+    return scores
 
 
 def _agreed(score: Score, prompt: Sequence[int], answer: Sequence[int]) -> int:

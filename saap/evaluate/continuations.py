@@ -46,7 +46,7 @@ Cache = TypeVar("Cache")
 
 
 class CachedReader(Protocol[Cache]):
-    """What keeps a cache, such as :meth:`export.generate.scoring.BundleScorer.read`."""
+    """Anything that keeps a cache, such as :meth:`export.generate.scoring.BundleScorer.read`."""
 
     def __call__(self, ids: NDArray[np.int64], cache: Cache | None = None, last: bool = False) -> tuple[Logits, Cache]:
         """Logits [1, s, vocab] of ids [1, s], with ``last`` of the last position only, and the cache after them."""
@@ -78,7 +78,7 @@ def torch_continuations(model: PreTrainedModel) -> Scorer:
             logits_to_keep=row.predicting.to(model.device),
             use_cache=False,
         ).logits[0]
-        return _told(logits.float().cpu().numpy(), [group.tails for group in groups])
+        return _likelihoods(logits.float().cpu().numpy(), [group.tails for group in groups])
 
     def score(groups: Sequence[Group]) -> Iterator[list[Likelihood]]:
         for batch in _batches(groups, PACKED_TOKENS):
@@ -97,8 +97,8 @@ def _apart(model: PreTrainedModel) -> Scorer:
         for row, tail in zip(rows, group.tails, strict=True):
             row[: known + len(tail) - 1] = torch.tensor((*group.context, *tail[:-1]))
         logits = model(input_ids=rows.to(model.device), logits_to_keep=longest, use_cache=False).logits
-        told = [row[: len(tail)].float().cpu().numpy() for row, tail in zip(logits, group.tails, strict=True)]
-        return _told(np.concatenate(told), [group.tails])[0]
+        predicting = [row[: len(tail)].float().cpu().numpy() for row, tail in zip(logits, group.tails, strict=True)]
+        return _likelihoods(np.concatenate(predicting), [group.tails])[0]
 
     return lambda groups: map(read, groups)
 
@@ -106,7 +106,7 @@ def _apart(model: PreTrainedModel) -> Scorer:
 def cached_continuations(read: CachedReader[Cache], workers: int = 1) -> Scorer:
     """Score with what keeps a cache, ``workers`` groups side by side: a tail is too short for several threads."""
 
-    def told(group: Group) -> list[Likelihood]:
+    def weigh(group: Group) -> list[Likelihood]:
         logits, cache = read(np.array([group.context]), last=True)
         first = logits[0]
         rows = []
@@ -114,11 +114,11 @@ def cached_continuations(read: CachedReader[Cache], workers: int = 1) -> Scorer:
             rows.append(first)
             if len(tail) > 1:
                 rows.append(read(np.array([tail[:-1]]), cache)[0][0])
-        return _told(np.concatenate(rows), [group.tails])[0]
+        return _likelihoods(np.concatenate(rows), [group.tails])[0]
 
     def score(groups: Sequence[Group]) -> Iterator[list[Likelihood]]:
         with ThreadPoolExecutor(workers) as pool:
-            yield from pool.map(told, groups)  # left early or interrupted it takes back what has not begun
+            yield from pool.map(weigh, groups)  # left early or interrupted it takes back what has not begun
 
     return score
 
@@ -175,7 +175,7 @@ def _batches(groups: Sequence[Group], tokens: int) -> Iterator[list[Group]]:
         yield batch
 
 
-def _told(logits: Logits, tails: Sequence[Sequence[Sequence[int]]]) -> list[list[Likelihood]]:
+def _likelihoods(logits: Logits, tails: Sequence[Sequence[Sequence[int]]]) -> list[list[Likelihood]]:
     """Likelihoods of tails per group out of their rows of logits [p, vocab] in one array."""
     targets = np.array([token for group in tails for tail in group for token in tail])
     top = logits.max(axis=-1)
@@ -183,11 +183,11 @@ def _told(logits: Logits, tails: Sequence[Sequence[Sequence[int]]]) -> list[list
     norm = top + np.log(np.exp(logits - top[:, None]).sum(axis=-1, dtype=np.float64))
     logprobs = np.take_along_axis(logits, targets[:, None], axis=-1)[:, 0].astype(np.float64) - norm
     greedy = logits.argmax(axis=-1) == targets
-    found: list[list[Likelihood]] = []
+    pairs: list[list[Likelihood]] = []
     at = 0
     for group in tails:
-        found.append([])
+        pairs.append([])
         for tail in group:
             piece = slice(at, at := at + len(tail))
-            found[-1].append((float(logprobs[piece].sum()), bool(greedy[piece].all())))
-    return found
+            pairs[-1].append((float(logprobs[piece].sum()), bool(greedy[piece].all())))
+    return pairs

@@ -30,8 +30,8 @@ from saap.system.device_names import device_of
 from saap.system.gpu import CPU, out_of_memory
 from saap.system.precision import fast_float32
 from saap.text.documents import SELF, documents_of
-from saap.text.encoding import check_ids, said_words_of, writing_tokenizer
-from saap.text.overlap import refuse_seen
+from saap.text.encoding import check_ids, head_words_of, writing_tokenizer
+from saap.text.overlap import refuse_trained_on
 from saap.text.windows import Windows, evaluation_windows, tokenizer_hash
 
 if TYPE_CHECKING:
@@ -182,7 +182,7 @@ def windows_for(
     windows, documents = evaluation_windows(base.path, source, options.cut, progress)
     if documents is not None:
         for subject in subjects:
-            refuse_seen(subject.name, subject.lineage(), documents)
+            refuse_trained_on(subject.name, subject.lineage(), documents)
     for subject in subjects:
         if tokenizer_hash(writing_tokenizer(subject.path)) != windows.protocol.tokenizer_sha256:
             raise UserError(
@@ -239,7 +239,7 @@ def _on_prompts(
     tokenizer, device = load_tokenizer(subjects[0].path), device_of(options.device)
     ids = prompts.ids(tokenizer)
     for subject in subjects:
-        refuse_seen(subject.name, subject.lineage(), documents)
+        refuse_trained_on(subject.name, subject.lineage(), documents)
         if tokenizer_hash(load_tokenizer(subject.path)) != tokenizer_hash(tokenizer):
             raise UserError(f"{subject.name} has another tokenizer than {subjects[0].name}: leave --answers out")
         if max(map(len, ids)) + options.answer_tokens > subject.positions():
@@ -280,7 +280,7 @@ def continuation_model(subject: Subject, device: torch.device = CPU) -> Callable
 
     def make(progress: Progress | None) -> ContinuationModel:
         tokenizer = writing_tokenizer(subject.path)
-        reader = None if said_words_of(subject.path) is None else load_tokenizer(subject.path)
+        reader = None if head_words_of(subject.path) is None else load_tokenizer(subject.path)
         scorer, positions = subject.continuations(device)
         return ContinuationModel(scorer, tokenizer, positions, progress, reader)
 

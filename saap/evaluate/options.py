@@ -1,4 +1,4 @@
-"""What an evaluation can be told."""
+"""Options of an evaluation."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _TEXT, _TASKS, _ANSWERS = "Perplexity", "Zero-shot tasks", "Answers"
 
 @dataclass(frozen=True)
 class EvalOptions:
-    """How a text is cut, and which zero-shot tasks are put."""
+    """The cut of a text, the zero-shot tasks, and the number of prompts to answer."""
 
     chunk: Annotated[int, Option("Tokens per chunk.", _TEXT), Meta(ge=2, le=1_000_000)] = 256
     stride: Annotated[

@@ -80,10 +80,10 @@ def score_models(
         base = None if reference is None else _log_probabilities(scorers[reference], rows, chosen)
         for name, score in scorers.items():
             mine = base if name == reference and base is not None else _log_probabilities(score, rows, chosen)
-            told = F.nll_loss(mine, rows[:, 1:][chosen], reduction="none").double()
-            if not torch.isfinite(told).all():
+            batch_losses = F.nll_loss(mine, rows[:, 1:][chosen], reduction="none").double()
+            if not torch.isfinite(batch_losses).all():
                 raise UserError(f"{name} gives losses that are no numbers (NaN or infinite): its weights are broken")
-            losses[name] += [part.sum().item() for part in told.split(chosen.sum(1).tolist())]
+            losses[name] += [part.sum().item() for part in batch_losses.split(chosen.sum(1).tolist())]
             if base is not None:
                 sums[name] += _agreement(name, mine, base)
     if progress:
@@ -101,7 +101,7 @@ def _log_probabilities(score: Score, rows: torch.Tensor, chosen: torch.Tensor) -
 
 
 def _agreement(name: str, mine: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
-    """Summed KL and agreements over some predictions [n, vocab]."""
+    """Sum KL and agreements over some predictions [n, vocab]."""
     if base.shape != mine.shape:
         raise UserError(
             f"{name} has a vocabulary of {mine.shape[-1]}, the reference {base.shape[-1]}: they do not compare"

@@ -62,7 +62,7 @@ PROMPTS = {
 
 
 class Sample(TypedDict, total=False):
-    """What the harness found for an example."""
+    """The harness's result for one example."""
 
     doc_id: int
     target: int
@@ -71,8 +71,8 @@ class Sample(TypedDict, total=False):
     acc_norm: float
 
 
-class Found(TypedDict):
-    """What the harness found, by task."""
+class Results(TypedDict):
+    """The harness's results by task."""
 
     results: dict[str, dict[str, float]]
     samples: dict[str, list[Sample]]
@@ -98,7 +98,7 @@ class ContinuationModel(TemplateLM):  # type: ignore[misc]  # the harness has no
 
     @property
     def eot_token_id(self) -> int:
-        """What stands for an empty context where there is no beginning-of-sequence token."""
+        """The token that stands for an empty context where there is no beginning-of-sequence token."""
         if self.tokenizer.eos_token_id is None:
             raise UserError(
                 "a question begins with nothing, and this tokenizer has no token to begin with: mend its file"
@@ -107,7 +107,7 @@ class ContinuationModel(TemplateLM):  # type: ignore[misc]  # the harness has no
 
     @property
     def prefix_token_id(self) -> int:
-        """What an empty context is replaced by."""
+        """The token that replaces an empty context."""
         first = self.tokenizer.bos_token_id
         return self.eot_token_id if first is None else int(first)
 
@@ -147,12 +147,12 @@ class ContinuationModel(TemplateLM):  # type: ignore[misc]  # the harness has no
         order.sort(key=lambda group: -group.tokens)
         answers: list[Likelihood] = [(0.0, False)] * len(requests)
         done = 0
-        for group, found in zip(order, self.score(order), strict=True):
-            if not all(math.isfinite(answer[0]) for answer in found):
+        for group, likelihoods in zip(order, self.score(order), strict=True):
+            if not all(math.isfinite(answer[0]) for answer in likelihoods):
                 raise UserError(
                     "the model gives likelihoods that are no numbers (NaN or infinite): its weights are broken"
                 )
-            for choice, answer in zip(group.tails, found, strict=True):
+            for choice, answer in zip(group.tails, likelihoods, strict=True):
                 for index in tails[group.context][choice]:
                     answers[index] = answer
                     done += 1
@@ -185,9 +185,9 @@ def run_tasks(
         if not files and options.max_examples is not None:
             sizes = {each: len(task.eval_docs) for each, task in tasks.items()}
             samples = {each: drawn(each, size, options.max_examples, options.seed) for each, size in sizes.items()}
-        found = evaluate(model(progress), tasks, samples=samples or None)
+        results = evaluate(model(progress), tasks, samples=samples or None)
     by_name = {file.name: file for file in files}
-    return [_score(name, task, found, by_name.get(task)) for task in sorted(found["samples"])]
+    return [_score(name, task, results, by_name.get(task)) for task in sorted(results["samples"])]
 
 
 def _loaded(asked: list[object], manager: TaskManager, options: EvalOptions) -> dict[str, harness_task.Task]:
@@ -212,20 +212,20 @@ def _check_kind(tasks: Mapping[str, object]) -> None:
 
 
 def task_files(options: EvalOptions) -> list[TaskFile]:
-    """The files of the tasks, before a model is loaded; none where the harness's own data sets are asked for."""
+    """Read the files of the tasks, before a model is loaded; none where the harness's own data sets are asked for."""
     if options.max_examples is not None and options.max_examples < 2:
         raise UserError("one example has no standard error: give --max-examples 2 or more")
     return [] if options.task_dir is None else [find_task(name, options.task_dir) for name in options.tasks]
 
 
-def _score(model: str, name: str, found: Found, file: TaskFile | None) -> TaskScore:
-    metrics = found["results"][name]
+def _score(model: str, name: str, results: Results, file: TaskFile | None) -> TaskScore:
+    metrics = results["results"][name]
     examples = tuple(
         TaskExample(
             sample["doc_id"], sample["target"], tuple(float(answer[0]) for answer in sample["filtered_resps"]),
             **{metric: float(sample[metric]) for metric in ("acc", "acc_norm") if metric in sample},
         )
-        for sample in sorted(found["samples"][name], key=lambda sample: int(sample["doc_id"]))
+        for sample in sorted(results["samples"][name], key=lambda sample: int(sample["doc_id"]))
     )  # fmt: skip
     numbers = {key: metrics.get(f"{key},none") for key in ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr")}
     source, sha256, of = (file.source, file.sha256, len(file.rows)) if file else ("the harness's data set", None, None)
@@ -256,12 +256,12 @@ class TaskFile:
     sha256: str  # of the rows that were read, all of them
 
     def config(self) -> dict[str, object]:
-        """The task as the harness takes it."""
+        """Convert to the form that the harness takes."""
         from datasets import Dataset
 
         # A Dataset has one type per column; what is not asked for may be anything.
-        wanted = {*FIELDS[self.name], "label"}
-        rows = [{key: row[key] for key in wanted} for row in self.rows]
+        columns = {*FIELDS[self.name], "label"}
+        rows = [{key: row[key] for key in columns} for row in self.rows]
         metrics = ("acc",) if self.name in ("boolq", "winogrande") else ("acc", "acc_norm")
         asked: dict[str, object] = {"doc_to_text": PROMPTS.get(self.name), "doc_to_target": "label"}
         asked["doc_to_choice"] = "{{choices}}"
@@ -280,14 +280,14 @@ class TaskFile:
 
 
 def drawn(name: str, total: int, count: int | None, seed: int) -> list[int]:
-    """Which of a task's examples to take: all, or ``count`` drawn with the seed, in order."""
+    """Choose a task's examples: all, or ``count`` drawn with the seed, in order."""
     if count is None or count >= total:
         return list(range(total))
     return sorted(random.Random(f"{name} {seed}").sample(range(total), count))
 
 
 def find_task(name: str, folder: Path) -> TaskFile:
-    """The task's file in a folder: its name begins with the task's, as in ``arc_easy_test.jsonl``.
+    """Read the task's file in a folder: its name begins with the task's, as in ``arc_easy_test.jsonl``.
 
     Raises:
         UserError: unknown task, no file or several, or a row that is not of the task's form, by file and line.
@@ -296,15 +296,15 @@ def find_task(name: str, folder: Path) -> TaskFile:
         raise UserError(f"no task {name!r} from files: choose among {', '.join(FIELDS)}")
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder: give --task-dir the folder that holds the tasks' files")
-    found = sorted(
+    files = sorted(
         path
         for path in folder.iterdir()
         if re.fullmatch(rf"{name}(_(test|validation|valid|dev))?\.jsonl?(\.gz)?", path.name, re.IGNORECASE)
     )
-    if len(found) != 1:
-        there = ", ".join(path.name for path in found) or "none"
+    if len(files) != 1:
+        there = ", ".join(path.name for path in files) or "none"
         raise UserError(f"{name} needs one file in {folder}, {there} is there: name it {name}.jsonl")
-    return read_task(name, found[0])
+    return read_task(name, files[0])
 
 
 def read_task(name: str, path: Path) -> TaskFile:
@@ -316,14 +316,14 @@ def read_task(name: str, path: Path) -> TaskFile:
     return TaskFile(name, checked, path.name, hashlib.sha256(path.read_bytes()).hexdigest())
 
 
-def _checked(name: str, given: object, where: str) -> Row:
-    wanted = (*FIELDS[name], "label")
-    row: Row = given if isinstance(given, dict) else {}
+def _checked(name: str, value: object, where: str) -> Row:
+    fields = (*FIELDS[name], "label")
+    row: Row = value if isinstance(value, dict) else {}
     if name == "hellaswag":
         row = _without_marks(row)
-    if missing := [field for field in wanted if field not in row]:
-        raise UserError(f"{where} lacks {', '.join(missing)}: {name} needs {', '.join(wanted)}")
-    text = [field for field in wanted if field not in ("choices", "label")]
+    if missing := [field for field in fields if field not in row]:
+        raise UserError(f"{where} lacks {', '.join(missing)}: {name} needs {', '.join(fields)}")
+    text = [field for field in fields if field not in ("choices", "label")]
     if wrong := [field for field in text if not _is_text(row[field])]:
         raise UserError(f"{where}: {wrong[0]} is no text")
     choices = ["first", "second"] if name == "winogrande" else row["choices"]
@@ -343,7 +343,7 @@ def _is_text(value: object) -> bool:
 
 
 def _without_marks(row: Row) -> Row:
-    """A row of HellaSwag whose texts are cleaned; what is none is for the checks to find."""
+    """Clean the texts of a row of HellaSwag; the checks find what is no text."""
     choices = row.get("choices")
     cleaned = {"choices": [_cleaned(each) for each in choices]} if isinstance(choices, list) else {}
     return {**row, **cleaned, **({"context": _cleaned(row["context"])} if "context" in row else {})}

@@ -140,7 +140,7 @@ def choose_words(directory: Path, asked: str, documents: Documents, progress: Pr
     read = _Read(directory, documents, load_model(directory), progress)
     forest = read.forest
     expected = forest.longer(read.order, read.said.tolist()) / max(1, read.said.sum())
-    sizes = Sizes(forest.size_of(0), len(forest.least), expected)
+    sizes = Sizes(forest.total, len(forest.least), expected)
     count: int | None = forest.checked(rows) if rows else sizes.next()
     while count is not None:
         report("trying sizes of the vocabulary", len(sizes.tried), 1 if rows else TRIED)
@@ -170,7 +170,7 @@ def words_to_try(directory: Path, documents: Documents, progress: Progress | Non
     report("reading the vocabulary", 0, 0)
     model = load_model(directory)
     read = _Read(directory, documents, model, progress)
-    least, most = len(read.forest.least), read.forest.size_of(0)
+    least, most = len(read.forest.least), read.forest.total
     sizes = [count for share in SHARES if least <= (count := round(share * shape.vocab)) < most]
     for done, count in enumerate(sizes):
         report("pricing sizes of the vocabulary", done, len(sizes))
@@ -248,7 +248,7 @@ class _Read:
 
     def _stay(self, count: int) -> torch.Tensor:
         """The ids of so many words, by the part that orders them."""
-        return torch.tensor(self.forest.without(self.order[: self.forest.size_of(count)]))
+        return torch.tensor(self.forest.without(self.order[: self.forest.total - count]))
 
 
 def read_less(shape: ModelShape, rows: int) -> float:

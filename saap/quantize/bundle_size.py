@@ -1,4 +1,4 @@
-"""How large a bundle's weights file will be, before there is one.
+"""The size of a bundle's weights file, before there is one.
 
 The file of the cpu target holds one array after another, each begun at a multiple of 4096 bytes, since ONNX Runtime
 maps it in pages. With groups of b columns:
@@ -166,7 +166,7 @@ class BundleSize:
         return matrix_bytes(rows, columns, form)
 
     def _per_layer(self, shape: ModelShape) -> list[int]:
-        """Of embeddings for each layer: the table, the matrix and norm beside it, and what each layer has of them."""
+        """Bytes of per-layer embeddings: the table, the matrix and norm beside it, and each layer's own part."""
         if not shape.per_layer:
             return []
         count, width = len(shape.layers), len(shape.layers) * shape.per_layer
@@ -184,7 +184,7 @@ def matrix_bytes(rows: int, columns: int, form: MatrixForm) -> list[int]:
 
 
 def bundle_size(config: Mapping[str, object], bits: int, group_size: int) -> BundleSize:
-    """What the bundle of a model with this ``config.json`` takes."""
+    """Describe the bundle of a model with this ``config.json``."""
     full, partial = with_defaults(dict(config)), "partial_rotary_factor"
     share = next((number_of(place, partial) for place in (full, rope_of(full)) if field_of(place, partial)), 1.0)
     shape, layers = shape_of(full), traits_of(full).layers
@@ -218,7 +218,7 @@ def paged(size: int) -> int:
 
 
 def other_groups(width: int) -> str:
-    """What a person may do where a group size does not divide a width."""
+    """Advise on a group size that does not divide a width."""
     dividing = [str(size) for size in (32, 64, 128) if width % size == 0]
     if dividing:
         return f"give --group-size {' or '.join(dividing)}"

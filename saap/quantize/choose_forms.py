@@ -1,4 +1,4 @@
-"""Which matrices get 8 bit and which 4, and how many weights share a scale, so that so many bytes lose least.
+"""Choose bits and group size of each matrix, so that a file of a given size loses least.
 
 Each matrix of the graph (queries, keys and values are one, gate and up are one, embedding and head are one where they
 are tied) is rounded to 4 bit in groups of 32 by itself, and the KL divergence of the model's next-token distribution
@@ -45,12 +45,12 @@ class Unit:
 
     @property
     def forms(self) -> list[MatrixForm]:
-        """What it can be, the smallest file first."""
+        """The forms that it can have, the smallest file first."""
         sizes = [size for size in GROUP_SIZES if self.columns % size == 0]
         return sorted((MatrixForm(bits, size) for bits in BITS for size in sizes), key=self.bytes)
 
     def bytes(self, form: MatrixForm) -> int:
-        """Of the weights file."""
+        """Bytes that it takes of the weights file."""
         return self.copies * sum(map(paged, matrix_bytes(self.rows, self.columns, form)))
 
 
@@ -66,7 +66,7 @@ class FormsChoice:
 def choose_forms(
     model: PreTrainedModel, rows: torch.Tensor, max_bytes: int, progress: Progress | None = None
 ) -> FormsChoice:
-    """The forms that lose least of those whose weights file has at most ``max_bytes``.
+    """Choose the forms that lose least of those whose weights file has at most ``max_bytes``.
 
     Args:
         model: float weights; unchanged.
@@ -109,7 +109,7 @@ def units_of(model: PreTrainedModel) -> list[Unit]:
 
 
 def weights_of(model: PreTrainedModel, unit: Unit) -> list[torch.Tensor]:
-    """The unit's parameters, a tied table once."""
+    """Return the unit's parameters, a tied table once."""
     parameters: list[torch.Tensor] = [model.get_parameter(f"{name}.weight") for name in unit.modules]
     return list({id(parameter): parameter for parameter in parameters}.values())
 
@@ -139,7 +139,7 @@ def divergences(
     reaching = [[batch.hidden for batch in batches]]  # each layer, and the final norm
     reaching += states_after(model, batches, reaching[0])
     reference = [logits_after(model, x).log_softmax(-1) for x in reaching[-1]]
-    found = []
+    divergences = []
     for place, unit in enumerate(units):
         with rounded(weights_of(model, unit), MEASURED):
             if unit.layer is None:
@@ -153,10 +153,10 @@ def divergences(
                 predicted = [logits_after(model, x).log_softmax(-1) for x in last]
         pairs = list(zip(predicted, reference, strict=True))
         total = sum(F.kl_div(own, true, log_target=True, reduction="sum").item() for own, true in pairs)
-        found.append(max(0.0, total / rows.numel()))
+        divergences.append(max(0.0, total / rows.numel()))
         if progress:
             progress("measuring what 4 bit costs (parts)", place + 1, len(units))
-    return found
+    return divergences
 
 
 @contextmanager
@@ -173,7 +173,7 @@ def rounded(weights: Sequence[torch.Tensor], form: MatrixForm) -> Iterator[None]
 
 
 def knapsack(losses: Sequence[np.ndarray], sizes: Sequence[np.ndarray], room: float) -> list[int]:
-    """The choice per unit whose losses add up to the least within ``room`` bytes.
+    """Choose for each unit so that losses add up to the least within ``room`` bytes.
 
     ``losses``, ``sizes``: of each unit, of each of its choices.
     """

@@ -63,7 +63,7 @@ def gptq_with_latent(
     symmetric: bool = True,
     inverse: torch.Tensor | None = None,
 ) -> tuple[QuantMatrix, torch.Tensor]:
-    """As :func:`gptq`, and what was rounded: the weight after all repairs, [N, K] float32, not contiguous.
+    """Run :func:`gptq`, and return what was rounded, too: the weight after all repairs, [N, K] float32, not contiguous.
 
     Rounding it with the same scales and zero points gives the same integers, which makes it the place from which
     integers can be trained on.
@@ -165,7 +165,7 @@ def compensated_matrices(
             for alike, hessian in _hessians(layer, linears, batches):
                 called = {f"{architecture.layers}.{index}.{name}": linears[name] for name in alike}
                 matrices |= _chosen(called, hessian, form)
-            hidden = [run_layer(layer, x, given) for x, given in batches]
+            hidden = [run_layer(layer, x, arguments) for x, arguments in batches]
     if progress:
         progress("choosing integers (layers)", len(layers), len(layers))
     norm = model.get_submodule(architecture.final_norm)
@@ -197,7 +197,7 @@ def _chosen(linears: dict[str, nn.Linear], hessian: torch.Tensor, form: IntegerF
 def _hessians(
     layer: nn.Module, linears: dict[str, nn.Linear], batches: list[tuple[torch.Tensor, Given]]
 ) -> list[tuple[list[str], torch.Tensor]]:
-    """The linears that are fed one tensor, and its X X^T."""
+    """Return the linears that are fed one tensor, and its X X^T."""
     sums: dict[str, torch.Tensor] = {}
     first: dict[str, str] = {}  # the linear that was fed the same tensor before
     last: tuple[torch.Tensor | None, str] = None, ""
@@ -212,6 +212,6 @@ def _hessians(
 
     with removed_hooks() as handles:
         handles += [linear.register_forward_pre_hook(partial(add, name)) for name, linear in linears.items()]
-        for hidden, given in batches:
-            run_layer(layer, hidden, given)
+        for hidden, arguments in batches:
+            run_layer(layer, hidden, arguments)
     return [([name for name in linears if first[name] == fed], total) for fed, total in sums.items()]

@@ -62,7 +62,7 @@ class QuantMatrix:
         return replace(self, qweight=self.qweight[rows], scales=self.scales[rows], zero_points=self.zero_points[rows])
 
     def dequantize(self) -> torch.Tensor:
-        """The numbers [N, K] float32 that the integers stand for."""
+        """Return the numbers [N, K] float32 that the integers stand for."""
         rows, groups = self.scales.shape
         holder = GroupQuantTable(rows, groups * self.group_size, self.bits, self.group_size)
         fill(holder, self)
@@ -71,7 +71,7 @@ class QuantMatrix:
 
 @dataclass(frozen=True)
 class IntegerForm:
-    """What a model's matrices become."""
+    """Bits and group sizes of a model's matrices."""
 
     bits: int  # of the decoder layers' linears
     group_size: int
@@ -83,7 +83,7 @@ class IntegerForm:
         return self.own.get(name, MatrixForm(self.bits, self.group_size))
 
     def vocabulary(self, name: str) -> MatrixForm:
-        """Of the embedding or the head."""
+        """Return the form of the embedding or the head."""
         return self.own.get(name, MatrixForm(self.head_bits, self.group_size))
 
 
@@ -166,7 +166,7 @@ def _best_scales(
 
 
 def _float16(scale: torch.Tensor) -> torch.Tensor:
-    """Rounded to what float16 holds; never 0, so that a group of zeros divides."""
+    """Round to what float16 holds; never 0, so that a group of zeros divides."""
     size = scale.abs().clamp_min(SMALLEST_SCALE).half().float()
     return torch.where(scale < 0, -size, size)
 
@@ -188,16 +188,16 @@ def pack_zero_points(zero: torch.Tensor, bits: int) -> torch.Tensor:
 def nearest_matrices(model: PreTrainedModel, form: IntegerForm) -> dict[str, QuantMatrix]:
     """Integers of every linear, the embedding and the head, each by itself; module name -> integers."""
     architecture = architecture_of(model.config)
-    found: dict[str, QuantMatrix] = {}
+    matrices: dict[str, QuantMatrix] = {}
     for index, layer in enumerate(layers_of(model)):
         with present(layer):
             for name, linear in layer.named_modules():
                 if isinstance(linear, nn.Linear) and not architecture.is_float(name):
                     full = f"{architecture.layers}.{index}.{name}"
-                    found[full] = quantize(linear.weight, *form.linear(full), form.symmetric)
+                    matrices[full] = quantize(linear.weight, *form.linear(full), form.symmetric)
     for name in architecture.tables:
-        found[name] = quantize(model.get_parameter(f"{name}.weight"), *form.vocabulary(name))
-    return found
+        matrices[name] = quantize(model.get_parameter(f"{name}.weight"), *form.vocabulary(name))
+    return matrices
 
 
 def quantize_model(
@@ -231,11 +231,11 @@ def quantize_model(
     tables: dict[str, nn.Module] = {name: model.get_submodule(name) for name in architecture.tables}
     tables.pop(architecture.head)
     inside = {name for name in originals if name.startswith(architecture.layers)}
-    given = {name: matrix.form for name, matrix in sorted((matrices or {}).items())} | dict(own or {})
+    forms = {name: matrix.form for name, matrix in sorted((matrices or {}).items())} | dict(own or {})
     in_vocabulary = architecture.tables
-    if own_bits := {name: form.bits for name, form in given.items() if form.bits != bits and name not in in_vocabulary}:
+    if own_bits := {name: form.bits for name, form in forms.items() if form.bits != bits and name not in in_vocabulary}:
         quant["matrices"] = own_bits
-    if blocks := {name: form.group_size for name, form in given.items() if form.group_size != group_size}:
+    if blocks := {name: form.group_size for name, form in forms.items() if form.group_size != group_size}:
         quant["blocks"] = blocks
     check_matrices(quant, architecture, inside)
     for name, linear in originals.items():

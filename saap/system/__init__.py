@@ -1,1 +1,1 @@
-"""What computing with torch stands on: devices, precision, processes, memory of GPUs."""
+"""The ground for computing with torch: devices, precision, processes, memory of GPUs."""

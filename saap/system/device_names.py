@@ -20,7 +20,7 @@ def check_device_is_there(name: str) -> None:
 
 
 def device_of(name: str = AUTO) -> torch.device:
-    """The device of a name; ``cuda`` is each process's own where ``accelerate launch`` started several.
+    """Return the device of a name; ``cuda`` is each process's own where ``accelerate launch`` started several.
 
     ``auto`` is a GPU where torch sees one, else the CPU.
 

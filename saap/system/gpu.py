@@ -38,7 +38,7 @@ def _free(device: torch.device) -> int:
 
 @contextmanager
 def out_of_memory(advice: str) -> Iterator[None]:
-    """A GPU's memory that runs out inside the block ends in one line; ``advice`` is what takes less."""
+    """End with one line where a GPU's memory runs out inside the block; ``advice`` is what takes less."""
     try:
         yield
     except torch.OutOfMemoryError as error:

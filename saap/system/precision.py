@@ -1,4 +1,4 @@
-"""In which number format matrix products are computed, and by which library where that is float32.
+"""The number format of matrix products, and the library that computes them in float32.
 
 The forward pass of tuning takes bfloat16 where the hardware multiplies faster in it. Everything else is float32, which
 torch leaves to MKL; on AMD's processors oneDNN, which torch brings too, is about twice as fast.
@@ -27,7 +27,7 @@ TIMED_S = 0.05  # for each of the two formats
 
 
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
-    """What matrix products run in; None is float32 throughout.
+    """Choose the type that matrix products run in; None is float32 throughout.
 
     Args:
         precision: "auto" takes bfloat16 where the hardware has it and it is faster. An Emerald Rapids without AMX
@@ -57,7 +57,7 @@ def _gains_by_bf16(device: torch.device) -> bool:
 
 @cache  # one answer for a whole run
 def bf16_gain() -> float:
-    """How many times as fast as in float32 this CPU computes a product in bfloat16."""
+    """Measure how many times as fast as in float32 this CPU computes a product in bfloat16."""
     cpu = torch.device("cpu")
     rates = [product_rate(512, 576, 1536, dtype, cpu, TIMED_S) for dtype in (torch.bfloat16, torch.float32)]
     return rates[0] / rates[1]

@@ -47,7 +47,7 @@ def meet_on_cpus() -> bool:
 
 
 def training_device() -> torch.device:
-    """Where this process trains."""
+    """Return the device that this process trains on."""
     device: torch.device = PartialState(cpu=meet_on_cpus()).device
     return device
 

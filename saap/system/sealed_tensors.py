@@ -50,7 +50,7 @@ def save_sealed(tensors: Mapping[str, torch.Tensor], path: Path, about: Mapping[
 
 
 def load_sealed(content: bytes) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """The tensors of a file's content, and what is said about them.
+    """Read the tensors of a file's content, and its metadata.
 
     Raises ValueError: damaged, or not written by ``save_sealed``.
     """

@@ -1,4 +1,4 @@
-"""Which words of a vocabulary may leave the output head, so that whatever could be said still can be.
+"""The tokens that may leave the output head, so that whatever could be written still can be.
 
 In byte-pair encoding (Sennrich et al., arXiv 1508.07909) the last merge makes a word of two others. So words form a
 forest whose roots are bytes and characters. Only leaves go, the least counted first: then the merges that stay still
@@ -37,16 +37,16 @@ class Forest:
     least: frozenset[int]
 
     def order(self, counts: Sequence[float]) -> list[int]:
-        """The ids in the order in which they go; a beginning of it is always closed.
+        """Order the ids by when they are removed; a beginning of the order is always closed.
 
         ``counts``: of each id in a text. Of equal counts the highest id goes first: tokenizers learn frequent words
         first.
         """
-        left, made = list(counts), [0] * self.size
+        left, users = list(counts), [0] * self.size
         for parts in self.parts.values():
             for part in set(parts):
-                made[part] += 1
-        heap = [(left[word], -word) for word in self.parts if not made[word]]
+                users[part] += 1
+        heap = [(left[word], -word) for word in self.parts if not users[word]]
         heapq.heapify(heap)
         order = []
         while heap:
@@ -59,13 +59,13 @@ class Forest:
             for part in self.parts[word]:
                 left[part] += left[word]
             for part in set(self.parts[word]):
-                made[part] -= 1
-                if not made[part] and part in self.parts:
+                users[part] -= 1
+                if not users[part] and part in self.parts:
                     heapq.heappush(heap, (left[part], -part))
         return order
 
     def longer(self, order: Sequence[int], counts: Sequence[float]) -> NDArray[np.float64]:
-        """How many tokens more a text takes when the first 0, 1, 2, ... words of an order are gone.
+        """Count the tokens that a text takes more once the first 0, 1, 2, ... words of an order are removed.
 
         Not quite: merges that went may leave words in other pieces. A word that is made of none counts for two.
 
@@ -78,33 +78,34 @@ class Forest:
                 left[part] += left[word]
         return np.cumsum(more)
 
-    def size_of(self, gone: int) -> int:
-        """Words that stay of so many that go; and the other way round."""
-        return len(self.parts) + len(self.least) - gone
+    @property
+    def total(self) -> int:
+        """The number of words."""
+        return len(self.parts) + len(self.least)
 
     def checked(self, count: int) -> int:
-        """A number of words that can stay. Raises UserError: fewer than must, or more than there are."""
-        if not len(self.least) <= count <= self.size_of(0):
+        """Refuse a number of words that cannot stay. Raises UserError: fewer than must, or more than there are."""
+        if not len(self.least) <= count <= self.total:
             raise UserError(
                 f"a vocabulary of {count} words cannot be closed: {len(self.least)} must stay (bytes, characters, "
-                f"added and special words), and there are {self.size_of(0)}"
+                f"added and special words), and there are {self.total}"
             )
         return count
 
     def without(self, gone: Collection[int]) -> list[int]:
-        """The ids that stay, ascending."""
+        """Return the ids that stay, ascending."""
         return sorted((self.parts.keys() | self.least) - set(gone))
 
     def kept(self, counts: Sequence[float], count: int) -> list[int]:
-        """The ids that stay, ascending, so many of them.
+        """Return ``count`` ids that stay, ascending.
 
         Raises UserError: fewer than must stay.
         """
-        return self.without(self.order(counts)[: self.size_of(self.checked(count))])
+        return self.without(self.order(counts)[: self.total - self.checked(count)])
 
 
 def forest_of(document: Document, size: int, required: Collection[int] = ()) -> Forest:
-    """The forest of a ``tokenizer.json``.
+    """Read the forest from a ``tokenizer.json``.
 
     Args:
         size: rows of the embedding.
@@ -118,7 +119,7 @@ def forest_of(document: Document, size: int, required: Collection[int] = ()) -> 
         if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
             raise UserError("the tokenizer marks parts of words, so its vocabulary cannot be closed: leave it whole")
         words: dict[str, int] = model["vocab"]
-        parts = _made_of(words, model["merges"])
+        parts = _parts_of(words, model["merges"])
     elif kind == "Unigram":
         words = {word: index for index, (word, _) in enumerate(model["vocab"])}
         parts = {index: () for word, index in words.items() if len(word) > 1}
@@ -135,29 +136,29 @@ def forest_of(document: Document, size: int, required: Collection[int] = ()) -> 
     while left:  # with a word stays what it is made of
         stays.add(index := left.pop())
         left += [part for part in parts.get(index, ()) if part not in stays]
-    may_go = {word: made for word, made in parts.items() if word not in stays}
+    may_go = {word: pieces for word, pieces in parts.items() if word not in stays}
     least = frozenset(set(words.values()) - may_go.keys() | stays)
     return Forest(size, may_go, least)
 
 
-def _made_of(words: Mapping[str, int], merges: Sequence[str | list[str]]) -> dict[int, tuple[int, ...]]:
-    """Of each word that merges make, the two of the last merge; of one that they do not reach, none."""
+def _parts_of(words: Mapping[str, int], merges: Sequence[str | list[str]]) -> dict[int, tuple[int, ...]]:
+    """Split each word that merges make into the two of the last merge; one that they do not reach has no parts."""
     ranks: dict[tuple[str, str], int] = {}
     for rank, merge in enumerate(merges):
         left, right = merge.split(" ") if isinstance(merge, str) else merge
         ranks.setdefault((left, right), rank)
-    made = {left + right for left, right in ranks}
-    found: dict[int, tuple[int, ...]] = {}
+    merged = {left + right for left, right in ranks}
+    parts: dict[int, tuple[int, ...]] = {}
     for word, index in words.items():
-        if word in made:
-            found[index] = tuple(words[part] for part in _last_merge(word, ranks))
+        if word in merged:
+            parts[index] = tuple(words[part] for part in _last_merge(word, ranks))
         elif len(word) > 1 and not _is_byte(word):
-            found[index] = ()
-    return found
+            parts[index] = ()
+    return parts
 
 
 def _last_merge(word: str, ranks: Mapping[tuple[str, str], int]) -> tuple[str, ...]:
-    """The two parts that a word is made of in the end; none where merges leave it in more pieces."""
+    """Find the two parts that the last merge joins; none where merges leave a word in more pieces."""
     pieces, none = list(word), len(ranks)
     while len(pieces) > 2:
         rank, place = min((ranks.get(pair, none), n) for n, pair in enumerate(pairwise(pieces)))
@@ -173,7 +174,7 @@ def _is_byte(word: str) -> bool:
 
 
 def trimmed(document: Document, kept: Collection[int]) -> Document:
-    """A ``tokenizer.json`` that makes only the words that are kept; ids stay what they are."""
+    """Trim a ``tokenizer.json`` to the words that are kept; ids stay what they are."""
     words, model = set(kept), dict(document["model"])
     if isinstance(model["vocab"], list):  # a word's place is its id: what went must never be the best
         model["vocab"] = [
@@ -189,7 +190,7 @@ def trimmed(document: Document, kept: Collection[int]) -> Document:
 
 
 def renumbered(document: Document, kept: Collection[int]) -> Document:
-    """A ``tokenizer.json`` of the kept words alone; an id is now a word's place among them.
+    """Reduce a ``tokenizer.json`` to the kept words; an id is now a word's place among them.
 
     Raises UserError: an added or a special word is not kept.
     """
@@ -201,31 +202,31 @@ def renumbered(document: Document, kept: Collection[int]) -> Document:
     else:
         model["vocab"] = {word: places[index] for word, index in model["vocab"].items()}
     added = [{**word, "id": place_of(word["id"], places)} for word in document.get("added_tokens", [])]
-    made = {**document, "model": model, "added_tokens": added}
+    result = {**document, "model": model, "added_tokens": added}
     if document.get("post_processor"):
-        made["post_processor"] = _of_places(document["post_processor"], places)
+        result["post_processor"] = _of_places(document["post_processor"], places)
     if isinstance(padding := document.get("padding"), dict):
-        made["padding"] = {**padding, "pad_id": place_of(padding["pad_id"], places)}
-    return made
+        result["padding"] = {**padding, "pad_id": place_of(padding["pad_id"], places)}
+    return result
 
 
 def _of_places(processor: object, places: Mapping[int, int]) -> object:
-    """What puts special words around a text, by the new ids."""
+    """Renumber the processor that puts special words around a text."""
     if isinstance(processor, list):
         return [_of_places(part, places) for part in processor]
     if not isinstance(processor, dict):
         return processor
-    made = {name: _of_places(part, places) for name, part in processor.items()}
+    result = {name: _of_places(part, places) for name, part in processor.items()}
     if isinstance(ids := processor.get("ids"), list):
-        made["ids"] = [place_of(word, places) for word in ids]
+        result["ids"] = [place_of(word, places) for word in ids]
     for name in ("sep", "cls"):  # of BERT and RoBERTa: a word and its id
         if isinstance(pair := processor.get(name), list):
-            made[name] = [pair[0], place_of(pair[1], places)]
-    return made
+            result[name] = [pair[0], place_of(pair[1], places)]
+    return result
 
 
 def place_of(word: int, places: Mapping[int, int]) -> int:
-    """Where a special word stands now. Raises UserError: it is gone."""
+    """Look up the new id of a special word. Raises UserError: it is removed."""
     if word not in places:
         raise UserError(f"token {word} is a special one and would go: keep it, or leave the vocabulary whole")
     return places[word]

@@ -32,7 +32,7 @@ def is_conversation(row: object) -> TypeGuard[dict[str, object]]:
 
 
 def messages_of(row: object, where: str) -> list[Message]:
-    """The turns of one row, as ``{"role": system | user | assistant, "content"}``.
+    """Read the turns of one row, as ``{"role": system | user | assistant, "content"}``.
 
     Args:
         row: ``messages`` (role, content), ``conversations`` (from, value), or ``instruction``, ``input`` or
@@ -153,7 +153,7 @@ class ChatEncoder:
         return ids, learnt
 
     def _begin(self, prompt: str, ids: Sequence[int]) -> int:
-        """The first token that lies wholly after ``prompt``."""
+        """Find the first token that lies wholly after ``prompt``."""
         before = self._ids(prompt)
         first = _common(before, ids)
         if first == len(before):

@@ -61,7 +61,7 @@ class Documents:
 
 @dataclass(frozen=True)
 class Sequences:
-    """How many rows of how many tokens, after ``skip`` rows that another purpose has used."""
+    """A number of rows of ``length`` tokens, after ``skip`` rows that another purpose has used."""
 
     count: int
     length: int
@@ -70,7 +70,7 @@ class Sequences:
 
 
 def load_documents(source: str | Path | None, *, split: Split, seed: int = 0) -> Documents | None:
-    """The text for a purpose: the documents of ``source``, or of the default.
+    """Load the text for a purpose: the documents of ``source``, or of the default.
 
     Args:
         source: a text file, ``.jsonl`` or ``.json`` file (``text``, or ``instruction``/``input``/``output``), any of
@@ -96,13 +96,13 @@ def load_documents(source: str | Path | None, *, split: Split, seed: int = 0) ->
 
 
 def load_rows(source: str | Path, *, split: Split) -> list[tuple[str, object]] | None:
-    """The rows of a ``.jsonl`` or ``.json`` file or of a hub's data set, each with file and line; None: plain text."""
+    """Read the rows of a ``.jsonl`` or ``.json`` file or of a hub's data set, with file and line; None: plain text."""
     path = Path(source)
     return _json_rows(path, _content(path)) if path.is_file() else _hub_rows(str(source), split)
 
 
 def one_kind(source: str | None) -> str | None:
-    """What all of a file is, running text or instructions; None for both, and for what is no file.
+    """Tell a file of running text from one of instructions; None for a mixture, and for what is no file.
 
     A model that is pruned or tuned on one of them loses more of the other than it has to.
     """
@@ -116,7 +116,7 @@ def one_kind(source: str | None) -> str | None:
 
 
 def read_file(path: Path, *, whole: bool = False) -> list[str]:
-    """The documents of one file; ``whole`` keeps a plain text as one document.
+    """Read the documents of one file; ``whole`` keeps a plain text as one document.
 
     Raises UserError: naming the file, and the line where there is one.
     """
@@ -150,7 +150,7 @@ def _json_rows(path: Path, content: str) -> list[tuple[str, object]] | None:
 
 
 class TooLittleTextError(UserError):
-    """A text does not fill as many rows as are wanted."""
+    """A text does not fill as many rows as are part."""
 
     def __init__(self, message: str, missing: int) -> None:
         super().__init__(message)
@@ -197,7 +197,7 @@ def pack(
 
 
 def _of_directory(folder: Path, split: Split, seed: int) -> Documents:
-    """The text in the directory that ``SAAP_DATA`` names."""
+    """Read the text in the directory that ``SAAP_DATA`` names."""
     names = (EVALUATION_FILE,) if split == "evaluation" else TRAINING_FILES
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
@@ -212,7 +212,7 @@ def _of_directory(folder: Path, split: Split, seed: int) -> Documents:
 
 
 def samples_of(split: Split) -> Documents:
-    """The text that ships: in one order, so that tuning can pass over what calibration took of it.
+    """Load the text that ships: in one order, so that tuning can pass over what calibration took of it.
 
     Raises UserError: a sample is damaged.
     """
@@ -247,7 +247,7 @@ def is_unicode(text: str) -> bool:
 
 
 def checked_text(text: str, where: str) -> str:
-    """The text of a row."""
+    """Check the text of a row."""
     if not is_unicode(text):
         raise UserError(f"{where} holds half of a surrogate pair (\\ud800 to \\udfff), which is no text: mend it")
     return text
@@ -259,7 +259,7 @@ def _row_text(row: object, where: str) -> str:
 
 
 def _joined(row: object, where: str) -> str:
-    """The fields of a row; an instruction with its input and its answer, a line each."""
+    """Join the fields of a row; an instruction with its input and its answer, a line each."""
     if isinstance(row, dict):
         if isinstance(row.get("text"), str):
             return str(row["text"])
@@ -274,7 +274,7 @@ def _joined(row: object, where: str) -> str:
 
 
 def cut_text(content: str) -> list[str]:
-    """A plain text as the documents that it is shuffled by."""
+    """Cut a plain text into the documents that it is shuffled by."""
     documents, lines, size = [], [], 0
     for line in content.splitlines(keepends=True):
         lines.append(line)
@@ -298,13 +298,13 @@ def _hub_rows(name: str, split: Split) -> list[tuple[str, object]]:
             f"{name} is no file here, and a data set id needs `pip install datasets`: or give a file"
         ) from None
     identifier, _, config = name.partition(":")
-    wanted = "test" if split == "evaluation" else "train"
+    part = "test" if split == "evaluation" else "train"
     try:
-        rows = load_dataset(identifier, config or None, split=wanted, streaming=True)
-        taken = [row for row, _ in zip(rows, range(HUB_DOCUMENTS), strict=False)]
+        rows = load_dataset(identifier, config or None, split=part, streaming=True)
+        first = [row for row, _ in zip(rows, range(HUB_DOCUMENTS), strict=False)]
     except Exception as error:  # its HTTP library, and so the class of a lost connection, differs by version
         raise UserError(
-            f"{name} is no file here, and no hub gave its {wanted!r} split ({type(error).__name__}): check the id and "
+            f"{name} is no file here, and no hub gave its {part!r} split ({type(error).__name__}): check the id and "
             "the network, or give a file"
         ) from None
-    return [(f"{name} row {n}", row) for n, row in enumerate(taken, 1)]
+    return [(f"{name} row {n}", row) for n, row in enumerate(first, 1)]

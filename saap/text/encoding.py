@@ -52,7 +52,7 @@ def bytes_of_tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> NDArray[np
 
 
 def beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What every text begins with: the beginning-of-sequence token, where the tokenizer sets it, or nothing.
+    """Return the beginning-of-sequence token that every text begins with, where the tokenizer sets one, or nothing.
 
     A model that always saw that token hardly works without it: Gemma 3 270M has 6.2 instead of 4.2 nats per token.
     """
@@ -61,7 +61,7 @@ def beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def writing_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of what a model or a bundle says: only of words that its output head still has.
+    """Load the tokenizer for a model's or a bundle's output: only tokens that its head still has.
 
     Ids are those of the tokenizer that reads.
 
@@ -69,42 +69,42 @@ def writing_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase:
     """
     from saap.models.resolve import load_tokenizer
 
-    tokenizer, words = load_tokenizer(directory), said_words_of(directory)
+    tokenizer, words = load_tokenizer(directory), head_words_of(directory)
     if words is None:
         return tokenizer
-    made = trimmed(json.loads(tokenizer.backend_tokenizer.to_str()), words.tolist())
+    document = trimmed(json.loads(tokenizer.backend_tokenizer.to_str()), words.tolist())
     with tokenizing(f"the tokenizer of {directory} cannot be trimmed", "get the model again"):
-        tokenizer._tokenizer = type(tokenizer.backend_tokenizer).from_str(json.dumps(made))
+        tokenizer._tokenizer = type(tokenizer.backend_tokenizer).from_str(json.dumps(document))
     return tokenizer
 
 
 def long_spelling(directory: str | Path, ids: Iterable[int]) -> str | None:
-    """What a person should know of a text that a model of fewer words spells out; None: nothing.
+    """Warn of a text that a model with a trimmed vocabulary spells in many more tokens; None: it does not.
 
     ``ids``: of the text, as the model says it.
     """
     from saap.models.resolve import load_tokenizer
 
-    if said_words_of(directory) is None:
+    if head_words_of(directory) is None:
         return None
-    tokenizer, said = load_tokenizer(directory), list(ids)[:PROBED_TOKENS]
-    before = len(encode(str(tokenizer.decode(said, skip_special_tokens=True)), tokenizer))
-    longer = len(said) / max(1, before) - 1
+    tokenizer, spelled = load_tokenizer(directory), list(ids)[:PROBED_TOKENS]
+    before = len(encode(str(tokenizer.decode(spelled, skip_special_tokens=True)), tokenizer))
+    longer = len(spelled) / max(1, before) - 1
     if longer < LONG:
         return None
     return f"the trimmed vocabulary of {directory} takes {longer:.0%} more tokens for this text than the whole one"
 
 
-def said_words_of(directory: str | Path) -> torch.Tensor | None:
-    """The ids that the output head of a model or a bundle has, ascending; None: all."""
+def head_words_of(directory: str | Path) -> torch.Tensor | None:
+    """Return the ids that the output head of a model or a bundle has, ascending; None: all."""
     from saap.models.architectures import said_words
     from saap.models.checkpoint import read_config
     from saap.models.modeling_slim import unpacked_words
 
     config: Mapping[str, Any]
     if (bundle := Path(directory) / BUNDLE).is_file():
-        told = read_object(bundle, "export the bundle again")
-        config = {"vocab_size": told.get("vocab_size"), "slim_vocabulary": told.get("words") or None}
+        manifest = read_object(bundle, "export the bundle again")
+        config = {"vocab_size": manifest.get("vocab_size"), "slim_vocabulary": manifest.get("words") or None}
     elif not (Path(directory) / "config.json").is_file():  # a tokenizer alone, of a GGUF file
         return None
     else:
@@ -114,7 +114,7 @@ def said_words_of(directory: str | Path) -> torch.Tensor | None:
 
 
 def tokenizer_for(model_dir: Path, texts: Iterable[str], source: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model that is to learn from, or be measured on, the texts of ``source``.
+    """Load the tokenizer of a model that will learn from, or be measured on, the texts of ``source``.
 
     Raises UserError: there is none, or more than half of the letters at the texts' beginning are unknown to it.
     """

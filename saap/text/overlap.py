@@ -1,7 +1,7 @@
 """No model is judged on text that it was calibrated or tuned on, or that chose its words.
 
 A record keeps where such text came from and its hash, not the text. Where the file is still what it was, its lines are
-held against the evaluation's; where it is gone, the evaluation is refused only if it is that very text.
+compared against the evaluation's; where it is gone, the evaluation is refused only if it is that very text.
 """
 
 from __future__ import annotations
@@ -32,25 +32,25 @@ def refuse_overlap(training: Documents, evaluation: Documents) -> None:
     occur in the training text.
     """
     shared = {text.strip() for text in training.texts} & {text.strip() for text in evaluation.texts}
-    seen, known = _telling_lines(evaluation.texts), _telling_lines(training.texts)
-    if training.sha256 == evaluation.sha256 or shared or (seen and len(seen & known) >= max(1, len(seen) / 100)):
+    lines, known = _telling_lines(evaluation.texts), _telling_lines(training.texts)
+    if training.sha256 == evaluation.sha256 or shared or (lines and len(lines & known) >= max(1, len(lines) / 100)):
         raise UserError(_same_text(training.source, evaluation.source))
 
 
-def refuse_seen(model: str, lineage: Mapping[str, object], evaluation: Documents) -> None:
-    """The same, by what a model's record says about text that may be gone.
+def refuse_trained_on(model: str, lineage: Mapping[str, object], evaluation: Documents) -> None:
+    """Refuse to evaluate on text that a model's record names; the text itself may be gone.
 
     ``lineage``: of a bundle, or of a directory with ``tuning`` as a bundle has it.
     """
     cut = documents_of((part for text in evaluation.texts for part in cut_text(text)), evaluation.source)
-    held: set[str] = set()  # calibration and tuning are often of one text
+    compared: set[str] = set()  # calibration and tuning are often of one text
     for about in _texts_in(lineage):
         source, sha256 = str(about.get("source")), str(about.get("text_sha256") or "")
         if sha256 in (evaluation.sha256, cut.sha256):
             raise UserError(f"{model}: {_same_text(source, evaluation.source)}")
-        documents = _again(source, sha256) if sha256 and source not in held else None
+        documents = _again(source, sha256) if sha256 and source not in compared else None
         if documents is not None:
-            held.add(source)
+            compared.add(source)
             try:
                 refuse_overlap(documents, evaluation)
             except UserError as error:
@@ -65,7 +65,7 @@ def _same_text(training: str, evaluation: str) -> str:
 
 
 def _texts_in(lineage: Mapping[str, object]) -> Iterator[Mapping[str, object]]:
-    """What is known of each text, that of earlier prunings too."""
+    """List what is known of each text, that of earlier prunings too."""
     for key in ("calibration", "words", "tuning", "integers"):
         if isinstance(about := lineage.get(key), Mapping):
             yield about
@@ -74,7 +74,7 @@ def _texts_in(lineage: Mapping[str, object]) -> Iterator[Mapping[str, object]]:
 
 
 def _again(source: str, sha256: str) -> Documents | None:
-    """The text itself, if it is still to be had."""
+    """Load the text itself, if it is still there."""
     try:
         if source == TRAINING_SAMPLES:  # of any version: most of them stays
             return samples_of("calibration")

@@ -59,7 +59,7 @@ def training_rows(
     model_dir: Path,
     source: str | None,
     split: Split,
-    wanted: Sequences,
+    sequences: Sequences,
     progress: Progress | None = None,
     writer: Path | None = None,
 ) -> Rows:
@@ -67,7 +67,7 @@ def training_rows(
 
     ``writer``: the model that writes the text of ``self``; by default the model itself.
     """
-    count, length, seed = wanted.count, wanted.length, wanted.seed
+    count, length, seed = sequences.count, sequences.length, sequences.seed
     if count < 1 or length < 2:
         raise UserError(
             f"{counted(count, 'sequence')} of {counted(length, 'token')} cannot teach anything: give 1 of 2 or more"
@@ -81,21 +81,23 @@ def training_rows(
         return Rows(ids, f"written by the dense model (seed {own_seed})", None)
     fewer = "fewer --tokens" if split == "tuning" else "fewer --sequences or a smaller --length"
     tokenizer = tokenizer_for(model_dir, documents.texts, documents.source)
-    ids = pack(documents.texts, tokenizer, length, count + wanted.skip, seed, fewer)[wanted.skip :]
+    ids = pack(documents.texts, tokenizer, length, count + sequences.skip, seed, fewer)[sequences.skip :]
     check_ids(ids, model_dir)
     return Rows(ids, documents.source, documents.sha256)
 
 
-def _written(writer: Path, model_dir: Path, wanted: Sequences, split: Split, progress: Progress | None) -> torch.Tensor:
+def _written(
+    writer: Path, model_dir: Path, sequences: Sequences, split: Split, progress: Progress | None
+) -> torch.Tensor:
     """Text of one model as ids [rows, tokens] of another, which may say fewer words."""
     tokenizer, says = load_tokenizer(writer), writing_tokenizer(model_dir)
     model = open_writer(writer, "--data" if split == "tuning" else "--calibration")
     if says.get_vocab() == tokenizer.get_vocab():
-        return self_written(model, tokenizer, wanted, progress=progress)
-    more = replace(wanted, count=wanted.count + wanted.count // 8 + 1)  # what began each row is left out
+        return self_written(model, tokenizer, sequences, progress=progress)
+    more = replace(sequences, count=sequences.count + sequences.count // 8 + 1)  # what began each row is left out
     ids = self_written(model, tokenizer, more, progress=progress)
     texts = [str(tokenizer.decode(row, skip_special_tokens=True)) for row in ids]
-    return pack(texts, says, wanted.length, wanted.count, wanted.seed, "fewer --tokens")
+    return pack(texts, says, sequences.length, sequences.count, sequences.seed, "fewer --tokens")
 
 
 def check_length(model_dir: Path, length: int) -> None:
@@ -107,7 +109,7 @@ def check_length(model_dir: Path, length: int) -> None:
 
 @dataclass(frozen=True)
 class TuningRows:
-    """What is learnt from.
+    """Training text, cut into rows.
 
     A label is the token AT its place, -100 where it is not learnt. The model shifts: the label of place t is predicted
     from the places before t, so the first of a row never is.
@@ -129,7 +131,7 @@ class TuningRows:
         return int((self.labels[:, 1:] != IGNORED).sum())
 
     def lineage(self) -> dict[str, object]:
-        """What a record says about the text; the ids' hash tells rows of one text apart."""
+        """Describe the text for a record; the ids' hash tells rows of one text apart."""
         digest = hashlib.sha256(self.ids.numpy().tobytes() + self.labels.numpy().tobytes()).hexdigest()
         about: dict[str, object] = {"source": self.source, "text_sha256": self.sha256, "kind": self.kind}
         return about | {"rows": len(self.ids), "learnt_tokens": self.learnt, "rows_sha256": digest}
@@ -138,7 +140,7 @@ class TuningRows:
 def tuning_rows(
     model_dir: Path,
     source: str | None,
-    wanted: Sequences,
+    sequences: Sequences,
     kind: str = "auto",
     progress: Progress | None = None,
     writer: Path | None = None,
@@ -168,14 +170,14 @@ def tuning_rows(
     if kind not in KINDS:
         raise UserError(f"data of kind {kind!r} is not known: give one of {', '.join(KINDS)}")
     rows, note = None, None
-    given = None if source == SELF else source
-    if given is None and kind == "chat":
+    named = None if source == SELF else source
+    if named is None and kind == "chat":
         raise UserError("chat needs conversations: give a .jsonl file of them, or leave --kind chat out")
-    if given is not None and kind != "text":
-        rows, note = _chat_rows(model_dir, given, kind)
-    if rows is not None and given is not None:
-        return _chat(model_dir, rows, given, wanted)
-    text = training_rows(model_dir, source, "tuning", wanted, progress, writer)
+    if named is not None and kind != "text":
+        rows, note = _chat_rows(model_dir, named, kind)
+    if rows is not None and named is not None:
+        return _chat(model_dir, rows, named, sequences)
+    text = training_rows(model_dir, source, "tuning", sequences, progress, writer)
     return TuningRows(text.ids, text.ids.clone(), text.source, text.sha256, "text", note)
 
 
@@ -200,7 +202,7 @@ def held_out(rows: TuningRows, share: float) -> tuple[TuningRows, TuningRows]:
 
 
 def _chat_rows(model_dir: Path, source: str, kind: str) -> tuple[list[tuple[str, object]] | None, str | None]:
-    """The rows if they are to be taken as chat, and what is to be told if they are not."""
+    """Read the rows if they are taken as chat, and a note for the user if they are not."""
     rows = load_rows(source, split="tuning")
     chats = [is_conversation(row) for _, row in rows or []]
     if kind == "chat":
@@ -216,8 +218,8 @@ def _chat_rows(model_dir: Path, source: str, kind: str) -> tuple[list[tuple[str,
     return rows, None
 
 
-def _chat(model_dir: Path, rows: list[tuple[str, object]], source: str, wanted: Sequences) -> TuningRows:
-    count, length, skip = wanted.count, wanted.length, wanted.skip
+def _chat(model_dir: Path, rows: list[tuple[str, object]], source: str, sequences: Sequences) -> TuningRows:
+    count, length, skip = sequences.count, sequences.length, sequences.skip
     if count < 1 or length < 2:
         raise UserError(
             f"{counted(count, 'row')} of {counted(length, 'token')} cannot teach anything: give 1 of 2 or more"
@@ -225,11 +227,11 @@ def _chat(model_dir: Path, rows: list[tuple[str, object]], source: str, wanted: 
     check_length(model_dir, length)
     talks = [(where, messages_of(row, where)) for where, row in rows]
     named = source if Path(source).is_file() else f"data set {source}"
-    said = (checked_text("\n".join(turn["content"] for turn in talk), where) for where, talk in talks)
-    documents = documents_of(said, named)
+    texts = (checked_text("\n".join(turn["content"] for turn in talk), where) for where, talk in talks)
+    documents = documents_of(texts, named)
     tokenizer = tokenizer_for(model_dir, documents.texts, documents.source)
     encoder, left_out = ChatEncoder(tokenizer), [0]
-    random.Random(wanted.seed).shuffle(talks)
+    random.Random(sequences.seed).shuffle(talks)
 
     def cut() -> Iterator[Sample]:
         for where, talk in talks:
@@ -257,7 +259,7 @@ def _chat(model_dir: Path, rows: list[tuple[str, object]], source: str, wanted: 
 
 
 def _pack(samples: Iterable[Sample], length: int, count: int, filler: int) -> list[Sample]:
-    """At most ``count`` rows of exactly ``length``; every sample, none of them longer, is whole in one row."""
+    """Fill at most ``count`` rows of exactly ``length``; every sample, none of them longer, is whole in one row."""
     waiting: list[Sample] = []
     rows: list[Sample] = []
     coming = iter(samples)

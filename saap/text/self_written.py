@@ -21,7 +21,7 @@ BATCH = 16  # sequences that are written together
 def self_written(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    wanted: Sequences,
+    sequences: Sequences,
     *,
     held_out: bool = False,
     progress: Progress | None = None,
@@ -39,7 +39,7 @@ def self_written(
     """
     import torch
 
-    count, length = wanted.count, wanted.length
+    count, length = sequences.count, sequences.length
     first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     if first is None:
         raise UserError("the tokenizer names neither BOS nor EOS, so the model cannot begin a text: give a text file")
@@ -47,7 +47,7 @@ def self_written(
     if length > limit:
         raise UserError(f"rows of {length} tokens do not fit the model's {limit} positions: give shorter ones")
     # 32 bits: torch's CPU generator ignores what is above, so an offset there would change nothing.
-    purpose = f"{'held-out' if held_out else 'written'} {wanted.seed}"
+    purpose = f"{'held-out' if held_out else 'written'} {sequences.seed}"
     seed = int.from_bytes(hashlib.sha256(purpose.encode()).digest()[:4], "little")
     generator = torch.Generator().manual_seed(seed)
     rows: list[torch.Tensor] = []

@@ -1,4 +1,4 @@
-"""How a text becomes predictions: what a perplexity is of.
+"""The protocol of a perplexity: how a text becomes predictions.
 
 Two perplexities compare only where text, tokens, chunk, stride, beginning and joining are the same, so all of these are
 part of a result. Usual ones: chunks of 2048 of WikiText-2 joined as papers do (GPTQ, Wanda, FLAP: ``--chunk 2048
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
 
 Join = Literal["raw", "paragraphs", "wikitext", "spaces"]
 
-# Of a text, so many characters for each token that is wanted are read first; English has four to five.
+# Of a text, so many characters for each token that is sequences are read first; English has four to five.
 CHARACTERS_A_TOKEN = 5
 MARGIN = 256  # tokens before the end of a part that its end may have changed
 
 
 @dataclass(frozen=True)
 class Cut:
-    """How a text is cut.
+    """The cut of a text into windows.
 
     Attributes:
         stride: tokens from one window's start to the next's; None is ``chunk``. A window after the first predicts its
@@ -55,8 +55,8 @@ class Cut:
     def __post_init__(self) -> None:
         if self.chunk < 2 or (self.max_chunks is not None and self.max_chunks < 1):
             chunks = "chunks" if self.max_chunks is None else counted(self.max_chunks, "chunk")
-            given = f"{chunks} of {counted(self.chunk, 'token')}"
-            raise UserError(f"{given} cannot predict anything: give at least 1 chunk of 2 tokens")
+            amount = f"{chunks} of {counted(self.chunk, 'token')}"
+            raise UserError(f"{amount} cannot predict anything: give at least 1 chunk of 2 tokens")
         if self.stride is not None and not 1 <= self.stride <= self.chunk:
             raise UserError(f"a stride of {self.stride} is not allowed: give 1 to {self.chunk}, the chunk")
         if self.join not in get_args(Join):
@@ -69,7 +69,7 @@ class Cut:
 
 @dataclass(frozen=True)
 class Windows:
-    """What is read.
+    """Rows to predict.
 
     Attributes:
         ids: [n, s] int64.
@@ -110,9 +110,9 @@ def evaluation_windows(
         if cut.bos or cut.step != cut.chunk or cut.join != "raw" or cut.max_chunks is None:
             raise UserError("text that the model writes is not cut like that: give --text FILE")
         tokenizer, model = load_tokenizer(model_dir), open_writer(model_dir, "--text")
-        wanted = Sequences(cut.max_chunks, cut.chunk)
-        ids = self_written(model, tokenizer, wanted, held_out=True, progress=progress)
-        return given_windows(ids, "held-out text written by the dense model", None, tokenizer, cut), None
+        sequences = Sequences(cut.max_chunks, cut.chunk)
+        ids = self_written(model, tokenizer, sequences, held_out=True, progress=progress)
+        return windows_from(ids, "held-out text written by the dense model", None, tokenizer, cut), None
     return windows_of(documents, tokenizer_for(model_dir, documents.texts, documents.source), cut), documents
 
 
@@ -138,7 +138,7 @@ def windows_of(documents: Documents, tokenizer: PreTrainedTokenizerBase, cut: Cu
         rows = torch.cat([torch.full((len(rows), 1), tokenizer.bos_token_id), rows], dim=1)
     counted = torch.ones(len(rows), rows.shape[1] - 1, dtype=torch.bool)
     counted[1:, : max(0, counted.shape[1] - cut.step)] = False
-    windows = given_windows(rows, documents.source, documents.sha256, tokenizer, cut, counted)
+    windows = windows_from(rows, documents.source, documents.sha256, tokenizer, cut, counted)
     if (lengths := bytes_of_tokens(text, tokenizer)) is None:
         return windows
     predicted = torch.tensor(starts)[:, None] + torch.arange(cut.chunk)[not cut.bos :]
@@ -146,7 +146,7 @@ def windows_of(documents: Documents, tokenizer: PreTrainedTokenizerBase, cut: Cu
 
 
 def _first_ids(text: str, tokenizer: PreTrainedTokenizerBase, most: int | None) -> tuple[str, list[int]]:
-    """The first ``most`` token ids of a text, and the part of it that was read; what lies far behind is not.
+    """Encode the first ``most`` tokens of a text, and return the part of it that was read, too.
 
     Where a text ends changes the tokens there, not those before: the last ``MARGIN`` of a part are not taken.
     """
@@ -159,7 +159,7 @@ def _first_ids(text: str, tokenizer: PreTrainedTokenizerBase, most: int | None) 
     return text, encode(text, tokenizer)[:most]
 
 
-def given_windows(
+def windows_from(
     ids: torch.Tensor,
     source: str,
     sha256: str | None,
@@ -189,6 +189,6 @@ def given_windows(
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Of what decides on ids: the vocabulary with its numbers."""
+    """Hash what decides on ids: the vocabulary with its numbers."""
     words = sorted(tokenizer.get_vocab().items())
     return hashlib.sha256(repr(words).encode("utf-8", "surrogatepass")).hexdigest()

@@ -91,11 +91,11 @@ class GroupAdapterLayer(nn.Module, LoraLayer):
         if not self.keeps_matrix:
             return group_matmul(x, self.centred, scales)
         dtype = product_dtype(x)
-        made_of = (dtype, *((id(p), p._version) for p in self.parameters() if p.requires_grad))
-        if self._kept is None or self._kept[0] != made_of:
+        versions = (dtype, *((id(p), p._version) for p in self.parameters() if p.requires_grad))
+        if self._kept is None or self._kept[0] != versions:
             self._kept = None  # the old one goes before the new one is made
             with torch.no_grad():
-                self._kept = made_of, dequantized(self.centred, scales, dtype)
+                self._kept = versions, dequantized(self.centred, scales, dtype)
         return group_matmul(x, self.centred, scales, self._kept[1])
 
     @torch.no_grad()
@@ -137,7 +137,7 @@ def attach(model: PreTrainedModel) -> PeftModel:
 
 
 def layers_of(model: nn.Module) -> dict[str, GroupAdapterLayer]:
-    """The adapted linears by their name in the plain model."""
+    """Return the adapted linears by their name in the plain model."""
     return {n.removeprefix(PREFIX): m for n, m in model.named_modules() if isinstance(m, GroupAdapterLayer)}
 
 
@@ -167,7 +167,7 @@ def detach(model: PeftModel) -> PreTrainedModel:
 
 
 def _holders(model: PreTrainedModel) -> dict[str, GroupQuantLinear]:
-    """The decoder layers' linears by name, all of integers and untouched."""
+    """Return the decoder layers' linears by name, all of integers and untouched."""
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise UserError("the model has an adapter already: fold or detach it first")
     architecture = architecture_of(model.config)
@@ -185,14 +185,14 @@ def _holders(model: PreTrainedModel) -> dict[str, GroupQuantLinear]:
 
 
 def _pattern(model: PreTrainedModel, holders: dict[str, GroupQuantLinear]) -> str:
-    """A regular expression for the names; PEFT would write a set of names in another order each time."""
+    """Write a regular expression for the names; PEFT would write a set of names in another order each time."""
     inside = re.escape(architecture_of(model.config).layers)
     names = sorted({re.sub(rf"^{inside}\.\d+\.", "", name) for name in holders})
     return rf"{inside}\.\d+\.({'|'.join(re.escape(name) for name in names)})"
 
 
 class Context(Protocol):
-    """What torch keeps between the passes of an autograd function."""
+    """The state that torch keeps between the passes of an autograd function."""
 
     saved_tensors: tuple[torch.Tensor, ...]
     needs_input_grad: tuple[bool, ...]
@@ -214,13 +214,13 @@ class _StraightThrough(torch.autograd.Function):
 
 
 def float16_through(exact: torch.Tensor) -> torch.Tensor:
-    """Rounded to what float16 represents, finite; the gradient passes straight through."""
+    """Round to what float16 represents, finite; the gradient passes straight through."""
     rounded = exact.detach().clamp(-LARGEST_FLOAT16, LARGEST_FLOAT16).half().to(exact.dtype)
     return cast("torch.Tensor", _StraightThrough.apply(exact, rounded))
 
 
 def product_dtype(x: torch.Tensor) -> torch.dtype:
-    """What a matrix product with x is computed in: its own type, or autocast's where that is on and x is eligible."""
+    """Return the type of a matrix product with x: its own, or autocast's where that is on and x is eligible."""
     kind = x.device.type
     if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(kind)
@@ -273,7 +273,7 @@ class _GroupMatMul(torch.autograd.Function):
 
 
 def matrix_gradient(grad: torch.Tensor, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Of y = x W^T: dL/dW [N, K] in ``dtype``, from dL/dy [..., N] and x [..., K]."""
+    """dL/dW [N, K] of y = x W^T in ``dtype``, from dL/dy [..., N] and x [..., K]."""
     return (grad.reshape(-1, grad.shape[-1]).t() @ x.reshape(-1, x.shape[-1])).to(dtype)
 
 

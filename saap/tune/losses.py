@@ -1,4 +1,4 @@
-"""What tuning minimises: the divergence from a teacher, and the loss of a head that runs on a few places at a time.
+"""The loss of tuning: the divergence from a teacher, and a head that runs on a few places at a time.
 
 KL divergence of a student to a teacher of whom the k likeliest tokens are known, with its gradient in closed form.
 
@@ -61,7 +61,7 @@ class KeptMatrix(dict[torch.dtype, torch.Tensor]):
 def head_loss(
     model: nn.Module, ids: torch.Tensor, places: torch.Tensor, loss_of: PieceLoss, kept: KeptMatrix | None = None
 ) -> torch.Tensor:
-    """The sum of the losses at some places, bool [rows, tokens], of ids int64 [rows, tokens].
+    """Sum the losses at some places, bool [rows, tokens], of ids int64 [rows, tokens].
 
     A head that is trained itself, or sharded over processes, or has more than a matrix, is run as it is on all places.
     ``loss_of`` is the loss of a piece of them; in the order of rows they are numbered from 0. Without ``kept`` the
@@ -74,8 +74,8 @@ def head_loss(
         return loss_of(logits, 0, len(logits))
     backbone = base.get_submodule(architecture_of(base.config).layers.rpartition(".")[0])
     # A mask of ones is dropped. Without one transformers 4.57 makes a full mask, and the kernel cannot skip half of it.
-    seen = torch.ones_like(ids)
-    hidden = backbone(input_ids=ids, attention_mask=seen, use_cache=False).last_hidden_state[places]
+    mask = torch.ones_like(ids)
+    hidden = backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[places]
     dtype, kept = product_dtype(hidden), KeptMatrix() if kept is None else kept
     traits, words = traits_of(base.config), head_words(base)
     if dtype not in kept:
@@ -85,7 +85,7 @@ def head_loss(
 
 
 def head_words(model: nn.Module) -> torch.Tensor | None:
-    """The tokens, ascending int64, whose rows of the head are all that :func:`head_loss` computes; None: all.
+    """Return the tokens, ascending int64, whose rows of the head are all that :func:`head_loss` computes; None: all.
 
     The logits that a loss is given are then of these alone, in their order.
     """
@@ -97,7 +97,7 @@ def head_words(model: nn.Module) -> torch.Tensor | None:
 
 
 def _frozen_matrix(model: PreTrainedModel) -> Callable[[torch.dtype], torch.Tensor] | None:
-    """The head's matrix [vocabulary, hidden] on demand, where the head is nothing else and is not trained."""
+    """Return the head's matrix [vocabulary, hidden] on demand, where the head is nothing else and is not trained."""
     head = model.get_submodule(architecture_of(model.config).head)
     if isinstance(head, TiedHead):
         return lambda dtype: _dequantised(head._table[0], dtype)
@@ -110,10 +110,10 @@ def _frozen_matrix(model: PreTrainedModel) -> Callable[[torch.dtype], torch.Tens
 
 
 def _dequantised(table: GroupQuantTable, dtype: torch.dtype) -> torch.Tensor:
-    found = torch.empty(table.rows, table.columns, dtype=dtype, device=table.scales.device)
-    for rows in torch.arange(table.rows, device=found.device).split(ROWS):
-        found[rows[0] : rows[-1] + 1] = table.dequantize(rows)
-    return found
+    matrix = torch.empty(table.rows, table.columns, dtype=dtype, device=table.scales.device)
+    for rows in torch.arange(table.rows, device=matrix.device).split(ROWS):
+        matrix[rows[0] : rows[-1] + 1] = table.dequantize(rows)
+    return matrix
 
 
 def learning_loss(

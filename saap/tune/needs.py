@@ -1,4 +1,4 @@
-"""What tuning takes at its peak, and where it computes; the constants were measured (docs/method.md)."""
+"""Memory of tuning at its peak, and where it computes; the constants were measured (docs/method.md)."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def tune_needs(
 
 @dataclass(frozen=True)
 class Placement:
-    """Where tuning computes and what it keeps, by the memory there is."""
+    """The device that tuning computes on and what it keeps, by the memory there is."""
 
     device: torch.device  # where the integers are chosen
     streamed: bool  # the floats are read layer by layer

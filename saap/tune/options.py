@@ -1,4 +1,4 @@
-"""What a tuning run is asked to do."""
+"""Options of tuning."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ GroupSize = Literal[32, 64, 128]
 Integers = Literal["gptq", "nearest"]
 Kind = Literal["auto", "text", "chat"]
 Precision = Literal["auto", "bf16", "fp32"]
-FEWEST_HELD = 8  # rows: by one of 256 tokens, a state was kept that was 0.1 nats worse than the last (studies/demo)
+FEWEST_JUDGED = 8  # rows: by one of 256 tokens, a state was kept that was 0.1 nats worse than the last (studies/demo)
 _INTEGERS = "The integers"
 _TRAINED = "What is trained"
-_LEARNT = "What is learnt from"
+_TEXT = "Training text"
 _RUNS = "How it runs"
 
 
@@ -90,21 +90,21 @@ class TuneOptions:
     learning_rate: Annotated[float, Option("Peak learning rate of the scales.", _TRAINED), Meta(ge=0, le=1)] = 6e-3
     norm_rate: float = 1e-3  # peak learning rate of the norms' weights
     teacher_weight: Annotated[
-        float, Option("Share of the loss that is the KL to the teacher.", _LEARNT), Meta(ge=0, le=1)
+        float, Option("Share of the loss that is the KL to the teacher.", _TEXT), Meta(ge=0, le=1)
     ] = 0.5
     kept_tokens: int = 256  # of the teacher's likeliest per place
     held_out: Annotated[
-        float, Option("Share of the text that decides when to stop.", _LEARNT, shown=False), Meta(ge=0, le=0.5)
+        float, Option("Share of the text that decides when to stop.", _TEXT, shown=False), Meta(ge=0, le=0.5)
     ] = 0.04  # fewer than 8 rows: none is held out, and the last state is kept
-    kind: Annotated[Kind, Option("chat: the model's template, only answers are learnt.", _LEARNT)] = "auto"
-    tokens: Annotated[int, Option("Training tokens.", _LEARNT), Meta(ge=1)] = 24576
+    kind: Annotated[Kind, Option("chat: the model's template, only answers are learnt.", _TEXT)] = "auto"
+    tokens: Annotated[int, Option("Training tokens.", _TEXT), Meta(ge=1)] = 24576
     minutes: Annotated[
-        float | None, Option("Minutes that it may take in all, instead of --tokens.", _LEARNT), Meta(gt=0, le=100_000)
+        float | None, Option("Minutes that it may take in all, instead of --tokens.", _TEXT), Meta(gt=0, le=100_000)
     ] = None
-    length: Annotated[int, Option("Tokens per sequence.", _LEARNT, hidden=True), Meta(ge=2, le=1_000_000)] = 256
+    length: Annotated[int, Option("Tokens per sequence.", _TEXT, hidden=True), Meta(ge=2, le=1_000_000)] = 256
     skip: Annotated[
         int | None,
-        Option("Sequences of the text to pass over; default: those that scored the structures.", _LEARNT, shown=False),
+        Option("Sequences of the text to pass over; default: those that scored the structures.", _TEXT, shown=False),
         Meta(ge=0, le=1_000_000),
     ] = None
     training: TrainOptions = field(default_factory=lambda: TrainOptions(micro_rows=2))
@@ -116,7 +116,7 @@ class TuneOptions:
         return self.group_size or 32
 
     def for_model(self, directory: Path) -> TuneOptions:
-        """With the integers that the model's pruning planned for, where no others are asked for."""
+        """Take the integers that the model's pruning planned for, unless others are given."""
         bundle = read_record(directory).get("plan", {}).get("bundle", {})
         asked = self.group_size is not None or self.head_bits is not None or self.max_bytes is not None
         if asked or self.bits != bundle.get("bits") or bundle.get("block") not in get_args(GroupSize):
@@ -124,7 +124,7 @@ class TuneOptions:
         return replace(self, group_size=convert(bundle["block"], GroupSize), planned=True)
 
     def recorded(self) -> dict[str, object]:
-        """As saap.json and states hold them, whose name for the group size is older; the text is recorded apart."""
+        """Convert to what saap.json and states hold, where ``block`` is the group size; the text is recorded apart."""
         of_text = ("kind", "tokens", "minutes", "length", "skip")
         about = {name: value for name, value in asdict(self).items() if name not in of_text}
         return {"block" if name == "group_size" else name: value for name, value in about.items()}
@@ -139,4 +139,4 @@ class TuneOptions:
 
     def holds_out(self, rows: int) -> bool:
         """Whether some of so many rows are held out."""
-        return rows * self.held_out >= FEWEST_HELD
+        return rows * self.held_out >= FEWEST_JUDGED

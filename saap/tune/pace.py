@@ -1,4 +1,4 @@
-"""How many tokens can be learnt from in so many minutes: by this machine's own rate of matrix products.
+"""The number of tokens that fit into given minutes, by this machine's own rate of matrix products.
 
 The answer is known before the first step, so that schedule, text and the teacher's answers are those of any other run.
 It is kept beside the output until that is there: a run that was killed goes on with the same number.
@@ -41,7 +41,7 @@ class Pace:
     token_s: float
 
     def tokens_in(self, minutes: float, options: TuneOptions) -> int:
-        """As many as fit, in whole steps. Raises UserError: not even one step does."""
+        """Count the tokens that fit, in whole steps. Raises UserError: not even one step does."""
         step = options.training.rows_per_step * options.length
         steps = int((60 * minutes - self.fixed_s) / (step * self.token_s))
         if steps < 1:
@@ -54,7 +54,7 @@ class Pace:
 
 
 def pace_of(shape: ModelShape, teacher: ModelShape | None, options: TuneOptions, *, recomputed: bool) -> Pace:
-    """Of a model on this machine as it is now.
+    """Estimate the pace of a model on this machine as it is now.
 
     Args:
         teacher: whose answers are asked for; None: nobody's.
@@ -109,7 +109,7 @@ class KeptTokens:
         write_text(self._path, json.dumps({"tokens": tokens}))
 
     def discard(self) -> None:
-        """For when the output is written."""
+        """Forget the number, once the output is written."""
         self._path.unlink(missing_ok=True)
         with suppress(OSError):
             self._path.parent.rmdir()

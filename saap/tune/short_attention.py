@@ -37,7 +37,7 @@ def _attention(
     scaling: float | None = None,
     **more: Any,  # what else transformers hands to any attention
 ) -> tuple[torch.Tensor, None]:
-    """As transformers calls it: heads [batch, heads, tokens, size] -> [batch, tokens, heads, size]."""
+    """Attend: heads [batch, heads, tokens, size] -> [batch, tokens, heads, size], as transformers calls it."""
     tokens, kind = query.shape[2], query.device.type
     bf16 = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16
     if kind != "cpu" or not bf16 or not tokens == key.shape[2] <= LONGEST:
@@ -48,7 +48,9 @@ def _attention(
 
 
 def _hidden(query: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """What is added to scores, [1 or batch, 1, 1, tokens, tokens] bfloat16; without a mask what comes later is hidden.
+    """Make the mask that is added to scores, [1 or batch, 1, 1, tokens, tokens] bfloat16.
+
+    Without one, later tokens are hidden.
 
     ``mask``: [1 or batch, 1, tokens, tokens], of what a token sees, or to be added.
     """

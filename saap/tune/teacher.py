@@ -34,7 +34,7 @@ from saap.models.streaming import open_model
 from saap.models.weight_files import weights_hash
 from saap.system.processes import training_device
 from saap.system.sealed_tensors import load_sealed, save_sealed
-from saap.text.encoding import said_words_of
+from saap.text.encoding import head_words_of
 
 FORMAT = 1  # counts up when the same inputs would give other numbers
 TEMPERATURE = 1.0  # of the answers; a part of the keys of entries, of which earlier versions had others
@@ -44,7 +44,7 @@ TOKENS_AT_ONCE = 1024  # of one forward pass: the logits of 49152 words are then
 
 
 class TeacherTargets:
-    """What a teacher thinks of every row, read from memory-mapped shards: ``k`` tokens per predicted place.
+    """A teacher's answers for every row, read from memory-mapped shards: ``k`` tokens per predicted place.
 
     ``note`` is what the user should be told, such as a lowered k, or None; ``directory`` is the entry of the cache.
     """
@@ -70,16 +70,16 @@ class TeacherTargets:
         parts: dict[str, list[torch.Tensor]] = {"tokens": [], "logprobs": []}
         for index in range(start // self._each, (stop - 1) // self._each + 1):
             first = index * self._each
-            for name, found in parts.items():
+            for name, pieces in parts.items():
                 shard = self._shards[index].get_slice(name)
-                found.append(shard[max(start - first, 0) : min(stop - first, self._each)])
+                pieces.append(shard[max(start - first, 0) : min(stop - first, self._each)])
         tokens = torch.cat([part.to(torch.int64) for part in parts["tokens"]])
         return tokens, torch.cat([part.float() for part in parts["logprobs"]])
 
 
 @dataclass(frozen=True)
 class StudentWords:
-    """What a student says where it is fewer words than the teacher does.
+    """The vocabulary of a student that predicts fewer tokens than its teacher.
 
     Attributes:
         ids: the teacher's, ascending int64.
@@ -92,19 +92,19 @@ class StudentWords:
     @classmethod
     def of(cls, student: str | Path) -> StudentWords | None:
         """Those of a model directory; None: all. Raises UserError: its record says it in a way that nothing means."""
-        told = read_record(student).get("vocabulary", {})
-        if kept := told.get("kept"):
+        vocabulary = read_record(student).get("vocabulary", {})
+        if kept := vocabulary.get("kept"):
             try:
-                return cls(unpacked_words(kept, min(told.get("of", 0), MOST_WORDS)), True)
+                return cls(unpacked_words(kept, min(vocabulary.get("of", 0), MOST_WORDS)), True)
             except (ValueError, zlib.error) as error:
                 raise UserError(f"{student} has a damaged vocabulary in its record ({error}): make it again") from None
-        said = said_words_of(student)
-        return None if said is None else cls(said)
+        words = head_words_of(student)
+        return None if words is None else cls(words)
 
 
 @dataclass(frozen=True)
 class Question:
-    """What is kept of a teacher's answers.
+    """The part of a teacher's answers that is kept.
 
     Attributes:
         k: tokens per place; fewer where the rows would not fit into ``LIMIT_BYTES``, and then ``note`` says so.
@@ -188,7 +188,7 @@ def check_same_vocabulary(teacher_dir: str | Path, student_dir: str | Path) -> N
 
 
 class _Kept:
-    """Which of a teacher's numbers are kept, and in what form."""
+    """The part of a teacher's numbers that is kept, and its form."""
 
     def __init__(self, question: Question, vocabulary: int) -> None:
         self.k, self.autocast, self.words = question.k, question.autocast, question.words
@@ -207,8 +207,8 @@ class _Kept:
                 floats = row[:-1].float()
                 floats = floats if words is None else floats[:, words.ids.to(floats.device)]
                 likeliest = floats.topk(self.k)
-                found = likeliest.indices.cpu()
-                tokens.append((found if words is None or words.renumbered else words.ids[found]).to(self.tokens))
+                places = likeliest.indices.cpu()
+                tokens.append((places if words is None or words.renumbered else words.ids[places]).to(self.tokens))
                 logprobs.append((likeliest.values - floats.logsumexp(-1, keepdim=True)).half().cpu())
         return {"tokens": torch.stack(tokens), "logprobs": torch.stack(logprobs)}
 

@@ -64,7 +64,7 @@ class TuneResult:
 
     path: Path  # the directory, with integer weights
     history: History  # the losses
-    text: TuningRows  # what was learnt from
+    text: TuningRows  # the training text
     trained_parameters: int  # numbers that were trained
 
 
@@ -268,7 +268,7 @@ class _Tuning:
 
 
 def check_model(slim_dir: Path, options: TuneOptions) -> dict[str, object]:
-    """The config of a model that can be tuned.
+    """Check that a model can be tuned, and return its config.
 
     Raises UserError: tuned already, or widths that are not whole groups.
     """
@@ -288,7 +288,7 @@ def targets_of(
     words: StudentWords | None,
     progress: Progress | None,
 ) -> TeacherTargets | None:
-    """The teacher's answers to all rows; processes wait for the one that computes them."""
+    """Ask the teacher about all rows; processes wait for the one that computes its answers."""
     if teacher_dir is None or options.teacher_weight == 0:
         return None
     from accelerate import PartialState
@@ -305,7 +305,7 @@ def tensors_of(rows: TuningRows, first: int) -> Batch:
 
 
 def loss_of(targets: TeacherTargets | None, options: TuneOptions, head: KeptMatrix | None = None) -> LossOf:
-    """The loss of a batch: the sum over its learnt tokens of NLL, mixed with KL(teacher || model), and their number."""
+    """Return a function of a batch: NLL, mixed with KL to the teacher, summed over learnt tokens, and their number."""
 
     def loss(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         learnt = batch["labels"][:, 1:] != IGNORED
@@ -332,7 +332,7 @@ def loss_of(targets: TeacherTargets | None, options: TuneOptions, head: KeptMatr
 
 
 def loss_name(targets: TeacherTargets | None, options: TuneOptions) -> str:
-    """What :func:`loss_of` computes, in nats per learnt token."""
+    """Name what :func:`loss_of` computes, in nats per learnt token."""
     weight = 0.0 if targets is None else options.teacher_weight
     return {0.0: "NLL", 1.0: "KL"}.get(weight, "NLL+KL")
 
@@ -344,7 +344,7 @@ def _quantised(
     own: Mapping[str, MatrixForm],
     progress: Progress | None,
 ) -> tuple[PeftModel, list[Group], SlimQuant]:
-    """The model of integers and adapters, what is trained at which peak rates, and the config's ``slim_quant``.
+    """Quantise a model and attach adapters; return it, its parameter groups, and the config's ``slim_quant``.
 
     ``own``: the integers that single matrices were planned in.
     """

@@ -24,7 +24,7 @@ SHA256 = {  # of what the .gz files hold
 
 
 def read_sample(name: str) -> str:
-    """The content of a sample. Raises UserError: it is damaged."""
+    """Read a sample. Raises UserError: it is damaged."""
     path = FOLDER / f"{name}.gz"
     try:
         content = gzip.decompress(path.read_bytes())

@@ -41,7 +41,7 @@ class LossModule(nn.Module):
         self._no_split_modules = getattr(model, "_no_split_modules", None)  # what FSDP makes its units of
 
     def forward(self, loss_of: LossOf, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """The sum of the losses of a batch's learnt tokens, and their number."""
+        """Return the sum of the losses of a batch's learnt tokens, and their number."""
         return loss_of(self.model, batch)
 
     def get_input_embeddings(self) -> nn.Module | None:
@@ -83,7 +83,7 @@ def join_processes() -> Accelerator:
 def prepare(
     accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """The model's loss as a module, and the optimiser, for all processes; under FSDP the parameters are sharded."""
+    """Prepare the model's loss and the optimiser for all processes; under FSDP the parameters are sharded."""
     with warnings.catch_warnings():
         warnings.filterwarnings(
             "ignore", "`broadcast_buffers` is deprecated", FutureWarning
@@ -102,14 +102,14 @@ def add_up(accelerator: Accelerator, numbers: Sequence[float]) -> list[float]:
 
 
 def from_main(accelerator: Accelerator, value: T) -> T:
-    """The main process's value, in all of them."""
+    """Share the main process's value with all of them."""
     if accelerator.num_processes == 1:
         return value
     return cast("T", broadcast_object_list([value])[0])
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A sharded tensor put together, on the CPU; every process has to ask for it."""
+    """Put a sharded tensor together, on the CPU; every process has to call this."""
     tensor = tensor.detach()
     return (tensor.full_tensor() if is_sharded(tensor) else tensor).cpu()
 
@@ -136,17 +136,19 @@ def unshard(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()  # some units are left whole after their forward pass
-    made: dict[int, nn.Parameter] = {}  # tied parameters stay tied
+    wholes: dict[int, nn.Parameter] = {}  # tied parameters stay tied
     for module in model.modules():
         for name, parameter in list(module._parameters.items()):
             if parameter is not None and is_sharded(parameter):
-                if id(parameter) not in made:
-                    made[id(parameter)] = nn.Parameter(whole(parameter), parameter.requires_grad)
-                module._parameters[name] = made[id(parameter)]
+                if id(parameter) not in wholes:
+                    wholes[id(parameter)] = nn.Parameter(whole(parameter), parameter.requires_grad)
+                module._parameters[name] = wholes[id(parameter)]
     for module in model.modules():
         for hooks in (module._state_dict_pre_hooks, module._load_state_dict_pre_hooks):
             for number, hook in list(hooks.items()):
                 if "fsdp" in getattr(getattr(hook, "hook", hook), "__module__", ""):
                     del hooks[number]  # it would put the shards back
-        if isinstance(module, FSDPModule):  # whose to() expects shards; fully_shard made a subclass of (this, its own)
+        if isinstance(
+            module, FSDPModule
+        ):  # whose to() expects shards; fully_shard wholes a subclass of (this, its own)
             module.__class__ = type(module).__bases__[1]

@@ -26,7 +26,7 @@ HEADER = "training"
 
 
 class About(TypedDict):
-    """What a state says in JSON."""
+    """The JSON part of a state."""
 
     parts: Mapping[str, object]  # all that the loss curve depends on
     history: dict[str, object]
@@ -91,7 +91,7 @@ def fingerprint_of(parts: Mapping[str, object]) -> str:
 
 
 def state_directory(out: Path) -> Path:
-    """Where the state of a run that writes ``out`` is kept until that is there."""
+    """Return the folder that keeps the state of a run until its output ``out`` is there."""
     return out.parent / f".{out.name}.tuning"
 
 
@@ -120,7 +120,7 @@ def parse_state(path: Path, content: bytes) -> tuple[dict[str, torch.Tensor], Ab
 
 
 def others_differ_in(path: Path, parts: Mapping[str, object]) -> list[str] | None:
-    """Where the fingerprint of the newest state of another run beside ``path`` differs; None if there is none."""
+    """Compare with the newest state of another run beside ``path``: the parts that differ; None if there is none."""
     others = [other for other in path.parent.glob("training-*.safetensors") if other != path]
     if not others:
         return None

@@ -2,7 +2,8 @@
 
 AdamW with a linear warm-up and a cosine to a tenth of each group's peak rate, in bfloat16 autocast where the hardware
 has it. It stops early on held-out rows, stops before a step that is not finite, continues after a kill on the same loss
-curve, and runs in several processes of ``accelerate launch`` with one's gradients (:mod:`saap.tune.loop.processes`).
+curve, and gives the same gradients in several processes of ``accelerate launch`` as in one
+(:mod:`saap.tune.loop.processes`).
 
 The loss of a step is the mean over all tokens that its rows teach, wherever they are computed: sums of losses are
 differentiated, added up over micro-batches and processes, and divided by the number of tokens in the end.
@@ -43,7 +44,7 @@ class Group(TypedDict):
 
 @dataclass
 class History:
-    """What happened in a run."""
+    """Losses and events of a run."""
 
     steps: int  # planned
     losses: list[float] = field(default_factory=list)  # of the steps taken, in nats per learnt token, before the update
@@ -57,8 +58,8 @@ class History:
     loss_name: str = "loss"  # what ``losses`` are
     held_out_name: str = "held-out loss"
 
-    def said(self) -> str:
-        """The run so far, for a progress bar; the loss is a mean over the last few steps."""
+    def in_words(self) -> str:
+        """Describe the run so far, for a progress bar; the loss is a mean over the last few steps."""
         recent = self.losses[-SMOOTHED:]
         held_out = f", {self.held_out_name} {self.held_out[-1][1]:.3f}" if self.held_out else ""
         speed = self.tokens / max(self.seconds, 1e-9)
@@ -83,7 +84,7 @@ class DivergedError(UserError):
 
 @dataclass(frozen=True)
 class Run:
-    """What a run is beside its model, rows and loss.
+    """Options, held-out text and state of a run.
 
     Attributes:
         held_out: rows to evaluate; without, nothing stops early and the last state is the best.
@@ -164,7 +165,7 @@ class _Training:
         self.every = max(1, math.ceil(steps / options.evaluations))
         self.model, self.home, self.was_training = model, next(model.parameters()).device, model.training
         self.rates = [float(group["lr"]) for group in groups]
-        self.given = [{key: value for key, value in group.items() if key != "params"} for group in groups]
+        self.settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
         called = {id(p): name for name, p in model.named_parameters()}
         names = [called.pop(id(p)) for group in groups for p in group["params"]]
         self.frozen = [p for p in model.parameters() if p.requires_grad and id(p) in called]
@@ -214,7 +215,7 @@ class _Training:
             if due or judged:
                 self._save()
             if self.progress:
-                self.progress(f"tuning (steps), {history.said()}", self.step, history.steps)
+                self.progress(f"tuning (steps), {history.in_words()}", self.step, history.steps)
         self.trained.put_best()
 
     def close(self) -> None:
@@ -253,9 +254,9 @@ class _Training:
         total, learnt, due = add_up(accelerator, [total, learnt, float(late)])
         value = total / max(learnt, 1.0)
         norm = self.trained.mean_gradient(accelerator.num_processes / max(learnt, 1.0), options.clip)
-        for what, found in (("loss", value), ("gradient", norm)):
-            if not math.isfinite(found):
-                self._diverge(f"the {what} became {found} at step {number} of {self.history.steps}", number)
+        for what, size in (("loss", value), ("gradient", norm)):
+            if not math.isfinite(size):
+                self._diverge(f"the {what} became {size} at step {number} of {self.history.steps}", number)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.history.losses.append(value)
@@ -276,8 +277,8 @@ class _Training:
 
     def _loss(self, loss_of: LossOf, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         with torch.autocast(self.accelerator.device.type, dtype=torch.bfloat16, enabled=self.dtype is not None):
-            found: tuple[torch.Tensor, torch.Tensor] = self.module(loss_of, batch)
-            return found
+            result: tuple[torch.Tensor, torch.Tensor] = self.module(loss_of, batch)
+            return result
 
     @torch.no_grad()
     def _evaluate(self, rows: Batch) -> float:
@@ -327,17 +328,17 @@ class _Training:
         raise DivergedError(f"{what}; {history.kept()} is kept: lower the learning rate", step, history)
 
     def _parts(self, fingerprint: dict[str, object]) -> dict[str, object]:
-        """What the loss curve depends on."""
-        given = asdict(self.options).items()
+        """Everything that the loss curve depends on."""
+        values = asdict(self.options).items()
         options = {
-            f"options.{key}": value for key, value in given if key not in ("save_seconds", "checkpointing", "device")
+            f"options.{key}": value for key, value in values if key not in ("save_seconds", "checkpointing", "device")
         }
         return {**fingerprint, **options} | {
             "precision": self.history.precision,
             "rows": data_hash(self.rows),
             "held-out rows": data_hash(self.held_out) if self.held_out is not None else None,
             "parameters": self.trained.shapes(),
-            "rates": self.given,
+            "rates": self.settings,
         }
 
     def _save(self) -> None:
@@ -350,8 +351,8 @@ class _Training:
 
     def _restore(self, tensors: dict[str, torch.Tensor], about: About) -> None:
         self.trained.load(tensors)
-        before, told = self.history, convert(about["history"], History)
-        self.history = replace(told, loss_name=before.loss_name, held_out_name=before.held_out_name)
+        before, saved = self.history, convert(about["history"], History)
+        self.history = replace(saved, loss_name=before.loss_name, held_out_name=before.held_out_name)
         self.history.resumed_at = self.step
 
 
@@ -369,7 +370,7 @@ def cosine(steps: int, warmup_share: float) -> Callable[[int], float]:
 
 
 def steps_of(rows: Batch, options: TrainOptions, processes: int) -> int:
-    """How many steps the rows are good for.
+    """Count the steps that the rows give.
 
     Raises:
         UserError: too few rows, rows that cannot be split over the processes, or a step that teaches nothing.

@@ -25,7 +25,7 @@ from saap.prune.pruning import prune
 from saap.prune.vocabulary import LONGER, TRIED, WORTH, Chosen, Sizes, choose_words, read_less, rows_asked, trim
 from saap.text.closed_words import forest_of
 from saap.text.documents import load_documents
-from saap.text.encoding import long_spelling, said_words_of, writing_tokenizer
+from saap.text.encoding import head_words_of, long_spelling, writing_tokenizer
 from saap.tune.options import TuneOptions
 from saap.tune.teacher import Question, StudentWords, teacher_targets
 from saap.tune.tuning import tune
@@ -238,5 +238,5 @@ def test_there_may_be_no_size_that_is_hardly_longer():
 
 def test_a_tokenizer_alone_says_all_its_words(tiny_tokenizer, tmp_path):
     tiny_tokenizer.save_pretrained(tmp_path / "alone")
-    assert said_words_of(tmp_path / "alone") is None
+    assert head_words_of(tmp_path / "alone") is None
     assert writing_tokenizer(tmp_path / "alone").get_vocab() == tiny_tokenizer.get_vocab()
