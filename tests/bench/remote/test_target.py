@@ -39,7 +39,7 @@ from bench.costs.options import CostsOptions
 from bench.judge.comparison import compare
 from bench.measure.run import measure
 from bench.remote import board as remote_board
-from bench.remote import target
+from bench.remote import files, target
 from bench.remote.board import Board
 from bench.remote.files import REQUIREMENTS, pack
 from bench.remote.options import BoardOptions
@@ -125,6 +125,17 @@ def test_the_engines_of_a_bundle_take_turns_there(sshd, bundles):
         ("dense@openvino", "openvino", specs[1]),
     ]
     assert all(m.samples for m in found.measurements)
+
+
+def test_local_measures_with_what_a_board_gets(bundles, tmp_path, monkeypatch):
+    """And with nothing of the checkout that the agent's Python would find."""
+    monkeypatch.setenv("SAAP_CACHE", str(tmp_path))
+    monkeypatch.setenv("PATH", VENV)
+    assert one("local://", bundles[:1], ONCE).measurements[0].samples
+    monkeypatch.setattr(files, "CODE", [pattern for pattern in files.CODE if not pattern.startswith("saap/base")])
+    with pytest.raises(BoardError, match=r"local://: the run failed: .*No module named 'saap\.base'"):
+        one("local://", bundles[:1], ONCE)
+    assert not remains(tmp_path)
 
 
 def test_an_engine_is_sent_as_a_requirement(bundles):
