@@ -23,6 +23,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
+import msgspec
 from msgspec import Meta
 
 from saap.base.errors import UserError
@@ -95,6 +96,7 @@ class Setting:
     choices: tuple[str | int, ...]  # the values of a ``Literal``
     metas: tuple[Meta, ...]
     default: object  # ``dataclasses.MISSING`` where a value must be given
+    hint: object  # the annotation
     element: type = str  # what a repeated flag's text becomes
     owner: type | None = None  # the dataclass that has the field
 
@@ -171,43 +173,32 @@ class Setting:
         raise self._refusal(text)
 
     def checked(self, value: object) -> object:
-        """A value of the right kind and within its range; whole numbers serve where fractions do.
+        """The value as its annotation has it; whole numbers serve where fractions do.
 
         Raises ValueError: what is allowed.
         """
         if value is None and self.optional:
             return value
-        if isinstance(value, int) and self.kind is tuple and self.element is int and not isinstance(value, bool):
+        if self.kind is tuple and isinstance(value, int) and not isinstance(value, bool):
             value = (value,)
-        if self.kind is float and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
-        if self.choices and self.kind in (tuple, frozenset):
-            right = isinstance(value, self.kind) and all(each in self.choices for each in value)
-        else:
-            right = value in self.choices if self.choices else isinstance(value, self.kind)
-        if not right or (isinstance(value, bool) and self.kind is not bool) or not self._in_range(value):
+        try:
+            converted: object = msgspec.convert(value, self.hint, dec_hook=_as_is)
+        except msgspec.ValidationError:
+            raise self._refusal(value) from None
+        numbers = converted if isinstance(converted, tuple | frozenset) else (converted,)
+        if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
             raise self._refusal(value)
-        return value
-
-    def _in_range(self, value: object) -> bool:
-        numbers = value if isinstance(value, tuple | frozenset) else (value,)
-        return all(
-            math.isfinite(number) and all(_within(number, meta) for meta in self.metas)
-            for number in numbers
-            if isinstance(number, int | float)
-        )
+        return converted
 
     def _refusal(self, value: object) -> ValueError:
         return ValueError(f"{_plain(value)} is not allowed: give {self.allowed}")
 
 
-def _within(number: float, meta: Meta) -> bool:
-    return not (
-        (meta.ge is not None and number < meta.ge)
-        or (meta.gt is not None and number <= meta.gt)
-        or (meta.le is not None and number > meta.le)
-        or (meta.lt is not None and number >= meta.lt)
-    )
+def _as_is(kind: type, value: object) -> object:
+    """A value of a type that msgspec does not know, such as a path."""
+    if not isinstance(value, kind):
+        raise ValueError
+    return value
 
 
 def _plain(value: object) -> str:
@@ -264,6 +255,7 @@ def _setting(name: str, option: Option, hint: type, metas: tuple[Meta, ...], def
     kinds = [part for part in parts if part is not NoneType]
     hint, extras = _parts(next((part for part in kinds if get_origin(part) is tuple), kinds[0]))  # of int | tuple: both
     metas += tuple(extra for extra in extras if isinstance(extra, Meta))
+    annotation = Annotated[(hint, *metas)] if metas else hint
     choices = get_args(hint) if get_origin(hint) is Literal else ()
     kind = type(choices[0]) if choices else get_origin(hint) or hint
     element: type = str
@@ -272,7 +264,7 @@ def _setting(name: str, option: Option, hint: type, metas: tuple[Meta, ...], def
         metas += tuple(extra for extra in extras if isinstance(extra, Meta))
         if get_origin(element) is Literal:
             choices, element = get_args(element), type(get_args(element)[0])
-    return Setting(name, option, kind, optional, choices, metas, default, element)
+    return Setting(name, option, kind, optional, choices, metas, default, annotation, element)
 
 
 def _default(each: Field[object], base: object) -> object:
