@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING, Annotated
 import click
 
 from saap.base.errors import UserError
-from saap.base.options import Option, refuse_unused
+from saap.base.options import Option
 from saap.base.wording import counted
 from saap.cli.console import LOADING, Console, plan_chart, print_table, tell
 from saap.cli.options import OptionsCommand, options_of
 from saap.cli.types import directory, force
-from saap.prune.options import TIMED, PruneOptions
+from saap.prune.options import PruneOptions
 
 if TYPE_CHECKING:
     from saap.models.record import Trial
     from saap.prune.plan import PrunePlan
+    from saap.prune.pruning import PruneResult
     from saap.prune.search.budget import Budget
-    from saap.prune.vocabulary import Chosen
 
 PROSE = 98  # columns of reasons where there is no terminal
 NAMES = {"max_params": "parameters", "max_bytes": "bytes"}  # requirements whose numbers have another name
@@ -56,28 +56,13 @@ class PruneCommand:
             hidden=True,
         ),
     ] = False
-    vocabulary: Annotated[
-        str | None,
-        Option(
-            "Words that the output head says: 24k, 0.5 or auto; all are read.",
-            section="What may go",
-            metavar="COUNT",
-        ),
-    ] = None
-    vocabulary_input: Annotated[
-        bool, Option("Tokenizer and embedding lose the words too, for llama.cpp.", section="What may go")
-    ] = False
     explain: Annotated[bool, Option("Say why each layer lost what it lost.", section="How it is chosen")] = False
 
     def check(self) -> None:
-        if self.vocabulary is None:
-            refuse_unused(self, ("vocabulary_input",), "models that lose words: give --vocabulary too")
-        if self.vocabulary is not None and not self.options.asked:
+        if self.options.vocabulary is not None and not self.options.asked:
             return
         self.options.check()
         self.options.check_used()
-        if not self.options.reads_text:
-            refuse_unused(self, ("calibration",), f"methods that read a text, and {self.options.method} does not")
 
 
 @click.command(cls=OptionsCommand)
@@ -95,75 +80,29 @@ def prune(model: str, out: Path, options: PruneCommand) -> None:
       saap prune smollm2-135m -o out/slim --speedup 1.25 --costs cost.json
     """
     options.check()
-    with Console() as console:
-        prune_model(model, out, options, console)
-
-
-def prune_model(model: str, out: Path, asked: PruneCommand, console: Console, name: str | None = None) -> None:
-    """Prune, and show the plan; ``name`` is what the record calls the base model."""
-    from saap.models.resolve import kind_of, resolve
+    from saap.models.resolve import kind_of
 
     kind_of(model)  # before what takes seconds to import
-    console.report(LOADING, 0, 0)
-    from saap.base.writing import RECORD, check_output
-    from saap.models.architectures import shape_of
-    from saap.models.checkpoint import read_config
-    from saap.prune.pruning import budget_of, calibration_rows, streamed
-    from saap.prune.pruning import prune as prune_directory
-    from saap.prune.vocabulary import Chosen, trim
-    from saap.text.documents import one_kind
+    with Console() as console:
+        console(LOADING, 0, 0)
+        from saap.prune.pruning import prune as prune_model
+        from saap.prune.vocabulary import trim_by_text
 
-    options = for_this_machine(asked)
-    if asked.vocabulary is None or options.asked:
-        options.check_requirement()
-    check_output(out, model, asked.calibration, record=RECORD)
-    directory = resolve(model, progress=console.report)
-    if asked.vocabulary and options.asked:  # what not even a head of one word meets is refused before a text is read
-        size = shape_of(read_config(directory)).vocab
-        budget_of(directory, options, Chosen((0,), size, 0.0, "", asked.vocabulary_input))
-    words = _words(directory, asked, console) if asked.vocabulary else None
-    if isinstance(words, Chosen) and not options.asked:
-        trim(directory, words, out, console.report)
+        asked = for_this_machine(options)
+        if asked.vocabulary is not None and not asked.asked:
+            trim_by_text(model, asked, output=out, calibration=options.calibration, progress=console)
+            console.finish()
+            return
+        result = prune_model(model, asked, output=out, calibration=options.calibration, progress=console)
         console.finish()
-        return
-    budget = budget_of(directory, options, words)  # what cannot be met is refused before a text is read
-    rows, shape = None, (0, 0)
-    if options.reads_text:
-        rows = calibration_rows(directory, asked.calibration, options, console.report)
-        console.say_text("calibration", rows.source)
-        if kind := one_kind(asked.calibration):
-            other = "instructions" if kind == "running text" else "running texts"
-            console.say(f"  all of it is {kind}, so {other} are not scored: give a .jsonl with both")
-        shape = (min(options.rows, len(rows.ids)), rows.ids.shape[1])
-    options = replace(options, stream=streamed(directory, budget, options, *shape))
-    if options.stream:
-        console.say("  the model is read layer by layer, one is in memory at a time")
-    result = prune_directory(name or model, options, output=out, calibration=rows, words=words, progress=console.report)
-    console.finish()
-    show_plan(out, result.budget)
+        show_pruned(result, options)
+
+
+def show_pruned(result: PruneResult, asked: PruneCommand) -> None:
+    """A chart of the plan, and why it is so where that is wanted."""
+    show_plan(result.path, result.budget)
     if asked.explain and result.plan.reasons:
-        show_reasons(result.plan, result.budget, options)
-
-
-def _words(directory: Path, asked: PruneCommand, console: Console) -> Chosen | list[Chosen]:
-    """The words that the head keeps, told; or several such heads, of which the search takes one."""
-    from saap.prune.vocabulary import AUTO, choose_words, words_to_try
-    from saap.text.documents import load_documents
-
-    documents = load_documents(asked.calibration, split="calibration", seed=asked.options.seed)
-    if documents is None:
-        raise UserError("a vocabulary is chosen by a text: give --calibration FILE, or leave it out")
-    if asked.vocabulary == AUTO and asked.options.method == "saap" and {*asked.options.asked} & {*TIMED, "max_bytes"}:
-        found = words_to_try(directory, documents, console.report)
-        return [replace(words, input=asked.vocabulary_input) for words in found]
-    words = choose_words(directory, str(asked.vocabulary), documents, console.report)
-    words = replace(words, input=asked.vocabulary_input)
-    who = "model has" if words.input else "head says"
-    console.say(
-        f"  vocabulary: the {who} {len(words.words):,} of {words.size:,} words; text like {words.source} takes "
-        f"{100 * words.longer:.1f}% more tokens"
-    )
-    return words
+        show_reasons(result.plan, result.budget, asked.options)
 
 
 def for_this_machine(asked: PruneCommand) -> PruneOptions:

@@ -37,7 +37,7 @@ from saap.cli.devices.fit import (
     size_to_reach,
 )
 from saap.cli.options import OptionsCommand, options_of
-from saap.cli.prune import PruneCommand, for_this_machine, prune_model
+from saap.cli.prune import PruneCommand, for_this_machine, show_pruned
 from saap.cli.report import RUN, RunFile, Step, read_run
 from saap.cli.tune import TuneCommand, tune_model
 from saap.cli.types import directory, force
@@ -129,7 +129,7 @@ class RunOptions:
         tuned, options = self.tuning.options, self.pruning.options
         options = replace(
             options, bits=tuned.bits, group_size=tuned.group_size, threads=self.threads if options.costs else None,
-            ratio=options.ratio if options.asked else DEFAULT_RATIO, seed=options.seed if options.draws else 0,
+            ratio=options.ratio if options.asked else DEFAULT_RATIO,
         )  # fmt: skip
         return replace(self.pruning, options=options)
 
@@ -272,7 +272,7 @@ def run_all(model: str, out: Path, options: RunOptions, console: Console) -> Non
 
     # What tells one model directory from another without reading its weights.
     dense = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(source.glob("*.safetensors"))]
-    pruned = _prune(state, source, dense)
+    pruned = _prune(state, dense)
     if demands := options.demands:
         check_pruned(demands, Planned.of(out / "slim", options.export(tuned=False)))
     tuned = _tune(state, "tune", out / "slim", TUNED, options.tune(model), [pruned])
@@ -421,7 +421,7 @@ def check_texts(source: Path, options: RunOptions, console: Console) -> None:
     for length in (pruning.length, tuning.length):
         check_length(source, length)
     skip = _scored(options)
-    if pruning.reads_text and options.pruning.calibration != SELF:
+    if options.pruning.calibration != SELF:
         calibration_rows(source, options.pruning.calibration, pruning, console.report)
     sample_rows(source, options.export(tuned=True).text, PARITY_ROWS)
     if data != SELF or tuning.kind == "chat":
@@ -443,15 +443,14 @@ def run_needs(
     from saap.models.checkpoint import read_config
     from saap.models.weight_files import weights_bytes
     from saap.prune.needs import prune_disk, prune_needs
-    from saap.prune.stages import share_of, stages_of
     from saap.quantize.bundle_size import bundle_size
     from saap.tune.needs import tune_needs
 
     shape, floats, tuning = shape_of(read_config(source)), weights_bytes(source), options.tuning.options
     bundle = bundle_size(read_config(source), tuning.bits, tuning.group).total(shape)
-    share, training = share_of(budget), tuning.training
+    share, training = budget.share, tuning.training
     tokens = (training.micro_rows or training.rows_per_step) * tuning.length
-    disk = prune_disk(shape, floats, share, len(stages_of(budget, pruning)))
+    disk = prune_disk(shape, floats, share)
     disk |= {"the tuned model": round((1 - share) * bundle), "the tuned dense model": bundle,
              "two bundles": round((2 - share) * bundle)}  # fmt: skip
     if peer:
@@ -478,15 +477,19 @@ def check_run(steps: dict[str, Needs], out: Path) -> None:
         check_disk(steps[name], out, "a run")
 
 
-def _prune(state: _State, source: Path, dense: object) -> str:
+def _prune(state: _State, dense: object) -> str:
     import hashlib
 
+    from saap.prune.pruning import prune
     from saap.prune.search.layer_costs import COSTS
 
     asked, out = state.options.prune, state.out / "slim"
 
     def work() -> RunFile:
-        prune_model(str(source), out, asked, state.console, name=state.model)
+        options = for_this_machine(asked)
+        result = prune(state.model, options, output=out, calibration=asked.calibration, progress=state.console)
+        state.console.finish()
+        show_pruned(result, asked)
         return {"plan": _plan(out)}
 
     inputs = _depends_on(replace(asked, options=replace(asked.options, costs=None)))
@@ -508,7 +511,7 @@ def _depends_on(asked: object) -> dict[str, object]:
 def _scored(options: RunOptions) -> int:
     """Sequences of the tuning text that scored the structures, and those of the refit."""
     pruning, tuning = options.pruning.options, options.tuning.options
-    return math.ceil(pruning.rows * pruning.length / tuning.length) if pruning.reads_text else 0
+    return math.ceil(pruning.rows * pruning.length / tuning.length)
 
 
 def _tune(state: _State, step: str, source: Path, name: str, asked: TuneCommand, made_from: list[object]) -> str:

@@ -97,13 +97,9 @@ def _measuring(shape: ModelShape, sequences: int, tokens: int) -> int:
     return states + _walk(shape, tokens * min(sequences - 1, fitted_on(streamed=False)), streamed=False)
 
 
-def prune_disk(shape: ModelShape, file_bytes: int, share: float, stages: int) -> dict[str, int]:
-    """The stage before, the refitted matrices and the output, of a model whose files hold ``file_bytes``."""
+def prune_disk(shape: ModelShape, file_bytes: int, share: float) -> dict[str, int]:
+    """Estimate the refitted matrices and the output of a model whose files hold ``file_bytes``."""
     each = file_bytes / shape.parameters
-
-    def left(gone: float) -> int:
-        return round(each * (shape.parameters - gone * shape.layer_weights))
-
     refitted = sum(shape.hidden * shape.inner_width(kind, s) for s in shape.layers for kind in s.blocks)
-    before = left(share * (stages - 1) / stages) if stages > 1 else 0
-    return {"the stage before": before, "refitted matrices": round(each * refitted), "the slim model": left(share)}
+    slim = round(each * (shape.parameters - share * shape.layer_weights))
+    return {"refitted matrices": round(each * refitted), "the slim model": slim}

@@ -16,17 +16,14 @@ from saap.system.device_names import check_device_is_there
 if TYPE_CHECKING:
     from saap.models.shape import ModelShape
 
-Method = Literal[
-    "saap", "random", "magnitude", "vector", "param_first", "param_second", "param_mix", "wanda_sp", "flap", "shortgpt"
-]
+Method = Literal["saap", "vector", "param_mix", "wanda_sp", "flap", "shortgpt"]
 METHODS: tuple[Method, ...] = get_args(Method)
-TAYLOR = ("vector", "param_first", "param_second", "param_mix")  # methods that hold the gradients of all weights
+TAYLOR = ("vector", "param_mix")  # methods that hold the gradients of all weights
 Compensation = Literal["none", "bias", "refit"]
 COMPENSATIONS: tuple[Compensation, ...] = get_args(Compensation)
 OWN_COMPENSATION: dict[str, Compensation] = {"saap": "refit", "flap": "bias"}
 Element = Literal["none", "streamed", "exact"]  # forms of the element-wise score
 Slices = Literal["all", "output"]
-Scope = Literal["type", "layer"]
 Term = Literal["vector", "element", "token"]
 Score = Literal["vector", "element", "token", "fused", "vector-token", "fused-token"]
 FUSIONS: dict[Score, tuple[Term, ...]] = {
@@ -41,7 +38,6 @@ Effort = Literal["quick", "normal", "thorough"]
 Kept = Literal["blocks", "heads", "ffn"]  # kinds of structures that may be left as they are
 REQUIREMENTS = ("ratio", "max_params", "max_bytes", "speedup", "ms_per_token")
 TIMED = ("speedup", "ms_per_token")
-MOST_STAGES = 100  # each writes a model: at 100, what goes in one is at most 1 % of the layers' cost
 
 MUST = "What the model must meet (one of these)"
 _FOR = "What is planned for"
@@ -61,20 +57,11 @@ class FusionOptions:
     slices: Annotated[
         Slices, Option("Slices of a structure that are summed: all, or those of the output side.", _SCORES, shown=False)
     ] = "all"
-    sigma: Annotated[
-        Scope, Option("Structures that share a sigma: of a type, or of a type and a layer.", _SCORES, shown=False)
-    ] = "type"
-    learned: bool = False  # find the sigmas by gradient descent instead of in closed form; both agree
     stability: Annotated[
         float,
         Option("Lambda: below 0 prunes what fluctuates, above 0 keeps it.", _SCORES, shown=False),
         Meta(ge=-100, le=100),
     ] = 0.0
-    layer_power: Annotated[
-        float,
-        Option("Gamma: how much its layer counts in an FFN channel; 0 is off.", _SCORES, shown=False),
-        Meta(ge=-100, le=100),
-    ] = 1.0
 
 
 @dataclass(frozen=True)
@@ -82,11 +69,6 @@ class AdaptiveOptions:
     """How SAAP scores and prices; the other methods do not read it."""
 
     fusion: FusionOptions = field(default_factory=FusionOptions)
-    c: Annotated[
-        float | None,
-        Option("Weight of the second-order term; default: tokens per sequence; papers print 1.", _SCORES, shown=False),
-        Meta(ge=0, le=1_000_000),
-    ] = None
     exact: Annotated[
         bool, Option("The exact element score: two more numbers per weight in memory.", _SCORES, shown=False)
     ] = False
@@ -96,20 +78,10 @@ class AdaptiveOptions:
         Option("Share of a missing block's price that tuning gives back; 0: none.", _SCORES, shown=False),
         Meta(ge=0, lt=1),
     ] = 0.0
-    attention: Annotated[
-        float,
-        Option("Factor on the price of lost attention, where it was not measured.", _SCORES, shown=False),
-        Meta(gt=0, le=100),
-    ] = 1.5  # studies/search
     measured: Annotated[
         bool,
         Option("Measure in long windows what a plan takes of attention, and what goes whole.", _SCORES, shown=False),
     ] = True
-    rounding: Annotated[
-        float,
-        Option("What rounding a matrix counts, of its price; tuning gives the rest back.", _SCORES, shown=False),
-        Meta(ge=0, le=1),
-    ] = 0.15  # studies/search
     most_gone: Annotated[
         int | None,
         Option("Blocks that go whole, at most; default: as many as the prices want.", _SCORES, shown=False),
@@ -179,17 +151,6 @@ class PruneOptions:
     compensate: Annotated[
         Compensation | None, Option("How the other weights compensate; default: as the method.", _HOW)
     ] = None
-    stages: Annotated[
-        int,
-        Option(
-            "Prune in this many stages, each scored anew (saap).",
-            _HOW,
-            old=("--iterative-steps",),
-            metavar="N",
-            hidden=True,
-        ),
-        Meta(ge=1, le=MOST_STAGES),
-    ] = 1
     effort: Annotated[Effort, Option("Beyond quick: tune several plans briefly, keep the best (saap).", _HOW)] = "quick"
     adaptive: AdaptiveOptions = field(default_factory=AdaptiveOptions)
     heads: Annotated[
@@ -206,6 +167,13 @@ class PruneOptions:
             "Leave these layers whole, such as 0-2,29; none: no layer.", _GOES, metavar="LAYERS", parse=parse_layers
         ),
     ] = frozenset()  # empty leaves it to the method, None keeps none whole, whatever the method
+    vocabulary: Annotated[
+        str | None,
+        Option("Words that the output head says: 24k, 0.5 or auto; all are read.", _GOES, metavar="COUNT"),
+    ] = None
+    vocabulary_input: Annotated[bool, Option("Tokenizer and embedding lose the words too, for llama.cpp.", _GOES)] = (
+        False
+    )
     sequences: Annotated[int, Option("Calibration sequences.", _HOW, metavar="N", hidden=True), COUNT] = 64
     refit_text: Annotated[
         int,
@@ -215,9 +183,7 @@ class PruneOptions:
     length: Annotated[int, Option("Tokens per sequence.", _HOW, metavar="N", hidden=True), Meta(ge=2, le=1_000_000)] = (
         256
     )
-    seed: Annotated[
-        int, Option("Of the text's order, and of the method random.", _HOW, metavar="N", hidden=True), Meta(ge=0)
-    ] = 0
+    seed: Annotated[int, Option("Of the text's order.", _HOW, metavar="N", hidden=True), Meta(ge=0)] = 0
     stream: Annotated[
         bool | None,
         Option(
@@ -248,16 +214,6 @@ class PruneOptions:
         return self.compensate or OWN_COMPENSATION.get(self.method, "none")
 
     @property
-    def reads_text(self) -> bool:
-        """Whether anything is computed from the calibration text."""
-        return self.method not in ("random", "magnitude") or self.compensation != "none"
-
-    @property
-    def draws(self) -> bool:
-        """Whether anything depends on the seed."""
-        return self.reads_text or self.method == "random"
-
-    @property
     def kept_layers(self) -> frozenset[int]:
         """The layers that were asked to stay whole."""
         return self.keep_layers or frozenset()
@@ -276,10 +232,14 @@ class PruneOptions:
 
     def check(self) -> None:
         self.check_requirement()
+        if self.vocabulary is None:
+            refuse_unused(self, ("vocabulary_input",), "models that lose words: give --vocabulary too")
+        elif self.effort != "quick":
+            raise UserError("--effort chooses layers only: leave --vocabulary out, and trim the pruned model by itself")
         self.adaptive.check()
         check_device_is_there(self.device)
         if self.method != "saap":
-            ours = {"stages", "effort", *settings_of(AdaptiveOptions)}
+            ours = {"effort", *settings_of(AdaptiveOptions)}
             refuse_unused(self, ours, "the method saap", f"leave --method {self.method} out")
             if other := sorted(self.keep - {"heads"}):
                 raise UserError(
@@ -294,9 +254,6 @@ class PruneOptions:
 
     def check_used(self) -> None:
         """Refuse what the method does not read; a study may ask all methods alike. Raises UserError: names it."""
-        if not self.reads_text:
-            names = ("sequences", "length", *([] if self.draws else ["seed"]))
-            refuse_unused(self, names, f"methods that read a text, and {self.method} does not")
         if self.method == "shortgpt":
             names = ("heads", *(["compensate"] if self.compensation == "bias" else []))
             refuse_unused(self, names, "methods that prune in width, and shortgpt removes whole layers")

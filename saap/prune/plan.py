@@ -153,22 +153,6 @@ def widths_of(channels: int, group_size: int, step: int = 1) -> list[int]:
     return [*range(grid, channels, grid), channels]
 
 
-def composed(first: PrunePlan, second: PrunePlan) -> PrunePlan:
-    """One plan of the base model for pruning it by ``first`` and what is left by ``second``; prices add up."""
-    layers = [LayerPlan()] * len(first.layers)
-    for index, keep in zip(first.kept_layers, second.layers, strict=True):
-        before = first.layers[index]
-        kept: dict[str, Any] = {each.name: getattr(keep, each.name) for each in fields(keep)}
-        for name, which in kept.items():
-            if isinstance(which, tuple):
-                kept[name] = tuple(getattr(before, name)[i] for i in which)
-        layers[index] = LayerPlan(**kept)
-    forms = second.forms and second.forms.of_layers(first.kept_layers)
-    return PrunePlan(
-        tuple(layers), first.price + second.price, gap=max(first.gap, second.gap), forms=forms, words=second.words
-    )
-
-
 def check_plan(plan: PrunePlan, dense: ModelShape) -> None:
     """Raise UserError where a plan does not fit the model or breaks GQA."""
     if len(plan.layers) != len(dense.layers):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,8 +17,8 @@ from transformers import PreTrainedModel
 from saap.base.allocator import kept_memory
 from saap.base.errors import UserError
 from saap.base.needs import Needs, check_disk, check_memory, fits
-from saap.base.progress import LOADING, WRITING, Progress
-from saap.base.writing import RECORD, check_output, claimed
+from saap.base.progress import LOADING, WRITING, Progress, note
+from saap.base.writing import RECORD, check_output, claimed, put_in_place
 from saap.models.architectures import architecture_of, shape_of
 from saap.models.checkpoint import load_model, read_config, slim_config
 from saap.models.record import Calibration, Lineage, read_record
@@ -35,24 +36,22 @@ from saap.prune.baselines.methods import ranked_plan
 from saap.prune.cut.refit import compensate
 from saap.prune.cut.surgery import cut_tensors
 from saap.prune.needs import prune_disk, prune_needs
-from saap.prune.options import TAYLOR, PruneOptions
-from saap.prune.plan import PrunePlan, composed, whole_layer
+from saap.prune.options import TAYLOR, AdaptiveOptions, PruneOptions
+from saap.prune.plan import PrunePlan
 from saap.prune.record import Pruning, plan_of, record_of
 from saap.prune.search.adaptive import adaptive_plan
-from saap.prune.search.budget import Budget, budget_for
-from saap.prune.search.explain import after
+from saap.prune.search.budget import Budget, WordsOption, budget_for
 from saap.prune.search.measured import LONG_TEXT
 from saap.prune.search.milp import check_floor
-from saap.prune.stages import Stage, kept_stages, share_of, stages_of
-from saap.prune.trials import choose_by_tuning, trial_rows
-from saap.prune.vocabulary import Chosen, write_trimmed
+from saap.prune.trials import HALVINGS, TrialOptions, choose_by_tuning, kept_trials, trial_rows, tuning_for
+from saap.prune.vocabulary import Chosen, words_by_text, write_trimmed
 from saap.system.device_names import device_of
 from saap.system.gpu import fits_device, out_of_memory
 from saap.system.precision import fast_float32
-from saap.text.documents import SELF, Sequences, TooLittleTextError
+from saap.text.documents import SELF, Sequences, TooLittleTextError, one_kind
 from saap.text.rows import Rows, training_rows
 
-NO_TEXT = torch.zeros(0, 0, dtype=torch.int64)  # of methods that read none
+NO_TEXT = Rows(torch.zeros(0, 0, dtype=torch.int64), "no text", None)  # for methods that read none
 
 
 @dataclass(frozen=True)
@@ -61,19 +60,10 @@ class PruneResult:
 
     path: Path
     plan: PrunePlan  # what it keeps of the model that was pruned, and why
-    budget: Budget  # what was asked of that model
-    achieved: dict[str, float | None]  # of what was asked for: ratio, parameters and so on; None is unknown
+    budget: Budget  # what that model was required to meet
+    achieved: dict[str, float | None]  # ratio, parameters and so on of the slim model; None is unknown
     text: str | None  # where the calibration text is from; None where its ids were given
     streamed: bool  # whether layers were read one at a time
-
-
-@dataclass(frozen=True)
-class _Model:
-    """A model before a stage: where it lies, the hash of its weights, and the plan of the base that led to it."""
-
-    path: Path
-    weights: str
-    plan: PrunePlan
 
 
 def prune(
@@ -92,8 +82,9 @@ def prune(
         output: the directory to write; new, empty, or an earlier output of saap.
         calibration: ids [sequences, tokens] int64, all of which score, or a text: a file, a data set id, or ``self``,
             which the model writes itself. None takes the text in ``SAAP_DATA``, else the samples that ship.
-        words: those that the head keeps, or several such heads to choose from; None is as the model has.
-        progress: called as (label, done, total).
+        words: a vocabulary for the head, or several to choose from; by default ``options.vocabulary`` is chosen by the
+            calibration text.
+        progress: called as (label, done, total), and with sentences where it has a method ``note``.
 
     Raises:
         UserError: the requirement cannot be met, or the input does not fit.
@@ -101,67 +92,45 @@ def prune(
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("pruning runs in one process: start it without accelerate launch, which is for saap tune")
     output = Path(output)
-    if isinstance(calibration, torch.Tensor) and options.effort == "quick":  # all of it scores
-        options = replace(options, sequences=max(1, len(calibration)), refit_text=1)
+    options.check()
     check_output(output, model, calibration, record=RECORD)
     source = resolve(model, progress=progress)
-    if words is not None and options.effort != "quick":
-        raise UserError("--effort chooses layers only: leave --vocabulary out, and trim what was pruned by it alone")
-    budget = budget_of(source, options, words)
-    if budget.one_width:
-        options = replace(options, heads=False)
-    stages = stages_of(budget, options)
+    if isinstance(calibration, torch.Tensor) and options.effort == "quick":  # all of it scores
+        options = replace(options, sequences=max(1, len(calibration)), refit_text=1)
+    requirement = requirement_on(source, options)
+    if options.vocabulary and words is None:
+        smallest = WordsOption(1, 0.0, 0.0, options.vocabulary_input)
+        _check_floor(requirement.saying(smallest), options)  # before a text is read
+        words = words_by_text(source, options, calibration, progress)
+    budget = _choosing(requirement, words)
+    _check_floor(budget, options)
     rows = calibration
-    if rows is None and not options.reads_text:
-        rows = NO_TEXT
     if not isinstance(rows, torch.Tensor | Rows):
-        rows = calibration_rows(source, None if rows is None else str(rows), options, progress)
-    ids, text = (rows, None) if isinstance(rows, torch.Tensor) else (rows.ids, rows)
+        rows = _named_rows(source, None if rows is None else str(rows), options, progress)
+    pruning = _pruning(str(model), source, options, budget, rows)
     if options.effort != "quick":
-        return _by_trials(model, source, options, output, text or Rows(ids, "given ids", None), progress)
-    disk = prune_disk(budget.dense, weights_bytes(source), share_of(budget), len(stages))
-    check_disk(Needs({}, disk), output, "pruning")
-    with (
-        fast_float32(), kept_memory(), claimed(output),
-        out_of_memory("give --stream, fewer --sequences, a smaller --length, or --device cpu"),
-    ):  # fmt: skip
-        options = replace(
-            options, device=str(device_of(options.device)),
-            stream=streamed(source, budget, options, min(len(ids), options.rows), ids.shape[1]),
-        )  # fmt: skip
-        if options.stream:
-            ids = ids[: options.sequences]
-        now = _Model(source, weights_hash(source), PrunePlan(tuple(map(whole_layer, budget.dense.layers))))
-        known = read_record(source).get("lineage")
-        lineage = Lineage(base=str(model))
-        if text:
-            lineage["calibration"] = convert(text.lineage(), Calibration)
-        lineage |= Lineage(base_sha256=now.weights, base_record=None if known is None else dict(known))
-        told, heads = read_record(source).get("vocabulary"), () if isinstance(words, Chosen) else tuple(words or ())
-        pruning = Pruning(options, budget, ids, lineage, len(stages), vocabulary=told, heads=heads)
-        if isinstance(words, Chosen):
-            pruning = pruning.saying(words)
-        with kept_stages(output, now.weights, options, budget.record(), ids) as kept:
-            done = 0
-            if found := kept.last(len(stages)):  # of a run that was killed
-                done, plan = found
-                now = _Model(kept.path(done), weights_hash(kept.path(done)), plan)
-            for number, stage in enumerate(stages[done:], done + 1):
-                target = output if stage.last else kept.path(number)
-                aside = kept.fresh("refitted") if options.stream else None
-                report = _in_stage(progress, number, len(stages))
-                pruning, plan = _prune_stage(pruning, stage, now, target, aside, report)
-                if now.path.parent == kept.folder:
-                    shutil.rmtree(now.path)
-                now = _Model(target, "" if stage.last else weights_hash(target), plan)
-    achieved = pruning.budget.report(shape_of(config := read_config(output)), config, now.plan)
-    return PruneResult(output, now.plan, pruning.budget, achieved, text.source if text else None, bool(options.stream))
+        return _by_trials(pruning, options, source, output, rows, progress)
+    if pruning.options.stream:
+        note(progress, "the model is read layer by layer, one is in memory at a time")
+    pruning, plan = _prune(pruning.choosing(words), source, output, progress)
+    achieved = pruning.budget.report(shape_of(config := read_config(output)), config, plan)
+    return PruneResult(output, plan, pruning.budget, achieved, pruning.text, bool(pruning.options.stream))
+
+
+def _named_rows(source: Path, text: str | None, options: PruneOptions, progress: Progress | None) -> Rows:
+    """The rows of :func:`calibration_rows`; a note names the text."""
+    rows = calibration_rows(source, text, options, progress)
+    note(progress, f"calibration text: {rows.source}")
+    if kind := one_kind(text):
+        other = "instructions" if kind == "running text" else "running texts"
+        note(progress, f"all of it is {kind}, so {other} are not scored: give a .jsonl with both")
+    return rows
 
 
 def calibration_rows(
     directory: Path, text: str | None, options: PruneOptions, progress: Progress | None = None
 ) -> Rows:
-    """What is read of a text: for scores, more of it for the refit and for long windows where there is, and for trials.
+    """Rows of a text for scores, for trials, and where there are more, for the refit and for long windows.
 
     Raises UserError: no such text, or too little of it.
     """
@@ -180,94 +149,145 @@ def calibration_rows(
     return read(options.sequences if options.effort == "quick" else options.rows)
 
 
+def _pruning(model: str, source: Path, options: PruneOptions, budget: Budget, rows: torch.Tensor | Rows) -> Pruning:
+    """What one pruning is made from; whether it reads layer by layer, and where it computes, is decided here."""
+    text = rows if isinstance(rows, Rows) else None
+    ids = rows.ids if isinstance(rows, Rows) else rows
+    stream = streamed(source, budget, options, min(len(ids), options.rows), ids.shape[1])
+    lineage = Lineage(base=model)
+    if text:
+        lineage["calibration"] = convert(text.lineage(), Calibration)
+    record = read_record(source)
+    known = record.get("lineage")
+    lineage |= Lineage(base_sha256=weights_hash(source), base_record=None if known is None else dict(known))
+    return Pruning(
+        replace(
+            options, device=str(device_of(options.device)), stream=stream,
+            heads=False if budget.allowed.one_width else options.heads,
+        ), budget,
+        ids[: options.sequences] if stream else ids, lineage, vocabulary=record.get("vocabulary"),
+    )  # fmt: skip
+
+
 def _by_trials(
-    model: str | Path, source: Path, options: PruneOptions, output: Path, rows: Rows, progress: Progress | None
+    pruning: Pruning,
+    options: PruneOptions,
+    source: Path,
+    output: Path,
+    rows: torch.Tensor | Rows,
+    progress: Progress | None,
 ) -> PruneResult:
-    """As :func:`prune`, with a plan that tuning chose; the text has rows for that after those that score."""
-    budget = budget_of(source, options)
-    with claimed(output):
-        if streamed(source, budget, options, options.rows, options.length):
-            raise UserError(
-                f"--effort {options.effort} tunes every plan, and the model does not fit into memory as a whole: "
-                "leave it out"
-            )
+    """Prune as :func:`prune` does, by a plan that tuning chooses; the text has rows for that after those that score."""
+    if pruning.options.stream:
+        raise UserError(
+            f"--effort {options.effort} tunes every plan, and the model does not fit into memory as a whole: "
+            "leave it out"
+        )
+    needed = options.sequences + trial_rows(options)
+    text = rows if isinstance(rows, Rows) else Rows(rows, "given ids", None)
+    if len(text.ids) < needed:
+        raise UserError(
+            f"--effort {options.effort} needs {needed} calibration sequences, these are {len(text.ids)}: "
+            "give more text, or leave --effort out"
+        )
 
-        def make(asked: PruneOptions, out: Path, scored: Rows, report: Progress | None) -> object:
-            return prune(model, asked, output=out, calibration=scored, progress=report)
+    def make(adaptive: AdaptiveOptions, out: Path, scored: Rows, report: Progress | None) -> object:
+        quick = replace(options, effort="quick", adaptive=adaptive)
+        return prune(pruning.lineage["base"], quick, output=out, calibration=scored, progress=report)
 
-        choose_by_tuning(make, source, options, output, rows, progress)
-    plan = plan_of(read_record(output)["plan"])
-    return PruneResult(output, plan, budget, read_record(output)["plan"]["achieved"], rows.source, False)
+    costs = None if options.costs is None else hashlib.sha256(options.costs.read_bytes()).hexdigest()
+    parts = pruning.lineage["base_sha256"], options, costs, text.ids
+    trials = TrialOptions(
+        HALVINGS[options.effort], options.adaptive, options.length, tuning_for(options), device_of(options.device)
+    )
+    with claimed(output), kept_trials(output, *parts) as kept:
+        best = choose_by_tuning(make, source, trials, kept, text, progress)
+        put_in_place(best, output)
+    plan = read_record(output)["plan"]
+    return PruneResult(output, plan_of(plan), pruning.budget, plan["achieved"], text.source, False)
 
 
-def _prune_stage(
-    pruning: Pruning, stage: Stage, now: _Model, target: Path, aside: Path | None, progress: Progress | None
-) -> tuple[Pruning, PrunePlan]:
-    """Choose, compensate (in files below ``aside`` or in memory), cut ``now`` into ``target``; the plan of the base.
+def _prune(pruning: Pruning, source: Path, output: Path, progress: Progress | None) -> tuple[Pruning, PrunePlan]:
+    """Choose, compensate, cut and write; the pruning comes back with the vocabulary that the search chose."""
+    options, budget = pruning.options, pruning.budget
+    check_disk(Needs({}, prune_disk(budget.dense, weights_bytes(source), budget.share)), output, "pruning")
+    advice = "give --stream, fewer --sequences, a smaller --length, or --device cpu"
+    with fast_float32(), kept_memory(), claimed(output), out_of_memory(advice), _scratch(output) as scratch:
+        if progress:
+            progress(LOADING, 0, 0)
+        device = device_of(options.device)
+        model = load_streamed(source, device=device) if options.stream else moved(load_model(source), device)
+        plan = _plan(model, pruning, progress)
+        refitted = TensorFolder(scratch, weights_dtype(source)) if options.stream else {}
+        if options.compensation == "bias" or plan.cut_layers(budget.dense):  # other integers alone may meet the budget
+            ids = pruning.ids[: options.rows]
+            refitted.update(compensate(options.compensation, model, plan, ids, progress=progress))
+        del model
+        if plan.words is not None:
+            pruning = pruning.with_candidate(plan.words)
+        if progress:
+            progress(WRITING, 0, 0)
+        _write(pruning, plan, source, output, refitted)
+    return pruning, plan
 
-    The pruning comes back with the words that the search chose.
-    """
-    config = read_config(now.path)
-    shape = shape_of(config)
-    report = progress or (lambda label, done, total: None)
-    report(LOADING, 0, 0)
-    model = _loaded(now.path, pruning.options)
-    planned = stage.budget.cut
-    cut = replace(shape, added_bias=planned.added_bias, vocab=planned.vocab, said=planned.said)
-    stage = replace(stage, budget=replace(stage.budget, dense=shape, cut=cut))
-    options = pruning.options
-    if kept := options.keep_layers:  # by their places in the model now
-        kept = frozenset(place for place, index in enumerate(now.plan.kept_layers) if index in kept)
-        options = replace(options, keep_layers=kept)
+
+def _plan(model: PreTrainedModel, pruning: Pruning, progress: Progress | None) -> PrunePlan:
+    options, ids = pruning.options, pruning.ids
     if options.method == "saap":
-        plan = adaptive_plan(model, pruning.ids, stage.budget, options, weights=now.weights, progress=progress)
-    else:
-        plan = ranked_plan(model, pruning.ids[: options.sequences], stage.budget, options, progress)
-
-    refitted = {} if aside is None else TensorFolder(aside, weights_dtype(now.path))
-    if options.compensation == "bias" or plan.cut_layers(shape):  # other integers alone may meet the budget
-        fitted = pruning.ids[: options.rows]
-        refitted.update(compensate(options.compensation, model, plan, fitted, last=stage.last, progress=progress))
-    del model
-
-    if plan.words is not None and stage.last:
-        chosen_words = pruning.heads[plan.words]
-        own = pruning.budget.saying(pruning.budget.words[plan.words])
-        pruning, cut = replace(pruning.saying(chosen_words), budget=own), pruning.budget.words[plan.words].of(cut)
-    whole = replace(composed(now.plan, plan), reasons=after(now.plan.reasons, plan.reasons, now.plan.kept_layers))
-    report(WRITING, 0, 0)
-    names, read = tensor_reader(now.path)
-    tensors = cut_tensors(names, read, plan, shape, architecture_of(config), refitted)
-    chosen = pruning.words if stage.last else None
-    written = (chosen.config if chosen else slim_config)(config, plan.kept_shape(cut), kept=plan.kept_layers)
-    achieved = pruning.budget.report(shape_of(written), written, whole)
-    write_trimmed(target, now.path, written, tensors, record_of(pruning, whole, achieved, config), chosen)
-    return pruning, whole
+        weights = pruning.lineage["base_sha256"]
+        return adaptive_plan(model, ids, pruning.budget, options, weights=weights, progress=progress)
+    return ranked_plan(model, ids[: options.sequences], pruning.budget, options, progress)
 
 
-def _loaded(path: Path, options: PruneOptions) -> PreTrainedModel:
-    device = device_of(options.device)
-    if options.stream:
-        return load_streamed(path, device=device)
-    return moved(load_model(path), device)
+def _write(pruning: Pruning, plan: PrunePlan, source: Path, output: Path, refitted: Mapping[str, torch.Tensor]) -> None:
+    config, budget, words = read_config(source), pruning.budget, pruning.words
+    names, read = tensor_reader(source)
+    tensors = cut_tensors(names, read, plan, budget.dense, architecture_of(config), refitted)
+    written = (words.config if words else slim_config)(config, plan.kept_shape(budget.cut), kept=plan.kept_layers)
+    achieved = budget.report(shape_of(written), written, plan)
+    write_trimmed(output, source, written, tensors, record_of(pruning, plan, achieved, config), words)
 
 
-def _in_stage(progress: Progress | None, number: int, stages: int) -> Progress | None:
-    """Progress whose labels name the stage."""
-    if progress is None or stages == 1:
-        return progress
-    return lambda label, done, total: progress(f"{label}, stage {number} of {stages}", done, total)
+@contextmanager
+def _scratch(output: Path) -> Iterator[Path]:
+    """A hidden folder beside the output for the time of the block; one that a kill left is emptied."""
+    folder = output.parent / f".{output.name}.pruning"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def budget_of(model_dir: str | Path, options: PruneOptions, words: Chosen | Sequence[Chosen] | None = None) -> Budget:
     """The requirement on this model, before anything is scored; read and checked, nothing is written.
 
-    ``words``: that stay, which counts in parameters, bytes and milliseconds, or several such heads to choose from.
+    ``words``: a vocabulary for the head, which counts in parameters, bytes and milliseconds, or several to choose from.
 
     Raises:
         UserError: the model cannot be pruned, or no choice of options can meet the requirement.
     """
     options.check()
+    budget = _choosing(requirement_on(model_dir, options), words)
+    _check_floor(budget, options)
+    return budget
+
+
+def _choosing(requirement: Budget, words: Chosen | Sequence[Chosen] | None) -> Budget:
+    """The requirement on a model whose head keeps these words, or one of several such sets."""
+    if isinstance(words, Chosen):
+        return requirement.saying(words.option)
+    return replace(requirement, words=tuple(each.option for each in words or ()))
+
+
+def _check_floor(budget: Budget, options: PruneOptions) -> None:
+    if options.method == "saap":
+        check_floor(budget)
+
+
+def requirement_on(model_dir: str | Path, options: PruneOptions) -> Budget:
+    """The requirement on a model that may be pruned so. Raises UserError: it may not, or meets it already."""
     config = read_config(model_dir)
     if config.get("slim_quant"):
         raise UserError(f"{model_dir} holds tuned integers, which cannot be pruned: prune the model it was tuned from")
@@ -286,13 +306,9 @@ def budget_of(model_dir: str | Path, options: PruneOptions, words: Chosen | Sequ
     if wrong:
         raise UserError(f"--keep-layers names layer {wrong[0]}; the model has layers 0 to {len(shape.layers) - 1}")
     cut = replace(shape, added_bias=True) if options.compensation == "bias" else shape
-    budget = replace(budget_for(options, shape, config, cut=cut), one_width=_one_width(options, config))
-    if isinstance(words, Chosen):
-        budget = budget.saying(words.option)
-    elif words:
-        budget = replace(budget, words=tuple(each.option for each in words))
-    if options.method == "saap":
-        check_floor(shape, budget, options)
+    budget = budget_for(options, shape, config, cut=cut)
+    if _one_width(options, config):
+        return replace(budget, allowed=replace(budget.allowed, heads=False, one_width=True))
     return budget
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -21,16 +21,28 @@ from saap.prune.vocabulary import Chosen
 
 @dataclass(frozen=True)
 class Pruning:
-    """One pruning: what it was asked, and what it is made from; all of its stages share it."""
+    """One pruning: its options, and what it is made from."""
 
     options: PruneOptions
     budget: Budget  # of the base model
     ids: torch.Tensor  # of calibration, [sequences, tokens]
     lineage: Lineage  # the base model, and what is known of the text
-    stages: int  # how many there are
     words: Chosen | None = None  # that stay; None: as the base model
     vocabulary: Words | None = None  # what the record says of them
-    heads: tuple[Chosen, ...] = ()  # that the search chooses between
+    candidates: tuple[Chosen, ...] = ()  # vocabularies that the search chooses between
+
+    @property
+    def text(self) -> str | None:
+        """Where the calibration text is from; None where its ids were given."""
+        return self.lineage.get("calibration", {}).get("source")
+
+    def choosing(self, words: Chosen | Sequence[Chosen] | None) -> Pruning:
+        """With this vocabulary, or with several to choose between."""
+        return self.saying(words) if isinstance(words, Chosen) else replace(self, candidates=tuple(words or ()))
+
+    def with_candidate(self, place: int) -> Pruning:
+        """With one of the candidates chosen; the requirement is then on that vocabulary."""
+        return replace(self.saying(self.candidates[place]), budget=self.budget.saying(self.budget.words[place]))
 
     def saying(self, words: Chosen) -> Pruning:
         """With these words chosen."""
@@ -66,7 +78,6 @@ def record_of(
             "block": pruning.budget.group_size,
             "compensate": options.compensation,
             "heads": options.heads if ours else options.prunes_heads(pruning.budget.dense),
-            "steps": pruning.stages,
             "keep_layers": sorted(options.kept_layers),
             "seed": options.seed,
             "keep": sorted(options.keep),

@@ -8,27 +8,32 @@ stays closest to it on other text goes on to more tokens, until one is left. Tha
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+import transformers
+
+from saap import __version__
 from saap.base.errors import UserError
 from saap.base.progress import Progress
-from saap.base.writing import RECORD, put_in_place
+from saap.base.writing import RECORD
 from saap.models.record import DOCUMENT, Trial, read_record
 from saap.models.streaming import open_model
-from saap.models.weight_files import weights_hash
 from saap.prune.options import AdaptiveOptions, Effort, PruneOptions
 from saap.prune.plan import PrunePlan
 from saap.prune.record import plan_of
-from saap.prune.stages import KeptStages, kept_stages
-from saap.system.device_names import device_of
 from saap.text.rows import Rows
 
 if TYPE_CHECKING:
     from saap.tune.options import TuneOptions
+
+Kept = Callable[[str], Path]  # from a name to its path
 
 # Tokens learnt for each token that judges. The difference of two plans has a standard error of 0.005 nats per
 # token on 32 sequences of 256 and of 0.0025 on 128, and the best plans are 0.01 apart (studies/search).
@@ -80,37 +85,75 @@ def gone_of(plan: PrunePlan) -> int:
     return sum((not layer.query_heads) + (not layer.ffn) for layer in plan.layers)
 
 
-Make = Callable[[PruneOptions, Path, Rows, "Progress | None"], object]  # prunes into a directory, scored on rows
+@dataclass(frozen=True)
+class TrialOptions:
+    """What the trials need of the options of a pruning."""
+
+    halving: Halving
+    adaptive: AdaptiveOptions  # of the plan of least price
+    length: int  # tokens of a sequence
+    tuning: TuneOptions
+    device: torch.device
+
+    def rows_for(self, tokens: int) -> tuple[int, int]:
+        """Sequences to learn from, and to be judged on."""
+        return _rows_of(tokens, self.length)
+
+
+def tuning_for(options: PruneOptions) -> TuneOptions:
+    """As the bundle will be tuned, in its bits; text is short, so none of it is held out."""
+    from saap.tune.options import TrainOptions, TuneOptions
+
+    training = TrainOptions(micro_rows=2, seed=options.seed, device=options.device)
+    bits = 8 if options.bits == 32 else options.bits
+    return TuneOptions(bits=bits, length=options.length, held_out=0.0, training=training)
+
+
+# Prunes into a directory by these settings, scored on rows.
+Make = Callable[[AdaptiveOptions, Path, Rows, "Progress | None"], object]
 
 
 def choose_by_tuning(
-    make: Make, directory: Path, options: PruneOptions, output: Path, rows: Rows, progress: Progress | None
-) -> None:
-    """Write the slim directory of the plan that is best after some tuning; its record holds all that were tried.
+    make: Make, directory: Path, options: TrialOptions, kept: Kept, rows: Rows, progress: Progress | None
+) -> Path:
+    """The slim directory of the plan that is best after some tuning; its record holds all that were tried.
 
     Args:
-        make: prunes as :func:`saap.prune.prune` does.
         directory: where the model lies, which teaches.
+        kept: names what trials keep, as :func:`kept_trials` does.
         rows: those that score, and :func:`trial_rows` more after them.
 
     Raises:
-        UserError: too few rows, or what ``make`` raises.
+        UserError: what ``make`` raises for the first plan.
     """
-    wanted = options.sequences + trial_rows(options)
-    if len(rows.ids) < wanted:
-        raise UserError(
-            f"--effort {options.effort} needs {wanted} calibration sequences, these are {len(rows.ids)}: "
-            "give more text, or leave --effort out"
-        )
-    aside = output.with_name(f"{output.name}-trials")
-    costs = None if options.costs is None else hashlib.sha256(options.costs.read_bytes()).hexdigest()
-    with kept_stages(aside, weights_hash(directory), options, costs, rows.ids) as kept:
-        trials = _Trials(make, directory, options, rows, kept, progress)
-        best = trials.run(HALVINGS[options.effort])
-        record = read_record(best)
-        record["plan"]["trials"] = trials.told
-        DOCUMENT.write(best / RECORD, record)
-        put_in_place(best, output)
+    trials = _Trials(make, directory, options, rows, kept, progress)
+    best = trials.run()
+    record = read_record(best)
+    record["plan"]["trials"] = trials.plans
+    DOCUMENT.write(best / RECORD, record)
+    return best
+
+
+@contextmanager
+def kept_trials(output: Path, *parts: object) -> Iterator[Kept]:
+    """Names what trials keep beside the output; it is removed when the block ends, but not when it is killed.
+
+    ``parts``: all that the trials depend on, but for the versions of the packages; tensors count by their bytes.
+    """
+    hashed = [p if not isinstance(p, torch.Tensor) else hashlib.sha256(p.numpy().tobytes()).hexdigest() for p in parts]
+    versions = [__version__, torch.__version__, transformers.__version__]
+    key = hashlib.sha256(json.dumps([versions, *hashed], default=repr, sort_keys=True).encode()).hexdigest()[:16]
+    folder = output.parent / f".{output.name}-trials.pruning"
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.iterdir():
+        if not old.name.endswith(f"-{key}"):
+            shutil.rmtree(old, ignore_errors=True)
+    try:
+        yield lambda name: folder / f"{name}-{key}"
+    except Exception:  # an interrupt is none: what was done stays
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 class _Trials:
@@ -120,35 +163,36 @@ class _Trials:
         self,
         make: Make,
         directory: Path,
-        options: PruneOptions,
+        options: TrialOptions,
         rows: Rows,
-        kept: KeptStages,
+        kept: Kept,
         progress: Progress | None,
     ) -> None:
         self.make, self.directory, self.kept, self.progress = make, directory, kept, progress
-        self.options = replace(options, effort="quick")
-        spare = trial_rows(options)
+        self.options = options
+        most, judged = options.rows_for(options.halving.tokens[-1])
+        spare = most + judged
         self.scored = replace(rows, ids=rows.ids[:-spare])
-        most, _ = _rows_of(HALVINGS[options.effort].tokens[-1], options.length)
         self.learnt, self.judged = rows.ids[-spare:].tensor_split([most])
-        self.told: list[Trial] = []
+        self.plans: list[Trial] = []
 
-    def run(self, halving: Halving) -> Path:
+    def run(self) -> Path:
         """The directory of the best plan."""
-        self.told = list(self._plans(halving))
-        left = list(self.told)
-        for number, tokens in enumerate(halving.tokens):
+        rounds = self.options.halving.tokens
+        self.plans = list(self._plans())
+        left = list(self.plans)
+        for number, tokens in enumerate(rounds):
             if len(left) < 2:
                 break
             for at, trial in enumerate(left, 1):
                 detail = f"{tokens:,} tokens of plan {at} of {len(left)}"
                 trial["kl"][str(tokens)] = self._divergence(trial["plan"], tokens, self._named(detail))
             left.sort(key=lambda trial: trial["kl"][str(tokens)])
-            last = number == len(halving.tokens) - 1
+            last = number == len(rounds) - 1
             left = left[: 1 if last else max(2, len(left) // 2)]
         return self._path(left[0]["plan"])
 
-    def _plans(self, halving: Halving) -> Iterator[Trial]:
+    def _plans(self) -> Iterator[Trial]:
         """All plans, no two alike; the one of least price is first."""
         waiting, seen = [self.options.adaptive], []
         for number, adaptive in enumerate(waiting):  # which grows by the first
@@ -161,7 +205,7 @@ class _Trials:
             recorded = read_record(self._path(number))["plan"]
             plan, bundle = plan_of(recorded), recorded["bundle"]
             if not number:
-                waiting += halving.others(plan, adaptive)
+                waiting += self.options.halving.others(plan, adaptive)
             if (kept := (plan.layers, bundle)) in seen:
                 continue
             seen.append(kept)
@@ -170,24 +214,23 @@ class _Trials:
 
     def _make(self, number: int, adaptive: AdaptiveOptions) -> None:
         if not (self._path(number) / RECORD).is_file():
-            asked = replace(self.options, adaptive=adaptive)
-            self.make(asked, self._path(number), self.scored, self._named(f"plan {number + 1}"))
+            self.make(adaptive, self._path(number), self.scored, self._named(f"plan {number + 1}"))
 
     def _divergence(self, number: int, tokens: int, progress: Progress | None) -> float:
         """KL to the dense model on the judged text after some tuning, nats per token; once done it is known."""
         from saap.evaluate.perplexity import score_models, torch_scorer
         from saap.tune.tuning import tune
 
-        known = self.kept.path(f"plan {number} after {tokens}.txt")
+        known = self.kept(f"plan {number} after {tokens}.txt")
         if known.is_file():
             return float(known.read_text())
-        tuned = self.kept.path(f"plan {number} tuned")
-        learnt, judged = _rows_of(tokens, self.options.length)
+        tuned = self.kept(f"plan {number} tuned")
+        learnt, judged = self.options.rows_for(tokens)
         tune(
-            self._path(number), _tuning(self.options), output=tuned, teacher=self.directory, data=self.learnt[:learnt],
+            self._path(number), self.options.tuning, output=tuned, teacher=self.directory, data=self.learnt[:learnt],
             progress=progress,
         )  # fmt: skip
-        device = device_of(self.options.device)
+        device = self.options.device
         scorers = {
             name: torch_scorer(open_model(at, device)) for name, at in (("dense", self.directory), ("tuned", tuned))
         }
@@ -197,18 +240,9 @@ class _Trials:
         return float(found[1].kl or 0.0)
 
     def _path(self, number: int) -> Path:
-        return self.kept.path(f"plan {number}")
+        return self.kept(f"plan {number}")
 
     def _named(self, detail: str) -> Progress | None:
         """Progress whose labels name the plan."""
         report = self.progress
         return report and (lambda label, done, total: report(f"{label}, {detail}", done, total))
-
-
-def _tuning(options: PruneOptions) -> TuneOptions:
-    """As the bundle will be tuned, in its bits; text is short, so none of it is held out."""
-    from saap.tune.options import TrainOptions, TuneOptions
-
-    training = TrainOptions(micro_rows=2, seed=options.seed, device=options.device)
-    bits = 8 if options.bits == 32 else options.bits
-    return TuneOptions(bits=bits, length=options.length, held_out=0.0, training=training)

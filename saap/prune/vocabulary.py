@@ -15,7 +15,7 @@ import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,22 +25,23 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from saap.base.errors import UserError
-from saap.base.progress import WRITING, Progress
-from saap.base.writing import claimed, read_object
+from saap.base.progress import WRITING, Progress, note
+from saap.base.writing import RECORD, check_output, claimed, read_object
 from saap.models.architectures import architecture_of, said_words, shape_of
 from saap.models.checkpoint import load_model, read_config, slim_config, write_slim
 from saap.models.modeling_slim import packed_words
 from saap.models.record import Lineage, Record, Words, WordsText, read_record
-from saap.models.resolve import load_tokenizer
+from saap.models.resolve import load_tokenizer, resolve
 from saap.models.shape import ModelShape
 from saap.models.weight_files import tensor_reader
 from saap.prune.cut.surgery import cut_tensors
+from saap.prune.options import TIMED, PruneOptions
 from saap.prune.plan import PrunePlan, whole_layer
 from saap.prune.renumber import Renumbering, named_ids
 from saap.prune.search.budget import WordsOption
 from saap.text.closed_words import forest_of, trimmed
 from saap.text.conversations import ChatEncoder
-from saap.text.documents import Documents
+from saap.text.documents import Documents, load_documents
 from saap.text.encoding import beginning, encode
 
 AUTO = "auto"
@@ -351,6 +352,53 @@ def write_trimmed(
         return write_slim(output, source, config, tensors, record)
     fewer = chosen.renumbering.tensors(tensors, architecture_of(dict(config)))
     return write_slim(output, source, config, fewer, record, chosen.renumbering.files)
+
+
+def words_by_text(
+    source: Path, options: PruneOptions, calibration: object, progress: Progress | None
+) -> Chosen | list[Chosen]:
+    """The vocabulary that ``options`` ask for, chosen by a text and named in a note; or several for the search.
+
+    Raises UserError: no text to choose by, or as of :func:`choose_words`.
+    """
+    documents = None
+    if calibration is None or isinstance(calibration, str | Path):
+        text = None if calibration is None else str(calibration)
+        documents = load_documents(text, split="calibration", seed=options.seed)
+    if documents is None:
+        raise UserError("a vocabulary is chosen by a text: give --calibration FILE, or leave it out")
+    several = options.method == "saap" and bool({*options.asked} & {*TIMED, "max_bytes"})
+    if options.vocabulary == AUTO and several:
+        candidates = words_to_try(source, documents, progress)
+        return [replace(words, input=options.vocabulary_input) for words in candidates]
+    words = choose_words(source, str(options.vocabulary), documents, progress)
+    words = replace(words, input=options.vocabulary_input)
+    note(
+        progress,
+        f"vocabulary: the {'model has' if words.input else 'head says'} {len(words.words):,} of {words.size:,} words; "
+        f"text like {words.source} takes {100 * words.longer:.1f}% more tokens",
+    )
+    return words
+
+
+def trim_by_text(
+    model: str | Path,
+    options: PruneOptions,
+    *,
+    output: str | Path,
+    calibration: str | Path | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Write a model whose vocabulary is trimmed as ``options`` ask, and nothing else; arguments as of ``prune``.
+
+    Raises UserError: as of :func:`words_by_text`, or a place that cannot be written.
+    """
+    output = Path(output)
+    check_output(output, model, calibration, record=RECORD)
+    source = resolve(model, progress=progress)
+    words = words_by_text(source, options, calibration, progress)
+    assert isinstance(words, Chosen), "without a requirement there is nothing to search"
+    return trim(source, words, output, progress)
 
 
 def trim(source: Path, chosen: Chosen, output: Path, progress: Progress | None = None) -> Path:

@@ -2,7 +2,7 @@
 
     python -m studies.large.study 1.1B 3B 7B 13B        # hours; finished phases are not run again
     python -m studies.large.study 7B --phases prune,export
-    python -m studies.large.study 13B --phases prune,export --steps 1       # 62 GB of disk; two steps take 83
+    python -m studies.large.study 13B --phases prune,export                 # 62 GB of disk
     python -m studies.large.study table [--write]
     python -m studies.large.study plot studies/large/growth.png
 
@@ -44,13 +44,12 @@ GROWING = ("prune", "export", "export-parity", "gguf", "tune")
 POLL = 0.2  # seconds
 
 
-def phases(place: Path, steps: int | None = None) -> dict[str, list[str]]:
+def phases(place: Path) -> dict[str, list[str]]:
     """Arguments of `saap` by phase, in their order; later ones read what earlier ones wrote."""
-    in_steps = [] if steps is None else ["--stages", str(steps)]
     dense, slim, gguf = place / "dense", place / "slim", place / "dense.gguf"
     dense_bundles = [place / f"dense-int4{block}" for block in ("", "-64", "-128")]
     return {
-        "prune": ["prune", dense, "-o", slim, "--ratio", str(RATIO), *TEXT, "--stream", *in_steps],
+        "prune": ["prune", dense, "-o", slim, "--ratio", str(RATIO), *TEXT, "--stream"],
         "export": ["export", slim, "-o", place / "slim-int4", "--parity", "none"],
         "export-parity": ["export", slim, "-o", place / "slim-int4-parity"],
         "export-dense": ["export", dense, "-o", place / "dense-int4", "--parity", "none"],
@@ -137,14 +136,14 @@ def checkpoint(shape: str) -> Iterator[Path]:
     shutil.rmtree(place)  # not where a phase failed or was interrupted: what is there is not made again
 
 
-def measure(shape: str, wanted: list[str], steps: int | None = None) -> None:
+def measure(shape: str, wanted: list[str]) -> None:
     """The phases of one shape that are not known, or whose output is gone; the first that fails ends it."""
     cells = {name: OUT / f"{shape}-{name}.json" for name in wanted}
     if all(path.is_file() for path in cells.values()):
         return
     with checkpoint(shape) as place:
         weights = sum(path.stat().st_size for path in (place / "dense").glob("*.safetensors"))
-        for name, arguments in phases(place, steps).items():
+        for name, arguments in phases(place).items():
             output = next((Path(a) for o, a in pairwise(arguments) if o == "-o"), None)
             if name not in wanted or (cells[name].is_file() and (output is None or output.exists())):
                 continue
@@ -157,8 +156,6 @@ def measure(shape: str, wanted: list[str], steps: int | None = None) -> None:
             if found.pop("code"):
                 raise SystemExit(f"{shape} {name} failed, and {place} is kept: {last}")
             cell = {"shape": shape, "phase": name, "weights_bytes": weights, **found}
-            if name == "prune" and steps is not None:
-                cell["steps"] = steps
             if name in ("bench", "llama"):
                 cell["bench"] = rates(place / f"{name}.json")
             cell["bundle_bytes"] = {
@@ -256,7 +253,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = parser_of(__doc__)
     parser.add_argument("what", nargs="+", help="shapes; or table; or plot FILE")
     parser.add_argument("--phases", default=",".join(phases(Path())))
-    parser.add_argument("--steps", type=int, help="of pruning; each but one keeps a model on the disk meanwhile")
     add_write_option(parser)
     given = parser.parse_args(arguments)
     if given.what == ["table"]:
@@ -269,7 +265,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit("set SAAP_DATA to the folder of texts that the cells are of")
     PLACE.mkdir(parents=True, exist_ok=True)
     for shape in given.what:
-        measure(shape, given.phases.split(","), given.steps)
+        measure(shape, given.phases.split(","))
 
 
 if __name__ == "__main__":

@@ -186,7 +186,7 @@ def test_the_field_s_picture_is_drawn(tmp_path):
 def commands_of_studies():
     """The command lines of saap that studies run."""
     learned = ["--teacher", "t", "--tokens", "1", "--seed", "0", "--learning-rate", "6e-3"]
-    yield from large.phases(Path("place"), steps=1).values()
+    yield from large.phases(Path("place")).values()
     for options in field.OPTIONS.values():
         yield ["prune", "m", "-o", "slim", "--ratio", "0.2", "--seed", "0", "--sequences", "64", *options]
     yield ["tune", "m", "-o", "tuned", *learned]

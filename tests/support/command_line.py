@@ -61,6 +61,6 @@ def every_command(words=(), command=cli.cli):
 
 
 def prune_words(model, out, text, *options):
-    """``saap prune`` of a tiny model on a little of a text, where the method reads one."""
+    """``saap prune`` of a tiny model on a little of a text."""
     little = ["--calibration", text, "--sequences", "8", "--length", "16"]
-    return ["prune", model, "-o", out, *([] if {"random", "magnitude"} & set(options) else little), *options]
+    return ["prune", model, "-o", out, *little, *options]

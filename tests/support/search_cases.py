@@ -6,9 +6,8 @@ import numpy as np
 
 from saap.models.shape import LayerSizes, ModelShape
 from saap.models.slim_quant import MatrixForm
-from saap.prune.options import PruneOptions
 from saap.prune.search.budget import Budget, StepTime, Weights
-from saap.prune.search.choices import choices, runs_of
+from saap.prune.search.choices import Allowed, choices, runs_of
 from saap.prune.search.layer_costs import CostTable
 from saap.prune.search.milp import Gap, Library
 from saap.prune.search.rounding import Rounding
@@ -25,15 +24,15 @@ def milliseconds(limit):
     return Budget("ms", limit, StepTime(TABLE), {"ms_per_token": limit}, SHAPE, SHAPE, table=TABLE)
 
 
-def library(seed=0, options=None):
+def library(seed=0, allowed=None):
     """Random prices of all that is on offer; more costs more, and the whole block nothing."""
     rng = np.random.default_rng(seed)
-    options = options or PruneOptions()
+    allowed = allowed or Allowed()
     offers = {}
-    for (index, kind), plans in choices(SHAPE, options).items():
+    for (index, kind), plans in choices(SHAPE, allowed).items():
         prices = sorted(rng.random(len(plans) - 1) * (60 if kind == "attention" else 80), reverse=True)
         offers[index, kind] = tuple(zip(plans, [0.0, *map(float, prices)], strict=True))
-    gaps = tuple(Gap(run, float(rng.random() * 70 * len(run))) for run in runs_of(SHAPE, options))
+    gaps = tuple(Gap(run, float(rng.random() * 70 * len(run))) for run in runs_of(SHAPE, allowed))
     forms = [MatrixForm(bits, 32) for bits in (4, 8)]
     blocks = {place: tuple(dict(zip(forms, (p, p / 256), strict=True)) for p in rng.random(2)) for place in offers}
     return Library(offers, gaps, Rounding(blocks, {forms[0]: 3.0, forms[1]: 0.01}))

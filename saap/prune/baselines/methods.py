@@ -12,15 +12,11 @@ from transformers import PreTrainedModel
 
 from saap.base.errors import UserError
 from saap.base.progress import Progress
-from saap.models.layer_walk import layers_of
 from saap.models.shape import ModelShape
-from saap.models.streaming import present
 from saap.prune.baselines.plans import Ranking, Removal, block_removals, meet, threshold_key, uniform_key
 from saap.prune.baselines.scores import (
     StructureScores,
     flap_scores,
-    magnitude_scores,
-    random_scores,
     taylor_scores,
     wanda_scores,
 )
@@ -38,7 +34,7 @@ class Published:
     """A method's settings as its authors have them; docs/method.md has the sources."""
 
     sequences: int | None  # calibration sequences; None is every window of the text
-    tokens: int  # per sequence; both are 0 where no text is read
+    tokens: int  # per sequence
     keep_layers_rule: tuple[int, int]  # how many first and last layers stay whole in a model of 32 layers
     text: str  # what the calibration text is
 
@@ -50,7 +46,6 @@ class Published:
 
 
 _PUBLISHED = {
-    **dict.fromkeys(("random", "magnitude"), Published(0, 0, (4, 2), "none")),
     **dict.fromkeys(TAYLOR, Published(10, 64, (4, 2), "BookCorpus, train")),
     "wanda_sp": Published(128, 128, (0, 0), "C4, train"),
     "flap": Published(1024, 128, (0, 0), "WikiText-2 raw, train"),
@@ -85,8 +80,9 @@ def rank(
 ) -> Ranking:
     """Score ``model`` once; the ranking then gives a plan for any share. Weights and flags stay as they were.
 
-    If no layers are to stay whole, LLM-Pruner's four methods keep the first 4 and last 2 (of 16 or more). Random and
-    magnitude do not read the ids, [sequences, tokens] int64.
+    If no layers are to stay whole, LLM-Pruner's methods keep the first 4 and last 2 (of 16 or more).
+
+    ``ids``: [sequences, tokens] int64.
 
     Raises:
         UserError: no such method or layer, or the model is not finite on the text.
@@ -102,7 +98,7 @@ def rank(
     if method == "shortgpt":
         layers = _whole_layers(shape, free, collect(model, shape, ids, progress=progress))
         return Ranking(method, shape, tuple(layers))
-    scores = _scores(method, model, shape, ids, options.seed, progress)
+    scores = _scores(method, model, shape, ids, progress)
     removals = []
     for place, layer in enumerate(free):
         for kind, values in (("ffn", scores.ffn[layer]), *((("group", scores.group[layer]),) if heads else ())):
@@ -116,13 +112,8 @@ def rank(
 
 
 def _scores(
-    method: str, model: PreTrainedModel, shape: ModelShape, ids: torch.Tensor, seed: int, progress: Progress | None
+    method: str, model: PreTrainedModel, shape: ModelShape, ids: torch.Tensor, progress: Progress | None
 ) -> StructureScores:
-    if method == "random":
-        _check_weights(model)
-        return random_scores(shape, seed)
-    if method == "magnitude":
-        return magnitude_scores(model, shape)
     if method in TAYLOR:
         return taylor_scores(method, model, shape, ids, progress)
     score = wanda_scores if method == "wanda_sp" else flap_scores
@@ -139,15 +130,6 @@ def _whole_layers(shape: ModelShape, free: list[int], activations: Activations) 
     return [
         Removal(layer, "layer", (), weights[layer], 0.0, 1.0, float(activations.influence[layer])) for layer in order
     ]
-
-
-def _check_weights(model: PreTrainedModel) -> None:
-    """Refuse a broken model where no score would show it."""
-    for module in (*layers_of(model), model):
-        with present(module):
-            for name, weight in module.named_parameters():
-                if not weight.is_meta and not torch.isfinite(weight).all():
-                    raise UserError(f"{name} is not finite: check the model")
 
 
 def _check_method(method: str) -> None:

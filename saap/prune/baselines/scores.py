@@ -3,10 +3,9 @@
 A structure's slices are its rows of query, key, value, gate and up and its columns of output and down. A group counts
 each row and column of its heads on its own, as the references do for a head.
 
-* magnitude: sum of w^2, LLM-Pruner's ``l2``.
 * LLM-Pruner (arXiv 2305.11627, section 3.2), g the gradient of the mean loss, g_j that of sequence j:
-  vector: sum over rows and columns of | sum w g | (``vectorize``); param_first: sum | w g |;
-  param_second: sum w^2 mean_j g_j^2; param_mix: sum | w g - 1/2 w^2 mean_j g_j^2 |.
+  vector: sum over rows and columns of | sum w g | (``vectorize``);
+  param_mix: sum | w g - 1/2 w^2 mean_j g_j^2 |.
 * wanda_sp: columns of output and down only, mean over rows of |W| ||X|| (arXiv 2306.11695; structured in FLAP).
 * flap: the same columns, WIFV = fluctuation * sum over rows of W^2 (arXiv 2312.11983), standardised.
 """
@@ -41,24 +40,6 @@ class StructureScores:
     group: list[torch.Tensor]
 
 
-def random_scores(shape: ModelShape, seed: int) -> StructureScores:
-    generator = torch.Generator().manual_seed(seed)
-    return StructureScores(
-        [torch.rand(sizes.ffn, generator=generator) for sizes in shape.layers],
-        [torch.rand(sizes.kv_heads, generator=generator) for sizes in shape.layers],
-    )
-
-
-@torch.no_grad()
-def magnitude_scores(model: PreTrainedModel, shape: ModelShape) -> StructureScores:
-    slices, layers = {}, layers_of(model)
-    for matrix in matrices_of(model, shape):
-        with present(layers[matrix.layer]):
-            weight = matrix.linear.weight[matrix.rows].float()
-        slices[matrix.layer, matrix.role] = weight.square().sum(summed_axis(matrix.role))
-    return _summed(slices, shape)
-
-
 def taylor_scores(
     method: str, model: PreTrainedModel, shape: ModelShape, ids: torch.Tensor, progress: Progress | None = None
 ) -> StructureScores:
@@ -68,12 +49,9 @@ def taylor_scores(
     for matrix in matrices_of(model, shape):
         rows, axis = matrix.rows, summed_axis(matrix.role)
         weight = matrix.linear.weight.detach()[rows].float()
-        if method == "param_second":
-            values = second[matrix.linear][rows] * weight.square()
-        else:
-            values = first[matrix.linear][rows] * weight
-            if method == "param_mix":
-                values.sub_(second[matrix.linear][rows] * weight.square(), alpha=0.5)
+        values = first[matrix.linear][rows] * weight
+        if method == "param_mix":
+            values.sub_(second[matrix.linear][rows] * weight.square(), alpha=0.5)
         slices[matrix.layer, matrix.role] = values.sum(axis).abs() if method == "vector" else values.abs().sum(axis)
     return _summed(slices, shape)
 
@@ -134,19 +112,16 @@ def _mean_gradients(
     model: PreTrainedModel, shape: ModelShape, ids: torch.Tensor, method: str, progress: Progress | None
 ) -> tuple[Gradients, Gradients]:
     """mean_j g_j and mean_j g_j^2 of every prunable linear, [rows, columns] float32; empty where not needed."""
-    first: Gradients = {}
-    second: Gradients = {}
     linears = dict.fromkeys(matrix.linear for matrix in matrices_of(model, shape))
-    if method != "param_second":
-        first.update((linear, torch.zeros_like(linear.weight, dtype=torch.float32)) for linear in linears)
-    if method in ("param_second", "param_mix"):
-        second.update((linear, torch.zeros_like(linear.weight, dtype=torch.float32)) for linear in linears)
+    first, second = (
+        {linear: torch.zeros_like(linear.weight, dtype=torch.float32) for linear in linears if needed}
+        for needed in (True, method == "param_mix")
+    )
 
     def consume(linear: nn.Linear, weight: nn.Parameter) -> None:
         assert weight.grad is not None
         gradient = weight.grad.float()
-        if linear in first:
-            first[linear].add_(gradient, alpha=1 / len(ids))
+        first[linear].add_(gradient, alpha=1 / len(ids))
         if linear in second:
             second[linear].addcmul_(gradient, gradient, value=1 / len(ids))
         weight.grad = None

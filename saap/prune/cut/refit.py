@@ -11,8 +11,7 @@
   one over the mean square of its hidden state, since the next norm divides by that; of what the block adds, in a family
   whose only norm is behind the block. lambda is chosen per matrix on
   sequences that the fit does not see, among values that include leaving the weights alone; the weights then come from
-  all sequences, but for stages on the way: a later stage could not choose lambda on what an earlier one was fitted to.
-  It adds no parameter.
+  all sequences. It adds no parameter.
 
   Where whole blocks go, the matrix before the gap learns what they added too: its target is what the blocks of the gap,
   run one after the other, would have made of the stream there. ReplaceMe (arXiv 2505.02819) merges a linear map of the
@@ -83,7 +82,6 @@ def compensate(
     plan: PrunePlan,
     ids: torch.Tensor,
     *,
-    last: bool = True,
     progress: Progress | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield new weights and biases of o_proj and down_proj for a plan; the model is left as it was.
@@ -91,7 +89,6 @@ def compensate(
     Args:
         model: the dense model that the plan is about.
         ids: calibration ids [sequences, tokens].
-        last: no other refit on these ids follows, so the sequences that chose lambda may be fitted too.
 
     Yields:
         name in the slim model and tensor in its cut size: weights [hidden, kept] for ``refit``, biases [hidden] for
@@ -100,7 +97,7 @@ def compensate(
     if kind == "none":
         return
     architecture, shape = architecture_of(model.config), shape_of(model.config)
-    walk = _Walk(kind, model, plan, ids, last)
+    walk = _Walk(kind, model, plan, ids)
     # FLAP gives every layer biases; a refit has nothing to do behind the last layer that loses something.
     count = len(plan.layers) if kind == "bias" else 1 + max(plan.cut_layers(shape), default=-1)
     number = 0
@@ -118,10 +115,8 @@ def compensate(
 class _Walk:
     """The calibration sequences on their way through a decoder that is compensated layer by layer."""
 
-    def __init__(
-        self, kind: Compensation, model: PreTrainedModel, plan: PrunePlan, ids: torch.Tensor, last: bool
-    ) -> None:
-        self._kind, self._last, self._keeps = kind, last, not is_streamed(model)
+    def __init__(self, kind: Compensation, model: PreTrainedModel, plan: PrunePlan, ids: torch.Tensor) -> None:
+        self._kind, self._keeps = kind, not is_streamed(model)
         self._model, self._plan = model, plan
         fitted, held = _parts(ids)
         self._batches = batches_of(model, fitted) + batches_of(model, held)
@@ -137,7 +132,7 @@ class _Walk:
             new, self._stream = _biases(layer, blocks, self._stream, given, sum(map(sum, self._sizes)))
         else:
             runs = _Runs(layer, blocks, self._stream, given, self._keeps)
-            new = _refitted(runs, self._sizes, self._last, lambda block: self._gap(index, runs, block))
+            new = _refitted(runs, self._sizes, lambda block: self._gap(index, runs, block))
             self._stream = runs.outputs()
         return new
 
@@ -312,7 +307,6 @@ def _last_product(block: _Block, x: torch.Tensor, *_: object, **__: object) -> t
 def _refitted(
     runs: _Runs,
     sizes: tuple[list[int], list[int]],
-    last: bool,
     gap: Callable[[_Block], list[torch.Tensor] | None],
 ) -> dict[str, torch.Tensor]:
     """Refitted weights of the blocks that lose something, or others behind them; the layer is cut to them.
@@ -325,13 +319,13 @@ def _refitted(
         if added is None and not block.gone.any():
             continue
         if len(block.kept):
-            new[f"{block.matrix}.weight"] = _ridge(runs, block, sizes, last, added)
+            new[f"{block.matrix}.weight"] = _ridge(runs, block, sizes, added)
         block.cut(new)
     return new
 
 
 def _ridge(
-    runs: _Runs, block: _Block, sizes: tuple[list[int], list[int]], last: bool, added: list[torch.Tensor] | None
+    runs: _Runs, block: _Block, sizes: tuple[list[int], list[int]], added: list[torch.Tensor] | None
 ) -> torch.Tensor:
     """The kept columns of the block's matrix, [hidden, kept], with what the others added regressed on them.
 
@@ -355,4 +349,4 @@ def _ridge(
             best, least = damping, error
     if best is None:
         return weight[:, block.kept]
-    return weight[:, block.kept] + (fit.plus(held) if last else fit).solved(best).to(weight.dtype)
+    return weight[:, block.kept] + fit.plus(held).solved(best).to(weight.dtype)

@@ -10,12 +10,11 @@ term is one offset for all structures that share the sigmas.
 
 Ours is a factor for layers. Channels are scored one by one, but go by the hundred, and what goes from one layer adds up
 in one output. So P(G) of a channel is multiplied by its layer's own importance, the mean of P over the layer's
-channels in units of the mean over layers, to the power of gamma. A sum would be lower for layers that were cut before,
-and empty them step by step. Heads, of which a layer has few, do worse with the factor.
+channels in units of the mean over layers. Heads, of which a layer has few, do worse with the factor.
 
 Stability is how much a structure's importance changes from one calibration sequence to the next. With
 I_j(G) = |t_j - c/2 t_j^2| the fluctuation is F(G) = std_j I_j / mean_j I_j, and the adaptive stability indicator puts
-it on one scale: ASI(G) = (F - mean F) / std F over structures of a type (or of a type and layer). It enters the score
+it on one scale: ASI(G) = (F - mean F) / std F over the structures of a type. It enters the score
 as S(G) = P(G) exp(lambda ASI(G)). arXiv 2412.15127 names both indicators; the formulas are ours, and so is the sign of
 lambda, which text held out from scoring decides.
 """
@@ -46,64 +45,34 @@ def fuse(scores: Scores, shape: ModelShape, options: FusionOptions | None = None
     fused = {}
     for kind in TYPES:
         terms = [terms_of[term](kind) for term in FUSIONS[options.score]]
-        total = [sum(rows, torch.zeros(())) for rows in zip(*(_scaled(term, options) for term in terms), strict=True)]
+        total = [sum(rows, torch.zeros(())) for rows in zip(*(_scaled(term) for term in terms), strict=True)]
         if options.stability:
-            factors = stability_factor(
-                scores.fluctuating(kind, shape, options.slices), options.stability, options.sigma
-            )
+            factors = stability_factor(scores.fluctuating(kind, shape, options.slices), options.stability)
             total = [row * factor for row, factor in zip(total, factors, strict=True)]
-        fused[kind] = total if kind in ATTENTION.types else layer_weighted(total, options.layer_power)
+        fused[kind] = total if kind in ATTENTION.types else layer_weighted(total)
     return fused
 
 
-def layer_weighted(rows: list[torch.Tensor], power: float) -> list[torch.Tensor]:
-    """Scores per layer, [structures] each, times (the layer's mean / the mean of such means above 0)^power."""
+def layer_weighted(rows: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Scores per layer, [structures] each, times the layer's mean over the mean of such means above 0."""
     means = torch.stack([row.mean() if len(row) else row.new_zeros(()) for row in rows])
     some = means > 0
-    if not power or not some.any():
+    if not some.any():
         return rows
-    factors = torch.where(some, (means / means[some].mean()) ** power, 1.0)
+    factors = torch.where(some, means / means[some].mean(), 1.0)
     return [row * factor for row, factor in zip(rows, factors, strict=True)]
 
 
-def _scaled(rows: list[torch.Tensor], options: FusionOptions) -> list[torch.Tensor]:
+def _scaled(rows: list[torch.Tensor]) -> list[torch.Tensor]:
     """I / (2 sigma^2) per layer."""
-    variance = learned_variance if options.learned else closed_form_variance
-    if options.sigma == "layer":
-        return [row / (2 * variance([row])) if len(row) else row for row in rows]
-    shared = variance(rows)
-    return [row / (2 * shared) for row in rows]
+    variance = closed_form_variance(rows)
+    return [row / (2 * variance) for row in rows]
 
 
 def closed_form_variance(scores: list[torch.Tensor]) -> torch.Tensor:
     """sigma^2 = mean of the scores of all structures, which minimises sum_G I(G) / (2 sigma^2) + log sigma."""
     flat = torch.cat(scores)
     return (flat.mean() if len(flat) else flat.new_ones(())).clamp_min(torch.finfo(torch.float32).tiny)
-
-
-def learned_variance(scores: list[torch.Tensor], steps: int = 60) -> torch.Tensor:
-    """sigma^2 by gradient descent on s = log sigma^2 of mean_G I(G) exp(-s) / 2 + s / 2, which is convex in s.
-
-    Started at the geometric mean, and scaled by it so that scores of any size take the same number of steps.
-    """
-    flat = torch.cat(scores).double()
-    if not len(flat) or not bool((flat > 0).any()):
-        return closed_form_variance(scores)
-    origin = flat[flat > 0].log().mean()
-    mean = (flat / origin.exp()).mean()
-    s = torch.zeros((), dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS(
-        [s], max_iter=steps, line_search_fn="strong_wolfe", tolerance_grad=1e-12, tolerance_change=0
-    )
-
-    def closure() -> torch.Tensor:
-        optimizer.zero_grad()
-        loss = mean * torch.exp(-s) / 2 + s / 2
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    return (s.detach() + origin).exp().to(scores[0].dtype)
 
 
 def fluctuation(importance: torch.Tensor) -> torch.Tensor:
@@ -114,21 +83,19 @@ def fluctuation(importance: torch.Tensor) -> torch.Tensor:
     return torch.where(mean > 0, importance.std(0) / mean.clamp_min(torch.finfo(mean.dtype).tiny), 0.0)
 
 
-def stability_indicator(importance: list[torch.Tensor], scope: str = "type") -> list[torch.Tensor]:
+def stability_indicator(importance: list[torch.Tensor]) -> list[torch.Tensor]:
     """ASI(G) per layer, [structures] each, within +-3, from I_j(G) per layer, [sequences, structures].
 
-    What is above 0 fluctuates more than its peers: the structures of the same ``type``, or of the same ``layer`` too.
+    A structure above 0 fluctuates more than the others of its type.
     """
     rows = [fluctuation(layer) for layer in importance]
-    if scope == "layer":
-        return [_standardised(row, row) for row in rows]
     everything = torch.cat(rows)
     return [_standardised(row, everything) for row in rows]
 
 
-def stability_factor(importance: list[torch.Tensor], strength: float, scope: str = "type") -> list[torch.Tensor]:
+def stability_factor(importance: list[torch.Tensor], strength: float) -> list[torch.Tensor]:
     """exp(lambda ASI(G)) per layer, [structures] each."""
-    return [torch.exp(strength * asi) for asi in stability_indicator(importance, scope)]
+    return [torch.exp(strength * asi) for asi in stability_indicator(importance)]
 
 
 def _standardised(row: torch.Tensor, peers: torch.Tensor) -> torch.Tensor:

@@ -31,7 +31,7 @@ def scores_of(
 
     Portions are kept under ``weights``, the hash of the model's weights; None keeps none.
     """
-    c, element = float(ids.shape[1]) if options.c is None else options.c, options.element
+    c, element = float(ids.shape[1]), options.element
     by_layer = is_streamed(model)
     estimator = estimate_layerwise if by_layer else estimate
     rows = rows_at_once(shape, ids.shape[1]) if by_layer else PORTION

@@ -57,17 +57,17 @@ def adaptive_plan(
     scored, priced = divided(ids[: options.sequences])
     scores = scores_of(model, budget.dense, scored, options.adaptive, weights=weights, progress=progress)
     ranked = fuse(scores, budget.dense, options.adaptive.fusion)
-    pricing = Pricing(model, budget.dense, ranked, (scored, priced), options, rounded=bool(budget.forms))
+    texts, kind = (scored, priced), options.compensation
+    pricing = Pricing(model, budget.dense, ranked, texts, budget.allowed, kind, rounded=bool(budget.forms))
     path = prices_path(weights, ids, options, is_streamed(model)) if weights else None
     library = _library(pricing, path, progress)
-    found = search(library.counted(options.adaptive), budget, options.adaptive.most_gone)
+    found = search(library.counted(options.adaptive.recovered), budget, options.adaptive.most_gone)
     if options.adaptive.measured and not is_streamed(model):
         others = ids[fitted_on(streamed=False) :]
-        texts = others if len(others) > len(priced) else priced
-        measuring = Measuring(pricing, texts, KeptDivergences(path), progress)
+        measuring = Measuring(pricing, others if len(others) > len(priced) else priced, KeptDivergences(path), progress)
         while (more := measuring.more(library, found)) is not None:
             library = more
-            found = search(library.counted(options.adaptive), budget, options.adaptive.most_gone)
+            found = search(library.counted(options.adaptive.recovered), budget, options.adaptive.most_gone)
     reasons = replace(reasons_of(found.blocks, found.chosen, budget.unit), integers=found.integers, words=found.words)
     return replace(found.plan, reasons=reasons)
 

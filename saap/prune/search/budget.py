@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -27,6 +27,7 @@ from saap.models.shape import BlockKind, LayerSizes, ModelShape
 from saap.models.slim_quant import BITS, GROUP_SIZES, MatrixForm
 from saap.prune.forms import READS, WRITES, BlockForms, PlanForms
 from saap.prune.options import TIMED, PruneOptions
+from saap.prune.search.choices import Allowed
 from saap.prune.search.layer_costs import COSTS, DEVICE, CostFile, CostTable, read_costs
 from saap.quantize.bundle_size import VOCABULARY, BundleSize, bundle_size
 
@@ -130,7 +131,7 @@ class Budget:
     table: CostTable | None = None  # milliseconds; None without a table of costs
     costs: Costs | None = None  # what a record says about the table
     further: tuple[str, ...] = ()  # options that would let more go, as a person is told of them
-    one_width: bool = False  # whether all FFNs keep the same number of channels, and all else stays
+    allowed: Allowed = field(default_factory=Allowed)  # what may be removed
     forms: tuple[MatrixForm, ...] = ()  # integers that matrices may have instead; none: the search chooses none
     vocabulary: tuple[MatrixForm, ...] = ()  # that embedding and head may have instead
     words: tuple[WordsOption, ...] = ()  # that the head may say instead of all
@@ -200,10 +201,10 @@ class Budget:
         """Whether a whole model of this cost meets the requirement."""
         return total <= self.most * (1 + ROUNDING)
 
-    def partway(self, share: float) -> Budget:
-        """The budget after ``share`` of the way from the dense model to what was asked, for pruning in stages."""
-        whole = self.total(self.dense)
-        return replace(self, most=whole + share * (self.most - whole))
+    @property
+    def share(self) -> float:
+        """The share of the layers' cost that has to go."""
+        return max(0.0, 1 - self.limit / (self.total(self.dense) - self.measure.outside(self.dense)))
 
     def report(
         self, shape: ModelShape, config: Mapping[str, object] | None = None, plan: PrunePlan | None = None
@@ -307,6 +308,7 @@ def budget_for(
     budget = Budget(
         unit, math.inf, measure, options.asked, dense, cut or dense, options.bits, options.least_group, size, table,
         costs, tuple(_further(options, dense)),
+        Allowed(options.prunes_heads(dense), frozenset(options.keep), options.kept_layers, options.least_group),
     )  # fmt: skip
     whole = budget.total(dense)
     budget = replace(budget, most={"ratio": (1 - value) * whole, "speedup": whole / value}.get(kind, value))

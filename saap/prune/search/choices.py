@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,15 +11,25 @@ from numpy.typing import NDArray
 
 from saap.models.shape import ATTENTION, KINDS, BlockKind, LayerSizes, ModelShape
 from saap.prune.forms import Place
-from saap.prune.options import PruneOptions
 from saap.prune.plan import LayerPlan, whole_layer, widths_of
 
 MOST_COUNTS = 4  # of KV groups, and of query heads of each, that are tried
-RUNS = (1, 2, 3, 4, 6)  # layers that may go in one piece; more go in two with a block between them, or in stages
+RUNS = (1, 2, 3, 4, 6)  # layers that may go in one piece; more go in two with a block between them
 Scores = Mapping[str, list[NDArray[np.float64]]]  # by type of structure, per layer [structures]
 
 
-def choices(shape: ModelShape, options: PruneOptions, scores: Scores | None = None) -> dict[Place, list[LayerPlan]]:
+@dataclass(frozen=True)
+class Allowed:
+    """What may be removed from a model."""
+
+    heads: bool = True  # query heads and KV groups
+    keep: frozenset[str] = frozenset()  # kinds of structures that stay, as in PruneOptions
+    keep_layers: frozenset[int] = frozenset()  # layers that stay whole
+    group_size: int = 32  # weights per scale, that every width is a multiple of
+    one_width: bool = False  # only FFNs lose channels, all of them as many
+
+
+def choices(shape: ModelShape, allowed: Allowed, scores: Scores | None = None) -> dict[Place, list[LayerPlan]]:
     """What each block may keep, in the order in which they run; all of it is first.
 
     ``scores``: structures of least score go first; None where only sizes count.
@@ -26,61 +37,60 @@ def choices(shape: ModelShape, options: PruneOptions, scores: Scores | None = No
     if scores is None:
         counted = {type_: size for kind in KINDS.values() for type_, size in zip(kind.types, kind.sizes, strict=True)}
         scores = {type_: [np.zeros(getattr(s, size)) for s in shape.layers] for type_, size in counted.items()}
-    heads = options.prunes_heads(shape)
     found = {}
     for index, sizes in enumerate(shape.layers):
         for kind in sizes.blocks:
             plans = [LayerPlan().with_block(kind, whole_layer(sizes))]
-            if index not in options.kept_layers:
-                if kind is not ATTENTION and kind.name not in options.keep:
-                    plans += _narrower(shape, options, kind, index, scores)
-                elif kind is ATTENTION and heads:
-                    plans += _fewer_heads(shape, options, index, scores)
+            if index not in allowed.keep_layers:
+                if kind is not ATTENTION and kind.name not in allowed.keep:
+                    plans += _narrower(shape, allowed, kind, index, scores)
+                elif kind is ATTENTION and allowed.heads:
+                    plans += _fewer_heads(shape, allowed, index, scores)
             found[index, kind.name] = plans
     return found
 
 
-def runs_of(shape: ModelShape, options: PruneOptions) -> Iterator[tuple[Place, ...]]:
+def runs_of(shape: ModelShape, allowed: Allowed) -> Iterator[tuple[Place, ...]]:
     """The runs of blocks that may go in one piece: single ones, and whole layers, in the order of their ends.
 
     None starts with the first layer, before which nothing could make up for it.
     """
-    if "blocks" in options.keep:
+    if "blocks" in allowed.keep:
         return
     for index, sizes in enumerate(shape.layers):
         for kind in sizes.blocks:
-            if _may_go(shape, options, index, kind):
+            if _may_go(shape, allowed, index, kind):
                 yield ((index, kind.name),)
         for count in () if shape.per_layer else RUNS:
             layers = range(index - count + 1, index + 1)
             run = [(i, kind) for i in layers if i >= 0 for kind in shape.layers[i].blocks]
-            if layers[0] > 0 and len(run) > 1 and all(_may_go(shape, options, i, kind) for i, kind in run):
+            if layers[0] > 0 and len(run) > 1 and all(_may_go(shape, allowed, i, kind) for i, kind in run):
                 yield tuple((i, kind.name) for i, kind in run)
 
 
-def _may_go(shape: ModelShape, options: PruneOptions, index: int, kind: BlockKind) -> bool:
-    return index not in options.kept_layers and not (kind is ATTENTION and shape.is_read(index))
+def _may_go(shape: ModelShape, allowed: Allowed, index: int, kind: BlockKind) -> bool:
+    return index not in allowed.keep_layers and not (kind is ATTENTION and shape.is_read(index))
 
 
-def _narrower(shape: ModelShape, options: PruneOptions, kind: BlockKind, index: int, scores: Scores) -> list[LayerPlan]:
+def _narrower(shape: ModelShape, allowed: Allowed, kind: BlockKind, index: int, scores: Scores) -> list[LayerPlan]:
     sizes = shape.layers[index]
     channels = getattr(sizes, kind.sizes[0])
     order = np.argsort(scores[kind.types[0]][index], kind="stable").tolist()
     plans = []
-    for width in widths_of(channels, options.least_group, shape.width_of(kind.writes, sizes))[:-1]:
+    for width in widths_of(channels, allowed.group_size, shape.width_of(kind.writes, sizes))[:-1]:
         only: dict[str, Any] = {kind.sizes[0]: tuple(sorted(order[channels - width :]))}
         plans.append(LayerPlan(**only))
     return plans
 
 
-def _fewer_heads(shape: ModelShape, options: PruneOptions, index: int, scores: Scores) -> list[LayerPlan]:
+def _fewer_heads(shape: ModelShape, allowed: Allowed, index: int, scores: Scores) -> list[LayerPlan]:
     """Layers that share keys and values lose the same groups."""
     sizes = shape.layers[index]
     together = [i for i in shape.sharing(index) if shape.layers[i].has(ATTENTION)]
     order = np.argsort(np.sum([scores["group"][i] for i in together], axis=0), kind="stable")
     facts: dict[str, Any] = {name: getattr(sizes, name) for name in ATTENTION.facts}
     plans = []
-    for groups, per_group in _counts(sizes, shape.head_of(sizes), options.least_group):
+    for groups, per_group in _counts(sizes, shape.head_of(sizes), allowed.group_size):
         kept = sorted(int(g) for g in order[sizes.kv_heads - groups :])
         heads: list[int] = []
         for group in kept:

@@ -11,7 +11,7 @@ come in whole pieces, so the two may overlap a little. A person gets a row per l
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from saap.models.shape import ATTENTION, KINDS, RARE
 from saap.prune.options import TAYLOR
@@ -28,11 +28,7 @@ UNITS = {
 }
 # docs/method.md has more.
 DECIDES = {
-    "random": "random draws what goes; every layer loses the same share",
-    "magnitude": "magnitude removes the structures of least squared weight; every layer loses the same share",
     "vector": "vector removes the rows and columns whose weights times gradient sum up to least",
-    "param_first": "param_first removes the structures whose |weight times gradient| sum up to least",
-    "param_second": "param_second removes the structures whose squared weights times squared gradients sum up to least",
     "param_mix": "param_mix removes the structures of which gradients of first and second order predict the least loss",
     "wanda_sp": "wanda_sp removes the structures of least weight times norm of input; every layer loses the same share",
     "flap": "flap removes the structures whose inputs fluctuate least, by one threshold for the whole model",
@@ -80,30 +76,6 @@ def sizes_lost(plan: PrunePlan, budget: Budget) -> Reasons:
             whole, left = budget.cost(kind, sizes), budget.cost(kind, keep.sizes) if keep.has(kind) else 0.0
             blocks.append(Reason(index, kind.name, sizes.only(kind), keep.sizes.only(kind), whole, whole - left))
     return Reasons(budget.unit, tuple(blocks))
-
-
-def after(first: Reasons | None, second: Reasons | None, kept_layers: tuple[int, ...]) -> Reasons | None:
-    """Reasons of a model that was pruned and pruned again: prices and savings add up, steps are the last search's.
-
-    The layers of ``second`` are those of ``kept_layers`` in the first model.
-    """
-    if second is None:
-        return first
-    later = {(kept_layers[b.layer], b.kind): replace(b, layer=kept_layers[b.layer]) for b in second.blocks}
-    if first is None:
-        return replace(second, blocks=tuple(later.values()))
-    blocks = tuple(_added(b, later.get((b.layer, b.kind))) for b in first.blocks)
-    return replace(second, blocks=blocks)
-
-
-def _added(before: Reason, now: Reason | None) -> Reason:
-    if now is None:  # gone whole before the last search
-        return replace(before, last=None, next=None)
-    known = before.price is not None and now.price is not None
-    price = before.price + now.price if known else None  # type: ignore[operator]
-    return replace(
-        now, had=before.had, whole=before.whole, saved=before.saved + now.saved, price=price, quarter=before.quarter
-    )
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ OFFERS, GAP, ROUNDED = "offers ", "gap ", "rounding "  # how names begin
 def prices_path(weights: str, ids: torch.Tensor, options: PruneOptions, streamed: bool) -> Path:
     """Where the prices of a model by the hash of its weights on ids [sequences, tokens] are kept."""
     adaptive = asdict(options.adaptive)
-    for counted in ("recovered", "attention", "rounding", "most_gone", "measured"):  # by the search
+    for counted in ("recovered", "most_gone", "measured"):  # by the search
         del adaptive[counted]
     settings = {
         "adaptive": adaptive, "heads": options.heads, "keep": sorted(options.keep), "group": options.least_group,

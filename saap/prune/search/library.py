@@ -29,10 +29,10 @@ from saap.models.streaming import is_streamed, present
 from saap.prune.cut.ridge import Products, regression
 from saap.prune.cut.surgery import kept_columns
 from saap.prune.forms import Place
-from saap.prune.options import Compensation, PruneOptions
+from saap.prune.options import Compensation
 from saap.prune.plan import LayerPlan
 from saap.prune.scores.gradients import NOT_FINITE, adding_module, block_gradients
-from saap.prune.search.choices import RUNS, choices, runs_of
+from saap.prune.search.choices import RUNS, Allowed, choices, runs_of
 from saap.prune.search.milp import LEAST_PRICE, Gap, Library
 from saap.prune.search.rounding import Prices, RoundedMatrix, Rounding, rounded_block, vocabulary_prices
 
@@ -102,16 +102,19 @@ class Pricing:
         shape: ModelShape,
         scores: Mapping[str, list[torch.Tensor]],
         texts: tuple[torch.Tensor, torch.Tensor],
-        options: PruneOptions,
+        allowed: Allowed,
+        compensation: Compensation = "refit",
+        *,
         rounded: bool = True,
     ) -> None:
-        self.model, self.shape, self.options, self.rounded = model, shape, options, rounded
+        self.model, self.shape, self.rounded = model, shape, rounded
+        self._allowed, self._compensation = allowed, compensation
         ranked = {type_: [row.double().cpu().numpy() for row in rows] for type_, rows in scores.items()}
-        self.choices = choices(shape, options, ranked)
+        self.choices = choices(shape, allowed, ranked)
         self._fitted, self._judged = texts[0][: fitted_on(is_streamed(model))], texts[1]
         architecture = architecture_of(model.config)
         normed = architecture.attention_post_norm or architecture.ffn_post_norm
-        self._makes_up = options.compensation == "refit" and not normed  # whether a matrix does for what is behind it
+        self._makes_up = compensation == "refit" and not normed  # whether a matrix does for what is behind it
 
     def library(self, progress: Progress | None = None) -> Library:
         """Raises UserError: a price is not finite."""
@@ -124,7 +127,7 @@ class Pricing:
         gaps: list[Gap] = []
         self._rounding: dict[Place, tuple[Prices, Prices]] = {}
         most = held_blocks(is_streamed(self.model))
-        runs = [run for run in runs_of(self.shape, self.options) if len(run) <= most]
+        runs = [run for run in runs_of(self.shape, self._allowed) if len(run) <= most]
 
         def offered() -> Iterator[_Point]:  # at once: where layers are read one at a time, the matrix goes again
             for done, point in enumerate(self._points(self._fitted, self._judged)):
@@ -321,10 +324,9 @@ class Pricing:
         """What compensation adds, by the columns that stay."""
         weight, fitted = point.linear.weight, point.x[: self._first_judged]
         none = weight.new_zeros(())
-        kind: Compensation = self.options.compensation
-        if kind == "none":
+        if self._compensation == "none":
             return lambda kept: (none, none)
-        if kind == "bias":
+        if self._compensation == "bias":
             mean = torch.cat([x.flatten(0, -2) for x in fitted]).mean(0)
             return lambda kept: (none, weight @ mean.index_fill(0, kept.to(mean.device), 0))
         inputs = weight.shape[1]

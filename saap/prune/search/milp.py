@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 from saap.base.errors import UserError
 from saap.models.shape import ATTENTION, FFN, KINDS, ModelShape
 from saap.prune.forms import BlockForms, Place, PlanForms
-from saap.prune.options import AdaptiveOptions, PruneOptions
 from saap.prune.plan import Gained, LayerPlan, PrunePlan
 from saap.prune.search.budget import Budget
 from saap.prune.search.choices import choices, runs_of
@@ -37,6 +36,8 @@ LEAST_PRICE = 1e-7  # nats per token
 LEAST_TIMES, MOST_TIMES = 0.5, 4.0  # times the price, that one option of an attention says of the others
 # Of what was measured, what counts beside prices of widths: tuning gives more of the rest back (studies/search).
 ATTENTION_COUNTS, GONE_COUNTS = 0.75, 0.5
+ATTENTION_TIMES = 1.5  # times its price, that lost attention counts where it was not measured (studies/search)
+ROUNDING_COUNTS = 0.15  # of what rounding costs; tuning gives the rest back (studies/search)
 Numbers = NDArray[np.float64]
 
 
@@ -121,13 +122,13 @@ class Library:
         )
         return replace(self, times=times, gaps=gaps)
 
-    def counted(self, options: AdaptiveOptions) -> Library:
+    def counted(self, recovered: float = 0.0) -> Library:
         """With prices of what tuning does not give back of what goes whole, of attention and of integers."""
 
         def times(place: Place) -> float:
             if place in self.times:
                 return ATTENTION_COUNTS * min(MOST_TIMES, max(LEAST_TIMES, self.times[place]))
-            return options.attention if place[1] == ATTENTION.name else 1.0
+            return ATTENTION_TIMES if place[1] == ATTENTION.name else 1.0
 
         def lost(gap: Gap) -> float:
             counts = GONE_COUNTS if gap.measured else sum(map(times, gap.blocks)) / len(gap.blocks)
@@ -136,8 +137,8 @@ class Library:
         offers = {
             place: tuple((keep, times(place) * price) for keep, price in kept) for place, kept in self.offers.items()
         }
-        gaps = tuple(replace(gap, price=(1 - options.recovered) * lost(gap)) for gap in self.gaps)
-        return Library(offers, gaps, self.rounding and self.rounding.counted(options.rounding))
+        gaps = tuple(replace(gap, price=(1 - recovered) * lost(gap)) for gap in self.gaps)
+        return Library(offers, gaps, self.rounding and self.rounding.counted(ROUNDING_COUNTS))
 
     def blocks(self, budget: Budget) -> list[Block]:
         """All blocks in order, with what their options cost."""
@@ -191,7 +192,7 @@ def search(library: Library, budget: Budget, most_gone: int | None = None) -> Fo
     blocks = library.blocks(budget)
     several = bool(budget.forms or budget.words)
     offered = library.in_forms(blocks, budget) if several else blocks
-    solution = solve(offered, budget, () if budget.one_width else library.gaps, most_gone)
+    solution = solve(offered, budget, () if budget.allowed.one_width else library.gaps, most_gone)
     chosen = [option.bare or option for option in solution.options[: len(blocks)]]
     plan = plan_from(blocks, chosen, budget.dense)
     price = sum(option.price for option in solution.options)
@@ -234,12 +235,13 @@ def _held(
     return PlanForms(budget.base, held, vocabulary), Gained(changed, saved, price)
 
 
-def check_floor(shape: ModelShape, budget: Budget, options: PruneOptions) -> None:
+def check_floor(budget: Budget) -> None:
     """Refuse, before minutes of scoring, what no choice of options can meet; the UserError names the floor."""
-    free = {place: tuple((keep, 0.0) for keep in plans) for place, plans in choices(shape, options).items()}
-    if budget.one_width:
+    shape, allowed = budget.dense, budget.allowed
+    free = {place: tuple((keep, 0.0) for keep in plans) for place, plans in choices(shape, allowed).items()}
+    if allowed.one_width:
         free = {(i, kind): offers if kind == FFN.name else offers[:1] for (i, kind), offers in free.items()}
-    gaps = [] if budget.one_width else [Gap(run, 0.0) for run in runs_of(shape, options)]
+    gaps = [] if allowed.one_width else [Gap(run, 0.0) for run in runs_of(shape, allowed)]
     library = Library(free)
     blocks = library.blocks(budget)
     _check_floor(library.in_forms(blocks, budget) if budget.forms or budget.words else blocks, budget, gaps)
@@ -269,7 +271,7 @@ def solve(blocks: list[Block], budget: Budget, gaps: Sequence[Gap] = (), most_go
         UserError: even the smallest options exceed the budget; the floor is named.
     """
     _check_floor(blocks, budget, gaps)
-    if budget.one_width:
+    if budget.allowed.one_width:
         return Solution(_of_one_width(blocks, budget))
     limit = budget.limit
     for _ in range(RETRIES):

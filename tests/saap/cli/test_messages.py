@@ -43,10 +43,10 @@ def inside(place, monkeypatch):
 
 UNUSED = {
     "prune dense -o o --ratio 0.2 --method flap --keep ffn": "--keep ffn is for the method saap: leave it out, or",
-    "prune dense -o o --ratio 0.2 --method flap --set score=fused --stages 2": "--stages and score are for",
+    "prune dense -o o --ratio 0.2 --method flap --set score=fused --effort normal": "--effort and score are for",
     "prune dense -o o --ratio 0.2 --method shortgpt --heads --compensate bias": "--compensate and --heads are for",
-    "prune dense -o o --ratio 0.2 --method random --calibration long.txt": "--calibration is for methods that read a",
-    "prune dense -o o --ratio 0.2 --method magnitude --seed 1 --length 9": "--length and --seed are for methods that",
+    "prune dense -o o --ratio 0.2 --stages 2": "--stages was removed: one stage is better than several; leave it out",
+    "prune dense -o o --ratio 0.2 --set c=1": "c was removed: it is the number of tokens per sequence; leave it out",
     "prune dense -o o --ratio 0.2 --threads 1": "--threads is for --speedup and --ms-per-token: leave it out, or ask",
     "prune dense -o o --ratio 0.2 --heads --keep heads": "--heads and --keep heads contradict each other: give one",
     "prune dense -o o --ratio 0.2 --here": "--here is about the table of --costs",

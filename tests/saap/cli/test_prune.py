@@ -166,9 +166,9 @@ def test_a_slim_model_prunes_again(model, tmp_path, river, costs):
         ("--ratio 0.2 --vocabulary-input", "--vocabulary-input is for models that lose words: give --vocabulary too"),
         ("--vocabulary 9", "a vocabulary of 9 words cannot be closed: 261 must stay"),
         ("--vocabulary 320", "a vocabulary of '320' is none of this model's 320 words: give a number such as 24k"),
-        ("--ratio 0.2 --method best", "--method best is not allowed: give saap, random,"),
+        ("--ratio 0.2 --method best", "--method best is not allowed: give saap, vector,"),
         ("--ratio 0.2 --compensate hope", "--compensate hope is not allowed: give none, bias or refit"),
-        ("--ratio 0.2 --set c=nan", "c nan is not allowed"),
+        ("--ratio 0.2 --set stability=nan", "stability nan is not allowed"),
         (
             "--ratio 0.2 --keep blocks --method flap",
             "--keep blocks is for the method saap: leave it out, or leave --method",
@@ -215,7 +215,7 @@ def test_no_layer_is_kept_where_that_is_said(tiny_model, tmp_path, river):
     widths = {}
     for kept in ((), ("--keep-layers", "none")):
         out = tmp_path / f"slim{len(kept)}"
-        pruned(model, out, river, "--ratio", 0.25, "--method", "param_first", *kept)
+        pruned(model, out, river, "--ratio", 0.25, "--method", "param_mix", *kept)
         widths[kept] = [len(layer["ffn"]) for layer in read_record(out)["plan"]["layers"]]
     own, none = widths.values()
     assert own[0] == 128 and none[0] < 128

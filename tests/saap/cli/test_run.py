@@ -59,7 +59,7 @@ def test_a_table_of_costs_that_has_become_too_large_is_not_hashed(costs, tmp_pat
         file.truncate((256 << 20) + 1)  # takes no room
     state = SimpleNamespace(options=options(speedup=1.5, costs=costs), out=tmp_path, model="dense", step=None)
     with pytest.raises(UserError, match=r"cost.json is damaged \(larger than 256 MiB\): "):
-        pipeline._prune(state, tmp_path, [])
+        pipeline._prune(state, [])
 
 
 def test_what_several_steps_take_is_given_once():
@@ -69,9 +69,6 @@ def test_what_several_steps_take_is_given_once():
     assert (tuning.options.bits, tuning.options.group_size, tuning.options.training.seed) == (8, 64, 3)
     assert (tuning.teacher, tuning.data) == ("dense", "d.txt")
     assert options(teacher="other").tune("dense").teacher == "other"
-    still = options(method="magnitude", seed=3)  # which draws nothing, as tuning does
-    still.prune.options.check()
-    assert (still.prune.options.seed, still.tune("dense").options.training.seed) == (0, 3)
     dense, slim = asked.export(tuned=False), asked.export(tuned=True)
     assert (dense.bits, dense.group_size, dense.text) == (8, 64, "c.txt")
     assert (slim.bits, slim.group_size, slim.text) == (None, None, "c.txt")  # as tuned

@@ -31,7 +31,7 @@ def test_the_house_hands_out_what_it_names() -> None:
 
 def test_what_a_researcher_sets_has_no_flag() -> None:
     hidden = {name for name, setting in settings_of(PruneOptions).items() if not setting.option.shown}
-    assert {"score", "slices", "sigma", "stability", "layer_power", "c", "exact"} <= hidden
+    assert {"score", "slices", "stability", "exact"} <= hidden
     assert not hidden & {"ratio", "method", "costs", "blocks", "keep_layers", "device"}
 
 
@@ -39,8 +39,13 @@ def test_what_a_researcher_sets_has_no_flag() -> None:
     ("options", "message"),
     [
         (PruneOptions(ratio=0.2, device="tpu"), "device 'tpu' is not known: give auto, cpu, cuda"),
-        (PruneOptions(ratio=0.2, stages=0), "0 is not allowed: give a whole number from 1"),
-        (PruneOptions(ratio=0.2, method="flap", stages=2), "--stages is for the method saap"),
+        (PruneOptions(ratio=0.2, sequences=0), "0 is not allowed: give a whole number from 1"),
+        (PruneOptions(ratio=0.2, method="flap", effort="normal"), "--effort is for the method saap"),
+        (
+            PruneOptions(ratio=0.2, vocabulary="auto", effort="normal"),
+            "--effort chooses layers only: leave --vocabulary",
+        ),
+        (PruneOptions(ratio=0.2, vocabulary_input=True), "--vocabulary-input is for models that lose words"),
         (PruneOptions(ratio=0.2, method="vector", stream=True), "vector needs the gradients of all weights at once"),
         (PruneOptions(ratio=0.2, adaptive=AdaptiveOptions(exact=True)), "has no element score to be exact: leave"),
         (

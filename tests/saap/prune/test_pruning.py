@@ -73,11 +73,16 @@ def test_several_processes_are_refused(tiny_model, tmp_path, monkeypatch):
         prune(tiny_model(), PruneOptions(ratio=0.3), output=tmp_path / "slim", calibration=IDS)
 
 
-def test_pruning_in_steps_is_pruning_again_and_again(tiny_model, tmp_path):
-    """The plan indexes into the base model, whatever lay between."""
-    path = tiny_model()
-    in_steps = PruneOptions(ratio=0.4, stages=3, compensate="none")
-    plan = prune(path, in_steps, output=tmp_path / "slim", calibration=IDS).plan
+def test_layers_that_are_kept_stay_whole(tiny_model, tmp_path):
+    options = PruneOptions(ratio=0.3, keep_layers=frozenset({1}))
+    plan = prune(tiny_model(), options, output=tmp_path / "slim", calibration=IDS).plan
+    assert plan.layers[1] == whole_layer(shape_of(read_config(tmp_path / "slim")).layers[1])
+    assert len(plan.layers[1].ffn) == 128
+
+
+def test_the_plan_indexes_into_the_base_model(tiny_model, tmp_path):
+    path, options = tiny_model(), PruneOptions(ratio=0.4, compensate="none")
+    plan = prune(path, options, output=tmp_path / "slim", calibration=IDS).plan
     record = read_record(tmp_path / "slim")["plan"]
     assert record["achieved"]["ratio"] >= 0.4
     assert [layer["ffn"] for layer in record["layers"]] == [list(layer.ffn) for layer in plan.layers]
@@ -86,62 +91,17 @@ def test_pruning_in_steps_is_pruning_again_and_again(tiny_model, tmp_path):
         keep, before = plan.layers[index], dense.model.layers[index]
         if keep.ffn:
             assert torch.equal(before.mlp.down_proj.weight[:, list(keep.ffn)], after.mlp.down_proj.weight)
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["slim", "tiny"]
 
 
-def test_steps_of_other_settings_are_removed(tiny_model, tmp_path):
-    (tmp_path / ".slim.pruning/1-0123456789abcdef").mkdir(parents=True)
-    prune(tiny_model(), PruneOptions(ratio=0.3, stages=2), output=tmp_path / "slim", calibration=IDS)
-    assert not (tmp_path / ".slim.pruning").exists()
-
-
-def test_layers_that_are_kept_stay_whole_in_every_step(tiny_model, tmp_path):
-    options = PruneOptions(ratio=0.3, stages=2, keep_layers=frozenset({1}))
-    plan = prune(tiny_model(), options, output=tmp_path / "slim", calibration=IDS).plan
-    assert plan.layers[1] == whole_layer(shape_of(read_config(tmp_path / "slim")).layers[1])
-    assert len(plan.layers[1].ffn) == 128
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_a_pruning_that_was_killed_goes_on_after_its_last_step(tiny_model, tmp_path, monkeypatch, stream):
-    """The same plan, reasons and bytes, and no step twice; one that was damaged meanwhile is made again."""
-    path, steps = tiny_model(), PruneOptions(ratio=0.4, stages=3, stream=stream)
-    prune(path, steps, output=tmp_path / "whole", calibration=IDS)
-    once, made = pruning._prune_stage, []
-
-    def until_the_third(job, stage, now, out, *rest):
-        if len(made) == 2:
-            raise KeyboardInterrupt
-        made.append(out.name)
-        return once(job, stage, now, out, *rest)
-
-    def to_the_end(job, stage, now, out, *rest):
-        made.append(out.name)
-        return once(job, stage, now, out, *rest)
-
-    for name in ("slim",) if stream else ("slim", "again"):
-        made.clear()
-        monkeypatch.setattr(pruning, "_prune_stage", until_the_third)
-        with pytest.raises(KeyboardInterrupt):
-            prune(path, steps, output=tmp_path / name, calibration=IDS)
-        assert [step[0] for step in made] == ["1", "2"] and not (tmp_path / name).exists()
-        (left,) = (tmp_path / f".{name}.pruning").glob("2-*")
-        if name == "again":
-            weights = left / "model.safetensors"
-            weights.write_bytes(weights.read_bytes()[:-1] + b"!")
-        monkeypatch.setattr(pruning, "_prune_stage", to_the_end)
-        prune(path, steps, output=tmp_path / name, calibration=IDS)
-        assert [step[0] for step in made[2:]] == (["s"] if name == "slim" else ["1", "2", "a"])
-        assert not left.parent.exists()
-        for file in (tmp_path / "whole").iterdir():
-            assert file.read_bytes() == (tmp_path / name / file.name).read_bytes(), file.name
-
-
-def test_a_pruning_that_fails_leaves_no_steps(tiny_model, tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [OSError(28, ""), KeyboardInterrupt()])
+def test_a_pruning_that_ends_early_leaves_nothing(tiny_model, tmp_path, monkeypatch, error):
     path = tiny_model()
-    monkeypatch.setattr(
-        pruning, "_prune_stage", lambda *given: given[3].mkdir() or (_ for _ in ()).throw(OSError(28, ""))
-    )
-    with pytest.raises(OSError):
-        prune(path, PruneOptions(ratio=0.3, stages=2), output=tmp_path / "slim", calibration=IDS)
+    (tmp_path / ".slim.pruning").mkdir()  # of one that was killed
+
+    def failing(*arguments):
+        raise error
+
+    monkeypatch.setattr(pruning, "write_trimmed", failing)
+    with pytest.raises(type(error)):
+        prune(path, PruneOptions(ratio=0.3, stream=True), output=tmp_path / "slim", calibration=IDS)
     assert {p.name for p in tmp_path.iterdir()} == {path.name}

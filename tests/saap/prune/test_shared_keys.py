@@ -13,7 +13,7 @@ from saap.models.checkpoint import load_model, read_config
 from saap.prune.options import PruneOptions
 from saap.prune.plan import PrunePlan, check_plan, whole_layer
 from saap.prune.pruning import prune
-from saap.prune.search.choices import choices
+from saap.prune.search.choices import Allowed, choices
 
 IDS = torch.randint(320, (12, 48), generator=torch.Generator().manual_seed(4))
 
@@ -53,7 +53,7 @@ def test_a_group_that_layers_share_is_one_choice(dense, groups):
     scores = {type_: [np.full(count, 1.0) for _ in shape.layers] for type_, count in (("head", 6), ("group", 3))}
     scores["ffn"] = [np.full(sizes.ffn, 1.0) for sizes in shape.layers]
     scores["group"][2], scores["group"][4] = np.array([0.1, 0.5, 0.6]), np.array([5.0, 0.2, 0.05])
-    offered = choices(shape, PruneOptions(ratio=0.5, heads=True), scores)
+    offered = choices(shape, Allowed(), scores)
     kept = [{keep.kv_heads for keep in offered[index, "attention"] if len(keep.kv_heads) == groups} for index in (2, 4)]
     assert kept == [{(0,)} if groups == 1 else {(0, 1)}] * 2
 
@@ -62,7 +62,7 @@ def test_a_group_that_layers_share_is_one_choice(dense, groups):
     ("asked", "named"),
     [
         ({"method": "shortgpt"}, "so no layer goes: leave --method shortgpt out"),
-        ({"method": "random", "heads": True}, "so only saap prunes their heads: leave --heads out"),
+        ({"method": "flap", "heads": True}, "so only saap prunes their heads: leave --heads out"),
     ],
 )
 def test_what_cannot_go_is_refused(dense, tmp_path, asked, named):

@@ -36,7 +36,7 @@ def ranking_of(method, shape, heads, block, seed):
 
 
 @given(
-    st.sampled_from(SHAPES), st.sampled_from(["flap", "magnitude"]), st.booleans(), st.sampled_from([32, 64]),
+    st.sampled_from(SHAPES), st.sampled_from(["flap", "wanda_sp"]), st.booleans(), st.sampled_from([32, 64]),
     st.floats(0, 0.999), st.floats(0, 0.999), st.integers(0, 1),
 )  # fmt: skip
 @settings(deadline=None, max_examples=60)
@@ -68,7 +68,7 @@ def test_plans_are_on_the_grid_and_never_below_the_share(shape, method, heads, b
 
 @pytest.mark.parametrize("share", [0.1, 0.2, 0.37, 0.5])
 def test_one_ratio_means_at_most_one_notch_between_layers(share):
-    layers = ranking_of("magnitude", SMOLLM2, True, 32, 0).plan_at(share).layers
+    layers = ranking_of("wanda_sp", SMOLLM2, True, 32, 0).plan_at(share).layers
     widths = {len(layer.ffn) for layer in layers}
     assert max(widths) - min(widths) <= 64
     groups = [len(layer.kv_heads) for layer in layers]

@@ -5,7 +5,7 @@ import torch
 
 from saap.models.architectures import shape_of
 from saap.models.checkpoint import load_model
-from saap.prune.baselines.scores import flap_scores, magnitude_scores, taylor_scores, wanda_scores
+from saap.prune.baselines.scores import flap_scores, taylor_scores, wanda_scores
 from saap.prune.options import TAYLOR
 from saap.prune.scores.activations import collect
 
@@ -48,8 +48,6 @@ def brute_taylor(method, weight, first, second, indices, by_column):
         w, g, g2 = weight.detach().double()[pick], first[id(weight)][pick], second[id(weight)][pick]
         total += {
             "vector": (w * g).sum().abs(),
-            "param_first": (w * g).abs().sum(),
-            "param_second": (w * w * g2).abs().sum(),
             "param_mix": (w * g - 0.5 * w * w * g2).abs().sum(),
         }[method].item()
     return total
@@ -58,6 +56,8 @@ def brute_taylor(method, weight, first, second, indices, by_column):
 @pytest.mark.parametrize("method", TAYLOR)
 def test_llm_pruners_scores_are_those_of_the_formulas(tiny_model, method):
     model = load_model(tiny_model())
+    for module in model.model.layers:  # large weights: w^2 g^2 is no longer lost beside w g
+        module.mlp.down_proj.weight.data *= 20
     scores = taylor_scores(method, model, shaped(model), IDS)
     first, second = gradients(model, IDS)
     for layer in range(3):
@@ -71,14 +71,6 @@ def test_llm_pruners_scores_are_those_of_the_formulas(tiny_model, method):
                     for w, indices, by_column in slices_of(model, layer, kind, n)
                 )
                 assert values[n].item() == pytest.approx(expected, rel=1e-3)
-
-
-def test_the_second_order_term_counts(tiny_model):
-    model = load_model(tiny_model())
-    for module in model.model.layers:  # large weights: w^2 g^2 is no longer lost beside w g
-        module.mlp.down_proj.weight.data *= 20
-    first, mix = (taylor_scores(m, model, shaped(model), IDS).ffn[0] for m in ("param_first", "param_mix"))
-    assert (first - mix).abs().max() > 1e-3 * first.max()
 
 
 @pytest.mark.parametrize("method", TAYLOR)
@@ -101,17 +93,6 @@ def test_a_gradient_that_was_there_stays_and_does_not_count(tiny_model):
     found = taylor_scores("vector", model, shaped(model), IDS)
     assert torch.equal(found.ffn[0], expected.ffn[0])
     assert torch.equal(weight.grad, torch.ones_like(weight))
-
-
-def test_magnitude_is_the_squared_norm_of_all_slices(tiny_model):
-    model = load_model(tiny_model())
-    scores = magnitude_scores(model, shaped(model))
-    for kind, values, n in (("ffn", scores.ffn[2], 9), ("group", scores.group[2], 1)):
-        expected = sum(
-            (w[:, i] if by_column else w[i]).detach().square().sum().item()
-            for w, i, by_column in slices_of(model, 2, kind, n)
-        )
-        assert values[n].item() == pytest.approx(expected, rel=1e-5)
 
 
 def inputs_of(linear, model):

@@ -75,7 +75,6 @@ def test_a_refit_is_the_ridge_solution_that_held_sequences_choose(dense, monkeyp
     monkeypatch.setattr("saap.prune.cut.refit.LAMBDAS", (0.1, 1.0))
     monkeypatch.setattr("saap.prune.cut.refit.ROWS", 1)
     found = dict(compensate("refit", model, halved(shape), IDS))
-    on_the_way = dict(compensate("refit", model, halved(shape), IDS, last=False))
     layer = model.model.layers[0]
     seen = []
     handle = layer.self_attn.o_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
@@ -97,18 +96,8 @@ def test_a_refit_is_the_ridge_solution_that_held_sequences_choose(dense, monkeyp
     best = min(errors, key=errors.__getitem__)
     assert errors[best] < rest[5].square().sum().item()  # else nothing would be fitted
     everything = ridge(kept.flatten(0, 1), rest.flatten(0, 1), best)
-    for replaced, change in ((found, everything), (on_the_way, ridge(fit_x, fit_r, best))):
-        weights = replaced["model.layers.0.self_attn.o_proj.weight"].double()
-        assert torch.allclose(weights, weight[:, columns] + change, atol=1e-5)
-
-
-def test_only_the_last_step_fits_what_chose_lambda(tiny_model, tmp_path, monkeypatch):
-    from saap.prune import pruning as module
-
-    seen = []
-    monkeypatch.setattr(module, "compensate", lambda *args, last, **kwargs: seen.append(last) or {})
-    module.prune(tiny_model(), module.PruneOptions(ratio=0.3, stages=3), output=tmp_path / "slim", calibration=IDS)
-    assert seen == [False, False, True]
+    weights = found["model.layers.0.self_attn.o_proj.weight"].double()
+    assert torch.allclose(weights, weight[:, columns] + everything, atol=1e-5)
 
 
 def test_a_refit_brings_what_the_model_says_closer_to_the_dense_one(dense, tmp_path):

@@ -12,10 +12,8 @@ from saap.models.checkpoint import load_model
 from saap.prune.scores.cache import keep_scores, read_scores, scores_path
 from saap.prune.scores.fusion import (
     FusionOptions,
-    closed_form_variance,
     fuse,
     layer_weighted,
-    learned_variance,
     stability_factor,
 )
 from saap.prune.scores.importance import TYPES, estimate, per_structure
@@ -175,23 +173,19 @@ def test_a_loss_that_is_not_finite_names_the_sequence(tiny_model):
 @pytest.mark.parametrize(
     ("score", "mean"), [("vector", 0.5), ("element", 0.5), ("fused", 1.0), ("vector-token", 1.0), ("fused-token", 1.5)]
 )
-@pytest.mark.parametrize("sigma", ["type", "layer"])
-def test_fused_scores_have_half_their_count_as_mean_where_sigma_is_shared(scored, score, mean, sigma):
+def test_fused_scores_have_half_their_count_as_mean_over_the_heads_of_a_model(scored, score, mean):
     _, shape, scores = scored
-    fused = fuse(scores, shape, FusionOptions(score=score, sigma=sigma, layer_power=0))
-    for kind, rows in fused.items():
-        if kind in ("conv", "delta"):  # which the model has none of
-            assert not any(map(len, rows))
-            continue
-        for row in rows if sigma == "layer" else [torch.cat(rows)]:
-            assert row.mean().item() == pytest.approx(mean, rel=1e-5)
-        assert min(row.min().item() for row in rows) >= 0
+    fused = fuse(scores, shape, FusionOptions(score=score))
+    for kind in ("head", "group"):
+        assert torch.cat(fused[kind]).mean().item() == pytest.approx(mean, rel=1e-5)
+    assert not any(len(row) for kind in ("conv", "delta") for row in fused[kind]), "the model has none"
+    assert min(row.min().item() for rows in fused.values() for row in rows if len(row)) >= 0
 
 
 def test_stability_multiplies_the_fused_score(scored):
     _, shape, scores = scored
-    plain, steady = (fuse(scores, shape, FusionOptions(stability=s, layer_power=0)) for s in (0.0, -0.7))
-    for kind in ("ffn", "head", "group"):
+    plain, steady = (fuse(scores, shape, FusionOptions(stability=s)) for s in (0.0, -0.7))
+    for kind in ("head", "group"):
         factors = stability_factor(scores.fluctuating(kind, shape), -0.7)
         for before, after, factor in zip(plain[kind], steady[kind], factors, strict=True):
             assert torch.allclose(after, before * factor)
@@ -200,34 +194,20 @@ def test_stability_multiplies_the_fused_score(scored):
 
 def test_a_layer_counts_by_the_mean_of_its_own_scores():
     rows = [torch.tensor([1.0, 2.0]), torch.tensor([]), torch.tensor([1.0, 1.0, 7.0]), torch.zeros(2)]
-    first, empty, second, nothing = layer_weighted(rows, 2.0)
-    assert torch.allclose(first, rows[0] * (1.5 / 2.25) ** 2) and torch.allclose(second, rows[2] * (3 / 2.25) ** 2)
+    first, empty, second, nothing = layer_weighted(rows)
+    assert torch.allclose(first, rows[0] * 1.5 / 2.25) and torch.allclose(second, rows[2] * 3 / 2.25)
     assert not len(empty) and torch.equal(nothing, rows[3])
-    assert layer_weighted(rows, 0.0) is rows
-    assert layer_weighted([torch.zeros(2)], 1.0)[0].tolist() == [0, 0]
+    assert layer_weighted([torch.zeros(2)])[0].tolist() == [0, 0]
 
 
 def test_channels_have_the_layer_factor_by_default_and_heads_do_not(scored):
     _, shape, scores = scored
-    plain, ours = fuse(scores, shape, FusionOptions(layer_power=0)), fuse(scores, shape)
-    assert all(torch.equal(a, b) for a, b in zip(layer_weighted(plain["ffn"], 1.0), ours["ffn"], strict=True))
-    assert len({round(float((b / a).mean()), 6) for a, b in zip(plain["ffn"], ours["ffn"], strict=True)}) > 1
-    for kind in ("head", "group"):
-        assert all(torch.equal(a, b) for a, b in zip(plain[kind], ours[kind], strict=True))
-
-
-@pytest.mark.parametrize("scale", [1e-9, 1.0, 1e4])
-def test_a_learned_variance_converges_to_the_closed_form(scale):
-    scores = [torch.rand(50, generator=torch.Generator().manual_seed(i)) * scale for i in range(4)]
-    assert learned_variance(scores).item() == pytest.approx(closed_form_variance(scores).item(), rel=1e-5)
-
-
-def test_learned_and_closed_form_fuse_alike(scored):
-    _, shape, scores = scored
-    closed, learned = (fuse(scores, shape, FusionOptions(learned=flag)) for flag in (False, True))
-    for kind in TYPES:
-        for a, b in zip(closed[kind], learned[kind], strict=True):
-            assert torch.allclose(a, b, rtol=1e-4)
+    fused = fuse(scores, shape)
+    for kind, weighted in (("ffn", layer_weighted), ("head", list), ("group", list)):
+        terms = scores.vector(kind, shape), scores.tokenwise(kind, shape)
+        sums = [sum(row / (2 * torch.cat(term).mean()) for row, term in zip(rows, terms, strict=True))
+                for rows in zip(*terms, strict=True)]  # fmt: skip
+        assert all(torch.allclose(a, b) for a, b in zip(weighted(sums), fused[kind], strict=True))
 
 
 def kept(weights, ids, settings, compute):

@@ -37,7 +37,7 @@ def test_another_budget_prices_nothing_again(tiny_model, monkeypatch):
         also.setattr(Pricing, "changes", refused)
         assert plan_of(model) == first, "nothing is measured again"
     assert plan_of(model, ratio=0.5) != first
-    adaptive = replace(PruneOptions().adaptive, recovered=0.9, attention=2.0)
+    adaptive = replace(PruneOptions().adaptive, recovered=0.9)
     assert plan_of(model, adaptive=adaptive)
     assert plan_of(model) == first, "what others measured makes no difference"
     for other in (

@@ -16,17 +16,22 @@ from saap.prune.options import PruneOptions
 from saap.prune.plan import LayerPlan, whole_layer
 from saap.prune.scores.fusion import fuse
 from saap.prune.scores.scoring import scores_of
+from saap.prune.search.choices import Allowed
 from saap.prune.search.library import Pricing, between
 
 FIT = torch.randint(320, (8, 32), generator=torch.Generator().manual_seed(3))
 HELD = torch.randint(320, (24, 32), generator=torch.Generator().manual_seed(4))
 
 
+def allowed(options):
+    return Allowed(keep=options.keep, keep_layers=options.kept_layers)
+
+
 def library_of(model, **options):
     options = PruneOptions(ratio=0.3, **options)
     shape = shape_of(model.config)
     ranked = fuse(scores_of(model, shape, FIT, options.adaptive), shape, options.adaptive.fusion)
-    return Pricing(model, shape, ranked, (FIT, HELD), options).library()
+    return Pricing(model, shape, ranked, (FIT, HELD), allowed(options), options.compensation).library()
 
 
 @torch.no_grad()
@@ -72,7 +77,10 @@ def test_compensation_makes_everything_cheaper(tiny_model):
     shape = shape_of(model.config)
     options = {kind: PruneOptions(ratio=0.3, compensate=kind) for kind in ("none", "bias", "refit")}
     ranked = fuse(scores_of(model, shape, FIT, options["none"].adaptive), shape)
-    found = {kind: Pricing(model, shape, ranked, (FIT, FIT), each).library() for kind, each in options.items()}
+    found = {
+        kind: Pricing(model, shape, ranked, (FIT, FIT), allowed(each), each.compensation).library()
+        for kind, each in options.items()
+    }
     for place, offers in found["none"].offers.items():
         for number, (keep, price) in enumerate(offers[1:], 1):
             assert found["refit"].offers[place][number][0] == keep
@@ -113,4 +121,4 @@ def test_a_price_that_is_not_finite_is_refused(tiny_model):
     ranked = fuse(scores_of(model, shape, FIT, options.adaptive), shape)
     model.model.layers[1].mlp.down_proj.weight.data[0, 0] = float("nan")
     with pytest.raises(UserError, match="a price is not finite on the calibration text"):
-        Pricing(model, shape, ranked, (FIT, HELD), options).library()
+        Pricing(model, shape, ranked, (FIT, HELD), allowed(options), options.compensation).library()

@@ -13,10 +13,10 @@ from saap.models.architectures import shape_of
 from saap.models.checkpoint import load_model
 from saap.models.layer_walk import layers_of
 from saap.models.shape import ATTENTION, KINDS
-from saap.prune.options import AdaptiveOptions, PruneOptions
+from saap.prune.options import PruneOptions
 from saap.prune.plan import LayerPlan, whole_layer
 from saap.prune.search.budget import budget_for
-from saap.prune.search.choices import runs_of
+from saap.prune.search.choices import Allowed, runs_of
 from saap.prune.search.kept_prices import KeptDivergences
 from saap.prune.search.library import Pricing
 from saap.prune.search.measured import EVERY, Measuring, Windows, long_windows
@@ -31,7 +31,7 @@ def pricing_of(model, **options):
     shape = shape_of(model.config)
     scores = {type_: [torch.arange(getattr(s, size), dtype=torch.float64) for s in shape.layers]
               for kind in KINDS.values() for type_, size in zip(kind.types, kind.sizes, strict=True)}  # fmt: skip
-    return Pricing(model, shape, scores, (IDS[:8], IDS[8:]), options)
+    return Pricing(model, shape, scores, (IDS[:8], IDS[8:]), Allowed(), options.compensation)
 
 
 @torch.no_grad()
@@ -54,7 +54,7 @@ def test_what_is_measured_is_the_divergence(tiny_family, family):
     measured = Windows(model, windows)
     attention = {place: plans[-1] for place, plans in pricing.choices.items() if place[1] == ATTENTION.name}
     options = {place: keep for place, keep in attention.items() if not shape.sources}  # those are of several layers
-    runs = list(runs_of(shape, pricing.options))
+    runs = list(runs_of(shape, Allowed()))
     whole, seen = list(map(whole_layer, shape.layers)), 0
     for change in pricing.changes(options, runs):
         plans = {}
@@ -127,11 +127,11 @@ def test_measured_until_nothing_of_a_plan_is_left(tiny_model):
     found, rounds = pricing.library(), 0
     labels = []
     measuring = Measuring(pricing, IDS, KeptDivergences(None), lambda label, done, total: labels.append(label))
-    plan = search(found.counted(AdaptiveOptions()), budget)
+    plan = search(found.counted(), budget)
     while (more := measuring.more(found, plan)) is not None:
         assert more != found
         found, rounds = more, rounds + 1
-        plan = search(found.counted(AdaptiveOptions()), budget)
+        plan = search(found.counted(), budget)
     assert 0 < rounds < 20 and labels
     known = {gap.blocks: gap.price for gap in found.gaps if gap.measured}
     taken = [(b.layer, b.kind) for b, option in zip(plan.blocks, plan.chosen, strict=True) if not option.kept]
@@ -148,11 +148,11 @@ def test_what_was_measured_counts_instead_of_the_price():
     place, other = (0, "attention"), (1, "attention")
     found = replace(library(0), times={place: 2.0, other: 100.0})
     run = found.gaps[-1].blocks
-    counted = found.measured(found.times, {run: 0.3}).counted(AdaptiveOptions())
+    counted = found.measured(found.times, {run: 0.3}).counted()
     for each, times in ((place, 2.0), (other, MOST_TIMES)):
         prices = [price for _, price in found.offers[each]]
         assert [price for _, price in counted.offers[each]] == [ATTENTION_COUNTS * times * price for price in prices]
     assert counted.gaps[-1] == Gap(run, GONE_COUNTS * 0.3, measured=True)
     assert not any(gap.measured for gap in counted.gaps[:-1])
-    half = Library({}, counted.gaps[-1:]).counted(AdaptiveOptions(recovered=0.5))
+    half = Library({}, counted.gaps[-1:]).counted(0.5)
     assert half.gaps[0].price == pytest.approx(GONE_COUNTS**2 * 0.3 / 2)

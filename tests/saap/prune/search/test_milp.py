@@ -8,11 +8,11 @@ from support.search_cases import SHAPE, TABLE, library, milliseconds, weights
 from saap.base.errors import UserError
 from saap.models.shape import ATTENTION, FFN, LayerSizes
 from saap.prune.baselines.plans import meet
-from saap.prune.options import AdaptiveOptions, PruneOptions
-from saap.prune.plan import LayerPlan, PrunePlan, check_plan, composed, whole_layer
+from saap.prune.plan import LayerPlan, PrunePlan, check_plan, whole_layer
+from saap.prune.search.choices import Allowed
 from saap.prune.search.milp import Gap, Library, check_floor, search
 
-WHOLE_ONLY = PruneOptions(keep=frozenset({"blocks"}))
+WHOLE_ONLY = Allowed(keep=frozenset({"blocks"}))
 
 
 def choices_within(found, budget, most_gone=None):
@@ -39,7 +39,7 @@ def choices_within(found, budget, most_gone=None):
 @pytest.mark.parametrize("share", [0.9, 0.6, 0.3])
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("budget_of", [weights, milliseconds])
-@pytest.mark.parametrize("options", [PruneOptions(), WHOLE_ONLY])
+@pytest.mark.parametrize("options", [Allowed(), WHOLE_ONLY])
 def test_the_choice_is_the_cheapest_of_all(seed, share, budget_of, options):
     whole = budget_of(1).total(SHAPE)
     budget = budget_of(share * whole + (1 - share) * budget_of(1).fixed)
@@ -70,7 +70,7 @@ def test_so_many_blocks_go_at_most(seed, most_gone):
 
 def test_attention_counts_more_than_its_price():
     found = library(0)
-    counted = found.counted(AdaptiveOptions(attention=1.5))
+    counted = found.counted()
     for place, offers in found.offers.items():
         times = 1.5 if place[1] == "attention" else 1.0
         assert counted.offers[place] == tuple((keep, times * price) for keep, price in offers)
@@ -145,20 +145,20 @@ def test_widths_are_whole_groups_and_attention_never_goes_everywhere():
 
 
 def test_kept_layers_stay_whole():
-    plan = search(library(0, PruneOptions(keep_layers=frozenset({1}))), weights(0.7 * SHAPE.layer_weights)).plan
+    plan = search(library(0, Allowed(keep_layers=frozenset({1}))), weights(0.7 * SHAPE.layer_weights)).plan
     assert plan.layers[1].sizes == SHAPE.layers[1]
     assert plan.layers[0].sizes != SHAPE.layers[0]
 
 
 def test_the_named_floor_can_be_met_and_less_cannot():
-    kept = PruneOptions(keep_layers=frozenset({1}), keep=frozenset({"blocks"}))
+    kept = Allowed(keep_layers=frozenset({1}), keep=frozenset({"blocks"}))
     floor = 1.0 + 0.4 + 0.25 + 0.9 + 0.85  # two heads in one group, width 32; the other layer is whole
-    check_floor(SHAPE, milliseconds(floor), kept)
+    check_floor(replace(milliseconds(floor), allowed=kept))
     assert milliseconds(floor).meets(search(library(0, kept), milliseconds(floor)).plan.kept_shape(SHAPE))
     with pytest.raises(UserError, match=r"asked 3\.39 ms per token, the smallest that these options allow is 3\.4 ms"):
-        check_floor(SHAPE, milliseconds(floor - 0.01), kept)
+        check_floor(replace(milliseconds(floor - 0.01), allowed=kept))
     with pytest.raises(UserError, match=r"the smallest that these options allow is 1\.4 ms"):
-        check_floor(SHAPE, milliseconds(1.3), PruneOptions())
+        check_floor(milliseconds(1.3))
 
 
 def uniform(share):
@@ -238,5 +238,4 @@ def test_a_search_that_ends_at_its_limit_says_how_far_from_the_best_it_may_be(mo
         return OptimizeResult({**answer, "status": 1, "mip_gap": 0.03})
 
     monkeypatch.setattr("scipy.optimize.milp", stopped)
-    plan = search(library(0), budget).plan
-    assert plan.gap == 0.03 and composed(PrunePlan(()), PrunePlan((), gap=0.03)).gap == 0.03
+    assert search(library(0), budget).plan.gap == 0.03
