@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
 from bench.measure.result import Bandwidth
 from bench.measure.statistics import Floats, middle
 from export.bundle.manifest import BundleManifest, LayerSizes
+from saap.base.costs import AttentionCost, ConvCost, DeltaCost, FfnCost, FormCost, HeadCost, ThreadCosts
 
 HUBER_TUNING, HUBER_ROUNDS = 1.345, 20
 QUIET = 10  # percent
@@ -69,78 +70,15 @@ class CostProcess:
         return steps
 
 
-@dataclass(frozen=True)
-class AttentionCost:
-    """Milliseconds of one attention block with its norm, at the document's depth."""
+@dataclass(frozen=True, kw_only=True)
+class MeasuredCosts(ThreadCosts):
+    """The costs at one thread count, with what they were computed from."""
 
-    query_heads: int
-    kv_heads: int
-    ms: float
-
-
-@dataclass(frozen=True)
-class FfnCost:
-    """Milliseconds of one feed-forward block with its norm."""
-
-    width: int
-    ms: float
-
-
-@dataclass(frozen=True)
-class ConvCost:
-    """Milliseconds of one short convolution with its norm."""
-
-    channels: int
-    ms: float
-
-
-@dataclass(frozen=True)
-class DeltaCost:
-    """Milliseconds of one gated delta net with its norm."""
-
-    heads: int
-    ms: float
-
-
-@dataclass(frozen=True)
-class HeadCost:
-    """Milliseconds of a step outside its layers where the head says so many words."""
-
-    rows: int
-    ms: float
-
-
-@dataclass(frozen=True)
-class FormCost:
-    """Milliseconds of the model's own blocks, and of a step outside its layers, in other integers.
-
-    Where only some matrices of a block can have them, of a block that had no others; None where none can.
-    """
-
-    bits: int
-    group_size: int
-    attention_ms: float | None = None
-    ffn_ms: float | None = None
-    outside_ms: float | None = None
-
-
-@dataclass(frozen=True)
-class ThreadCosts:
-    """The costs at one thread count. ``constant_ms``: embedding, final norm, head and choice of the token."""
-
-    n_threads: int
     affinity: list[int]
     step_ms: float  # of the base stack
-    constant_ms: float
     node_ms: float | None  # of one node of a graph as it is written, its arithmetic apart
-    attention: list[AttentionCost]
-    ffn: list[FfnCost]
     bandwidth: Bandwidth
     processes: list[CostProcess]
-    conv: list[ConvCost] = field(default_factory=list)  # of a model that has such layers
-    delta: list[DeltaCost] = field(default_factory=list)  # likewise
-    head: list[HeadCost] = field(default_factory=list)  # of fewer words than all
-    forms: list[FormCost] = field(default_factory=list)  # of other integers than the table's
 
 
 def read_stacks(manifests: Sequence[BundleManifest]) -> list[Stack]:
@@ -160,7 +98,7 @@ def read_stacks(manifests: Sequence[BundleManifest]) -> list[Stack]:
 
 def costs_from(
     stacks: Sequence[Stack], processes: Sequence[CostProcess], cpus: list[int], bandwidth: Bandwidth
-) -> ThreadCosts:
+) -> MeasuredCosts:
     """The costs that raw steps amount to.
 
     Args:
@@ -196,7 +134,7 @@ def costs_from(
             less = base * (1 - ratios[i]) / places / stack.share
             formed.setdefault((stack.bits, stack.group_size), {})[stack.part] = whole[stack.part] - less
     nodes = (stacks[0].nodes - stacks[no_ffn].nodes) / stacks[no_ffn].changed
-    return ThreadCosts(
+    return MeasuredCosts(
         n_threads=len(cpus),
         affinity=cpus,
         step_ms=base,

@@ -18,7 +18,7 @@ import msgspec
 import numpy as np
 import psutil
 
-from bench.costs.fit import CostProcess, Stack, ThreadCosts, costs_from, read_stacks
+from bench.costs.fit import CostProcess, MeasuredCosts, Stack, costs_from, read_stacks
 from bench.costs.options import CostsOptions
 from bench.costs.worker import CostsJob
 from bench.judge.wording import threads as counted
@@ -76,7 +76,7 @@ class Costs:
     model: CostModel
     depth: int  # tokens in the cache
     stacks: list[Stack]  # the base first
-    threads: list[ThreadCosts]  # one per thread count
+    threads: list[MeasuredCosts]  # one per thread count
     on: str | None = None  # the board's address, None for this host
     engine: str = ONNXRUNTIME  # what was timed
     kind: str = KIND

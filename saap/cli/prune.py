@@ -120,10 +120,10 @@ def runtime_here(costs: Path, here: bool) -> str | None:
     bundle is for ``here``. One of this machine has to be of the version that will run the bundle.
     """
     from devices.probe.host import fingerprint, probe
-    from saap.prune.search.layer_costs import COSTS
+    from saap.base.costs import read_cost_file
 
     try:
-        there = COSTS.read(costs).device
+        there = read_cost_file(costs).device
     except UserError:
         return None  # who reads the table says what is wrong with it
     ours = probe()

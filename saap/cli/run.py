@@ -480,8 +480,8 @@ def check_run(steps: dict[str, Needs], out: Path) -> None:
 def _prune(state: _State, dense: object) -> str:
     import hashlib
 
+    from saap.base.costs import COSTS
     from saap.prune.pruning import prune
-    from saap.prune.search.layer_costs import COSTS
 
     asked, out = state.options.prune, state.out / "slim"
 

@@ -165,7 +165,7 @@ def amount(size: int) -> str:
 def check_costs(profile: str, costs: Path) -> None:
     """Refuse a table of costs that was measured on another device than the one that the bundle is for."""
     from devices.profiles.profile import load_profiles, profile_of
-    from saap.prune.search.layer_costs import COSTS
+    from saap.base.costs import COSTS
 
     names = COSTS.read(costs).device.get("compatible")
     found = profile_of(map(str, names), load_profiles()) if isinstance(names, list) else None

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from msgspec import convert
 
+from saap.base.costs import DEVICE, CostFile, read_cost_file
 from saap.base.errors import UserError
 from saap.models.record import Costs, Plan, PlannedBundle
 from saap.models.shape import BlockKind, LayerSizes, ModelShape
@@ -28,7 +29,7 @@ from saap.models.slim_quant import BITS, GROUP_SIZES, MatrixForm
 from saap.prune.forms import READS, WRITES, BlockForms, PlanForms
 from saap.prune.options import TIMED, PruneOptions
 from saap.prune.search.choices import Allowed
-from saap.prune.search.layer_costs import COSTS, DEVICE, CostFile, CostTable, read_costs
+from saap.prune.search.layer_costs import CostTable, read_costs
 from saap.quantize.bundle_size import VOCABULARY, BundleSize, bundle_size
 
 if TYPE_CHECKING:
@@ -380,7 +381,7 @@ def _size(
 
 
 def _described(path: Path, table: CostTable) -> Costs:
-    found = COSTS.read(path)
+    found = read_cost_file(path)
     about = {name: found.device.get(name) for name in DEVICE}
     if found.engine != CostFile.engine:
         about["engine"] = found.engine

@@ -12,117 +12,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
-from msgspec import Meta
 
-from saap.base.documents import Document
-from saap.base.errors import UserError
+from saap.base.costs import AGAIN, CostError, CostFile, FormCost, read_cost_file
 from saap.models.shape import ATTENTION, CONV, DELTA, BlockKind, LayerSizes, ModelShape
 from saap.models.slim_quant import MatrixForm
-
-MOST = 1_000_000_000  # milliseconds, heads, channels: what is above is damage
-AGAIN = "measure it again with `saap devices costs`"
-Milliseconds = Annotated[float, Meta(ge=-MOST, le=MOST)]
-Count = Annotated[int, Meta(ge=1, le=MOST)]
-
-
-# What a plan keeps of the device: texts, or null where it is unknown.
-DEVICE = ("board", "cpu_model", "fingerprint", "onnxruntime")
-
-
-class CostError(UserError):
-    """A table of costs that cannot be used; the message names the file and what to do."""
-
-
-@dataclass(frozen=True)
-class AttentionCost:
-    """Of the attention block with its norm."""
-
-    query_heads: Count
-    kv_heads: Count
-    ms: Milliseconds
-
-
-@dataclass(frozen=True)
-class FfnCost:
-    """Of the feed-forward block with its norm."""
-
-    width: Count
-    ms: Milliseconds
-
-
-@dataclass(frozen=True)
-class ConvCost:
-    """Of the short convolution with its norm."""
-
-    channels: Count
-    ms: Milliseconds
-
-
-@dataclass(frozen=True)
-class DeltaCost:
-    """Of the gated delta net with its norm."""
-
-    heads: Count  # key heads
-    ms: Milliseconds
-
-
-@dataclass(frozen=True)
-class HeadCost:
-    """Of a step outside its layers, whose head says so many words."""
-
-    rows: Count
-    ms: Milliseconds
-
-
-@dataclass(frozen=True)
-class FormCost:
-    """Of the model's own blocks, and of a step outside its layers, in other integers; None where none can have them."""
-
-    bits: Count
-    group_size: Count
-    attention_ms: Milliseconds | None = None
-    ffn_ms: Milliseconds | None = None
-    outside_ms: Milliseconds | None = None
-
-
-@dataclass(frozen=True)
-class ThreadCosts:
-    """With one thread count of ONNX Runtime."""
-
-    n_threads: Count
-    constant_ms: Milliseconds
-    attention: Annotated[list[AttentionCost], Meta(min_length=1)]
-    ffn: Annotated[list[FfnCost], Meta(min_length=1)]
-    conv: list[ConvCost] = field(default_factory=list)  # of families that have such layers
-    delta: list[DeltaCost] = field(default_factory=list)  # likewise
-    head: list[HeadCost] = field(default_factory=list)  # of fewer words than all
-    forms: list[FormCost] = field(default_factory=list)  # of other integers than the table's
-
-
-@dataclass(frozen=True)
-class CostFile:
-    """What planning reads of ``cost.json``; docs/formats.md has all of it."""
-
-    kind: str
-    device: dict[str, object]
-    model: dict[str, object]
-    depth: Count
-    threads: list[ThreadCosts]
-    engine: str = "onnxruntime"
-
-
-def _check(found: CostFile) -> None:
-    if found.kind != "saap costs":
-        raise ValueError(f"{found.kind!r} is no table of costs")
-    for name in DEVICE:
-        if not isinstance(value := found.device.get(name), str | None):
-            raise ValueError(f"device.{name} is {str(value)[:40]}: a text or null is allowed")
-
-
-COSTS = Document(CostFile, "costs", AGAIN, version="schema", check=_check, error=CostError, mark="threads")
 
 
 @dataclass(frozen=True)
@@ -253,7 +148,7 @@ def read_costs(
     if not path.is_file():
         what = f"{path} is a directory" if path.is_dir() else f"there is no {path}"
         raise CostError(f"{what}: give a file of `saap devices costs MODEL -o FILE`")
-    found = COSTS.read(path)
+    found = read_cost_file(path)
     wanted: dict[str, object] = {"hidden": shape.hidden, "head_dim": shape.head_dim, "vocab": shape.vocab, "bits": bits}
     timed = {(cost.bits, cost.group_size) for table in found.threads for cost in table.forms}
     if bits != 32 and (bits, group_size) not in timed:

@@ -16,7 +16,7 @@ from support.sshd import Sshd
 
 from bench.costs import CostsOptions
 from bench.costs import measure as costs
-from bench.costs.fit import AttentionCost, FfnCost, ThreadCosts
+from bench.costs.fit import MeasuredCosts
 from bench.measure.result import Bandwidth
 from bench.remote import BoardOptions
 from bench.remote.target import Target, _costs
@@ -25,6 +25,7 @@ from export.bundle.manifest import read_manifest
 from export.gguf.probe import write_probe_gguf
 from export.graph.probe_model import read_probe_model
 from export.graph.probe_stacks import ProbeStack, write_probe_stacks
+from saap.base.costs import AttentionCost, FfnCost
 from saap.base.errors import UserError
 from saap.base.files import with_checksum
 from saap.base.gguf_header import read_header
@@ -143,7 +144,10 @@ def test_a_board_that_answers_something_else(model: Path, tmp_path: Path, change
     (stack, *_) = write_probe_stacks(read_probe_model(model, 8, None), tmp_path)
     base = read_manifest(stack)
     bandwidth = Bandwidth(1, 1, [1e9])
-    table = ThreadCosts(1, [0], 1.0, 0.5, None, [AttentionCost(2, 1, 1.0)], [FfnCost(64, 1.0)], bandwidth, [])
+    table = MeasuredCosts(
+        n_threads=1, affinity=[0], step_ms=1.0, constant_ms=0.5, node_ms=None, attention=[AttentionCost(2, 1, 1.0)],
+        ffn=[FfnCost(64, 1.0)], bandwidth=bandwidth, processes=[],
+    )  # fmt: skip
     whole = asdict(costs.Costs("now", [], {}, {}, costs.described(base), 50, [], [table]))
     assert _costs("pi", with_checksum(whole), base, [1]).on == "pi"
     with pytest.raises(ValueError, match=told):

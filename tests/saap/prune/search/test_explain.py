@@ -7,6 +7,7 @@ import pytest
 import torch
 from support.search_cases import SHAPE, library, milliseconds, weights
 
+from saap.base.costs import FormCost
 from saap.models.record import read_record
 from saap.models.shape import LayerSizes
 from saap.models.slim_quant import MatrixForm
@@ -15,7 +16,6 @@ from saap.prune.plan import LayerPlan, Move, PrunePlan, Reason, Reasons, whole_l
 from saap.prune.pruning import prune
 from saap.prune.search.budget import StepTime
 from saap.prune.search.explain import kinds_table, layer_table, reasons_of, sentences, short, sizes_lost
-from saap.prune.search.layer_costs import FormCost
 from saap.prune.search.milp import Block, Option, search, solve
 
 IDS = torch.randint(320, (8, 16), generator=torch.Generator().manual_seed(3))

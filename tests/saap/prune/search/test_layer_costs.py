@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from saap.base.costs import CostError
 from saap.models.shape import LayerSizes, ModelShape
-from saap.prune.search.layer_costs import CostError, CostTable, read_costs
+from saap.prune.search.layer_costs import CostTable, read_costs
 
 SHAPE = ModelShape(hidden=576, head_dim=64, vocab=49152, tied=True, layers=())
 ATTENTION = {(1, 1): 10.0, (3, 1): 14.0, (3, 3): 30.0, (9, 3): 42.0}
@@ -146,3 +147,10 @@ def test_foreign_and_damaged_files_are_refused(tmp_path: Path, content: Any, mes
 def test_no_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CostError, match=r"there is no .*cost.json: give a file of `saap devices costs MODEL"):
         read_costs(tmp_path / "cost.json", SHAPE, bits=4, group_size=32)
+
+
+def test_a_table_is_parsed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = written(tmp_path / "cost.json", document())
+    first = read_costs(path, SHAPE, bits=4, group_size=32)
+    monkeypatch.setattr("saap.base.documents.parse_json", lambda *args, **kwargs: pytest.fail("parsed again"))
+    assert read_costs(path, SHAPE, bits=4, group_size=32) == first
