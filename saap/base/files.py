@@ -19,7 +19,7 @@ import stat
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from saap.base.errors import UserError
@@ -129,25 +129,6 @@ def sha256_file(path: Path) -> str:
         while piece := file.read(1 << 20):
             digest.update(piece)
     return digest.hexdigest()
-
-
-def make_room(folder: Path, allowed: int, keep: Path) -> None:
-    """Remove entries of a folder, all but one, that were unused longest until they take ``allowed`` bytes at most."""
-    used, sizes = {}, {}
-    for entry in folder.iterdir():
-        with suppress(OSError):  # another process may be removing it
-            if entry != keep:
-                used[entry] = entry.stat().st_mtime
-                sizes[entry] = sum(file.stat().st_size for file in (entry.iterdir() if entry.is_dir() else (entry,)))
-    total = sum(sizes.values())
-    for entry in sorted(sizes, key=lambda entry: used[entry]):
-        if total <= allowed:
-            return
-        if entry.is_dir():
-            shutil.rmtree(entry, ignore_errors=True)
-        else:
-            entry.unlink(missing_ok=True)
-        total -= sizes[entry]
 
 
 MOST_NESTED = 100  # lists and objects in one another; ours have ten

@@ -22,8 +22,8 @@ from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from saap.base.errors import UserError
-from saap.base.files import cache_directory, make_room
 from saap.base.progress import Progress
+from saap.base.store import Store
 from saap.base.wording import counted
 from saap.models.architectures import MOST_WORDS, shape_of
 from saap.models.checkpoint import read_config
@@ -152,18 +152,18 @@ def teacher_targets(
     note = None
     if k < asked:
         note = f"{k} instead of {asked} of the teacher's tokens are kept, to fit into {LIMIT_BYTES / 1e6:.0f} MB"
-    root = cache_directory() / "teacher"
+    store = Store("teacher", LIMIT_BYTES)
     kept = _Kept(replace(question, k=k), vocabulary)
-    entry = root / _key(teacher_dir, ids, kept)
+    entry = store.folder / _key(teacher_dir, ids, kept)
     try:
         entry.mkdir(parents=True, exist_ok=True)
         os.utime(entry)
-        make_room(root, LIMIT_BYTES - rows * (length - 1) * per_token * k, entry)
+        store.make_room(entry, rows * (length - 1) * per_token * k)
         _fill(entry, teacher_dir, ids, kept, progress)
         return TeacherTargets(entry, rows, k, note)
     except OSError as error:
         raise UserError(
-            f"the teacher's answers cannot be kept in {root} ({error.strerror or error}): "
+            f"the teacher's answers cannot be kept in {store.folder} ({error.strerror or error}): "
             "make room there, or set SAAP_CACHE to another place"
         ) from None
 

@@ -9,22 +9,21 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 
 import torch
 
-from saap.base.files import cache_directory, make_room
+from saap.base.store import Store
 from saap.prune.scores.importance import Scores
 from saap.system.sealed_tensors import load_sealed, save_sealed
 
 FORMAT = 2  # counts up when the same settings would give other numbers
-KEPT_BYTES = 4 << 30  # of all entries; those unused longest go
+STORE = Store("scores", 4 << 30)
 
 
 def scores_path(weights: str, ids: torch.Tensor, settings: Mapping[str, object]) -> Path:
     """Where the scores by a hash of weights and config, ids [sequences, tokens] and other settings (JSON) are kept."""
-    return cache_directory() / "scores" / f"{key_of(weights, ids, settings)}.safetensors"
+    return STORE.folder / f"{key_of(weights, ids, settings)}.safetensors"
 
 
 def key_of(weights: str, ids: torch.Tensor, settings: Mapping[str, object]) -> str:
@@ -35,21 +34,15 @@ def key_of(weights: str, ids: torch.Tensor, settings: Mapping[str, object]) -> s
 
 
 def read_scores(path: Path) -> Scores | None:
-    """The scores kept there, which count as used now; None where there are none that can be read."""
-    if not path.is_file():
-        return None
-    try:
-        tensors, about = load_sealed(path.read_bytes())
-        found = Scores.named(tensors, c=float(about["c"]), loss=float(about["loss"]))
-    except (OSError, KeyError, ValueError):
-        return None
-    path.touch()
-    return found
+    """The scores kept there; None where there are none that can be read."""
+
+    def parsed(content: bytes) -> Scores:
+        tensors, about = load_sealed(content)
+        return Scores.named(tensors, c=float(about["c"]), loss=float(about["loss"]))
+
+    return STORE.read(path, parsed)
 
 
 def keep_scores(path: Path, scores: Scores) -> None:
-    """Write them; others that were unused longest make room. A cache that cannot be written costs time only."""
-    with suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_sealed(scores.tensors(), path, {"c": repr(scores.c), "loss": repr(scores.loss)})
-        make_room(path.parent, KEPT_BYTES - path.stat().st_size, path)
+    about = {"c": repr(scores.c), "loss": repr(scores.loss)}
+    STORE.write(path, lambda entry: save_sealed(scores.tensors(), entry, about))

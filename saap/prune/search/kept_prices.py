@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from saap.base.files import cache_directory, make_room
+from saap.base.store import Store
 from saap.models.slim_quant import MatrixForm
 from saap.prune.forms import Place
 from saap.prune.options import PruneOptions
@@ -20,7 +19,7 @@ from saap.prune.search.rounding import Prices, Rounding
 from saap.quantize.bundle_size import VOCABULARY
 from saap.system.sealed_tensors import load_sealed, save_sealed
 
-KEPT_BYTES = 256 << 20  # of all entries, some 20 kB each; those unused longest go
+STORE = Store("prices", 256 << 20)  # some 20 kB each
 OFFERS, GAP, ROUNDED = "offers ", "gap ", "rounding "  # how names begin
 
 
@@ -33,7 +32,7 @@ def prices_path(weights: str, ids: torch.Tensor, options: PruneOptions, streamed
         "adaptive": adaptive, "heads": options.heads, "keep": sorted(options.keep), "group": options.least_group,
         "layers": sorted(options.kept_layers), "compensation": options.compensation, "streamed": streamed,
     }  # fmt: skip
-    return cache_directory() / "prices" / f"{key_of(weights, ids, settings)}.safetensors"
+    return STORE.folder / f"{key_of(weights, ids, settings)}.safetensors"
 
 
 def read_library(path: Path, choices: Mapping[Place, Sequence[LayerPlan]], rounded: bool = True) -> Library | None:
@@ -41,87 +40,76 @@ def read_library(path: Path, choices: Mapping[Place, Sequence[LayerPlan]], round
 
     ``rounded``: prices of integers are wanted, too.
     """
-    if not path.is_file():
-        return None
-    try:
-        kept, _ = load_sealed(path.read_bytes())
+
+    def parsed(content: bytes) -> Library:
+        tensors, _ = load_sealed(content)
         offers = {
-            place: tuple(zip(plans, kept[OFFERS + _name(place)].tolist(), strict=True))
+            place: tuple(zip(plans, tensors[OFFERS + _name(place)].tolist(), strict=True))
             for place, plans in choices.items()
         }
-        held = {name: _prices(values) for name, values in kept.items() if name.startswith(ROUNDED)}
+        forms = {name: _prices(values) for name, values in tensors.items() if name.startswith(ROUNDED)}
         rounding = None
-        if held or rounded:
-            blocks = {place: (held[_rounded(place, "reads")], held[_rounded(place, "writes")]) for place in choices}
-            rounding = Rounding(blocks, held[ROUNDED + VOCABULARY])
+        if forms or rounded:
+            blocks = {place: (forms[_rounded(place, "reads")], forms[_rounded(place, "writes")]) for place in choices}
+            rounding = Rounding(blocks, forms[ROUNDED + VOCABULARY])
         gaps = [
-            Gap(tuple(map(_place, name.split(" ")[2].split("+"))), float(kept[name]))
-            for name in sorted(kept)
+            Gap(tuple(map(_place, name.split(" ")[2].split("+"))), float(tensors[name]))
+            for name in sorted(tensors)
             if name.startswith(GAP)
         ]
-    except (OSError, KeyError, ValueError):
-        return None
-    path.touch()
-    return Library(offers, tuple(gaps), rounding)
+        return Library(offers, tuple(gaps), rounding)
+
+    return STORE.read(path, parsed)
 
 
 def keep_library(path: Path, library: Library) -> None:
-    """Write its prices; others that were unused longest make room. A cache that cannot be written costs time only."""
-    kept = {
+    tensors = {
         OFFERS + _name(place): torch.tensor([price for _, price in offers], dtype=torch.float64)
         for place, offers in library.offers.items()
     }
     for number, gap in enumerate(library.gaps):
-        kept[f"{GAP}{number:06d} " + "+".join(map(_name, gap.blocks))] = torch.tensor(gap.price, dtype=torch.float64)
+        tensors[f"{GAP}{number:06d} " + "+".join(map(_name, gap.blocks))] = torch.tensor(gap.price, dtype=torch.float64)
     if library.rounding is not None:
         for place, both in library.rounding.blocks.items():
             for which, prices in zip(("reads", "writes"), both, strict=True):
-                kept[_rounded(place, which)] = _told(prices)
-        kept[ROUNDED + VOCABULARY] = _told(library.rounding.vocabulary)
-    with suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_sealed(kept, path)
-        make_room(path.parent, KEPT_BYTES - path.stat().st_size, path)
+                tensors[_rounded(place, which)] = _rows(prices)
+        tensors[ROUNDED + VOCABULARY] = _rows(library.rounding.vocabulary)
+    STORE.write(path, lambda entry: save_sealed(tensors, entry))
 
 
 class KeptDivergences:
-    """What was measured of a model whose prices are kept at ``path``, by names; kept in a file beside them.
+    """Measured divergences of a model whose prices are kept at ``path``, by names; kept in a file beside them.
 
     A search asks in its own order, so that its plan does not depend on what others have measured.
     """
 
     def __init__(self, path: Path | None) -> None:
         self._path = None if path is None else path.with_suffix(".measured.safetensors")
-        self._found: dict[str, torch.Tensor] = {}
-        if self._path is not None and self._path.is_file():
-            with suppress(OSError, ValueError):
-                self._found = load_sealed(self._path.read_bytes())[0]
-                self._path.touch()
+        self._numbers: dict[str, torch.Tensor] = {}
+        if self._path is not None and (content := STORE.read(self._path, load_sealed)) is not None:
+            self._numbers, _ = content
 
     def get(self, name: str) -> float | None:
-        return float(self._found[name]) if name in self._found else None
+        return float(self._numbers[name]) if name in self._numbers else None
 
-    def add(self, found: Mapping[str, float]) -> None:
-        """A cache that cannot be written costs time only."""
-        self._found |= {name: torch.tensor(value, dtype=torch.float64) for name, value in found.items()}
+    def add(self, divergences: Mapping[str, float]) -> None:
+        self._numbers |= {name: torch.tensor(value, dtype=torch.float64) for name, value in divergences.items()}
         if self._path is not None:
-            with suppress(OSError):
-                self._path.parent.mkdir(parents=True, exist_ok=True)
-                save_sealed(self._found, self._path)
+            STORE.write(self._path, lambda entry: save_sealed(self._numbers, entry))
 
 
 def _rounded(place: Place, which: str) -> str:
     return f"{ROUNDED}{_name(place)} {which}"
 
 
-def _told(prices: Prices) -> torch.Tensor:
+def _rows(prices: Prices) -> torch.Tensor:
     """Bits, group size and price of each form, [forms, 3]."""
     rows = [(*form, price) for form, price in prices.items()]
     return torch.tensor(rows, dtype=torch.float64).reshape(-1, 3)
 
 
-def _prices(told: torch.Tensor) -> Prices:
-    return {MatrixForm(int(bits), int(size)): price for bits, size, price in told.tolist()}
+def _prices(rows: torch.Tensor) -> Prices:
+    return {MatrixForm(int(bits), int(size)): price for bits, size, price in rows.tolist()}
 
 
 def _name(place: Place) -> str:

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from saap.base.errors import UserError
+from saap.base.store import Store
 from saap.models.checkpoint import load_model
 from saap.models.streaming import open_model
 from saap.tune import teacher as teacher_module
@@ -173,7 +174,7 @@ def test_a_killed_run_goes_on_and_a_finished_one_is_not_run_again(tiny_model, mo
     with pytest.raises(KeyboardInterrupt):
         teacher_targets(path, IDS, Question(k=8), progress=killed)
     assert steps == [("asking the teacher (sequences), 8 likeliest tokens", done, 70) for done in (0, 32, 64)]
-    (entry,) = (teacher_module.cache_directory() / "teacher").iterdir()
+    (entry,) = Store("teacher", 0).folder.iterdir()
     first = {file.name: file.stat().st_mtime_ns for file in entry.iterdir()}
     assert len(first) == 2
     (entry / f"x.partial-{2**22 + 1}").write_bytes(b"of a process that was killed")

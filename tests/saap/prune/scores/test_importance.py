@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from saap.base.errors import UserError
+from saap.base.store import Store
 from saap.models.architectures import shape_of
 from saap.models.checkpoint import load_model
 from saap.prune.scores.cache import keep_scores, read_scores, scores_path
@@ -255,7 +256,7 @@ def test_the_cache_stays_below_its_limit_and_keeps_what_was_used_last(tiny_model
             if entry.stat().st_mtime > 1e6:
                 os.utime(entry, (number, number))
     size = sum(entry.stat().st_size for entry in folder.iterdir()) // 2
-    monkeypatch.setattr("saap.prune.scores.cache.KEPT_BYTES", int(2.5 * size))
+    monkeypatch.setattr("saap.prune.scores.cache.STORE", Store("scores", int(2.5 * size)))
     assert kept("first", IDS, {}, lambda: scores)[1]  # used last now
     kept("third", IDS, {}, lambda: scores)
     hits = {name: kept(name, IDS, {}, lambda: scores)[1] for name in ("first", "third", "second")}
