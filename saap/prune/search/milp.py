@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from saap.base.errors import UserError
 from saap.models.shape import ATTENTION, FFN, KINDS, ModelShape
+from saap.models.slim_quant import MatrixForm
 from saap.prune.forms import BlockForms, Place, PlanForms
 from saap.prune.plan import Gained, LayerPlan, PrunePlan
 from saap.prune.search.budget import Budget
@@ -196,43 +197,56 @@ def search(library: Library, budget: Budget, most_gone: int | None = None) -> Fo
     chosen = [option.bare or option for option in solution.options[: len(blocks)]]
     plan = plan_from(blocks, chosen, budget.dense)
     price = sum(option.price for option in solution.options)
-    forms, integers = _held(offered, solution.options, budget, library.rounding) if budget.forms else (None, None)
-    words = solution.options[-1].words if several else None
-    plan = replace(plan, price=price, gap=solution.gap, forms=forms, words=words)
-    return Found(blocks, chosen, plan, integers, _said(solution.options[-1], budget) if several else None)
+    plan = replace(plan, price=price, gap=solution.gap)
+    if not several:
+        return Found(blocks, chosen, plan)
+    vocabulary = solution.options[-1]
+    forms, integers = None, None
+    if budget.forms:
+        forms = _chosen_forms(offered, solution.options, budget.base)
+        integers = _gained_by_forms(offered, solution.options, budget, library.rounding)
+    plan = replace(plan, forms=forms, words=vocabulary.words)
+    return Found(blocks, chosen, plan, integers, _gained_by_words(vocabulary, budget))
 
 
-def _said(chosen: Option, budget: Budget) -> Gained | None:
-    """What fewer words gave, in the integers that the head has."""
-    if chosen.words is None or chosen.forms is None:
+def _gained_by_words(vocabulary: Option, budget: Budget) -> Gained | None:
+    """What a smaller vocabulary saves and costs, in the integers that the head has; None where it is whole."""
+    if vocabulary.words is None or vocabulary.forms is None:
         return None
-    words = budget.words[chosen.words]
-    saved = budget.outside_cost(chosen.forms.reads) - chosen.cost
+    words = budget.words[vocabulary.words]
+    saved = budget.outside_cost(vocabulary.forms.reads) - vocabulary.cost
     return Gained(budget.cut.head_rows - words.rows, saved, words.price)
 
 
-def _held(
-    blocks: list[Block], chosen: list[Option], budget: Budget, rounding: Rounding | None
-) -> tuple[PlanForms, Gained]:
-    """What integers were chosen, and what that saves and costs against those of the bundle."""
-    base, held, saved, price = BlockForms(budget.base, budget.base), {}, 0.0, 0.0
-    *of_layers, (_, words) = zip(blocks, chosen, strict=True)
-    for block, option in of_layers:
+def _chosen_forms(blocks: list[Block], chosen: list[Option], base: MatrixForm) -> PlanForms:
+    """The integers of every block that stays, and of the vocabulary, which is the last option."""
+    *of_layers, vocabulary = chosen
+    assert vocabulary.forms is not None, "embedding and head are in some integers"
+    forms = {
+        (block.layer, block.kind): option.forms
+        for block, option in zip(blocks[:-1], of_layers, strict=True)
+        if option.forms is not None
+    }
+    return PlanForms(base, forms, vocabulary.forms.reads)
+
+
+def _gained_by_forms(blocks: list[Block], chosen: list[Option], budget: Budget, rounding: Rounding | None) -> Gained:
+    """What the chosen integers save and cost against those of the bundle."""
+    base, changed, saved, price = BlockForms(budget.base, budget.base), 0, 0.0, 0.0
+    for block, option in zip(blocks[:-1], chosen[:-1], strict=True):
         if option.forms is None or option.bare is None:
             continue
-        place, kind = (block.layer, block.kind), KINDS[block.kind]
-        held[place] = option.forms
+        changed += option.forms != base
         saved += option.bare.cost - option.cost
-        share = budget.cut.weights(kind, option.keep.sizes) / budget.cut.weights(kind, block.whole.keep.sizes)
         if rounding:
-            price += option.price - option.bare.price - share * rounding.price(place, base)
-    assert words.forms is not None, "the vocabulary is held in something"
-    vocabulary = words.forms.reads
+            kind = KINDS[block.kind]
+            share = budget.cut.weights(kind, option.keep.sizes) / budget.cut.weights(kind, block.whole.keep.sizes)
+            price += option.price - option.bare.price - share * rounding.price((block.layer, block.kind), base)
+    forms = chosen[-1].forms
+    assert forms is not None, "embedding and head are in some integers"
     if rounding:
-        price += rounding.vocabulary.get(vocabulary, 0.0) - rounding.vocabulary.get(budget.base, 0.0)
-    changed = sum(forms != base for forms in held.values())
-    saved -= budget.outside_cost(vocabulary)
-    return PlanForms(budget.base, held, vocabulary), Gained(changed, saved, price)
+        price += rounding.vocabulary.get(forms.reads, 0.0) - rounding.vocabulary.get(budget.base, 0.0)
+    return Gained(changed, saved - budget.outside_cost(forms.reads), price)
 
 
 def check_floor(budget: Budget) -> None:
@@ -397,27 +411,33 @@ def _together(blocks: list[Block], shape: ModelShape) -> list[tuple[Numbers, int
 
 
 def _use_up(blocks: list[Block], chosen: list[Option], left: float, shape: ModelShape) -> list[Option]:
-    """Give what is left of the budget back, to what gains most by it.
+    """Spend the rest of the budget on the larger options that gain most.
 
     HiGHS takes objectives as equal that differ by a millionth of the largest price. Where most prices are smaller than
     that, as those of random weights are, it would remove twice what was asked for.
     """
     chosen = list(chosen)
     while True:
-        gone = [*(not option.keep.blocks for option in chosen), False]  # at both ends nothing is gone: -1 is the last
+        gone = [False, *(not option.keep.blocks for option in chosen), False]  # before the first to behind the last
         larger = [
-            (option.price - other.price, other.cost - option.cost, -place, other)
+            (place, other)
             for place, (block, option) in enumerate(zip(blocks, chosen, strict=True))
             for other in block.options
             if 0 < other.cost - option.cost <= left and other.price <= option.price
             if not (shape.sources and len(other.keep.kv_heads) != len(option.keep.kv_heads))
-            if not (gone[place] and (gone[place - 1] or gone[place + 1]))  # no price covers a run with one block back
+            # No price covers a run of removed blocks with one of them back.
+            if not (gone[place + 1] and (gone[place] or gone[place + 2]))
         ]
         if not larger:
             return chosen
-        _, cost, place, option = max(larger, key=lambda found: found[:3])
-        chosen[-place] = option
-        left -= cost
+
+        def gain(step: tuple[int, Option], chosen: list[Option] = chosen) -> tuple[float, float, int]:
+            place, other = step
+            return chosen[place].price - other.price, other.cost - chosen[place].cost, -place  # of equals the first
+
+        place, option = max(larger, key=gain)
+        left -= option.cost - chosen[place].cost
+        chosen[place] = option
 
 
 def plan_from(blocks: list[Block], chosen: list[Option], shape: ModelShape) -> PrunePlan:
