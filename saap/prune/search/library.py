@@ -48,7 +48,7 @@ Run = tuple[Place, ...]
 
 @dataclass
 class _Point:
-    """A block of the model as it is, on text that is fitted and text that is judged: both in batches, one after one."""
+    """A block of the model as it is, on batches of the fitted text, followed by batches of the judged text."""
 
     place: Place
     linear: nn.Linear
@@ -56,13 +56,39 @@ class _Point:
     x: list[torch.Tensor]  # what enters the matrix
     out: list[torch.Tensor]  # what the block adds
     weigh: list[torch.Tensor]  # by what a token counts
+    fitted: int  # number of the batches that are fitted
+    rounding: tuple[Prices, Prices] | None = None  # of the matrix that reads, and of the one that writes
     later: list[tuple[Run, list[torch.Tensor]]] = field(default_factory=list)  # runs behind it, and what they add
     bare: list[tuple[Run, list[torch.Tensor]]] = field(default_factory=list)  # that end here, nothing in front of them
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the fitted text."""
+        return sum(x[..., 0].numel() for x in self.x[: self.fitted])
+
+
+@dataclass(frozen=True)
+class _Judge:
+    """Prices changes of what a block adds, on the judged text."""
+
+    gradients: Mapping[Place, torch.Tensor]  # at what each block adds, [sequences, tokens, hidden]
+
+    def price(self, place: Place, change: list[torch.Tensor]) -> float:
+        """Nats per token of a change, in batches of the judged text."""
+        d = torch.cat(change).float()
+        price = 0.5 * float((self.gradients[place].to(d.device).float() * d).sum(-1).square().mean())
+        if not math.isfinite(price):
+            raise UserError(NOT_FINITE)
+        return max(price, LEAST_PRICE)
+
+    def difference(self, place: Place, before: Sequence[torch.Tensor], now: Sequence[torch.Tensor]) -> float:
+        """The price of a block that adds something else now, in batches of the judged text."""
+        return self.price(place, [b - a for a, b in zip(before, now, strict=True)])
 
 
 @dataclass(frozen=True, eq=False)
 class Change:
-    """What one option or run is in the model: blocks that go, and the matrix that makes up for them.
+    """One option or run as a change of the model: removed blocks, and the matrix that makes up for them.
 
     Attributes:
         of: the block that keeps less, or in front of the run; None where nothing is.
@@ -118,30 +144,32 @@ class Pricing:
 
     def library(self, progress: Progress | None = None) -> Library:
         """Raises UserError: a price is not finite."""
-        self._gradients = block_gradients(self.model, self.shape, self._judged, progress=progress)
+        judge = _Judge(block_gradients(self.model, self.shape, self._judged, progress=progress))
         with torch.no_grad():
-            return self._priced(progress)
+            return self._priced(judge, progress)
 
-    def _priced(self, progress: Progress | None) -> Library:
+    def _priced(self, judge: _Judge, progress: Progress | None) -> Library:
         offers: dict[Place, tuple[tuple[LayerPlan, float], ...]] = {}
         gaps: list[Gap] = []
-        self._rounding: dict[Place, tuple[Prices, Prices]] = {}
+        rounding: dict[Place, tuple[Prices, Prices]] = {}
         most = held_blocks(is_streamed(self.model))
         runs = [run for run in runs_of(self.shape, self._allowed) if len(run) <= most]
 
         def offered() -> Iterator[_Point]:  # at once: where layers are read one at a time, the matrix goes again
-            for done, point in enumerate(self._points(self._fitted, self._judged)):
+            for done, point in enumerate(self._points(self._fitted, self._judged, judge=judge)):
                 if progress:
                     progress("pricing (blocks)", done, len(self.choices))
-                offers[point.place] = self._offers(point)
+                offers[point.place] = self._offers(point, judge)
+                if point.rounding is not None:
+                    rounding[point.place] = point.rounding
                 yield point
 
         for point in self._with_runs(offered(), runs):
-            gaps += self._gaps(point)
+            gaps += self._gaps(point, judge)
         if progress:
             progress("pricing (blocks)", len(self.choices), len(self.choices))
-        rounding = Rounding(self._rounding, vocabulary_prices(self.model, self._judged)) if self.rounded else None
-        return Library(offers, tuple(gaps), rounding)
+        vocabulary = vocabulary_prices(self.model, self._judged) if self.rounded else None
+        return Library(offers, tuple(gaps), Rounding(rounding, vocabulary) if vocabulary is not None else None)
 
     @torch.no_grad()
     def changes(self, options: Mapping[Place, LayerPlan], runs: Collection[Run]) -> Iterator[Change]:
@@ -192,15 +220,16 @@ class Pricing:
         first = order.index(run[0])
         return (*order[max(0, first - 1) : first], *run)
 
-    def _points(self, *texts: torch.Tensor, wanted: Container[Place] | None = None) -> Iterator[_Point]:
-        """The blocks of the model in their order, on a text that is fitted and, where there are prices, one judged.
+    def _points(
+        self, *texts: torch.Tensor, wanted: Container[Place] | None = None, judge: _Judge | None = None
+    ) -> Iterator[_Point]:
+        """The blocks of the model in their order, on a text that is fitted and, for prices, one that is judged.
 
-        ``wanted``: which of them; None is all.
+        ``wanted``: which of them; None is all. ``judge``: prices their integers, where those are wanted.
         """
-        rounded = self.rounded and len(texts) > 1
         batches = [batches_of(self.model, list(text.split(8))) for text in texts]
         flat = [batch for part in batches for batch in part]
-        self._first_judged = len(batches[0])
+        fitted = len(batches[0])
         stream = [batch.hidden for batch in flat]
         architecture = architecture_of(self.model.config)
         for index, layer in enumerate(layers_of(self.model)):
@@ -214,7 +243,10 @@ class Pricing:
                         reading[f"stream {kind.name}"] = norm
                 seen: list[tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]] = []
                 # Before the layer runs as it is: what layers leave for later ones is then as it should be.
-                held = {kind: self._in_integers(index, kind, layer, stream, flat) for kind in kinds if rounded}
+                entering = list(zip(stream, flat, strict=True))[fitted:]
+                integers = {
+                    kind: self._in_integers(index, kind, layer, entering) for kind in kinds if judge and self.rounded
+                }
                 for number, (hidden, batch) in enumerate(zip(stream, flat, strict=True)):
                     with inputs_of(reading) as inputs, outputs_of(writing) as outputs:
                         stream[number] = run_layer(layer, hidden, batch.given[index])
@@ -231,16 +263,17 @@ class Pricing:
                         for p, s in zip(products, read, strict=True)
                     ]
                     out = products if behind is None else [behind(p) for p in products]
-                    if rounded:
-                        price = partial(self._changed, (index, kind.name), out[self._first_judged :])
-                        self._rounding[index, kind.name] = held[kind][0].prices(price), held[kind][1].prices(price)
-                    yield _Point((index, kind.name), linear, behind, x, out, weigh)
+                    point = _Point((index, kind.name), linear, behind, x, out, weigh, fitted)
+                    if judge and kind in integers:
+                        price = partial(judge.difference, point.place, out[fitted:])
+                        reads, writes = integers[kind]
+                        point.rounding = reads.prices(price), writes.prices(price)
+                    yield point
 
     def _in_integers(
-        self, index: int, kind: BlockKind, layer: nn.Module, stream: list[torch.Tensor], batches: list[Batch]
+        self, index: int, kind: BlockKind, layer: nn.Module, entering: Sequence[tuple[torch.Tensor, Batch]]
     ) -> tuple[RoundedMatrix, RoundedMatrix]:
-        """The matrices of a block in integers, on what reaches its layer of the judged text."""
-        entering = list(zip(stream, batches, strict=True))[self._first_judged :]
+        """The matrices of a block in integers; ``entering``: states before its layer of the judged text."""
         adding = adding_module(self.model, index, kind)
 
         def adds() -> list[torch.Tensor]:
@@ -249,19 +282,15 @@ class Pricing:
         parts = architecture_of(self.model.config).matrices
         return rounded_block(dict(layer.named_modules()), parts, kind, adds)
 
-    def _changed(self, place: Place, before: Sequence[torch.Tensor], now: Sequence[torch.Tensor]) -> float:
-        """The price of a block that adds something else, in batches of the judged text."""
-        return self._price(place, [b - a for a, b in zip(before, now, strict=True)])
-
-    def _gaps(self, point: _Point) -> Iterator[Gap]:
+    def _gaps(self, point: _Point, judge: _Judge) -> Iterator[Gap]:
         """The runs behind a block, each at the price of what the block's matrix cannot make up for."""
         for run, missing in point.bare:
-            yield Gap(run, self._price(run[-1], [-x for x in missing[self._first_judged :]]))
+            yield Gap(run, judge.price(run[-1], [-x for x in missing[point.fitted :]]))
         for (run, missing), change in zip(point.later, self._parts(point), strict=True):
-            left = [-x for x in missing[self._first_judged :]]
+            left = [-x for x in missing[point.fitted :]]
             if change is not None:
-                left = [d + x @ change.t() for d, x in zip(left, point.x[self._first_judged :], strict=True)]
-            yield Gap(run, self._price(run[-1], left))
+                left = [d + x @ change.t() for d, x in zip(left, point.x[point.fitted :], strict=True)]
+            yield Gap(run, judge.price(run[-1], left))
 
     def _parts(self, point: _Point) -> Sequence[torch.Tensor | None]:
         """What the block's matrix learns of each run behind it, [outputs, inputs]; None where it learns nothing."""
@@ -272,24 +301,12 @@ class Pricing:
 
     def _fit(self, point: _Point, kept: torch.Tensor, targets: list[torch.Tensor]) -> torch.Tensor:
         """C of the targets, batch by batch, on those inputs: [outputs, kept], in the matrix's type."""
-        found = regression(self._tokens(point), len(kept), targets[0].shape[-1], point.x[0].device)
-        for x, weigh, target in list(zip(point.x, point.weigh, targets, strict=False))[: self._first_judged]:
+        found = regression(point.tokens, len(kept), targets[0].shape[-1], point.x[0].device)
+        for x, weigh, target in list(zip(point.x, point.weigh, targets, strict=False))[: point.fitted]:
             found.add((x[..., kept].float() * weigh).flatten(0, -2), (target.float() * weigh).flatten(0, -2))
         return found.solved(DAMPING).to(point.x[0].dtype)
 
-    def _tokens(self, point: _Point) -> int:
-        """How many are fitted."""
-        return sum(x[..., 0].numel() for x in point.x[: self._first_judged])
-
-    def _price(self, place: Place, change: list[torch.Tensor]) -> float:
-        """Nats per token of a change of what a block adds, in batches of the judged text."""
-        d = torch.cat(change).float()
-        price = 0.5 * float((self._gradients[place].to(d.device).float() * d).sum(-1).square().mean())
-        if not math.isfinite(price):
-            raise UserError(NOT_FINITE)
-        return max(price, LEAST_PRICE)
-
-    def _offers(self, point: _Point) -> tuple[tuple[LayerPlan, float], ...]:
+    def _offers(self, point: _Point, judge: _Judge) -> tuple[tuple[LayerPlan, float], ...]:
         """What the block may keep, each at its price: of channels some are refitted, and others read off."""
         index, name = point.place
         whole, *plans = self.choices[point.place]
@@ -297,32 +314,32 @@ class Pricing:
             return ((whole, 0.0),)
         learnt = self._learnt(point)
         if name == ATTENTION.name:
-            return ((whole, 0.0), *((plan, self._option_price(point, plan, learnt)) for plan in plans))
+            return ((whole, 0.0), *((plan, self._option_price(point, plan, learnt, judge)) for plan in plans))
         field = KINDS[name].sizes[0]
         channels = getattr(self.shape.layers[index], field)
         widths = [len(getattr(plan, field)) for plan in plans]
         near = {int(np.abs(np.array(widths) - share * channels).argmin()) for share in ANCHORS}
-        prices = {widths[n]: self._option_price(point, plans[n], learnt) for n in near}
+        prices = {widths[n]: self._option_price(point, plans[n], learnt, judge) for n in near}
         return ((whole, 0.0), *zip(plans, between(prices, channels, widths), strict=True))
 
-    def _option_price(self, point: _Point, plan: LayerPlan, learnt: Learnt) -> float:
+    def _option_price(self, point: _Point, plan: LayerPlan, learnt: Learnt, judge: _Judge) -> float:
         """The price of what is missing after compensation where the block keeps this."""
         kept = kept_columns(KINDS[point.place[1]], plan, self.shape)
         weight, bias = point.linear.weight, point.linear.bias
         change = -weight
         change[:, kept], constant = learnt(kept)
         left = []
-        for x, out in list(zip(point.x, point.out, strict=True))[self._first_judged :]:
+        for x, out in list(zip(point.x, point.out, strict=True))[point.fitted :]:
             changed = x @ change.t() + constant
             if point.behind is not None:
                 whole = x @ weight.t() + (0 if bias is None else bias)
                 changed = point.behind(whole + changed) - out
             left.append(changed)
-        return self._price(point.place, left)
+        return judge.price(point.place, left)
 
     def _learnt(self, point: _Point) -> Learnt:
         """What compensation adds, by the columns that stay."""
-        weight, fitted = point.linear.weight, point.x[: self._first_judged]
+        weight, fitted = point.linear.weight, point.x[: point.fitted]
         none = weight.new_zeros(())
         if self._compensation == "none":
             return lambda kept: (none, none)
@@ -330,7 +347,7 @@ class Pricing:
             mean = torch.cat([x.flatten(0, -2) for x in fitted]).mean(0)
             return lambda kept: (none, weight @ mean.index_fill(0, kept.to(mean.device), 0))
         inputs = weight.shape[1]
-        if self._tokens(point) < inputs:
+        if point.tokens < inputs:
 
             def of_rows(kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
                 gone = torch.ones(inputs, dtype=torch.bool).index_fill(0, kept, False)
