@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from export.bundle.engine_logits import logits_of
-from export.bundle.engines import ENGINES, EXTRAS, FILES, LLAMA_CPP, ONNXRUNTIME, OPENVINO, PACKAGES
 from export.bundle.manifest import Parity
+from export.engine.table import ENGINES, EXTRAS, FILES, LLAMA_CPP, ONNXRUNTIME, OPENVINO, PACKAGES
+from export.engine.worker import logits_of
 from export.gguf.families import open_source
 from export.gguf.write import BITS as GGUF_TYPES
 from export.gguf.write import write_gguf

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from export.bundle.engines import ENGINES, LLAMA_CPP, ONNXRUNTIME, OPENVINO
+from export.engine.table import ENGINES, LLAMA_CPP, ONNXRUNTIME, OPENVINO
 from saap.base.errors import UserError
 from saap.base.options import COMPUTE, Option, check_values, refuse_unused
 from saap.base.values import parse_names

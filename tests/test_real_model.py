@@ -11,9 +11,9 @@ from support.cuts import cut
 from support.exported import export_bundle
 from support.references import reference_model
 
-from export.bundle.decoder import OrtDecoder
 from export.bundle.manifest import read_manifest
-from export.generate.scoring import BundleScorer
+from export.engine.onnxruntime import OrtDecoder
+from export.engine.scoring import BundleScorer
 from saap.models.checkpoint import load_model
 from saap.models.resolve import load_tokenizer
 from saap.models.shape import LayerSizes

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from export.bundle.engines import EXTRAS, REQUIREMENTS
+from export.engine.table import EXTRAS, REQUIREMENTS
 from saap.text.samples import SHA256
 from studies.common import read_cells, with_tables
 from studies.install import study as install

@@ -29,9 +29,9 @@ from bench.measure.result import Json, command_line, package_versions
 from bench.measure.roofline import probe_bandwidth
 from bench.runtimes.peers import LLAMA_CPP, Peer, read_peers
 from devices.probe.host import probe
-from export.bundle.decoder import check_threads
-from export.bundle.engines import FILES, ONNXRUNTIME
 from export.bundle.manifest import BundleManifest, read_manifest
+from export.engine.onnxruntime import check_threads
+from export.engine.table import FILES, ONNXRUNTIME
 from saap.base.child import ChildFailedError, call
 from saap.base.cores import physical_cores
 from saap.base.documents import Document

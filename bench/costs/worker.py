@@ -19,9 +19,9 @@ from typing import Protocol
 import numpy as np
 
 from bench.measure.cores import pin
-from export.bundle.decoder import Logits, OrtDecoder
-from export.bundle.engines import FILES, ONNXRUNTIME
-from export.bundle.llama_cpp import LlamaCppDecoder
+from export.engine.llama_cpp import LlamaCppDecoder
+from export.engine.onnxruntime import Logits, OrtDecoder
+from export.engine.table import FILES, ONNXRUNTIME
 from saap.base.child import job_and_tell
 
 # Steps of a turn that count, and steps before them. Short, for a clock that moves within a tenth of a second.

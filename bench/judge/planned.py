@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from bench.judge.comparison import DECODE, compare_within
 from bench.judge.wording import as_dict, as_float, threads
 from bench.measure.result import Result
-from export.bundle.engines import ONNXRUNTIME
+from export.engine.table import ONNXRUNTIME
 
 
 def planned_speed(plan: Mapping[str, object], result: Result) -> str | None:

@@ -20,7 +20,7 @@ from bench.measure.cores import choose_cores, pin
 from bench.measure.options import BenchOptions
 from bench.measure.result import Json, Result
 from bench.runtimes.peers import Peer
-from export.bundle.decoder import Decoder, Logits
+from export.engine.onnxruntime import Decoder, Logits
 from saap.base.child import ChildFailedError, call, job_and_tell
 from saap.base.progress import Progress
 

@@ -23,7 +23,7 @@ from msgspec import Meta
 from bench.measure.options import Provider
 from bench.measure.statistics import Ratio, Summary, middle, ratio_of_loads, summarize
 from bench.power.sensors import Energy as Energy
-from bench.runtimes.facts import ModelFacts as ModelFacts
+from export.engine.facts import ModelFacts as ModelFacts
 from saap.base.documents import Document, unknown_fields
 from saap.base.errors import UserError
 

@@ -23,7 +23,7 @@ from bench.measure.validity import judge
 from bench.power.energy import Recorder
 from bench.runtimes.peers import check_memory, read_peers
 from devices.probe.host import probe
-from export.bundle.decoder import check_threads
+from export.engine.onnxruntime import check_threads
 from saap.base.progress import Progress
 
 RECORDED = ("seed", "repetitions", "precision", "max_time_s", "ratio_time_s", "warmup", "timeout_s", "cool_down_s")

@@ -24,8 +24,8 @@ from bench.measure.host_state import counters, snapshot
 from bench.measure.memory import peak_rss, reset_peak, resident, resident_split
 from bench.measure.result import Sample
 from bench.runtimes.decoders import make_decoder
-from bench.runtimes.facts import PeerFacts
-from export.bundle.decoder import Decoder, Ids, Logits
+from export.engine.facts import PeerFacts
+from export.engine.onnxruntime import Decoder, Ids, Logits
 from saap.base.cgroup import available
 from saap.base.child import job_and_tell
 

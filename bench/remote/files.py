@@ -11,16 +11,16 @@ from pathlib import Path
 from bench.remote.options import BoardOptions
 from bench.runtimes.peers import OTHER_RUNTIMES, bundle_facts, memory_needs, refuse_removed
 from devices.transport import BoardError
-from export.bundle.decoder import check_context
-from export.bundle.engines import FASTEST, Placed
-from export.bundle.engines import REQUIREMENTS as OF_ENGINES
 from export.bundle.manifest import MANIFEST, BundleManifest, verify_files
+from export.engine.onnxruntime import check_context
+from export.engine.table import FASTEST, Placed
+from export.engine.table import REQUIREMENTS as OF_ENGINES
 from saap.base.files import sha256_file
 
 PACKAGES = Path(__file__).resolve().parents[2]
 CODE = (
     "bench/**/*.py", "devices/**/*.py", "devices/**/*.toml", "export/__init__.py", "export/bundle/*.py",
-    "saap/__init__.py", "saap/base/*.py",
+    "export/engine/*.py", "saap/__init__.py", "saap/base/*.py",
 )  # fmt: skip
 REQUIREMENTS = ("msgspec>=0.19", "numpy>=1.26", "onnxruntime>=1.23", "psutil>=5.9")
 VENV_BYTES = 300_000_000  # with pip and the packages; 110 MB of it are numpy and onnxruntime on aarch64

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from bench.runtimes.llama_cpp import PACKAGES, facts
-from export.bundle.llama_cpp import LlamaCppDecoder
+from export.engine.llama_cpp import LlamaCppDecoder
 
 __all__ = ["PACKAGES", "facts", "load"]
 

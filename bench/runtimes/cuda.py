@@ -25,10 +25,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from export.bundle.decoder import BundleDecoder, Ids, Logits, as_prompt
 from export.bundle.graph_check import check_graph
 from export.bundle.manifest import DECODE_GRAPH, read_manifest
-from export.bundle.session import EXECUTION, DecoderError, check_provider, check_signature, session_options
+from export.engine.onnxruntime import BundleDecoder, Ids, Logits, as_prompt
+from export.engine.session import EXECUTION, DecoderError, check_provider, check_signature, session_options
 from saap.base.errors import first_line
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from bench.runtimes.cuda import CudaDecoder
-from export.bundle.decoder import Decoder, OrtDecoder
+from export.engine.onnxruntime import Decoder, OrtDecoder
 
 
 def make_decoder(path: str | Path, threads: int, max_length: int, provider: str = "cpu") -> Decoder:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from bench.runtimes.facts import SIZES, ModelFacts, PeerFacts
-from export.bundle.decoder import Decoder
-from export.bundle.llama_cpp import LlamaCppDecoder
+from export.engine.facts import SIZES, ModelFacts, PeerFacts
+from export.engine.llama_cpp import LlamaCppDecoder
+from export.engine.onnxruntime import Decoder
 from saap.base.gguf_header import read_header
 
 PACKAGES = ("llama_cpp.llama_cpp",)

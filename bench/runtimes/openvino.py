@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from bench.runtimes.facts import PeerFacts, file_facts
-from export.bundle.decoder import Decoder
-from export.bundle.openvino import IR, OpenVinoDecoder
+from export.engine.facts import PeerFacts, file_facts
+from export.engine.onnxruntime import Decoder
+from export.engine.openvino import IR, OpenVinoDecoder
 
 PACKAGES = ("openvino",)
 load = OpenVinoDecoder

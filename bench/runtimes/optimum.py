@@ -5,11 +5,11 @@ from __future__ import annotations
 from importlib import metadata
 from pathlib import Path
 
-from bench.runtimes.facts import PeerFacts, file_facts
-from bench.runtimes.torch import TorchDecoder
-from export.bundle.decoder import Decoder
 from export.bundle.graph_check import check_graph
 from export.bundle.manifest import DECODE_GRAPH, MANIFEST
+from export.engine.facts import PeerFacts, file_facts
+from export.engine.onnxruntime import Decoder
+from export.engine.torch import TorchDecoder
 
 PACKAGES = ("optimum.onnxruntime",)
 

@@ -18,14 +18,6 @@ from typing import TypeVar
 
 import msgspec
 
-from bench.runtimes.facts import SIZES, ModelFacts
-from bench.runtimes.genai import model_of
-from export.bundle.decoder import check_context
-from export.bundle.engine_logits import process_environment
-from export.bundle.engines import EXTRAS, FASTEST, PACKAGES, Placed
-from export.bundle.engines import LLAMA_CPP as LLAMA_CPP_ENGINE
-from export.bundle.engines import OPENVINO as OPENVINO_ENGINE
-from export.bundle.llama_cpp import FLASH_ATTENTION
 from export.bundle.manifest import (
     DECODE_GRAPH,
     MANIFEST,
@@ -35,8 +27,16 @@ from export.bundle.manifest import (
     read_manifest,
     verify_files,
 )
-from export.bundle.openvino import IR
-from export.bundle.session import check_provider
+from export.engine.facts import SIZES, ModelFacts
+from export.engine.genai import model_of
+from export.engine.llama_cpp import FLASH_ATTENTION
+from export.engine.onnxruntime import check_context
+from export.engine.openvino import IR
+from export.engine.session import check_provider
+from export.engine.table import EXTRAS, FASTEST, PACKAGES, Placed
+from export.engine.table import LLAMA_CPP as LLAMA_CPP_ENGINE
+from export.engine.table import OPENVINO as OPENVINO_ENGINE
+from export.engine.worker import process_environment
 from saap.base.caches import GROWING
 from saap.base.cgroup import available
 from saap.base.errors import UserError
@@ -243,7 +243,7 @@ def _peer(
         spec=spec,
         kind=kind,
         path=path,
-        runtime=f"bench.runtimes.{kind.replace('.', '_')}",
+        runtime=f"{'export.engine' if kind in ('torch', 'genai') else 'bench.runtimes'}.{kind.replace('.', '_')}",
         vocab_size=vocab,
         bundle_hash=manifest.content_hash if manifest else None,
         model=model,

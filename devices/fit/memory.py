@@ -7,7 +7,7 @@ What must stay resident while the model runs:
     cache      keys and values of every position
     work       activations of a piece of a prompt
 
-The constants were measured on x86-64 with ONNX Runtime 1.32.0 and the session of export/bundle/session.py
+The constants were measured on x86-64 with ONNX Runtime 1.32.0 and the session of export/engine/session.py
 (docs/devices.md has the table): the sum is 1 to 5 % above what SmolLM2-135M takes, 1 % below to 2 % above for
 Gemma 3 270M, up to 7 % above for random models with other shapes. On arm64 nobody has measured it.
 """

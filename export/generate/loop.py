@@ -9,10 +9,10 @@ from typing import Protocol
 
 import numpy as np
 
-from export.bundle.decoder import Decoder as ForwardDecoder
-from export.bundle.decoder import Logits
 from export.bundle.manifest import PREFILL_CHUNK
 from export.bundle.tokenizer import BundleTokenizer, RunError, TextStream
+from export.engine.onnxruntime import Decoder as ForwardDecoder
+from export.engine.onnxruntime import Logits
 from export.generate.sampling import GREEDY, Draw, Sampling
 
 

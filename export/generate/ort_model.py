@@ -16,10 +16,10 @@ import torch
 from transformers import GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from export.bundle.decoder import check_threads
 from export.bundle.manifest import DECODE_GRAPH, BundleManifest, CachePart, read_manifest, verify_files
-from export.bundle.session import open_session
 from export.bundle.tokenizer import RunError
+from export.engine.onnxruntime import check_threads
+from export.engine.session import open_session
 
 CAPACITY_STEP = 256  # positions; the cache doubles from here, so that growing it is rare
 # Later releases of transformers 5 call the cache by another name.

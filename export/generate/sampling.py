@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from export.bundle.decoder import Logits
 from export.bundle.tokenizer import RunError
+from export.engine.onnxruntime import Logits
 
 Draw = Callable[[Logits, Sequence[int]], int]
 

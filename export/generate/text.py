@@ -9,13 +9,13 @@ from typing import TypedDict
 
 import msgspec
 
-from export.bundle.decoder import OrtDecoder, check_threads
-from export.bundle.engines import EXTRAS, OPENVINO, PACKAGES, Placed
-from export.bundle.llama_cpp import LlamaCppDecoder
 from export.bundle.manifest import BundleManifest, read_manifest, verify_files
-from export.bundle.openvino import OpenVinoDecoder
 from export.bundle.small_files import SmallFiles
 from export.bundle.tokenizer import BundleTokenizer, read_json
+from export.engine.llama_cpp import LlamaCppDecoder
+from export.engine.onnxruntime import OrtDecoder, check_threads
+from export.engine.openvino import OpenVinoDecoder
+from export.engine.table import EXTRAS, OPENVINO, PACKAGES, Placed
 from export.generate.chat import Conversation
 from export.generate.loop import AnswerSettings, Decoder, Generation, begin_text
 from export.generate.options import GenerateOptions

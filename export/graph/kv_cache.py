@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from export.bundle.manifest import BundleManifest
-from export.bundle.session import open_session
+from export.engine.session import open_session
 from saap.base.errors import UserError
 
 LARGEST = 127

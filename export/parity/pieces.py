@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx
 
-from export.bundle.session import open_session
+from export.engine.session import open_session
 from export.needs import PIECE_BYTES
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from export.bundle.manifest import DECODE_GRAPH, SCORING_GRAPH, WEIGHTS, BundleManifest, Parity, read_manifest
-from export.generate.scoring import BundleScorer, empty_past, graph_feed
+from export.engine.scoring import BundleScorer, empty_past, graph_feed
 from export.needs import WHOLE_BYTES
 from export.parity.pieces import logits_in_pieces
 from export.parity.streamed import StreamedModel

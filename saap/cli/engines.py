@@ -12,8 +12,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from export.bundle.engines import EXTRAS, FASTEST, ONNXRUNTIME, PACKAGES, Placed, engines_in
 from export.bundle.manifest import BundleManifest, read_manifest
+from export.engine.table import EXTRAS, FASTEST, ONNXRUNTIME, PACKAGES, Placed, engines_in
 from saap.base.cores import allowed_cores
 from saap.base.errors import UserError
 from saap.base.files import cache_directory, write_text

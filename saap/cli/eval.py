@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from bench.runtimes.peers import Peer
     from export.bundle.manifest import BundleManifest
-    from export.generate.scoring import BundleScorer
+    from export.engine.scoring import BundleScorer
     from saap.base.gguf_header import GgufHeader
     from saap.evaluate.answers import Writer
     from saap.evaluate.continuations import Scorer
@@ -65,7 +65,7 @@ def evaluate(paths: tuple[Path, ...], json_path: Path | None, options: EvalComma
       saap eval out/slim out/bundle --tasks piqa,arc_easy --task-dir tasks/ --json quality.json
       saap eval out/slim --reference smollm2-135m --answers 32
     """
-    from export.bundle.engines import PACKAGES, Placed
+    from export.engine.table import PACKAGES, Placed
     from saap.base.outputs import QUALITY as OF_EVAL
     from saap.base.outputs import check_place
     from saap.cli.engines import on_fastest
@@ -129,7 +129,7 @@ def is_for_llama_cpp(path: Path) -> bool:
 
 def subject_of(path: Path, name: str = "") -> Path | Subject:
     """A bundle in one of its engines, a GGUF file in llama.cpp, or a model by its directory or name."""
-    from export.bundle.engines import LLAMA_CPP, OPENVINO, Placed
+    from export.engine.table import LLAMA_CPP, OPENVINO, Placed
 
     if is_for_llama_cpp(path):
         return GGUFInLlamaCpp.of(path, name)
@@ -197,7 +197,7 @@ class Bundle:
 
     def _scorer(self, threads: int) -> BundleScorer:
         from export.bundle.manifest import verify_files
-        from export.generate.scoring import BundleScorer
+        from export.engine.scoring import BundleScorer
 
         verify_files(self.path)
         return BundleScorer(self.path, threads)
@@ -211,8 +211,8 @@ class BundleInOpenVino(Bundle):
         import torch
 
         from bench.runtimes.peers import read_peers
-        from export.bundle.engine_logits import logits_of
-        from export.bundle.engines import OPENVINO
+        from export.engine.table import OPENVINO
+        from export.engine.worker import logits_of
 
         (peer,) = read_peers([f"{self.path}@{OPENVINO}"], 1)
         threads = torch.get_num_threads()
@@ -267,8 +267,8 @@ class GGUFInLlamaCpp:
     def scorer(self, device: torch.device) -> Score:
         import torch
 
-        from export.bundle.engine_logits import logits_of
-        from export.bundle.engines import LLAMA_CPP
+        from export.engine.table import LLAMA_CPP
+        from export.engine.worker import logits_of
 
         threads, path, python = torch.get_num_threads(), self.peer.path, self.peer.python
         return lambda ids: torch.from_numpy(logits_of(LLAMA_CPP, path, python, ids.cpu().numpy(), threads))

@@ -299,7 +299,7 @@ def check_options(options: RunOptions) -> None:
     """Refuse what some step's options, this machine or its packages do not allow, whatever the model is."""
     from importlib.util import find_spec
 
-    from export.bundle.decoder import check_threads
+    from export.engine.onnxruntime import check_threads
 
     options.prune.options.check()
     options.prune.options.check_used()
@@ -543,8 +543,8 @@ def _export(state: _State, source: Path, name: str, made_from: list[object]) -> 
 
 def in_other_engines(bundle: Path) -> dict[str, str]:
     """What else of a bundle is measured: name -> spec."""
-    from export.bundle.engines import ONNXRUNTIME, engines_in
     from export.bundle.manifest import read_manifest
+    from export.engine.table import ONNXRUNTIME, engines_in
 
     others = [engine for engine in engines_in(read_manifest(bundle)) if engine != ONNXRUNTIME]
     return {f"{bundle.name}@{engine}": f"{bundle}@{engine}" for engine in others}
@@ -555,8 +555,8 @@ def _export_peer(state: _State, source: Path, dense: object) -> str | None:
     import numpy as np
 
     from bench.runtimes.peers import LLAMA_CPP, read_peers
-    from export.bundle.engine_logits import logits_of
-    from export.bundle.engines import LLAMA_CPP as LLAMA_CPP_ENGINE
+    from export.engine.table import LLAMA_CPP as LLAMA_CPP_ENGINE
+    from export.engine.worker import logits_of
     from saap.cli.export import export_model
 
     options, out = state.options.peer_export, state.out / state.options.peer
@@ -665,8 +665,8 @@ def _texts(state: _State) -> list[dict[str, object]]:
     """The same prompts to every bundle, greedy."""
     import torch
 
-    from export.bundle.decoder import OrtDecoder
     from export.bundle.tokenizer import BundleTokenizer
+    from export.engine.onnxruntime import OrtDecoder
     from export.generate.loop import AnswerSettings, begin_text
 
     bundles, report = state.options.bundles, state.console.report

@@ -46,7 +46,7 @@ Cache = TypeVar("Cache")
 
 
 class CachedReader(Protocol[Cache]):
-    """Anything that keeps a cache, such as :meth:`export.generate.scoring.BundleScorer.read`."""
+    """Anything that keeps a cache, such as :meth:`export.engine.scoring.BundleScorer.read`."""
 
     def __call__(self, ids: NDArray[np.int64], cache: Cache | None = None, last: bool = False) -> tuple[Logits, Cache]:
         """Logits [1, s, vocab] of ids [1, s], with ``last`` of the last position only, and the cache after them."""

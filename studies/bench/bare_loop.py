@@ -20,7 +20,7 @@ WARM_UP = 24
 
 
 def main(bundle: str, prompt: int, generate: int, threads: int, cpus: list[int]) -> None:
-    from export.bundle.huge_pages import with_huge_pages
+    from export.engine.huge_pages import with_huge_pages
 
     os.sched_setaffinity(0, cpus)
     options = ort.SessionOptions()

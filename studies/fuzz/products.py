@@ -133,7 +133,7 @@ def _bundles(place: Path) -> Iterator[Target]:
     from bench.measure.worker import timed_pass
     from bench.runtimes.decoders import make_decoder
     from bench.runtimes.peers import read_peers
-    from export.bundle import huge_pages
+    from export.engine import huge_pages
     from saap.cli.eval import Bundle
 
     bundle = place / "bundle"

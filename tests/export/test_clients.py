@@ -9,11 +9,11 @@ from support.cuts import cut
 from support.exported import export_bundle
 from support.tiny_graphs import CONTEXT, HEAD_DIM, HIDDEN, VOCAB, tiny_bundle
 
-from export.bundle.decoder import OrtDecoder
 from export.bundle.genai import genai_config
 from export.bundle.manifest import DECODE_GRAPH, LayerSizes, read_manifest
 from export.bundle.tokenizer import BundleTokenizer
 from export.clients import genai_tokenizer_note, optimum_config, write_client_files
+from export.engine.onnxruntime import OrtDecoder
 from export.generate.loop import AnswerSettings, begin_text
 from saap.models.checkpoint import load_model, read_config
 from saap.prune.plan import LayerPlan, PrunePlan

@@ -13,10 +13,10 @@ from support.cuts import cut
 from support.export_cases import IDS, UNEVEN
 
 from bench.runtimes.peers import read_peers
-from export.bundle.engine_logits import logits_of
-from export.bundle.engines import Placed, engines_in
 from export.bundle.manifest import BundleError, read_manifest, verify_files
-from export.generate.scoring import BundleScorer
+from export.engine.scoring import BundleScorer
+from export.engine.table import Placed, engines_in
+from export.engine.worker import logits_of
 from export.options import ExportOptions
 from export.write import export
 from saap.base.errors import UserError

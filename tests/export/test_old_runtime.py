@@ -12,7 +12,7 @@ from support.cuts import cut
 from support.export_cases import IDS, UNEVEN
 from support.exported import export_bundle
 
-from export.bundle.decoder import OrtDecoder
+from export.engine.onnxruntime import OrtDecoder
 from export.graph.targets import ONNXRUNTIME_INT8_CACHE, ONNXRUNTIME_MIN, ONNXRUNTIME_WINDOWS
 from saap.prune.plan import PrunePlan
 
@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = """
 import json, sys
 import numpy as np, onnxruntime
-from export.bundle.decoder import OrtDecoder
+from export.engine.onnxruntime import OrtDecoder
 decoder = OrtDecoder(sys.argv[1], 1, 32)
 rows = [decoder.prefill(np.array(json.loads(sys.argv[2])))]
 rows += [decoder.step(token) for token in (3, 1, 4)]

@@ -10,8 +10,8 @@ import pytest
 
 from export import ExportOptions, export
 from export.bundle.manifest import read_manifest
+from export.engine.scoring import BundleScorer
 from export.generate import GenerateOptions, generate
-from export.generate.scoring import BundleScorer
 from export.options import PARITY_TOKENS
 from export.write import sample_rows
 from saap.base.errors import UserError
@@ -69,7 +69,7 @@ def test_options_import_nothing_heavy_and_what_runs_on_a_board_no_torch() -> Non
     script = (
         "import sys, export, export.options, export.generate.options, export.bundle.manifest\n"
         f"assert not {HEAVY!r} & set(sys.modules), 'heavy'\n"
-        "import export.generate.text, export.bundle.inspect, export.generate.scoring\n"
+        "import export.generate.text, export.bundle.inspect, export.engine.scoring\n"
         "assert not {'torch', 'transformers', 'onnx'} & set(sys.modules), 'heavy'"
     )
     subprocess.run([sys.executable, "-c", script], check=True)

@@ -26,9 +26,9 @@ from support.export_cases import (
 from support.exported import export_bundle
 from support.references import reference_model
 
-from export.bundle.decoder import OrtDecoder
 from export.bundle.manifest import BundleError, read_manifest, verify_files
-from export.generate.scoring import BundleScorer
+from export.engine.onnxruntime import OrtDecoder
+from export.engine.scoring import BundleScorer
 from export.graph.targets import ONNXRUNTIME_INT8_CACHE
 from export.options import ExportOptions
 from export.parity.verify import check_parity

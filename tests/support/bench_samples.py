@@ -10,7 +10,7 @@ import pytest
 
 from bench.measure.result import OK, Bandwidth, Measurement, ModelFacts, Result, Sample
 from bench.measure.worker import ColdLoad, Measured
-from bench.runtimes.facts import PeerFacts
+from export.engine.facts import PeerFacts
 
 FACTS = ModelFacts(
     parameters=1000, model_bytes=3_000_000, weight_bytes_per_token=2_000_000, kv_bytes_per_token=1000, bits=4

@@ -10,8 +10,8 @@ import onnx_ir as ir
 import torch
 from support.cuts import cut
 
-from export.bundle.decoder import OrtDecoder
-from export.generate.scoring import BundleScorer, empty_past
+from export.engine.onnxruntime import OrtDecoder
+from export.engine.scoring import BundleScorer, empty_past
 from saap.models.checkpoint import load_model
 from saap.prune.plan import LayerPlan, PrunePlan
 

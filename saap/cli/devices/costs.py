@@ -11,7 +11,7 @@ import click
 
 from bench.costs.options import CostsOptions
 from bench.remote.options import BoardOptions
-from export.bundle.engines import FILES, ONNXRUNTIME
+from export.engine.table import FILES, ONNXRUNTIME
 from saap.base.files import calling
 from saap.base.options import Option, refuse_unused
 from saap.base.progress import Progress

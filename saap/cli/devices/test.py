@@ -12,7 +12,7 @@ from msgspec import Meta
 
 from bench.measure.options import Provider
 from bench.remote.options import BoardOptions
-from export.bundle.engines import Placed
+from export.engine.table import Placed
 from saap.base.errors import UserError
 from saap.base.options import THREADS, Option
 from saap.base.values import parse_duration

@@ -34,9 +34,9 @@ from bench.measure.options import BenchOptions
 from bench.measure.result import INVALID, Bursts, Energy, Load, Result, write_result
 from bench.measure.run import measure
 from bench.report.verdicts import device_junit
-from export.bundle.decoder import OrtDecoder
 from export.bundle.manifest import read_manifest
-from export.generate.scoring import BundleScorer
+from export.engine.onnxruntime import OrtDecoder
+from export.engine.scoring import BundleScorer
 
 TEXT = tuple(range(3, 23))
 PLAN = BenchOptions(prompt=8, generate=4, threads=1, text=TEXT)

@@ -15,7 +15,7 @@ from bench.measure.pilots import LEAST_GAIN, Pilot, at_their_best, fastest, told
 from bench.measure.result import Bursts, Load, ModelFacts, read_result, write_result
 from bench.report.tables import peer_notes
 from bench.runtimes.peers import Peer
-from export.bundle.llama_cpp import FLASH_ATTENTION
+from export.engine.llama_cpp import FLASH_ATTENTION
 from saap.base.errors import UserError
 
 ON, OFF = FLASH_ATTENTION

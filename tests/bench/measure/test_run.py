@@ -22,8 +22,8 @@ from bench.measure.result import INVALID, Result, read_result, write_result
 from bench.measure.rounds import prompt_tokens, turn
 from bench.measure.run import measure
 from bench.runtimes.peers import PeerError
-from export.bundle.decoder import DecoderError
 from export.bundle.manifest import BundleError
+from export.engine.onnxruntime import DecoderError
 from saap.base.errors import UserError
 from saap.base.progress import Label
 
@@ -217,7 +217,7 @@ def test_slim_directory_in_torch(tiny_model: Callable[..., Path], tmp_path: Path
     from safetensors.numpy import load_file
     from support.cuts import cut
 
-    from bench.runtimes.torch import facts, load
+    from export.engine.torch import facts, load
     from saap.prune.plan import LayerPlan, PrunePlan
 
     layers = LayerPlan((), (), tuple(range(32))), LayerPlan((0, 1), (0,), tuple(range(48)))
@@ -231,8 +231,8 @@ def test_slim_directory_in_torch(tiny_model: Callable[..., Path], tmp_path: Path
 
 NOISY = """
 import os
-from bench.runtimes.facts import PeerFacts
-from export.bundle.decoder import OrtDecoder
+from export.engine.facts import PeerFacts
+from export.engine.onnxruntime import OrtDecoder
 PACKAGES = ()
 def load(path, threads, positions):
     print("noise"); os.system("echo noise")

@@ -46,9 +46,9 @@ from bench.remote.options import BoardOptions
 from bench.remote.target import Target, measure_on
 from devices.agent.home import Lock
 from devices.transport import BoardError, Local, open_transport
-from export.bundle.engines import OPENVINO
-from export.bundle.engines import REQUIREMENTS as OF_ENGINES
 from export.bundle.manifest import BundleError
+from export.engine.table import OPENVINO
+from export.engine.table import REQUIREMENTS as OF_ENGINES
 from saap.base.interrupt import ask_to_end, ended_as_by_a_person
 
 

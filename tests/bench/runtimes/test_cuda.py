@@ -15,9 +15,9 @@ from support.tiny_graphs import CONTEXT, VOCAB, tiny_bundle
 from bench.measure.worker import timed_pass
 from bench.runtimes.cuda import CudaDecoder, gpu_session
 from bench.runtimes.decoders import make_decoder
-from export.bundle.decoder import OrtDecoder
 from export.bundle.manifest import BundleError, read_manifest
-from export.bundle.session import DecoderError, check_provider
+from export.engine.onnxruntime import OrtDecoder
+from export.engine.session import DecoderError, check_provider
 
 IDS = np.random.default_rng(3).integers(VOCAB, size=20)
 

@@ -24,12 +24,12 @@ from bench.measure.result import INVALID, Bursts
 from bench.measure.rounds import prompt_tokens
 from bench.measure.run import measure
 from bench.measure.worker import timed_pass, warm_up
-from bench.runtimes.facts import file_facts
 from bench.runtimes.peers import PeerError, read_peers
-from export.bundle.decoder import OrtDecoder
-from export.bundle.engine_logits import logits_of
 from export.bundle.genai import genai_config
 from export.bundle.manifest import DECODE_GRAPH, BundleManifest, read_manifest, write_manifest
+from export.engine.facts import file_facts
+from export.engine.onnxruntime import OrtDecoder
+from export.engine.worker import logits_of
 from saap.base.errors import UserError
 from saap.base.gguf_header import GgufHeaderError, read_header
 from saap.base.interpreters import PEER_PYTHON, python_with
@@ -201,7 +201,7 @@ def test_llama_cpp_steps_as_it_prefills(tmp_path: Path, llama_cpp_python: str) -
     code = f"""
 import json, itertools, numpy as np
 from pathlib import Path
-from export.bundle.llama_cpp import LlamaCppDecoder
+from export.engine.llama_cpp import LlamaCppDecoder
 from bench.measure.worker import timed_pass
 clock = map(float, itertools.count()).__next__
 decoder = LlamaCppDecoder(Path({str(path)!r}), 1, 40)
@@ -227,7 +227,7 @@ def test_logits_of_llama_cpp_are_those_of_its_steps(tmp_path: Path, llama_cpp_py
     code = f"""
 import json, numpy as np
 from pathlib import Path
-from export.bundle.llama_cpp import LlamaCppDecoder
+from export.engine.llama_cpp import LlamaCppDecoder
 decoder = LlamaCppDecoder(Path({str(path)!r}), 1, 8)
 told = []
 for row in {rows.tolist()!r}:
@@ -260,7 +260,7 @@ def test_llama_cpp_beside_a_bundle(tmp_path: Path, llama_cpp_python: str) -> Non
 
 def test_genai_draws_what_the_graph_says_and_goes_on_past_an_end_of_text(genai_bundle: Path) -> None:
     pytest.importorskip("onnxruntime_genai")
-    from bench.runtimes.genai import GenaiDecoder
+    from export.engine.genai import GenaiDecoder
 
     prompt = np.array(prompt_tokens(6, VOCAB, 0))
     ours = timed_pass(OrtDecoder(genai_bundle, 1, 26, verify=False), prompt, 20, tick).tokens
@@ -277,7 +277,7 @@ def test_genai_draws_what_the_graph_says_and_goes_on_past_an_end_of_text(genai_b
 def test_genai_is_given_nothing_that_we_did_not_write(genai_bundle: Path) -> None:
     """A library that the configuration names would be loaded; it is not there, so genai would say so."""
     pytest.importorskip("onnxruntime_genai")
-    from bench.runtimes.genai import GenaiDecoder
+    from export.engine.genai import GenaiDecoder
 
     path = genai_bundle / "genai_config.json"
     config = json.loads(path.read_text())

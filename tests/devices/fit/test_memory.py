@@ -49,7 +49,7 @@ def test_memory_against_what_was_measured(model: Model, filled: int, private: fl
 RESIDENT = """
 import sys, numpy
 from bench.measure.memory import resident_split
-from export.bundle.decoder import OrtDecoder
+from export.engine.onnxruntime import OrtDecoder
 import onnxruntime
 libraries = resident_split().file
 decoder = OrtDecoder(sys.argv[1], 1, int(sys.argv[2]), verify=False)

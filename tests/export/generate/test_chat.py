@@ -6,8 +6,8 @@ import pytest
 from support.exported import export_bundle
 from support.scripted_decoder import ScriptedDecoder, bpe_directory
 
-from export.bundle.decoder import OrtDecoder
 from export.bundle.tokenizer import BundleTokenizer, RunError
+from export.engine.onnxruntime import OrtDecoder
 from export.generate.chat import Conversation
 from export.generate.loop import AnswerSettings
 

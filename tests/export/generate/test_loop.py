@@ -9,9 +9,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from export.bundle.manifest import read_manifest, write_manifest
 from export.bundle.tokenizer import BundleTokenizer, RunError, TextStream
+from export.engine.scoring import next_token_logprobs
 from export.generate.loop import AnswerSettings, begin_text
 from export.generate.sampling import Sampling
-from export.generate.scoring import next_token_logprobs
 
 TEMPLATE = (
     "{% for message in messages %}\n"

@@ -5,10 +5,10 @@ import torch
 from support.cuts import cut
 from support.exported import export_bundle, export_portable
 
-from export.bundle.decoder import OrtDecoder
 from export.bundle.manifest import BundleError
-from export.bundle.session import DecoderError
 from export.bundle.tokenizer import RunError
+from export.engine.onnxruntime import OrtDecoder
+from export.engine.session import DecoderError
 from export.generate.ort_model import CACHE, CAPACITY_STEP, BundleForCausalLM
 from saap.models.checkpoint import load_model
 from saap.prune.plan import LayerPlan, PrunePlan

@@ -7,7 +7,7 @@ from support.export_cases import FAMILIES, IDS, PIECES, WINDOW, largest_differen
 from support.exported import export_bundle
 from support.references import reference_model
 
-from export.generate.scoring import BundleScorer
+from export.engine.scoring import BundleScorer
 from saap.models.architectures import shape_of
 from saap.models.checkpoint import load_model, read_config
 

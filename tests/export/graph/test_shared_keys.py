@@ -7,7 +7,7 @@ from support.exported import export_bundle
 from support.family_cuts import cut
 from support.genai_run import greedy
 
-from export.bundle.decoder import OrtDecoder
+from export.engine.onnxruntime import OrtDecoder
 from export.generate.loop import HeldSequence
 from export.generate.ort_model import BundleForCausalLM
 from saap.models.architectures import shape_of

@@ -11,8 +11,8 @@ from support.family_cuts import cut
 from support.genai_run import greedy
 
 from bench.costs.fit import read_stacks
-from export.bundle.decoder import OrtDecoder
 from export.bundle.manifest import read_manifest
+from export.engine.onnxruntime import OrtDecoder
 from export.generate.loop import HeldSequence
 from export.generate.ort_model import BundleForCausalLM
 from export.graph.probe_model import read_probe_model

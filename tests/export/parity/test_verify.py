@@ -14,7 +14,7 @@ from support.references import reference_model, streamed_logits
 import export.parity.pieces
 import export.parity.streamed
 import export.parity.verify
-from export.bundle.session import open_session
+from export.engine.session import open_session
 from export.parity.streamed import StreamedModel
 from export.parity.verify import check_parity
 from export.source import ModelSource, Precision

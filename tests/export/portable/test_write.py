@@ -26,9 +26,9 @@ from support.exported import export_bundle, export_portable
 from support.onnx_reference import reference
 from support.references import reference_model, streamed_logits
 
-from export.bundle.decoder import OrtDecoder
 from export.bundle.manifest import read_manifest
-from export.generate.scoring import BundleScorer, empty_past
+from export.engine.onnxruntime import OrtDecoder
+from export.engine.scoring import BundleScorer, empty_past
 from export.source import Precision
 from saap.base.errors import UserError
 from saap.models.checkpoint import load_model

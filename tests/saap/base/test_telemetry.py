@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 def test_libraries_are_told_before_they_are_loaded():
-    script = "import export.bundle.session, os, sys; assert 'onnxruntime' not in sys.modules; print(dict(os.environ))"
+    script = "import export.engine.session, os, sys; assert 'onnxruntime' not in sys.modules; print(dict(os.environ))"
     for given, told in ((None, "1"), ("1", None)):
         env = {k: v for k, v in os.environ.items() if k not in ("ORT_DISABLE_TELEMETRY", "SAAP_TELEMETRY")}
         env |= {} if given is None else {"SAAP_TELEMETRY": given}

@@ -13,7 +13,7 @@ import torch
 from support.exported import export_bundle, export_portable
 from support.family_cuts import CASES, dense_dir
 
-from export.generate.scoring import BundleScorer
+from export.engine.scoring import BundleScorer
 from saap.evaluate import continuations
 from saap.evaluate.continuations import Group, cached_continuations, torch_continuations
 from saap.models.checkpoint import load_model

@@ -9,7 +9,7 @@ import torch
 from support import llama_cpp_run
 from support.exported import export_bundle
 
-from export.bundle.decoder import OrtDecoder
+from export.engine.onnxruntime import OrtDecoder
 from export.gguf.write import export_gguf
 from export.write import SPELT
 from saap.base.errors import UserError

@@ -10,9 +10,9 @@ import torch
 from support.exported import export_bundle
 from support.unicode_texts import texts
 
-from export.bundle.decoder import OrtDecoder
+from export.engine.onnxruntime import OrtDecoder
+from export.engine.scoring import BundleScorer
 from export.generate.ort_model import BundleForCausalLM
-from export.generate.scoring import BundleScorer
 from export.gguf.write import export_gguf
 from saap.base.errors import UserError
 from saap.evaluate.evaluation import Directory, continuation_model

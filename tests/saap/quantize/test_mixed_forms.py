@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM
 
 from export.bundle.inspect import inspect_bundle
 from export.bundle.manifest import read_manifest
-from export.generate.scoring import BundleScorer
+from export.engine.scoring import BundleScorer
 from export.gguf.write import export_gguf
 from export.source import ModelSource
 from saap.base.errors import UserError

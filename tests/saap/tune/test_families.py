@@ -8,7 +8,7 @@ import torch
 from support.exported import export_bundle
 from support.references import round_model
 
-from export.generate.scoring import BundleScorer
+from export.engine.scoring import BundleScorer
 from saap.models.architectures import FAMILIES
 from saap.models.checkpoint import load_model
 from saap.tune import TuneOptions, tune

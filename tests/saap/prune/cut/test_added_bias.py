@@ -23,7 +23,7 @@ from support.family_cuts import (
     shipped,
 )
 
-from export.generate.scoring import BundleScorer
+from export.engine.scoring import BundleScorer
 from export.gguf.write import export_gguf
 from saap.base.errors import UserError
 from saap.models.architectures import architecture_of, shape_of

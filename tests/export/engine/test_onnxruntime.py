@@ -10,10 +10,10 @@ import pytest
 from support.edited import edited
 from support.tiny_graphs import CONTEXT, VOCAB, tiny_bundle
 
-from export.bundle.decoder import DecoderError, OrtDecoder
 from export.bundle.manifest import BundleError
 from export.bundle.tokenizer import RunError
-from export.generate.scoring import BundleScorer, next_token_logprobs
+from export.engine.onnxruntime import DecoderError, OrtDecoder
+from export.engine.scoring import BundleScorer, next_token_logprobs
 
 IDS = np.random.default_rng(3).integers(VOCAB, size=20)
 
@@ -41,7 +41,7 @@ def test_a_long_prompt_is_read_in_pieces(bundle: Path, monkeypatch: pytest.Monke
     whole = decoder.prefill(IDS).copy()
     runs = []
     run = decoder._run
-    monkeypatch.setattr("export.bundle.decoder.PREFILL_CHUNK", piece)
+    monkeypatch.setattr("export.engine.onnxruntime.PREFILL_CHUNK", piece)
     monkeypatch.setattr(decoder, "_run", lambda ids: runs.append(ids.shape[1]) or run(ids))
     decoder.reset()
     np.testing.assert_allclose(decoder.prefill(IDS), whole, atol=2e-5)

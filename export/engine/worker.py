@@ -1,4 +1,4 @@
-"""Logits of a bundle's file in another engine, in a process of its own: ``python -m export.bundle.engine_logits``.
+"""Logits of a bundle's file in another engine, in a process of its own: ``python -m export.engine.worker``.
 
 What the bench times and what is judged here are one: the same library, options and numbers of the cache.
 """
@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from export.bundle.decoder import Logits
-from export.bundle.engines import OPENVINO
-from export.bundle.llama_cpp import LlamaCppDecoder
-from export.bundle.openvino import scorer as openvino_scorer
+from export.engine.llama_cpp import LlamaCppDecoder
+from export.engine.onnxruntime import Logits
+from export.engine.openvino import scorer as openvino_scorer
+from export.engine.table import OPENVINO
 from saap.base.child import ChildFailedError, call, job_and_tell
 from saap.base.errors import UserError
 

@@ -18,7 +18,7 @@ TOKENS = 4 * PREFILL_CHUNK
 TENSOR = 4 * PREFILL_CHUNK * WIDEST  # bytes of gate or up of the widest layer, of one piece
 OURS = """
 import sys, numpy, psutil
-from export.bundle.decoder import OrtDecoder
+from export.engine.onnxruntime import OrtDecoder
 decoder = OrtDecoder(sys.argv[1], 1, int(sys.argv[2]) + 8)
 before = psutil.Process().memory_info().rss
 for _ in range(3):

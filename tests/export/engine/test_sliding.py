@@ -6,8 +6,8 @@ import torch
 from support.export_cases import FAMILIES, WINDOW
 from support.exported import export_bundle
 
-from export.bundle.decoder import OrtDecoder
 from export.bundle.manifest import PREFILL_CHUNK, WINDOW_BACK, read_manifest
+from export.engine.onnxruntime import OrtDecoder
 from saap.models.checkpoint import load_model
 
 SLIDING = ("mistral", "gemma3", "smollm3 with windows", "lfm3", "gemma4")

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from export.bundle.decoder import Ids, Logits, check_threads, with_room
 from export.bundle.graph_check import check_graph
 from export.bundle.manifest import DECODE_GRAPH, SCORING_GRAPH, CachePart, read_manifest
+from export.engine.onnxruntime import Ids, Logits, check_threads, with_room
 
 if TYPE_CHECKING:
     from openvino import CompiledModel, Model

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from export.bundle.decoder import Logits, check_ids
 from export.bundle.manifest import FIRST_LOGIT, SCORING_GRAPH, BundleManifest, read_manifest, too_old
-from export.bundle.session import open_session
 from export.bundle.tokenizer import RunError
+from export.engine.onnxruntime import Logits, check_ids
+from export.engine.session import open_session
 from saap.base.errors import first_line
 
 Cache = dict[str, np.ndarray]  # name of an input -> keys or values [batch, kv_heads, tokens, head_dim], or a state

@@ -8,16 +8,16 @@ from support.exported import export_bundle, export_portable
 
 from bench.runtimes import openvino as runtime
 from bench.runtimes.peers import PeerError, read_peers
-from export.bundle.decoder import OrtDecoder
-from export.bundle.engine_logits import logits_of
-from export.bundle.engines import Placed
 from export.bundle.manifest import BundleError, read_manifest, verify_files
-from export.bundle.session import DecoderError
-from export.generate.scoring import BundleScorer
+from export.engine.onnxruntime import OrtDecoder
+from export.engine.scoring import BundleScorer
+from export.engine.session import DecoderError
+from export.engine.table import Placed
+from export.engine.worker import logits_of
 from saap.prune.plan import PrunePlan
 
 openvino = pytest.importorskip("openvino")
-module = pytest.importorskip("export.bundle.openvino")
+module = pytest.importorskip("export.engine.openvino")
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma3_text", "smollm3", "olmo2", "granite")
 
 

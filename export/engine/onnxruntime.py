@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from export.bundle.huge_pages import with_huge_pages
 from export.bundle.manifest import (
     DECODE_GRAPH,
     PREFILL_CHUNK,
@@ -25,8 +24,9 @@ from export.bundle.manifest import (
     read_manifest,
     verify_files,
 )
-from export.bundle.session import DecoderError, check_provider, open_session
-from export.bundle.sliding import SlidingCaches
+from export.engine.huge_pages import with_huge_pages
+from export.engine.session import DecoderError, check_provider, open_session
+from export.engine.sliding import SlidingCaches
 from saap.base.cores import allowed_cores
 from saap.base.errors import first_line
 from saap.base.wording import counted

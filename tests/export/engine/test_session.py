@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from support.tiny_graphs import tiny_bundle
 
-from export.bundle.decoder import OrtDecoder
 from export.bundle.manifest import BundleError
+from export.engine.onnxruntime import OrtDecoder
 
 
 def test_weights_outside_the_folder_are_refused_before_a_session_is_made(tmp_path):

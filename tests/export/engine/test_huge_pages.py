@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from export.bundle.huge_pages import PAGE, collapse, whole_pages
+from export.engine.huge_pages import PAGE, collapse, whole_pages
 
 MAPS = """\
 55d000000000-55d000400000 r-xp 00000000 fe:00 131 /usr/bin/python3
@@ -46,7 +46,7 @@ def test_pages_that_were_touched_are_moved_and_keep_their_content():
 SCRIPT = """
 import json
 import numpy as np
-from export.bundle.huge_pages import with_huge_pages
+from export.engine.huge_pages import with_huge_pages
 
 def load():
     sources, kept = [], []

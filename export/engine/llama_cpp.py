@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from export.bundle.decoder import Ids, Logits
-from export.bundle.huge_pages import with_huge_pages
+from export.engine.huge_pages import with_huge_pages
+from export.engine.onnxruntime import Ids, Logits
 
 if TYPE_CHECKING:
     from llama_cpp.llama_cpp import llama_batch, llama_context_params

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bench.runtimes.facts import ModelFacts, PeerFacts
-from export.bundle.decoder import Decoder, Ids, Logits
+from export.engine.facts import ModelFacts, PeerFacts
+from export.engine.onnxruntime import Decoder, Ids, Logits
 
 if TYPE_CHECKING:
     import torch

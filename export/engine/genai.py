@@ -14,11 +14,11 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.runtimes.facts import PeerFacts, file_facts
-from export.bundle.decoder import Decoder, Ids, Logits
 from export.bundle.genai import GENAI_CONFIG, Model, genai_document, genai_model, read_genai_model, shares_cache
 from export.bundle.graph_check import check_graph
 from export.bundle.manifest import MANIFEST, read_manifest
+from export.engine.facts import PeerFacts, file_facts
+from export.engine.onnxruntime import Decoder, Ids, Logits
 
 PACKAGES = ("onnxruntime_genai",)
 _NOT_HERE: Logits = np.empty(0, np.float32)
