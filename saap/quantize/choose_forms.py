@@ -4,8 +4,8 @@ Each matrix of the graph (queries, keys and values are one, gate and up are one,
 are tied) is rounded to 4 bit in groups of 32 by itself, and the KL divergence of the model's next-token distribution
 from the float model's is measured. A divergence is quadratic in what rounding changes while that is small, so another
 form of the same matrix is taken to cost as many times more or less as its squared error is. The divergences of
-matrices are added, and the best forms within the budget are a knapsack with one choice per matrix, solved by HiGHS
-(scipy.optimize.milp).
+matrices are added, and the best forms within the budget are a knapsack with one choice per matrix
+(:mod:`saap.quantize.solver`).
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from saap.models.layer_walk import layer_inputs, layers_of, logits_after, states
 from saap.models.slim_quant import BITS, GROUP_SIZES, MatrixForm
 from saap.quantize.bundle_size import bundle_size, matrix_bytes, paged
 from saap.quantize.groups import quantize
+from saap.quantize.solver import least_price, one_for_each, within
 
 MEASURED = MatrixForm(4, 32)  # whose divergence is measured
 ROWS = 4  # sequences that a divergence is measured on
@@ -84,12 +85,18 @@ def choose_forms(
             f"weights take {least:,}; allow that many, or prune more"
         )
     costs = divergences(model, units, rows[:ROWS], progress)
-    losses = [relative_losses(model, unit) * cost for unit, cost in zip(units, costs, strict=True)]
-    sizes = [np.array([unit.bytes(form) for form in unit.forms], float) for unit in units]
-    chosen = knapsack(losses, sizes, max_bytes - rest)
-    forms = {module: unit.forms[n] for unit, n in zip(units, chosen, strict=True) for module in unit.modules}
-    total = rest + int(sum(size[n] for size, n in zip(sizes, chosen, strict=True)))
-    return FormsChoice(forms, total, float(sum(loss[n] for loss, n in zip(losses, chosen, strict=True))))
+    errors = [errors_of(weights_of(model, unit)) for unit in units]
+    options = [(place, unit, form) for place, unit in enumerate(units) for form in unit.forms]
+    losses = np.array([errors[place][form] * costs[place] for place, _, form in options])
+    sizes = np.array([unit.bytes(form) for _, unit, form in options], float)
+    owners = np.array([place for place, _, _ in options])
+    each = one_for_each(owners, np.arange(len(options)), (len(units), len(options)))
+    answer = least_price(losses, [each, within(sizes, max_bytes - rest)])
+    if answer.x is None:
+        raise UserError(f"no choice of integers was found ({answer.message}): give another number of bytes")
+    chosen = np.flatnonzero(answer.x > 0.5)
+    forms = {module: options[n][2] for n in chosen for module in options[n][1].modules}
+    return FormsChoice(forms, rest + int(sizes[chosen].sum()), float(losses[chosen].sum()))
 
 
 def units_of(model: PreTrainedModel) -> list[Unit]:
@@ -115,16 +122,24 @@ def weights_of(model: PreTrainedModel, unit: Unit) -> list[torch.Tensor]:
 
 
 @torch.inference_mode()
-def relative_losses(model: PreTrainedModel, unit: Unit) -> np.ndarray:
-    """Squared error of each of the unit's forms, as a share of that of the form that is measured; [forms]."""
-    weight = torch.cat(weights_of(model, unit))
-    some = weight[:: -(-len(weight) // SAMPLE)].float()
+def errors_of(weights: Sequence[torch.Tensor]) -> dict[MatrixForm, float]:
+    """Compare the squared errors of a matrix [N, K] in each form that a part of it can have.
+
+    Its rows come in several tensors, of which a sample is looked at. Errors are shares of that of ``MEASURED``; there
+    are none where the matrix cannot have that form.
+    """
+    weight = torch.cat(list(weights))
+    some, columns = weight[:: -(-len(weight) // SAMPLE)].float(), weight.shape[1]
+    if columns % MEASURED.group_size:
+        return {}
 
     def error(form: MatrixForm) -> float:
-        return (quantize(some, *form).dequantize().to(some.device) - some).square().sum().item()
+        part = some[:, : columns // form.group_size * form.group_size]  # fewer columns may be whole groups
+        return (quantize(part, *form).dequantize().to(part.device) - part).square().mean().item()
 
     base = max(error(MEASURED), 1e-30)
-    return np.array([error(form) / base for form in unit.forms])
+    sizes = [size for size in GROUP_SIZES if size <= columns]
+    return {form: error(form) / base for bits in BITS for size in sizes if (form := MatrixForm(bits, size))}
 
 
 @torch.inference_mode()
@@ -170,27 +185,3 @@ def rounded(weights: Sequence[torch.Tensor], form: MatrixForm) -> Iterator[None]
     finally:
         for weight, values in saved:
             weight.data = values
-
-
-def knapsack(losses: Sequence[np.ndarray], sizes: Sequence[np.ndarray], room: float) -> list[int]:
-    """Choose for each unit so that losses add up to the least within ``room`` bytes.
-
-    ``losses``, ``sizes``: of each unit, of each of its choices.
-    """
-    from scipy.optimize import Bounds, LinearConstraint, milp
-
-    loss, size = np.concatenate(losses), np.concatenate(sizes)
-    owner = np.repeat(np.arange(len(losses)), [len(part) for part in losses])
-    one_each = (owner == np.arange(len(losses))[:, None]).astype(float)
-    answer = milp(
-        loss / max(float(loss.max()), 1e-12),
-        integrality=np.ones(len(loss)),
-        bounds=Bounds(0, 1),
-        constraints=[
-            LinearConstraint(one_each, 1, 1),
-            LinearConstraint(size[None] / size.max(), -np.inf, room / size.max()),
-        ],
-    )
-    if answer.x is None:
-        raise UserError(f"no choice of integers was found ({answer.message}): give another number of bytes")
-    return [int(part.argmax()) for part in np.split(answer.x, np.flatnonzero(np.diff(owner)) + 1)]

@@ -26,12 +26,11 @@ from saap.prune.search.budget import Budget
 from saap.prune.search.choices import choices, runs_of
 from saap.prune.search.rounding import Rounding
 from saap.quantize.bundle_size import VOCABULARY
+from saap.quantize.solver import Numbers, least_price, one_for_each, within
 
 if TYPE_CHECKING:
-    from scipy.optimize import LinearConstraint, OptimizeResult
+    from scipy.optimize import LinearConstraint
 
-GAP = 0.0  # between the answer and the bound: none, the answer is the best
-NODES = 50_000  # of branch and bound; a limit in seconds would make the answer depend on the machine
 RETRIES = 8
 LEAST_PRICE = 1e-7  # nats per token
 LEAST_TIMES, MOST_TIMES = 0.5, 4.0  # times the price, that one option of an attention says of the others
@@ -39,7 +38,6 @@ LEAST_TIMES, MOST_TIMES = 0.5, 4.0  # times the price, that one option of an att
 ATTENTION_COUNTS, GONE_COUNTS = 0.75, 0.5
 ATTENTION_TIMES = 1.5  # times its price, that lost attention counts where it was not measured (studies/search)
 ROUNDING_COUNTS = 0.15  # of what rounding costs; tuning gives the rest back (studies/search)
-Numbers = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -310,7 +308,7 @@ def _of_one_width(blocks: list[Block], budget: Budget) -> list[Option]:
 def _least_price(
     blocks: list[Block], limit: float, budget: Budget, gaps: Sequence[Gap], most_gone: int | None
 ) -> Solution:
-    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.optimize import LinearConstraint
     from scipy.sparse import coo_array
 
     flat = [option for block in blocks for option in block.options]
@@ -322,36 +320,25 @@ def _least_price(
     cost = np.array([o.cost for o in flat] + [0.0] * len(gaps))
     attends = [i for i, option in enumerate(flat) if option.keep.query_heads]
     some_attention = coo_array((np.ones(len(attends)), (np.zeros(len(attends), int), attends)), (1, size))
-    largest = max(float(cost.max()), 1e-12)
-    within = LinearConstraint(cost[None] / largest, -np.inf, limit / largest)
+    affordable = within(cost, limit)
     constraints = [
         *(
             LinearConstraint(np.pad(row, (0, len(gaps))), -np.inf, most)
             for row, most in _together(blocks, budget.dense)
         ),
-        LinearConstraint(coo_array((np.ones(len(owner)), (owner, columns)), (len(blocks), size)), 1, 1),
+        one_for_each(owner, columns, (len(blocks), size)),
         *([_apart(covered, len(blocks), len(flat))] if gaps else []),
         *(
             []
             if most_gone is None
             else [LinearConstraint(np.array([[0] * len(flat) + list(map(len, covered))]), 0, most_gone)]
         ),
-        within,
+        affordable,
         LinearConstraint(some_attention, 1, np.inf),
     ]
-
-    def least(of: Numbers, constraints: list[LinearConstraint]) -> OptimizeResult:
-        return milp(
-            of / max(float(of.max()), 1e-12),
-            integrality=np.ones(size),
-            bounds=Bounds(0, 1),
-            constraints=constraints,
-            options={"mip_rel_gap": GAP, "node_limit": NODES},
-        )
-
-    answer = least(price, constraints)
+    answer = least_price(price, constraints)
     if answer.x is None and gaps:  # runs that may not touch leave more than the blocks one by one
-        smallest = least(cost, [each for each in constraints if each is not within])
+        smallest = least_price(cost, [each for each in constraints if each is not affordable])
         if smallest.x is not None and not budget.fits(floor := budget.fixed + float(cost @ np.round(smallest.x))):
             raise budget.below_floor(floor)
     if answer.x is None:

@@ -19,11 +19,10 @@ from transformers import PreTrainedModel
 from saap.models.architectures import architecture_of
 from saap.models.layer_walk import layer_inputs, layers_of, logits_after, run_layer
 from saap.models.shape import BlockKind
-from saap.models.slim_quant import BITS, GROUP_SIZES, MatrixForm
+from saap.models.slim_quant import MatrixForm
 from saap.models.streaming import present
 from saap.prune.forms import READS, WRITES, BlockForms, Place
-from saap.quantize.choose_forms import MEASURED, SAMPLE, rounded
-from saap.quantize.groups import quantize
+from saap.quantize.choose_forms import MEASURED, errors_of, rounded
 
 ROWS = 4  # sequences that embedding and head are measured on
 Prices = Mapping[MatrixForm, float]  # nats per token
@@ -53,25 +52,6 @@ class Rounding:
 
         blocks = {place: (less(reads), less(writes)) for place, (reads, writes) in self.blocks.items()}
         return replace(self, blocks=blocks, vocabulary=less(self.vocabulary))
-
-
-def errors_of(weights: Sequence[torch.Tensor]) -> dict[MatrixForm, float]:
-    """Squared error of a matrix [N, K], whose rows come in several tensors, in each form that part of it can have.
-
-    A share of that of the form that is measured; of some rows. Empty where the matrix cannot have this one.
-    """
-    weight = torch.cat(list(weights))
-    some, columns = weight[:: -(-len(weight) // SAMPLE)].float(), weight.shape[1]
-    if columns % MEASURED.group_size:
-        return {}
-
-    def error(form: MatrixForm) -> float:
-        part = some[:, : columns // form.group_size * form.group_size]  # fewer columns may be whole groups
-        return (quantize(part, *form).dequantize().to(part.device) - part).square().mean().item()
-
-    base = max(error(MEASURED), 1e-30)
-    sizes = [size for size in GROUP_SIZES if size <= columns]
-    return {form: error(form) / base for bits in BITS for size in sizes if (form := MatrixForm(bits, size))}
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,5 @@
 import copy
-import itertools
 
-import numpy as np
 import pytest
 import torch
 from support.slim_integers import WIDE
@@ -16,8 +14,7 @@ from saap.quantize.choose_forms import (
     MEASURED,
     choose_forms,
     divergences,
-    knapsack,
-    relative_losses,
+    errors_of,
     rounded,
     units_of,
     weights_of,
@@ -52,7 +49,7 @@ def test_a_divergence_is_that_of_the_model_with_this_matrix_rounded(model):
 def test_other_forms_cost_as_their_errors_say(model):
     """What is taken from squared errors, against the divergence itself, which is quadratic only nearly."""
     for unit in (units_of(model)[3], units_of(model)[6]):
-        shares = dict(zip(unit.forms, relative_losses(model, unit), strict=True))
+        shares = errors_of(weights_of(model, unit))
         assert shares[MatrixForm(4, 32)] == 1
         assert shares[MatrixForm(4, 128)] > shares[MatrixForm(4, 64)] > 1 > 0.02 > shares[MatrixForm(8, 128)]
         base = divergences(model, [unit], ROWS)[0]
@@ -73,24 +70,6 @@ def test_rounding_is_taken_back_also_after_an_error(model):
         with pytest.raises(RuntimeError, match="in the middle"), rounded(weights_of(model, unit), MEASURED):
             raise RuntimeError("in the middle")
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-
-
-def test_the_knapsack_is_the_best_of_all_choices():
-    random = np.random.default_rng(3)
-    counts = (3, 2, 6, 1, 4)
-    losses = [random.random(n) for n in counts]
-    sizes = [random.integers(1, 20, n).astype(float) for n in counts]
-    every = list(itertools.product(*map(range, counts)))
-
-    def total(of, choice):
-        return sum(part[n] for part, n in zip(of, choice, strict=True))
-
-    least = sum(part.min() for part in sizes)
-    for room in (least, least + 6, least + 20):
-        fitting = [choice for choice in every if total(sizes, choice) <= room]
-        chosen = knapsack(losses, sizes, room)
-        assert tuple(chosen) in fitting
-        assert total(losses, chosen) == pytest.approx(min(total(losses, choice) for choice in fitting))
 
 
 def test_what_is_chosen_fits_and_more_room_loses_less(model):
