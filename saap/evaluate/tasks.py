@@ -162,10 +162,10 @@ class ContinuationModel(TemplateLM):  # type: ignore[misc]  # the harness has no
 
     def loglikelihood_rolling(self, requests: object, disable_tqdm: bool = False) -> list[float]:
         """Not of these tasks; perplexity has a command of its own."""
-        raise UserError("a task that asks for perplexity: use `saap eval --text`, which states its protocol")
+        raise UserError("this task measures perplexity: use `saap eval --text`, which states its protocol")
 
     def generate_until(self, requests: object, disable_tqdm: bool = False) -> list[str]:
-        raise UserError("a task that lets the model write: only multiple-choice tasks are run here")
+        raise UserError("this task lets the model write: only multiple-choice tasks are run here")
 
 
 def run_tasks(
@@ -174,7 +174,7 @@ def run_tasks(
     """Run tasks with one model: of each task accuracies, standard errors and every example's likelihoods.
 
     Raises:
-        UserError: unknown tasks, files that are not of a task's form, or a data set that cannot be had.
+        UserError: unknown tasks, files that are not of a task's form, or a data set that cannot be downloaded.
     """
     files = task_files(options)
     asked: list[object] = [file.config() for file in files] if files else list(options.tasks)
@@ -197,8 +197,8 @@ def _loaded(asked: list[object], manager: TaskManager, options: EvalOptions) -> 
         return dict(get_task_dict(asked, manager))
     except OSError as error:  # a lost connection's classes are all of these
         raise UserError(
-            f"the data of {', '.join(options.tasks)} cannot be had ({type(error).__name__}): check the network, or "
-            "give --task-dir a folder with the tasks' files"
+            f"the data of {', '.join(options.tasks)} cannot be downloaded ({type(error).__name__}): check the "
+            "network, or give --task-dir a folder with the tasks' files"
         ) from None
 
 

@@ -131,7 +131,7 @@ def forest_of(document: Document, size: int, required: Collection[int] = ()) -> 
     else:
         raise UserError(f"a tokenizer of type {kind} cannot be closed: BPE and Unigram can")
     if beyond := [index for index in (*words.values(), *added) if not 0 <= index < size]:
-        raise UserError(f"the tokenizer has token {beyond[0]} and the model has {size}: get the model again")
+        raise UserError(f"the tokenizer has token {beyond[0]}, beyond the vocabulary of {size}: get the model again")
     stays, left = set[int](), [*added, *required]
     while left:  # with a word stays what it is made of
         stays.add(index := left.pop())
@@ -228,5 +228,5 @@ def _of_places(processor: object, places: Mapping[int, int]) -> object:
 def place_of(word: int, places: Mapping[int, int]) -> int:
     """Look up the new id of a special word. Raises UserError: it is removed."""
     if word not in places:
-        raise UserError(f"token {word} is a special one and would go: keep it, or leave the vocabulary whole")
+        raise UserError(f"token {word} is a special one and would be removed: keep it, or leave the vocabulary whole")
     return places[word]

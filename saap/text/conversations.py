@@ -86,7 +86,7 @@ class ChatEncoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         if not has_chat_template(tokenizer):
-            raise UserError("the model has no chat template, so chat data has no form: give --kind text")
+            raise UserError("the model has no chat template to write conversations with: give --kind text")
         self._tokenizer = tokenizer
         source = tokenizer.get_chat_template()
         self._marked = bool(GENERATION.search(source))
@@ -115,7 +115,7 @@ class ChatEncoder:
                 if not answered.startswith(prompt):
                     raise UserError(
                         f"{where}: the model's chat template does not write an answer after its own prompt for one, "
-                        "so what is to be learnt cannot be told: give --kind text"
+                        "so it is not known which tokens to learn: give --kind text"
                     )
                 spans.append((len(prompt), len(answered)))
                 alone.append(answered)

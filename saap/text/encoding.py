@@ -141,6 +141,6 @@ def check_ids(ids: torch.Tensor, model_dir: Path) -> None:
     vocabulary, highest = read_config(model_dir)["vocab_size"], int(ids.max())
     if highest >= vocabulary:
         raise UserError(
-            f"the tokenizer of {model_dir} gives token {highest} and the model has {vocabulary}: "
+            f"the tokenizer of {model_dir} gives token {highest}, beyond the vocabulary of {vocabulary}: "
             "copy the tokenizer files of the base model there"
         )

@@ -70,7 +70,8 @@ def training_rows(
     count, length, seed = sequences.count, sequences.length, sequences.seed
     if count < 1 or length < 2:
         raise UserError(
-            f"{counted(count, 'sequence')} of {counted(length, 'token')} cannot teach anything: give 1 of 2 or more"
+            f"{counted(count, 'sequence')} of {counted(length, 'token')} cannot teach anything: "
+            "give at least 1 of 2 tokens"
         )
     check_length(model_dir, length)
     documents = load_documents(source, split=split, seed=seed)
@@ -222,7 +223,7 @@ def _chat(model_dir: Path, rows: list[tuple[str, object]], source: str, sequence
     count, length, skip = sequences.count, sequences.length, sequences.skip
     if count < 1 or length < 2:
         raise UserError(
-            f"{counted(count, 'row')} of {counted(length, 'token')} cannot teach anything: give 1 of 2 or more"
+            f"{counted(count, 'row')} of {counted(length, 'token')} cannot teach anything: give at least 1 of 2 tokens"
         )
     check_length(model_dir, length)
     talks = [(where, messages_of(row, where)) for where, row in rows]

@@ -60,7 +60,7 @@ class Cut:
         if self.stride is not None and not 1 <= self.stride <= self.chunk:
             raise UserError(f"a stride of {self.stride} is not allowed: give 1 to {self.chunk}, the chunk")
         if self.join not in get_args(Join):
-            raise UserError(f"no way of joining {self.join!r}: give {', '.join(get_args(Join))}")
+            raise UserError(f"--join {self.join} is not known: give {', '.join(get_args(Join))}")
 
     @property
     def step(self) -> int:
@@ -108,7 +108,9 @@ def evaluation_windows(
     documents = load_documents(source, split="evaluation")
     if documents is None:
         if cut.bos or cut.step != cut.chunk or cut.join != "raw" or cut.max_chunks is None:
-            raise UserError("text that the model writes is not cut like that: give --text FILE")
+            raise UserError(
+                "text that the model writes takes no --bos, --stride, --join or all chunks: give --text FILE"
+            )
         tokenizer, model = load_tokenizer(model_dir), open_writer(model_dir, "--text")
         sequences = Sequences(cut.max_chunks, cut.chunk)
         ids = self_written(model, tokenizer, sequences, held_out=True, progress=progress)

@@ -138,7 +138,7 @@ def teacher_targets(
     rows, length = ids.shape
     if rows < 1 or length < 2:
         raise UserError(
-            f"{counted(rows, 'row')} of {counted(length, 'token')} cannot predict anything: give 1 of 2 or more"
+            f"{counted(rows, 'row')} of {counted(length, 'token')} cannot predict anything: give at least 1 of 2 tokens"
         )
     vocabulary = _vocabulary(teacher_dir)
     asked = min(k, vocabulary if words is None else len(words.ids))

@@ -63,7 +63,7 @@ def join_processes() -> Accelerator:
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started != accelerator.num_processes:
         raise UserError(
-            f"{started} processes were started and {accelerator.num_processes} met: launch on one device type"
+            f"{started} processes were started and {accelerator.num_processes} joined: launch on one device type"
         )
     if state.distributed_type == DistributedType.MULTI_CPU and os.environ.get("ACCELERATE_USE_FSDP") == "true":
         # accelerate shards on GPUs only and would silently not shard here; torch does over gloo.

@@ -275,5 +275,5 @@ def test_a_data_set_that_cannot_be_had_is_one_line(tiny_model, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     monkeypatch.setattr(tasks, "TaskManager", one_folder)
     said = here("eval", tiny_model(), "--tasks", "piqa", code=2).stderr
-    assert "the data of piqa cannot be had (ConnectionError)" in said and "--task-dir" in said
+    assert "the data of piqa cannot be downloaded (ConnectionError)" in said and "--task-dir" in said
     assert "no task piqqa" in here("eval", tiny_model(), "--tasks", "piqqa", code=2).stderr

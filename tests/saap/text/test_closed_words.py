@@ -84,7 +84,7 @@ def test_new_ids_are_places_among_the_kept_words(tokenizer):
         ids = made.encode(text).ids
         assert [kept[place] for place in ids] == fewer.encode(text).ids
         assert made.decode(ids) == tokenizer.decode(tokenizer.encode(text).ids)
-    with pytest.raises(UserError, match=f"token {end} is a special one and would go"):
+    with pytest.raises(UserError, match=f"token {end} is a special one and would be removed"):
         renumbered(document, [word for word in kept if word != end])
 
 

@@ -196,7 +196,7 @@ def test_token_ids_that_the_model_does_not_have_are_one_line(tiny_model, tmp_pat
         ("export", path, "-o", "bundle"),
         ("eval", path, "--chunk", 16),
     ):
-        assert "and the model has 256: copy the tokenizer files of" in last_line(here(*command, code=2)), command
+        assert "beyond the vocabulary of 256: copy the tokenizer files of" in last_line(here(*command, code=2)), command
 
 
 @pytest.mark.parametrize(("chunk", "stride", "most"), [(16, None, 3), (64, 16, 40), (128, None, None)])

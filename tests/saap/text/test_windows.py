@@ -111,7 +111,7 @@ def test_protocols_tell_texts_and_tokenizers_apart(tiny_tokenizer):
         ({"max_chunks": 0}, "cannot predict anything"),
         ({"stride": 0}, "a stride of 0 is not allowed: give 1 to 256"),
         ({"stride": 257}, "a stride of 257"),
-        ({"join": "commas"}, "no way of joining 'commas'"),
+        ({"join": "commas"}, "--join commas is not known"),
     ],
 )
 def test_what_cannot_be_cut_is_refused(fields, message):
