@@ -6,7 +6,7 @@ What is one matrix in a graph (queries, keys and values; gate and up) comes stac
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from export.bundle.manifest import BundleManifest, DeltaHeads, LayerSizes
+from export.bundle.manifest import BundleManifest
 from saap.base.errors import UserError
 from saap.models.architectures import (
     Architecture,
@@ -309,7 +309,7 @@ def sized_manifest(shape: ModelShape, precision: Precision, config: ModelConfig)
         hidden_size=shape.hidden,
         head_dim=shape.head_dim,
         context_length=positions_of(config),
-        layers=[LayerSizes(**asdict(sizes)) for sizes in shape.layers],
+        layers=list(shape.layers),
         bits=16 if precision.floats == "float16" and precision.bits == 32 else precision.bits,
         block=precision.group_size,
         accuracy_level=precision.accuracy_level,
@@ -321,5 +321,5 @@ def sized_manifest(shape: ModelShape, precision: Precision, config: ModelConfig)
         eos_token_ids=[],
         onnxruntime_min="",
         conv_kernel=shape.conv_kernel,
-        delta=None if shape.delta is None else DeltaHeads(**asdict(shape.delta)),
+        delta=shape.delta,
     )

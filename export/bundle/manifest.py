@@ -30,6 +30,8 @@ from typing import Annotated, Any, TypedDict
 import msgspec
 from msgspec import Meta
 
+from saap.base.blocks import Count, DeltaHeads
+from saap.base.blocks import LayerSizes as LayerSizes
 from saap.base.caches import GROWING, Sliding
 from saap.base.documents import Document
 from saap.base.errors import UserError
@@ -63,30 +65,7 @@ class BundleError(UserError):
 
 
 Size = Annotated[int, Meta(ge=1, lt=2**31)]
-Count = Annotated[int, Meta(ge=0, lt=2**31)]
 Bytes = Annotated[int, Meta(ge=0, le=2**62)]
-
-
-@dataclass(frozen=True)
-class LayerSizes:
-    """Sizes of one decoder layer; 0 of query heads, ffn, conv or delta: no such block."""
-
-    query_heads: Count
-    kv_heads: Count
-    ffn: Count
-    conv: Count = 0  # channels of the short convolution
-    delta: Count = 0  # key heads of the gated delta net
-    head_dim: Count = 0  # elements of a head of attention; 0: as the manifest's
-    reads: bool = False  # whether its keys and values are those of an earlier layer
-
-
-@dataclass(frozen=True)
-class DeltaHeads:
-    """A key head of a gated delta net, with the value heads that it serves."""
-
-    key: Annotated[int, Meta(ge=1, le=65_536)]  # elements of a query, and of a key
-    value: Annotated[int, Meta(ge=1, le=65_536)]
-    values: Annotated[int, Meta(ge=1, le=65_536)]  # value heads for each key head
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -21,7 +21,7 @@ from saap.models.architectures import (
     traits_of,
 )
 from saap.models.checkpoint import read_config, transformers_config
-from saap.models.shape import DeltaHeads, LayerSizes, ModelShape
+from saap.models.shape import LayerSizes, ModelShape
 from saap.models.slim_quant import SlimQuant, quant_of
 from saap.quantize.groups import check_groups
 
@@ -112,7 +112,6 @@ def _of_bundle(directory: Path) -> tuple[ModelConfig, SlimQuant]:
             "linear_conv_kernel_dim": manifest.conv_kernel, "linear_key_head_dim": heads.key,
             "linear_value_head_dim": heads.value, "linear_num_key_heads": 1, "linear_num_value_heads": heads.values,
         }  # fmt: skip
-    layers = [LayerSizes(**asdict(sizes)) for sizes in manifest.layers]
     config = AutoConfig.for_model(
         family,
         vocab_size=manifest.vocab_size,
@@ -123,7 +122,7 @@ def _of_bundle(directory: Path) -> tuple[ModelConfig, SlimQuant]:
         num_attention_heads=1,  # which divides any hidden size, as transformers wants it; slim_layers has the counts
         num_key_value_heads=1,
         tie_word_embeddings=_tied(manifest),
-        slim_layers=[sizes.entry(rare) for sizes in layers],
+        slim_layers=[sizes.entry(rare) for sizes in manifest.layers],
         **dense,
     )
     head_bits = manifest.lineage.get("head_bits", manifest.bits)
@@ -137,9 +136,8 @@ def _of_bundle(directory: Path) -> tuple[ModelConfig, SlimQuant]:
 
 def _tied(manifest: BundleManifest) -> bool:
     """Whether the head is the embedding, told from the count of parameters."""
-    layers = tuple(LayerSizes(**asdict(sizes)) for sizes in manifest.layers)
-    delta = None if manifest.delta is None else DeltaHeads(**asdict(manifest.delta))
-    shape = ModelShape(manifest.hidden_size, manifest.head_dim, manifest.vocab_size, False, layers, delta=delta)
+    sizes = manifest.hidden_size, manifest.head_dim, manifest.vocab_size
+    shape = ModelShape(*sizes, False, tuple(manifest.layers), delta=manifest.delta)
     return manifest.parameters < shape.parameters
 
 
