@@ -1,4 +1,4 @@
-"""What writing a bundle takes at its peak; the constants were measured (docs/method.md)."""
+"""What writing a bundle takes at its peak; the constants were measured (docs/memory.md)."""
 
 from __future__ import annotations
 

@@ -56,7 +56,12 @@ OTHER_PROGRAMS = {
 
 
 # As `wc -w` counts them.
-MOST_WORDS = {"README.md": 900, "studies/field/README.md": 2800, "studies/search/README.md": 2800}
+MOST_WORDS = {
+    "README.md": 900,
+    "docs/method.md": 2200,
+    "studies/field/README.md": 2800,
+    "studies/search/README.md": 2800,
+}
 
 
 @pytest.mark.parametrize("name", MOST_WORDS)

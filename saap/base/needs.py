@@ -1,6 +1,6 @@
 """What a long command takes at its peak, in memory and on disk, against what there is; known before anything is read.
 
-Sums of what has to be there at the same time; the constants were measured (docs/method.md says how and how well
+Sums of what has to be there at the same time; the constants were measured (docs/memory.md says how and how well
 they hold). A refusal names the sum, what there is, and the option that would make it fit.
 """
 

@@ -1,6 +1,6 @@
 """How a long task reports its progress.
 
-A label is ``what (unit), detail``, as in ``scoring (sequences), stage 1 of 2``. It begins with the name of the work;
+A label is ``what (unit), detail``, as in ``scoring (sequences), plan 2``. It begins with the name of the work;
 the unit is what ``done`` and ``total`` count. A total of 0 says that nobody knows how much there is.
 
 Any function of (label, done, total) is a progress. An object with a method ``note`` as well is also told sentences,

@@ -1,4 +1,4 @@
-"""What pruning takes at its peak, in memory and on disk; the constants were measured (docs/method.md)."""
+"""What pruning takes at its peak, in memory and on disk; the constants were measured (docs/memory.md)."""
 
 from __future__ import annotations
 

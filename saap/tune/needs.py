@@ -1,4 +1,4 @@
-"""Memory of tuning at its peak, and where it computes; the constants were measured (docs/method.md)."""
+"""Memory of tuning at its peak, and where it computes; the constants were measured (docs/memory.md)."""
 
 from __future__ import annotations
 

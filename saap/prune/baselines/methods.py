@@ -1,6 +1,6 @@
 """The methods that SAAP is compared with, in the same harness: the same grid, budget and cut.
 
-docs/method.md says what each does, where it differs from its reference code and how that was checked.
+docs/baselines.md says what each does, where it differs from its reference code and how that was checked.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ BASELINES = METHODS[1:]
 
 @dataclass(frozen=True)
 class Published:
-    """A method's settings as its authors have them; docs/method.md has the sources."""
+    """A method's settings as its authors have them; docs/baselines.md has the sources."""
 
     sequences: int | None  # calibration sequences; None is every window of the text
     tokens: int  # per sequence

@@ -26,7 +26,7 @@ UNITS = {
     "bytes": (1e6, "MB", "MB"),
     "ms": (1.0, "millisecond", "ms"),
 }
-# docs/method.md has more.
+# docs/baselines.md has more.
 DECIDES = {
     "vector": "vector removes the rows and columns whose weights times gradient sum up to least",
     "param_mix": "param_mix removes the structures of which gradients of first and second order predict the least loss",
