@@ -262,7 +262,8 @@ def _setting(name: str, option: Option, hint: type, metas: tuple[Meta, ...], def
     kinds = [part for part in parts if part is not NoneType]
     hint, extras = _parts(next((part for part in kinds if get_origin(part) is tuple), kinds[0]))  # of int | tuple: both
     metas += tuple(extra for extra in extras if isinstance(extra, Meta))
-    annotation = Annotated[(hint, *metas)] if metas else hint
+    several = (hint, *metas)  # a star inside the brackets is syntax of Python 3.11
+    annotation = Annotated[several] if metas else hint
     choices = get_args(hint) if get_origin(hint) is Literal else ()
     kind = type(choices[0]) if choices else get_origin(hint) or hint
     element: type = str
