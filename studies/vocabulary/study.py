@@ -1,11 +1,11 @@
-"""What fewer words cost, and what they gain: `saap eval` and `saap bench` of models with other vocabularies.
+"""The price and gain of smaller vocabularies: `saap eval` and `saap bench` of models with other vocabularies.
 
     python -m studies.vocabulary.study quality gemma --models dense=gemma3-270m auto=out/auto --texts C4=c4.txt --work W
     python -m studies.vocabulary.study tasks gemma --models dense=gemma3-270m auto=out/auto --task-dir tasks/ --work W
     python -m studies.vocabulary.study speed gemma --models dense=out/dense-int4 auto=out/auto-int4 --work W
     python -m studies.vocabulary.study table --write
 
-What a command has measured stays in --work, and is not measured again.
+Measurements stay in --work and are not repeated.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from studies.common import Cell, markdown, parser_of, provenance, read_cells, sa
 HERE = Path(__file__).resolve().parent
 CELLS = HERE / "cells"
 TASKS = ("arc_easy", "piqa")
-QUESTIONS = 200  # of each: a model of 262,144 words takes 0.3 s for an answer
+QUESTIONS = 200  # of each: a vocabulary of 262,144 takes 0.3 s for an answer
 
 
 def quality(models: Mapping[str, str], texts: Mapping[str, str], work: Path) -> list[Cell]:
