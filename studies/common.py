@@ -1,6 +1,6 @@
-"""What the studies share: cells, the tables of a README, and where a number was measured.
+"""Cells, the tables of a README, and the origin of numbers, shared by the studies.
 
-A study is a folder with README.md (the answer first), study.py and cells/ (what was measured, one JSON document each).
+A study is a folder with README.md (the answer first), study.py and cells/ (the measurements, one JSON document each).
 The tables in a README stand between markers and are made from the cells:
 
     python -m studies.NAME.study table            # print them
@@ -39,18 +39,18 @@ _TABLE = re.compile(r"(?P<start><!-- table: (?P<name>[\w-]+) -->\n).*?(?P<end>\n
 
 @dataclass(frozen=True)
 class Bar:
-    """A check with its bar, what was found, and whether it is reached; None: not measured."""
+    """A check with its bar, its measurement, and whether it is reached; None: not measured."""
 
     check: str
     bar: str
-    found: str
+    measured: str
     reached: bool | None
 
 
 def bar_table(bars: Iterable[Bar]) -> str:
     """Bars as a table."""
     words = {True: "reached", False: "**not reached**", None: "-"}
-    return markdown(["check", "bar", "measured", ""], ([b.check, b.bar, b.found, words[b.reached]] for b in bars))
+    return markdown(["check", "bar", "measured", ""], ([b.check, b.bar, b.measured, words[b.reached]] for b in bars))
 
 
 def read_cells(folder: Path) -> list[Cell]:
@@ -59,11 +59,11 @@ def read_cells(folder: Path) -> list[Cell]:
 
 
 def provenance() -> dict[str, Any]:
-    """Where a new cell comes from: commit, machine, versions, command and date."""
+    """Return the origin of a new cell: commit, machine, versions, command and date."""
     return {
         "commit": commit_of(ROOT),
         "machine": _machine(),
-        "versions": {name: found for name in PACKAGES if (found := _version(name))},
+        "versions": {name: number for name in PACKAGES if (number := _version(name))},
         "command": ["python", "-m", _module(), *map(_without_home, sys.argv[1:])],
         "date": time.strftime("%Y-%m-%d"),
     }
@@ -82,20 +82,20 @@ def saap(*words: object) -> None:
 def used_by_saap(
     checkout: Path, python: Path, words: Sequence[str | Path], place: Path, env: Mapping[str, str]
 ) -> resource.struct_rusage:
-    """Run a command of another checkout's saap in ``place``, heard by nobody; what it and its children used.
+    """Run a command of another checkout's saap in ``place``, without its output; return the resources it used.
 
     Raises RuntimeError: it failed.
     """
-    with (place / "stderr").open("w+") as said:
+    with (place / "stderr").open("w+") as errors:
         process = subprocess.Popen(
-            [python, "-m", "saap.cli", *words], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=said,
+            [python, "-m", "saap.cli", *words], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors,
             cwd=place, env={**os.environ, "PYTHONPATH": str(checkout), **env},
         )  # fmt: skip
         _, status, used = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
-            said.seek(0)
-            raise RuntimeError(f"{checkout}: saap {' '.join(map(str, words))}: {said.read()[-500:]}")
+            errors.seek(0)
+            raise RuntimeError(f"{checkout}: saap {' '.join(map(str, words))}: {errors.read()[-500:]}")
     return used
 
 
@@ -167,9 +167,9 @@ ISA = (("amx_int8", "AMX"), ("avx512_bf16", "AVX512-BF16"), ("avx512_vnni", "AVX
 
 def cpu_of(machine: str) -> str:
     """The CPU of a cell's ``machine`` and what it can do, as ``AMD EPYC, AVX2``."""
-    found = [name for flag, name in ISA if flag in machine]
-    told = [name for name in found if name not in ("AVX512", "AVX2")] or found[:1]
-    return ", ".join([machine.split(" (")[0], *told])
+    names = [name for flag, name in ISA if flag in machine]
+    shown = [name for name in names if name not in ("AVX512", "AVX2")] or names[:1]
+    return ", ".join([machine.split(" (")[0], *shown])
 
 
 def _machine() -> str:

@@ -62,5 +62,5 @@ if __name__ == "__main__":
     parser.add_argument("extra", nargs="*", metavar="HEADS,KV,FFN", help="one more layer")
     parser.add_argument("--silent", action="store_true", help="the new layers write zeros")
     parser.add_argument("--swap", metavar="A,B", help="token ids that change places")
-    given = parser.parse_intermixed_args()
-    main(given.model, given.out, given.extra, given.silent, given.swap)
+    args = parser.parse_intermixed_args()
+    main(args.model, args.out, args.extra, args.silent, args.swap)

@@ -84,8 +84,8 @@ def llama(out: Path, gguf: str, binary: str, rounds: int) -> None:
         def theirs(rates=rates) -> None:
             command = ["taskset", "-c", cpus, binary, "-p", "0", "-n", "128", "-r", "1", "-t", "1", "-o", "json"]
             command += ["-m", gguf]
-            told = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
-            rates["llama-bench"] = told[0]["avg_ts"]
+            rows = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+            rates["llama-bench"] = rows[0]["avg_ts"]
 
         for work in (ours, theirs) if index % 2 else (theirs, ours):
             work()
@@ -105,7 +105,7 @@ sys.stdin.read()
 
 
 def memory(out: Path, bundle: str) -> None:
-    """What a worker says of itself, against its own control group and the kernel's sum, read from outside."""
+    """Compare a worker's own numbers with its control group's and the kernel's sum, read from outside."""
     group = Path("/sys/fs/cgroup/memory/saap-bars")  # version 1
     if not group.parent.is_dir():
         group = Path("/sys/fs/cgroup/saap-bars")
@@ -114,16 +114,16 @@ def memory(out: Path, bundle: str) -> None:
     worker = subprocess.Popen(
         list(map(str, command)), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
     )
-    said = json.loads(worker.stdout.readline())
+    sample = json.loads(worker.stdout.readline())
     stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
     rollup = (Path("/proc") / str(worker.pid) / "smaps_rollup").read_text()
     resident = next(int(line.split()[1]) * 1024 for line in rollup.splitlines() if line.startswith("Rss:"))
     worker.communicate("")
     group.rmdir()
     record = {
-        "anonymous": said["anonymous_bytes"],
+        "anonymous": sample["anonymous_bytes"],
         "cgroup_anonymous": int(stat.get("total_rss") or stat["anon"]),
-        "total": said["anonymous_bytes"] + said["file_bytes"],
+        "total": sample["anonymous_bytes"] + sample["file_bytes"],
         "smaps_rollup": resident,
     }
     record["anonymous_ratio"] = record["anonymous"] / record["cgroup_anonymous"]
@@ -139,14 +139,14 @@ def size(out: Path, a: str, b: str, rounds: int) -> None:
     path = out / f"size-{Path(a).name}-{Path(b).name}.jsonl"
     while sum(len(r["a"]) for r in records(path)) < rounds:
         result = measure([a, b], BenchOptions(**LENGTHS, repetitions=10), names=["a", "b"])
-        found = {m.name: m for m in result.measurements}
+        measurements = {m.name: m for m in result.measurements}
         notes = {m.name: m.reasons for m in result.measurements}
-        append(path, {name: microseconds(m) for name, m in found.items()} | {"reasons": notes})
+        append(path, {name: microseconds(m) for name, m in measurements.items()} | {"reasons": notes})
         print(path.name, sum(len(r["a"]) for r in records(path)), flush=True)
 
 
 def trials(out: Path, a: str, b: str, count: int, max_time: float) -> None:
-    """What `saap compare A B` says, again and again."""
+    """Record the verdicts of `saap compare A B`, again and again."""
     from bench.judge.confirm import compare_live
     from bench.measure import BenchOptions, Result, measure
 
@@ -243,15 +243,15 @@ def tables() -> dict[str, str]:
 
 
 def overhead_table() -> str:
-    """What the bench adds, and whether its memory is the kernel's."""
+    """Show the bench's overhead, and whether its memory is the kernel's."""
     bare = [(r["bare"], r["bench"]) for r in records(OUT / "overhead.jsonl")]
     theirs = [(r["llama-bench"], r["adapter"]) for r in records(OUT / "llama.jsonl")]
     (memory,) = records(OUT / "memory.jsonl")
-    (found, low, high), (their, their_low, their_high) = ratio_of(bare), ratio_of(theirs)
+    (mean, low, high), (their, their_low, their_high) = ratio_of(bare), ratio_of(theirs)
     kernel = [memory["anonymous_ratio"], memory["total_ratio"]]
     bars = [
-        Bar("decode in the bench over a bare ONNX Runtime loop", ">= 0.98", f"{found:.3f} ({low:.3f} to {high:.3f})",
-            found >= 0.98),
+        Bar("decode in the bench over a bare ONNX Runtime loop", ">= 0.98", f"{mean:.3f} ({low:.3f} to {high:.3f})",
+            mean >= 0.98),
         Bar("llama.cpp in the bench over its own llama-bench", "within 3 %",
             f"{their:.3f} ({their_low:.3f} to {their_high:.3f})", abs(their - 1) <= 0.03),
         Bar("anonymous memory over the control group's, all memory over smaps_rollup", "within 3 %",
@@ -265,22 +265,22 @@ def verdicts_table() -> str:
     judged = json.loads((OUT / "judged.json").read_text())
     lines = []
     for path in sorted(OUT.glob("trials-*.jsonl")):
-        found, drawn = records(path), judged[path.stem]
-        verdicts = {v: sum(r["verdict"] == v for r in found) for v in sorted({r["verdict"] for r in found})}
+        live, drawn = records(path), judged[path.stem]
+        verdicts = {v: sum(r["verdict"] == v for r in live) for v in sorted({r["verdict"] for r in live})}
         true = f"{drawn['ratio']:.3f} ({drawn['low']:.3f} to {drawn['high']:.3f}; {drawn['pairs']} pairs)"
-        told = ", ".join(f"{count} {verdict}" for verdict, count in verdicts.items())
+        shown = ", ".join(f"{count} {verdict}" for verdict, count in verdicts.items())
         slower = f"{drawn['slower']} of {drawn['draws']}"
-        lines.append([path.stem.removeprefix("trials-"), true, told, f"{max(r['seconds'] for r in found):.0f}", slower])
+        lines.append([path.stem.removeprefix("trials-"), true, shown, f"{max(r['seconds'] for r in live):.0f}", slower])
     heads = ["pair", "true ratio of times (95 %)", "live verdicts", "longest, s", "called slower when drawn"]
     return markdown(heads, lines)
 
 
 def disturbances_table() -> str:
-    """How often a disturbance that began in the middle was named."""
+    """Count how often a disturbance that began in the middle was named."""
     lines = []
-    found = records(OUT / "disturb.jsonl")
-    for kind in sorted({record["kind"] for record in found}):
-        tries = [record for record in found if record["kind"] == kind]
+    every = records(OUT / "disturb.jsonl")
+    for kind in sorted({record["kind"] for record in every}):
+        tries = [record for record in every if record["kind"] == kind]
         named = sum(r["status"] != "OK" and bool(r["reasons"]) for r in tries)  # kept are reasons of its kind only
         lines.append([kind, f"{named} of {len(tries)}", tries[-1]["reasons"][0]])
     return markdown(["disturbance", "named", "for example"], lines)
@@ -297,19 +297,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--draws", type=int, default=2000)
     parser.add_argument("--max-time", type=float, default=50)
     add_write_option(parser)
-    given = parser.parse_args(arguments)
-    if len(given.paths) != work[given.what]:
-        parser.error(f"{given.what} takes {work[given.what]} paths")
+    args = parser.parse_args(arguments)
+    if len(args.paths) != work[args.what]:
+        parser.error(f"{args.what} takes {work[args.what]} paths")
     {
-        "overhead": lambda: overhead(OUT, *given.paths, given.rounds),
-        "llama": lambda: llama(OUT, *given.paths, given.rounds),
-        "memory": lambda: memory(OUT, *given.paths),
-        "size": lambda: size(OUT, *given.paths, given.rounds),
-        "trials": lambda: trials(OUT, *given.paths, given.trials, given.max_time),
-        "disturb": lambda: disturb(OUT, *given.paths, given.trials),
-        "judge": lambda: judge(OUT, given.rounds, given.draws),
-        "table": lambda: show_tables(HERE, tables(), given.write),
-    }[given.what]()
+        "overhead": lambda: overhead(OUT, *args.paths, args.rounds),
+        "llama": lambda: llama(OUT, *args.paths, args.rounds),
+        "memory": lambda: memory(OUT, *args.paths),
+        "size": lambda: size(OUT, *args.paths, args.rounds),
+        "trials": lambda: trials(OUT, *args.paths, args.trials, args.max_time),
+        "disturb": lambda: disturb(OUT, *args.paths, args.trials),
+        "judge": lambda: judge(OUT, args.rounds, args.draws),
+        "table": lambda: show_tables(HERE, tables(), args.write),
+    }[args.what]()
 
 
 if __name__ == "__main__":

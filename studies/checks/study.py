@@ -1,4 +1,4 @@
-"""What do the checks of a bundle cost a first token, against a build whose checks return at once?
+"""The time that the checks of a bundle add to a first token, against a build whose checks return at once.
 
     python -m studies.checks.study run BASE BUNDLE --pairs 40     # a cell, into cells/
     python -m studies.checks.study table --write
@@ -106,7 +106,7 @@ def table(cells: Sequence[Cell]) -> str:
 
 
 def _differ(cell: Cell) -> str:
-    """Which packages of the two environments are not of one version."""
+    """List the packages whose versions differ between the environments."""
     base, now = cell["base"], cell["now"]
     names = sorted(name for name in {*base, *now} - {"commit"} if base.get(name) != now.get(name))
     return ", ".join(f"{name} {base.get(name)} and {now.get(name)}" for name in names) or "the same"

@@ -96,10 +96,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     check.add_argument("--threads", type=int, default=1)
     check.add_argument("--rounds", type=int, default=12)
     add_write_option(commands.add_parser("table"))
-    given = parser.parse_args(arguments)
-    if given.command == "table":
-        return show_tables(HERE, tables(), given.write)
-    run(given.costs, given.model, given.work, given.threads, given.rounds)
+    args = parser.parse_args(arguments)
+    if args.command == "table":
+        return show_tables(HERE, tables(), args.write)
+    run(args.costs, args.model, args.work, args.threads, args.rounds)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the demo gives: the pruned bundle against the dense one, and the dense one against transformers.
+"""Speed-ups of the demo: the pruned bundle against the dense one, and the dense one against transformers.
 
     make demo
     python -m studies.demo.study run out/demo MODEL_DIR           # on an idle machine; two results into cells/
@@ -32,8 +32,8 @@ def run(folder: str, dense: str, pairs: int) -> None:
     CELLS.mkdir(exist_ok=True)
     write_result(CELLS / "pruned.json", measure(specs, plan, names=list(PAIRS["pruned"])))
     plan = BenchOptions(threads=2, repetitions=5, cold=False)
-    found = measure([specs[0], f"torch:{dense}"], plan, names=["dense-int4", "transformers"])
-    write_result(CELLS / "transformers.json", found)
+    result = measure([specs[0], f"torch:{dense}"], plan, names=["dense-int4", "transformers"])
+    write_result(CELLS / "transformers.json", result)
 
 
 def tables() -> dict[str, str]:
@@ -59,10 +59,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     measure.add_argument("dense")
     measure.add_argument("--pairs", type=int, default=12)
     commands.add_parser("table")
-    given = parser.parse_args(arguments)
-    if given.command == "table":
+    args = parser.parse_args(arguments)
+    if args.command == "table":
         return show_tables(HERE, tables())
-    run(given.folder, given.dense, given.pairs)
+    run(args.folder, args.dense, args.pairs)
 
 
 if __name__ == "__main__":

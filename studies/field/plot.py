@@ -28,13 +28,13 @@ def quality_of(cell: Cell) -> tuple[float, float, float]:
 
 def dots(method: str) -> list[list[tuple[float, float, float]]]:
     """Mean, least and most of the seeds: by panel, then by speed."""
-    found = []
+    points_of_speeds = []
     for speed in SPEEDS:
         cells = list(seeds_of(MODEL, f"{method}-{speed:g}x-tuned").values())
         check_alike([cell_of(MODEL, "dense"), *(cell for cell in cells if tasks_of(cell))])
         columns = [[v for v in column if not math.isnan(v)] for column in zip(*map(quality_of, cells), strict=True)]
-        found.append([(fmean(column), min(column), max(column)) for column in columns])
-    return [list(panel) for panel in zip(*found, strict=True)]
+        points_of_speeds.append([(fmean(column), min(column), max(column)) for column in columns])
+    return [list(panel) for panel in zip(*points_of_speeds, strict=True)]
 
 
 def draw_all(file: Path) -> None:

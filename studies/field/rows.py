@@ -42,14 +42,14 @@ class Cell:
         work: folder for models and bundles.
     """
 
-    def __init__(self, name: str, work: Path, model: str, given: argparse.Namespace) -> None:
-        self.name, self.work, self.model, self.given = name, work / name, model, given
+    def __init__(self, name: str, work: Path, model: str, args: argparse.Namespace) -> None:
+        self.name, self.work, self.model, self.args = name, work / name, model, args
         self.commands: list[list[str]] = []
         self.path = cells_of(model) / f"{name}.json"
 
-    def saap(self, made: str, *arguments: str) -> Path:
+    def saap(self, output: str, *arguments: str) -> Path:
         """Run a command of saap unless what it makes is there."""
-        out = self.work / made
+        out = self.work / output
         words = [str(word) for word in arguments]
         self.commands.append(["saap", *map(self._typed, words)])
         if not out.exists():
@@ -63,7 +63,7 @@ class Cell:
 
     def _typed(self, word: str) -> str:
         """A word as anyone would type it: folders by their names, and the table of costs."""
-        if self.given.costs and word == str(self.given.costs):
+        if self.args.costs and word == str(self.args.costs):
             return "cost.json"
         for path, name in (
             (str(self.work.parent), f"out/field/{Path(self.model).name}"),
@@ -95,7 +95,7 @@ class Cell:
     def finish(self, bundle: Path) -> None:
         """Evaluate the bundle and write the cell."""
         quality = self.quality(bundle)
-        if self.given.speedups:
+        if self.args.speedups:
             quality["answers"] = self.answered()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_json(self.path, {"name": self.name, "commands": self.commands, "quality": quality, **provenance()})
@@ -108,15 +108,15 @@ class Cell:
             cut = ["--chunk", str(chunk), "--max-chunks", str(count), "--join", "paragraphs"]
             numbers[name] = self.evaluated(name, bundle, "--text", str(data / TEXT), *cut)
         if tasks := [task for task in TASKS if list(data.glob(f"{task}_*.jsonl*"))]:
-            few = ["--max-examples", str(self.given.max_examples)] if self.given.max_examples else []
+            few = ["--max-examples", str(self.args.max_examples)] if self.args.max_examples else []
             options = ["--tasks", ",".join(tasks), "--task-dir", str(data), *few]
             numbers["tasks"] = self.evaluated("tasks", bundle, *options)
         return {name: _slim(document) for name, document in numbers.items()}
 
     def answered(self) -> dict[str, Any]:
-        """How far the tuned model answers as the dense one does."""
-        made = self.evaluated("answers", self.work / "tuned", "--reference", self.model, "--answers", ANSWERS)
-        scores = made["answers"]["scores"][-1]
+        """Compare the tuned model's answers with the dense one's."""
+        output = self.evaluated("answers", self.work / "tuned", "--reference", self.model, "--answers", ANSWERS)
+        scores = output["answers"]["scores"][-1]
         return {key: scores[key] for key in ("agreement", "same", "repetition")}
 
 
@@ -134,50 +134,50 @@ def _slim(document: dict[str, Any]) -> dict[str, Any]:
 
 
 def _right(task: dict[str, Any]) -> dict[str, str]:
-    """For each metric 1 or 0 for every example, in their order."""
+    """Return a 1 or 0 for every example, in their order, by metric."""
     examples = sorted(task["examples"], key=lambda example: int(example["index"]))
     metrics = [metric for metric in ("acc", "acc_norm") if task.get(metric) is not None]
     return {metric: "".join(str(int(example[metric])) for example in examples) for metric in metrics}
 
 
-def run(given: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> None:
     """Make the cells that are missing, the dense one first."""
-    few = f"-{given.max_examples}examples" if given.max_examples else ""
-    dense = Cell(f"dense{few}", given.work, given.model, given)
+    few = f"-{args.max_examples}examples" if args.max_examples else ""
+    dense = Cell(f"dense{few}", args.work, args.model, args)
     if not dense.path.is_file():
-        dense.finish(dense.exported(Path(given.model)))
-    for seed in map(int, given.seeds.split(",")):
-        for ratio in [f"{each}x" for each in given.speedups.split(",")] if given.speedups else given.ratios.split(","):
-            for method in given.methods.split(","):
+        dense.finish(dense.exported(Path(args.model)))
+    for seed in map(int, args.seeds.split(",")):
+        for ratio in [f"{each}x" for each in args.speedups.split(",")] if args.speedups else args.ratios.split(","):
+            for method in args.methods.split(","):
                 kept = method if method == "dense" else f"{method}-{ratio}"
-                cell = Cell(f"{kept}-tuned{few}-seed{seed}", given.work, given.model, given)
+                cell = Cell(f"{kept}-tuned{few}-seed{seed}", args.work, args.model, args)
                 if not cell.path.is_file():
                     _cell(cell, method, ratio, seed)
 
 
 def _cell(cell: Cell, method: str, ratio: str, seed: int) -> None:
-    given = cell.given
+    args = cell.args
     cell.work.mkdir(parents=True, exist_ok=True)
-    source = Path(given.model) if method == "dense" else _pruned(cell, method, ratio, seed)
-    tuning = ["--teacher", given.model, "--tokens", TOKENS, "--seed", str(seed), "--learning-rate", RATE]
+    source = Path(args.model) if method == "dense" else _pruned(cell, method, ratio, seed)
+    tuning = ["--teacher", args.model, "--tokens", TOKENS, "--seed", str(seed), "--learning-rate", RATE]
     tuned = cell.saap("tuned", "tune", str(source), "-o", str(cell.work / "tuned"), *tuning)
     cell.finish(cell.exported(tuned))
 
 
-def _fastest(method: str, given: argparse.Namespace) -> list[str]:
+def _fastest(method: str, args: argparse.Namespace) -> list[str]:
     """The integers that are fastest there: SAAP's search finds them, a baseline is told."""
-    return [] if method in ("saap", "published") else ["--group-size", str(given.group_size)]
+    return [] if method in ("saap", "published") else ["--group-size", str(args.group_size)]
 
 
 def _pruned(cell: Cell, method: str, ratio: str, seed: int) -> Path:
     """The pruned directory of a row."""
-    given = cell.given
+    args = cell.args
     target = (
-        ["--speedup", ratio[:-1], "--costs", str(given.costs), *_fastest(method, given), *HELPED.get(method, [])]
-        if given.speedups
+        ["--speedup", ratio[:-1], "--costs", str(args.costs), *_fastest(method, args), *HELPED.get(method, [])]
+        if args.speedups
         else ["--ratio", ratio]
     )
     chosen = [*target, "--seed", str(seed), *OPTIONS.get(method, [])]
-    source = given.work / f"{method}-{ratio}-seed{seed}"
-    cell.saap(f"../{source.name}", "prune", given.model, "-o", str(source), *chosen)
+    source = args.work / f"{method}-{ratio}-seed{seed}"
+    cell.saap(f"../{source.name}", "prune", args.model, "-o", str(source), *chosen)
     return source

@@ -70,19 +70,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--max-examples", type=int, help="of each task; default: all")
     parser.add_argument("--work", type=Path, default=ROOT / "out" / "field", help="a folder per model is made there")
     add_write_option(parser)
-    given = parser.parse_args(arguments)
-    if given.what == "table":
-        return show_tables(HERE, tables(), given.write)
-    if given.what == "plot":
+    args = parser.parse_args(arguments)
+    if args.what == "table":
+        return show_tables(HERE, tables(), args.write)
+    if args.what == "plot":
         from studies.field.plot import draw_all
 
-        return draw_all(given.file or HERE / "field.png")
+        return draw_all(args.file or HERE / "field.png")
     if "SAAP_DATA" not in os.environ:
         raise SystemExit("set SAAP_DATA to a folder with WikiText-2, training text and the tasks' files")
     from studies.field.rows import run
 
-    given.work /= Path(given.model).name
-    run(given)
+    args.work /= Path(args.model).name
+    run(args)
 
 
 if __name__ == "__main__":

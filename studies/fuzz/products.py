@@ -34,8 +34,8 @@ def products(place: Path) -> dict[str, Target]:
         place: a folder for the products that are changed.
     """
     shutil.copytree(OLD, place, dirs_exist_ok=True)
-    found = [*_ggufs(place), *_measurements(place), *_models(place), *_bundles(place)]
-    return {target.name: target for target in found}
+    every = [*_ggufs(place), *_measurements(place), *_models(place), *_bundles(place)]
+    return {target.name: target for target in every}
 
 
 def saap(*words: object, codes: Sequence[int] = (0, 2)) -> None:
@@ -47,22 +47,22 @@ def saap(*words: object, codes: Sequence[int] = (0, 2)) -> None:
     """
     from saap.cli import main
 
-    before, told, said = sys.argv, io.StringIO(), io.StringIO()
+    before, output, errors = sys.argv, io.StringIO(), io.StringIO()
     sys.argv = ["saap", *map(str, words)]
     code: object = 0
     try:
-        with contextlib.redirect_stdout(told), contextlib.redirect_stderr(said):
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
             main.invoke()
     except SystemExit as stop:
         code = stop.code or 0
     finally:
         sys.argv = before
     if code not in codes:
-        raise RuntimeError(f"exit {code}: {said.getvalue()[-500:]}")
+        raise RuntimeError(f"exit {code}: {errors.getvalue()[-500:]}")
     if code == 2:
-        line = said.getvalue().splitlines()[-1:]
+        line = errors.getvalue().splitlines()[-1:]
         if not (line and line[0].startswith("saap: ")):
-            raise RuntimeError(f"exit 2 says: {said.getvalue()[-500:]}")
+            raise RuntimeError(f"exit 2 says: {errors.getvalue()[-500:]}")
         raise UserError(line[0])
 
 
@@ -304,8 +304,8 @@ def _measurements(place: Path) -> Iterator[Target]:
     (good,) = read_baselines(folder, "bundle")
 
     def test() -> None:
-        found = retest(folder, "bundle", lambda plan: good.results[0])
-        verdict_table(found.checks, DEVICE), list(map(sentence, found.checks)), device_junit(found)
+        outcome = retest(folder, "bundle", lambda plan: good.results[0])
+        verdict_table(outcome.checks, DEVICE), list(map(sentence, outcome.checks)), device_junit(outcome)
 
     yield Target("baseline", Changed(path, _unsealed, (test,)), (path.read_bytes(),), "values", 1)
 
@@ -346,9 +346,9 @@ def gguf_structure(path: Path) -> tuple[bytes, bytes]:
 
     reader = GGUFReader(path)
     pairs = []
-    for name, found in reader.fields.items():
+    for name, field in reader.fields.items():
         if not name.startswith("GGUF."):
-            pairs.append({"key": name, "types": [int(kind) for kind in found.types], "value": found.contents()})
+            pairs.append({"key": name, "types": [int(kind) for kind in field.types], "value": field.contents()})
     tensors = [
         {"name": each.name, "shape": [int(n) for n in each.shape], "type": int(each.tensor_type),
          "offset": int(each.data_offset) - int(reader.data_offset)}

@@ -135,13 +135,13 @@ def onnx_graphs() -> tuple[bytes, ...]:
     """Graphs of one tensor of their own and one in a file, the second inside a node."""
     from onnx import TensorProto, helper
 
-    held, kept = (TensorProto(name=name, data_type=TensorProto.FLOAT, dims=[2]) for name in ("a", "b"))
-    held.raw_data = bytes(8)
+    inline, kept = (TensorProto(name=name, data_type=TensorProto.FLOAT, dims=[2]) for name in ("a", "b"))
+    inline.raw_data = bytes(8)
     kept.data_location = TensorProto.EXTERNAL
     for key, value in (("location", "w.data"), ("offset", "0"), ("length", "8")):
         kept.external_data.add(key=key, value=value)
     node = helper.make_node("Constant", [], ["c"], value=kept)
-    graphs = helper.make_graph([], "g", [], [], [held, kept]), helper.make_graph([node], "g", [], [], [held])
+    graphs = helper.make_graph([], "g", [], [], [inline, kept]), helper.make_graph([node], "g", [], [], [inline])
     return tuple(helper.make_model(graph).SerializeToString() for graph in graphs)
 
 

@@ -37,10 +37,10 @@ from typing import Any
 from studies.common import ROOT, add_write_option, markdown, parser_of, provenance, show_tables
 from studies.fuzz.mutations import mutated
 from studies.fuzz.products import products
-from studies.fuzz.targets import RUN, Target, folder, is_told, targets
+from studies.fuzz.targets import RUN, Target, folder, is_for_people, targets
 
 HERE = Path(__file__).resolve().parent
-FOUND = HERE.parents[1] / "out" / "fuzz"
+FINDINGS = HERE.parents[1] / "out" / "fuzz"
 SETS = {"fuzz": targets, "products": products}  # by the name of their cells
 MEMORY, SLOW_S, HANGS_S = 2 << 30, 5.0, 120
 MUCH = 1_000_000_000  # bytes that one document may take
@@ -69,7 +69,7 @@ def once(target: Target, data: bytes) -> float:
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:
-        if not is_told(error):
+        if not is_for_people(error):
             raise FindingError(traceback.format_exc(), _place_of(error)) from None
         if "\n" in str(error):
             raise FindingError(f"more than one line: {error}", _place_of(error)) from None
@@ -82,8 +82,8 @@ def once(target: Target, data: bytes) -> float:
 
 
 def _memory(name: str) -> int:
-    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"))
-    return int(found[1]) * 1024 if found else 0
+    match = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"))
+    return int(match[1]) * 1024 if match else 0
 
 
 def _place_of(error: BaseException) -> str:
@@ -118,26 +118,26 @@ def drawn(target: Target, numbers: Iterable[int], seed: int, tell: Callable[[dic
 def watched(target: Target, runs: int, seed: int) -> dict[str, Any]:
     """Feed documents in forked processes, one after the other, and note which end theirs."""
     entry: dict[str, Any] = {"runs": 0, "slowest_s": 0.0, "added_bytes": 0, "peak_bytes": 0, "findings": []}
-    found, deaths = dict[str, dict[str, Any]](), 0
-    while entry["runs"] < runs and len(found) + deaths < MOST:
+    findings, deaths = dict[str, dict[str, Any]](), 0
+    while entry["runs"] < runs and len(findings) + deaths < MOST:
         numbers = range(entry["runs"], min(runs, entry["runs"] + BATCH))
-        at, told, ending = _forked(target, numbers, seed)
+        at, records, ending = _forked(target, numbers, seed)
         entry["runs"] = at + 1
         if ending:
             deaths += 1
             frames = re.findall(rf'File "{ROOT}/(?!studies)(.+?)", line (\d+)', ending)
             where = f"{ending.partition(chr(10))[0]} at {':'.join(frames[0]) if frames else 'no line of ours'}"
-            told.append({"finding": ending, "where": where, "number": at})
-        for each in told:
+            records.append({"finding": ending, "where": where, "number": at})
+        for each in records:
             if "finding" in each:
-                found.setdefault(each["where"], each)
+                findings.setdefault(each["where"], each)
             else:
                 entry |= {name: max(entry[name], value) for name, value in each.items()}
-    return entry | {"findings": list(found.values())}
+    return entry | {"findings": list(findings.values())}
 
 
 def _forked(target: Target, numbers: range, seed: int) -> tuple[int, list[dict[str, Any]], str | None]:
-    """(last number, what was told, how the process ended where that was not well)."""
+    """Return the last number, the records, and how the process ended if it failed."""
     mark, (reading, writing) = mmap.mmap(-1, 8), os.pipe()
     log = Path(tempfile.gettempdir(), f"saap-fuzz-{os.getpid()}.log")
     mark[:] = numbers.start.to_bytes(8, "little")
@@ -149,15 +149,15 @@ def _forked(target: Target, numbers: range, seed: int) -> tuple[int, list[dict[s
             os._exit(3)
     os.close(writing)
     with os.fdopen(reading, encoding="utf-8") as pipe:
-        told = [json.loads(line) for line in pipe]
+        records = [json.loads(line) for line in pipe]
     _, status = os.waitpid(pid, 0)
     at, traces = int.from_bytes(mark[:], "little"), log.read_text(encoding="utf-8", errors="replace")
     log.unlink()
     code = os.waitstatus_to_exitcode(status)
     if not code:
-        return at, told, None
+        return at, records, None
     name = f"ended by {signal.Signals(-code).name}" if code < 0 else f"hung for {HANGS_S} s, or ended with {code}"
-    return at, told, f"{name}\n{traces[:3000]}"
+    return at, records, f"{name}\n{traces[:3000]}"
 
 
 def _child(target: Target, numbers: range, seed: int, mark: mmap.mmap, writing: int, log: Path) -> None:
@@ -197,8 +197,8 @@ def guided(name: str, runs: int) -> None:
     corpus.mkdir()
     for number, data in enumerate(target.seeds):
         (corpus / str(number)).write_bytes(data)
-    FOUND.mkdir(parents=True, exist_ok=True)
-    options = [f"-runs={runs}", "-max_len=8192", "-timeout=10", "-rss_limit_mb=2048", f"-artifact_prefix={FOUND}/"]
+    FINDINGS.mkdir(parents=True, exist_ok=True)
+    options = [f"-runs={runs}", "-max_len=8192", "-timeout=10", "-rss_limit_mb=2048", f"-artifact_prefix={FINDINGS}/"]
     atheris.Setup(["fuzz", *options, "-verbosity=0", str(corpus)], lambda data: once(target, data) and None)
     atheris.Fuzz()
 
@@ -214,9 +214,9 @@ def run_target(which: str, target: Target, runs: int, seed: int) -> dict[str, An
         shutil.rmtree(done.stdout.partition("\n")[0], ignore_errors=True)
         if done.returncode:
             findings.append({"finding": done.stdout[-3000:] + done.stderr[-3000:], "where": "by coverage"})
-    found = watched(target, runs - by_coverage, seed)
-    found |= {"runs": found["runs"] + by_coverage, "findings": findings + found["findings"]}
-    return {"target": target.name, "by_coverage": by_coverage, **found, "seconds": round(time.monotonic() - began, 1)}
+    entry = watched(target, runs - by_coverage, seed)
+    entry |= {"runs": entry["runs"] + by_coverage, "findings": findings + entry["findings"]}
+    return {"target": target.name, "by_coverage": by_coverage, **entry, "seconds": round(time.monotonic() - began, 1)}
 
 
 def _atheris() -> str | None:
@@ -228,7 +228,7 @@ def _atheris() -> str | None:
 
 def tables() -> dict[str, str]:
     """The tables of the README."""
-    return {which: _table(found) for which in SETS if (found := _entries(which))}
+    return {which: _table(entries) for which in SETS if (entries := _entries(which))}
 
 
 def _cells(which: str) -> Path:
@@ -236,20 +236,20 @@ def _cells(which: str) -> Path:
 
 
 def _entries(which: str) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = json.loads(_cells(which).read_text())["targets"] if _cells(which).is_file() else []
-    return found
+    entries: list[dict[str, Any]] = json.loads(_cells(which).read_text())["targets"] if _cells(which).is_file() else []
+    return entries
 
 
-def _table(found: list[dict[str, Any]]) -> str:
-    memory = "added_bytes" if all("added_bytes" in each for each in found) else "peak_bytes"
+def _table(entries: list[dict[str, Any]]) -> str:
+    memory = "added_bytes" if all("added_bytes" in each for each in entries) else "peak_bytes"
     lines = [
         [each["target"], f"{each['runs']:,}", f"{each['slowest_s']:.2f}", f"{each[memory] / 1e6:.0f}",
          "; ".join(finding["where"] for finding in each.get("findings", [])) or each.get("finding") or "none"]
-        for each in found
+        for each in entries
     ]  # fmt: skip
-    total = f"{sum(each['runs'] for each in found):,}"
-    slowest, peak = max(each["slowest_s"] for each in found), max(each[memory] for each in found)
-    lines.append([f"**all {len(found)}**", total, f"{slowest:.2f}", f"{peak / 1e6:.0f}", ""])
+    total = f"{sum(each['runs'] for each in entries):,}"
+    slowest, peak = max(each["slowest_s"] for each in entries), max(each[memory] for each in entries)
+    lines.append([f"**all {len(entries)}**", total, f"{slowest:.2f}", f"{peak / 1e6:.0f}", ""])
     heads = ["document" if memory == "added_bytes" else "parser", "documents", "slowest, s"]
     return markdown([*heads, "added, MB" if memory == "added_bytes" else "peak, MB", "finding"], lines)
 
@@ -273,23 +273,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--guided", type=int, help=argparse.SUPPRESS)
     add_write_option(parser)
-    given = parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(name, "1")  # a process that forks has one thread
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    which = "products" if given.products else "fuzz"
-    if given.what == "table":
-        show_tables(HERE, tables(), given.write)
+    which = "products" if args.products else "fuzz"
+    if args.what == "table":
+        show_tables(HERE, tables(), args.write)
         return 0
-    if given.guided is not None:
-        guided(given.only, given.guided)
+    if args.guided is not None:
+        guided(args.only, args.guided)
         return 0
     with folder() as place:
-        made = SETS[which](place)
+        available = SETS[which](place)
         gc.collect()
         gc.freeze()  # what is imported by now stays, and need not be looked at after each document
-        chosen = [target for name, target in made.items() if name.startswith(given.only or "")]
-        return run(which, chosen, given.runs, given.seed)
+        chosen = [target for name, target in available.items() if name.startswith(args.only or "")]
+        return run(which, chosen, args.runs, args.seed)
 
 
 def run(which: str, chosen: Sequence[Target], runs: int, seed: int) -> int:
@@ -299,15 +299,17 @@ def run(which: str, chosen: Sequence[Target], runs: int, seed: int) -> int:
         entry = run_target(which, target, max(1, round(runs * target.share)), seed)
         keep(which, entry | {"seed": seed, "atheris": _atheris()})
         total, findings = total + entry["runs"], findings + len(entry["findings"])
-        told = "; ".join(each["where"] for each in entry["findings"]) or "none"
-        line = (target.name, entry["runs"], entry["seconds"], f"{entry.get('slowest_s', 0):.2f}", told)
+        where = "; ".join(each["where"] for each in entry["findings"]) or "none"
+        line = (target.name, entry["runs"], entry["seconds"], f"{entry.get('slowest_s', 0):.2f}", where)
         print(f"| {' | '.join(map(str, line))} |", flush=True)
         for number, finding in enumerate(entry["findings"]):
-            FOUND.mkdir(parents=True, exist_ok=True)
+            FINDINGS.mkdir(parents=True, exist_ok=True)
             text = f"{finding['finding']}\n"
             if "number" in finding:
                 text += f"\n{document(target, seed, finding['number'])[:200_000]!r}\n"
-            (FOUND / f"{re.sub(r'[^a-zA-Z0-9.]+', '-', target.name)}-{number}.txt").write_text(text, encoding="utf-8")
+            (FINDINGS / f"{re.sub(r'[^a-zA-Z0-9.]+', '-', target.name)}-{number}.txt").write_text(
+                text, encoding="utf-8"
+            )
     print(f"{total} documents over {len(chosen)} targets, {findings} findings")
     return 1 if findings else 0
 

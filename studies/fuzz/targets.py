@@ -39,7 +39,7 @@ class Target:
     others: tuple[bytes, ...] = ()
 
 
-def is_told(error: BaseException) -> bool:
+def is_for_people(error: BaseException) -> bool:
     """Whether an error is meant for a person: one line with an exit code."""
     return getattr(error, "exit_code", None) is not None
 
@@ -60,8 +60,8 @@ def targets(place: Path) -> dict[str, Target]:
     Args:
         place: a folder for the files that are read.
     """
-    found = [*_documents(place), *_rows(place), *_lines(place), *_binaries(place), _arguments(place)]
-    return {target.name: target for target in found}
+    every = [*_documents(place), *_rows(place), *_lines(place), *_binaries(place), _arguments(place)]
+    return {target.name: target for target in every}
 
 
 def _from_file(path: Path, read: Callable[[], Any]) -> Callable[[bytes], Any]:
@@ -145,8 +145,8 @@ def _documents(place: Path) -> Iterator[Target]:
     tokens = place / "tokenizer"
 
     def tokenizer() -> Any:
-        found = BundleTokenizer(tokens)
-        return found.encode("a b"), found.chat_template
+        loaded = BundleTokenizer(tokens)
+        return loaded.encode("a b"), loaded.chat_template
 
     yield Target("tokenizer.json", _from_file(tokens / "tokenizer.json", tokenizer), _json(seeds.TOKENIZER))
     tokens2 = place / "tokenizer-config"
@@ -154,8 +154,8 @@ def _documents(place: Path) -> Iterator[Target]:
     (tokens2 / "tokenizer.json").write_text(json.dumps(seeds.TOKENIZER))
 
     def chat() -> Any:
-        found = BundleTokenizer(tokens2)
-        return found.chat([{"role": "user", "content": "a"}]) if found.chat_template else found.encode("a")
+        loaded = BundleTokenizer(tokens2)
+        return loaded.chat([{"role": "user", "content": "a"}]) if loaded.chat_template else loaded.encode("a")
 
     yield Target(
         "tokenizer_config.json", _from_file(tokens2 / "tokenizer_config.json", chat), _json(seeds.TOKENIZER_CONFIG)
@@ -192,7 +192,7 @@ def _rows(place: Path) -> Iterator[Target]:
 
 
 def _lines(place: Path) -> Iterator[Target]:
-    """What programs on a board print."""
+    """Output of programs on a board."""
     from bench.power.commands import pmic_watts
     from devices.probe.jetson import power_mode, power_modes
     from devices.probe.state import throttling
@@ -275,10 +275,10 @@ def _arguments(place: Path) -> Target:
     from saap.cli import main as cli
 
     def run(data: bytes) -> None:
-        before, told = sys.argv, io.StringIO()
+        before, output = sys.argv, io.StringIO()
         sys.argv = ["saap", *(word.replace("\x00", "") for word in data.decode(errors="replace").split("\n"))]
         try:
-            with contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):
+            with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
                 cli.invoke()
         except SystemExit as stop:
             if stop.code not in (0, 1, 2, 3):

@@ -1,4 +1,4 @@
-"""What each extra installs: packages, megabytes, seconds.
+"""The size of each extra: packages, megabytes, seconds.
 
     python -m studies.install.study run [--rows bench]     # a fresh environment each, removed at the end; minutes
     python -m studies.install.study table [--write]        # --write: also into docs/install.md
@@ -52,21 +52,21 @@ def direct(extra: str) -> set[str]:
     extras = project["optional-dependencies"]
 
     def names(requirements: list[str]) -> set[str]:
-        found: set[str] = set()
+        listed: set[str] = set()
         for text in requirements:
             match = re.match(r"([\w.-]+)(?:\[([\w,-]+)\])?", text)
             assert match, text
             if match[1] == project["name"]:
-                found = found.union(*(names(extras[each]) for each in match[2].split(",")))
+                listed = listed.union(*(names(extras[each]) for each in match[2].split(",")))
             else:
-                found.add(match[1])
-        return found
+                listed.add(match[1])
+        return listed
 
     return names(project["dependencies"]) | (set() if extra == BASE else names(extras[extra]))
 
 
 def megabytes(folder: Path, without: tuple[str, ...] = VENVS) -> float:
-    """Of the files that lie there, and not in folders of these packages."""
+    """Sum the sizes of the files there that are not in folders of these packages."""
     files = [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
     kept = [path for path in files if not path.relative_to(folder).parts[0].startswith(without)]
     return sum(path.stat().st_size for path in kept) / 1e6
@@ -74,16 +74,16 @@ def megabytes(folder: Path, without: tuple[str, ...] = VENVS) -> float:
 
 def installed(extra: str) -> Cell:
     """A fresh environment with this extra."""
-    asked = str(ROOT) if extra == BASE else f"{ROOT}[{extra}]"
+    requirement = str(ROOT) if extra == BASE else f"{ROOT}[{extra}]"
     with tempfile.TemporaryDirectory() as place:
         subprocess.run([sys.executable, "-m", "venv", place], check=True)
         python = Path(place) / "bin" / "python"
         begun = time.monotonic()
-        subprocess.run([python, "-m", "pip", "install", "-q", "--no-cache-dir", asked], check=True)
+        subprocess.run([python, "-m", "pip", "install", "-q", "--no-cache-dir", requirement], check=True)
         seconds = time.monotonic() - begun
         (site,) = Path(place).glob("lib/python*/site-packages")
-        told = subprocess.run([python, "-m", "pip", "list", "--format=json"], capture_output=True, check=True)
-        packages = {each["name"]: each["version"] for each in json.loads(told.stdout)}
+        listing = subprocess.run([python, "-m", "pip", "list", "--format=json"], capture_output=True, check=True)
+        packages = {each["name"]: each["version"] for each in json.loads(listing.stdout)}
         return {
             "extra": extra,
             "seconds": seconds,
@@ -98,8 +98,8 @@ def tables() -> dict[str, str]:
     rows = []
     for extra, what in FOR.items():
         cell = cells.get(extra)
-        found = [len(cell["packages"]), f"{cell['megabytes']:,.0f}", f"{cell['seconds']:.0f}"] if cell else ["-"] * 3
-        rows.append([extra if extra == BASE else f"`{extra}`", what, len(direct(extra)), *found])
+        numbers = [len(cell["packages"]), f"{cell['megabytes']:,.0f}", f"{cell['seconds']:.0f}"] if cell else ["-"] * 3
+        rows.append([extra if extra == BASE else f"`{extra}`", what, len(direct(extra)), *numbers])
     return {"install": markdown(heads, rows)}
 
 
@@ -108,14 +108,14 @@ def main() -> None:
     parser.add_argument("what", choices=["run", "table"])
     parser.add_argument("--rows", nargs="+", choices=list(FOR), default=list(FOR))
     add_write_option(parser)
-    asked = parser.parse_args()
-    if asked.what == "run":
-        for extra in asked.rows:
+    args = parser.parse_args()
+    if args.what == "run":
+        for extra in args.rows:
             cell = {**provenance(), **installed(extra)}
             name = "base" if extra == BASE else extra
             (CELLS / f"{name}.json").write_text(json.dumps(cell, indent=1) + "\n", encoding="utf-8")
-    show_tables(HERE, tables(), asked.write)
-    if asked.write:
+    show_tables(HERE, tables(), args.write)
+    if args.write:
         show_tables(ROOT / "docs" / "install.md", tables(), write=True)
 
 

@@ -82,14 +82,14 @@ def main() -> None:
     parser.add_argument("size", choices=SHAPES)
     parser.add_argument("out", type=Path)
     parser.add_argument("--layers", type=int, help="fewer or more of them")
-    given = parser.parse_args()
+    args = parser.parse_args()
     from saap.base.writing import writing_directory
     from saap.models.weight_files import write_shards
 
-    layers = given.layers or SHAPES[given.size][2]
-    with writing_directory(given.out) as out:
-        write_shards(out, tensors(given.size, layers))
-        (out / "config.json").write_text(json.dumps(config(given.size, layers), indent=1) + "\n", encoding="utf-8")
+    layers = args.layers or SHAPES[args.size][2]
+    with writing_directory(args.out) as out:
+        write_shards(out, tensors(args.size, layers))
+        (out / "config.json").write_text(json.dumps(config(args.size, layers), indent=1) + "\n", encoding="utf-8")
         tokenizer_into(out)
         (out / "saap.json").write_text('{"format": 1, "method": "random weights"}\n', encoding="utf-8")
 

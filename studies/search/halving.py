@@ -13,51 +13,51 @@ WINDOWS, LENGTH = 100, 256
 BEST = 2  # the chosen plan is to be among so many
 
 
-def trial(model: str, asked: list[str], text: Path, tokens: int, work: Path, in_full: int) -> Cell:
+def trial(model: str, command: list[str], text: Path, tokens: int, work: Path, in_full: int) -> Cell:
     """Let `saap prune --effort thorough` choose, and tune what it tried, by commands that anyone can type.
 
     ``in_full``: how many plans are tuned in full, the best after the first round.
     """
     chosen = work / "chosen"
 
-    def unless(made: Path, *words: object) -> None:
-        if not made.exists():
+    def unless(path: Path, *words: object) -> None:
+        if not path.exists():
             saap(*words)
 
-    unless(chosen, "prune", model, *asked, "-o", chosen, "--effort", "thorough")
+    unless(chosen, "prune", model, *command, "-o", chosen, "--effort", "thorough")
     tried = read_record(chosen)["plan"]["trials"]
-    for told in sorted(tried, key=lambda told: next(iter(told["kl"].values())))[:in_full]:
-        plan, tuned = (work / f"plan{told['plan']}{kind}" for kind in ("", "-tuned"))
+    for entry in sorted(tried, key=lambda entry: next(iter(entry["kl"].values())))[:in_full]:
+        plan, tuned = (work / f"plan{entry['plan']}{kind}" for kind in ("", "-tuned"))
         judged = work / f"{plan.name}.json"
         if not judged.exists():
-            given = [f"{name}={value}" for name, value in told["settings"].items() if value is not None]
-            unless(plan, "prune", model, *asked, "-o", plan, *(word for each in given for word in ("--set", each)))
+            settings = [f"{name}={value}" for name, value in entry["settings"].items() if value is not None]
+            unless(plan, "prune", model, *command, "-o", plan, *(word for each in settings for word in ("--set", each)))
             price = read_record(plan)["plan"]["price_nats"]
-            if abs(price - told["price_nats"]) > 1e-6:
-                raise SystemExit(f"plan {told['plan']} has the price {price}, in the trial {told['price_nats']}")
+            if abs(price - entry["price_nats"]) > 1e-6:
+                raise SystemExit(f"plan {entry['plan']} has the price {price}, in the trial {entry['price_nats']}")
             unless(tuned, "tune", plan, "-o", tuned, "--teacher", model, "--tokens", tokens)
             cut = ["--text", text, "--chunk", LENGTH, "--max-chunks", WINDOWS]
             saap("eval", tuned, "--reference", model, *cut, "--json", judged)
             shutil.rmtree(tuned)
-        told["tuned"] = json.loads(judged.read_text())["rows"][-1]["kl"]
-    return {"asked": [word for word in asked if not word.startswith("/")], "tokens": tokens, "tried": tried,
+        entry["tuned"] = json.loads(judged.read_text())["rows"][-1]["kl"]
+    return {"asked": [word for word in command if not word.startswith("/")], "tokens": tokens, "tried": tried,
             **provenance()}  # fmt: skip
 
 
 def chosen_of(cell: Cell) -> Cell:
     """The plan that halving chose: the best of those that were tuned most."""
-    most = max(len(told["kl"]) for told in cell["tried"])
-    return dict(min((t for t in cell["tried"] if len(t["kl"]) == most), key=lambda told: list(told["kl"].values())[-1]))
+    most = max(len(plan["kl"]) for plan in cell["tried"])
+    return dict(min((t for t in cell["tried"] if len(t["kl"]) == most), key=lambda plan: list(plan["kl"].values())[-1]))
 
 
 def place_of(cell: Cell) -> int:
-    """Which place the chosen plan has after full tuning; 1 is the best."""
-    return 1 + sum(told["tuned"] < chosen_of(cell)["tuned"] for told in tuned_in_full(cell))
+    """Return the place of the chosen plan after full tuning; 1 is the best."""
+    return 1 + sum(plan["tuned"] < chosen_of(cell)["tuned"] for plan in tuned_in_full(cell))
 
 
 def tuned_in_full(cell: Cell) -> list[Cell]:
     """The plans of a trial that were tuned in full, the best first."""
-    return sorted((told for told in cell["tried"] if "tuned" in told), key=lambda told: told["tuned"])
+    return sorted((plan for plan in cell["tried"] if "tuned" in plan), key=lambda plan: plan["tuned"])
 
 
 def table(cells: dict[str, Cell]) -> str:
@@ -78,8 +78,8 @@ def table(cells: dict[str, Cell]) -> str:
 def bar(cells: dict[str, Cell]) -> Bar:
     """Whether the chosen plan is among the best in each trial."""
     places = {name: place_of(cell) for name, cell in cells.items()}
-    told = ", ".join(f"{name}: {place} of {len(tuned_in_full(cells[name]))}" for name, place in places.items())
+    shown = ", ".join(f"{name}: {place} of {len(tuned_in_full(cells[name]))}" for name, place in places.items())
     reached = len(places) >= 3 and max(places.values()) <= BEST
     return Bar(
-        "halving: the chosen plan after full tuning", f"among the best {BEST} of eight, in 3 of 3", told, reached
+        "halving: the chosen plan after full tuning", f"among the best {BEST} of eight, in 3 of 3", shown, reached
     )

@@ -11,16 +11,16 @@ from studies.common import Cell, provenance, saap
 ANSWERS = 32
 
 
-def row(name: str, asked: list[str], texts: dict[str, str], tokens: int, work: Path) -> Cell:
+def row(name: str, command: list[str], texts: dict[str, str], tokens: int, work: Path) -> Cell:
     """Prune, tune and judge one row of a field by commands that anyone can type."""
     slim, tuned = work / name, work / f"{name}-tuned"
     if not (slim / "saap.json").is_file():
-        saap("prune", *asked, "-o", slim)
+        saap("prune", *command, "-o", slim)
     if not (tuned / "saap.json").is_file():
-        saap("tune", slim, "-o", tuned, "--teacher", asked[0], "--tokens", tokens)
+        saap("tune", slim, "-o", tuned, "--teacher", command[0], "--tokens", tokens)
     plan = read_record(slim)["plan"]
     cell: Cell = {
-        "asked": [word for word in asked if not word.startswith("/")], "tokens": tokens,
+        "asked": [word for word in command if not word.startswith("/")], "tokens": tokens,
         "planned": plan["planned"]["speedup"], "removed": plan["planned"]["ratio"],
         "group": plan["bundle"]["block"],
         "eights": len(plan["bundle"].get("matrices", {})),
@@ -34,15 +34,15 @@ def row(name: str, asked: list[str], texts: dict[str, str], tokens: int, work: P
         for text, file in texts.items():
             out = work / f"{name}-{kind}-{text}.json"
             if not out.is_file():
-                words = ["--reference", asked[0], "--max-chunks", 40, "--json", out]
+                words = ["--reference", command[0], "--max-chunks", 40, "--json", out]
                 saap("eval", path, *(["--text", file] if file else []), *words)
-            found = json.loads(out.read_text())["rows"][-1]
-            cell[f"{kind} {text}"] = {key: found[key] for key in ("perplexity", "bits_per_byte", "kl", "top1")}
+            scores = json.loads(out.read_text())["rows"][-1]
+            cell[f"{kind} {text}"] = {key: scores[key] for key in ("perplexity", "bits_per_byte", "kl", "top1")}
     out = work / f"{name}-answers.json"
     if not out.is_file():
-        saap("eval", tuned, "--reference", asked[0], "--answers", ANSWERS, "--json", out)
-    found = json.loads(out.read_text())["answers"]["scores"][-1]
-    cell["answers"] = {key: found[key] for key in ("agreement", "same", "repetition")}
+        saap("eval", tuned, "--reference", command[0], "--answers", ANSWERS, "--json", out)
+    scores = json.loads(out.read_text())["answers"]["scores"][-1]
+    cell["answers"] = {key: scores[key] for key in ("agreement", "same", "repetition")}
     if trials := plan.get("trials"):
         cell["trials"] = trials
     return {**cell, **provenance()}

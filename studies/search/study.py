@@ -70,15 +70,15 @@ def rows_table() -> str:
 def main() -> None:
     parser = parser_of(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    made = commands.add_parser("row")
-    made.add_argument("name", choices=ROWS)
-    made.add_argument("--speedup", type=float, required=True)
-    made.add_argument("--tokens", type=int, default=16_384)
-    made.add_argument("--method", default="saap")
-    made.add_argument("--compensate", choices=("none", "bias", "refit"))
-    made.add_argument("--costs", type=Path, required=True)
-    made.add_argument("--group-size", type=int)
-    made.add_argument("--effort")
+    rows = commands.add_parser("row")
+    rows.add_argument("name", choices=ROWS)
+    rows.add_argument("--speedup", type=float, required=True)
+    rows.add_argument("--tokens", type=int, default=16_384)
+    rows.add_argument("--method", default="saap")
+    rows.add_argument("--compensate", choices=("none", "bias", "refit"))
+    rows.add_argument("--costs", type=Path, required=True)
+    rows.add_argument("--group-size", type=int)
+    rows.add_argument("--effort")
     tried = commands.add_parser("halving")
     tried.add_argument("--speedup", type=float, required=True)
     tried.add_argument("--seed", type=int, default=0)
@@ -86,8 +86,8 @@ def main() -> None:
     tried.add_argument("--in-full", type=int, default=8, help="plans tuned in full, the best after the first round")
     tried.add_argument("--costs", type=Path, required=True)
     tried.add_argument("--text", type=Path, required=True, help="that judges, and is neither learnt nor calibrated on")
-    made.add_argument("--texts", nargs="*", default=[], help="NAME=FILE of further texts")
-    for each in (made, tried):
+    rows.add_argument("--texts", nargs="*", default=[], help="NAME=FILE of further texts")
+    for each in (rows, tried):
         each.add_argument("--work", type=Path, required=True)
     add_write_option(commands.add_parser("table"))
     args = parser.parse_args()
@@ -98,21 +98,21 @@ def main() -> None:
         from studies.search.halving import trial
 
         name = f"{args.speedup:g}x, seed {args.seed}"
-        asked = ["--speedup", str(args.speedup), "--costs", str(args.costs.resolve()), "--seed", str(args.seed)]
+        command = ["--speedup", str(args.speedup), "--costs", str(args.costs.resolve()), "--seed", str(args.seed)]
         text, work = args.text.resolve(), args.work.resolve()
-        cell = {"halving": name} | trial(MODEL, asked, text, args.tokens, work, args.in_full)
+        cell = {"halving": name} | trial(MODEL, command, text, args.tokens, work, args.in_full)
         write_json(CELLS / f"halving-{args.speedup:g}-seed{args.seed}.json", cell)
         return
     from studies.search.measure import row
 
     texts = {"WikiText-2": "", **dict(each.split("=", 1) for each in args.texts)}
-    asked = [MODEL, "--speedup", str(args.speedup), "--costs", str(args.costs.resolve())]
-    asked += ["--method", args.method] if args.method != "saap" else []
-    asked += ["--compensate", args.compensate] if args.compensate else []
-    asked += ["--group-size", str(args.group_size)] if args.group_size else []
-    asked += ["--effort", args.effort] if args.effort else []
+    command = [MODEL, "--speedup", str(args.speedup), "--costs", str(args.costs.resolve())]
+    command += ["--method", args.method] if args.method != "saap" else []
+    command += ["--compensate", args.compensate] if args.compensate else []
+    command += ["--group-size", str(args.group_size)] if args.group_size else []
+    command += ["--effort", args.effort] if args.effort else []
     name = f"{args.name}-{args.speedup:g}"
-    cell = {"row": name} | row(name, asked, texts, args.tokens, args.work.resolve())
+    cell = {"row": name} | row(name, command, texts, args.tokens, args.work.resolve())
     write_json(CELLS / f"row-{name}.json", cell)
 
 

@@ -31,7 +31,7 @@ from studies.common import ROOT, provenance
 from studies.tuning.study import CELLS, DEFAULTS, Variant, slug
 
 OUT = ROOT / "out" / "tuning"
-SEQUENCES, LENGTH, HELD, SEED, CHUNKS = 64, 256, 40, 0, 160
+SEQUENCES, LENGTH, UNSEEN, SEED, CHUNKS = 64, 256, 40, 0, 160
 SCALE_RATE = 3e-3  # where a cell names none: saap's own was that when the table was made, and has doubled since
 
 
@@ -51,7 +51,7 @@ def slim_of(model_dir: Path, ratio: float) -> Path:
     """The pruned model with SAAP's defaults."""
     out = OUT / f"slim-{model_dir.name}-{ratio:g}"
     if not out.is_dir():
-        rows = training_rows(model_dir, None, "calibration", Sequences(SEQUENCES + HELD, LENGTH, SEED))
+        rows = training_rows(model_dir, None, "calibration", Sequences(SEQUENCES + UNSEEN, LENGTH, SEED))
         prune(model_dir, PruneOptions(ratio=ratio), output=out, calibration=rows.ids[:SEQUENCES])
     return out
 
@@ -61,8 +61,8 @@ def rows_of(slim: Path, tokens: int) -> tuple[TuningRows, torch.Tensor]:
     count = max(tokens // LENGTH, FEWEST_ROWS)  # what is not tuned reads none of them
     calibrated = read_record(slim)["lineage"]["calibration"]
     skip = -(-calibrated["sequences"] * calibrated["tokens"] // LENGTH)
-    held = tuning_rows(slim, None, Sequences(HELD, LENGTH, SEED, skip))  # first: the same for every number of tokens
-    return tuning_rows(slim, None, Sequences(count, LENGTH, SEED, skip + HELD)), held.ids
+    unseen = tuning_rows(slim, None, Sequences(UNSEEN, LENGTH, SEED, skip))  # the same for any count
+    return tuning_rows(slim, None, Sequences(count, LENGTH, SEED, skip + UNSEEN)), unseen.ids
 
 
 def options_of(variant: Variant) -> TuneOptions:
@@ -87,7 +87,7 @@ def run_cell(variant: Variant, test: bool) -> None:
     if not missing:
         return
     slim = slim_of(model_dir, variant["ratio"] or DEFAULTS["ratio"])  # of the dense model: for its rows
-    rows, held = rows_of(slim, variant["tokens"])
+    rows, unseen = rows_of(slim, variant["tokens"])
     tuned, began = OUT / (lora_name(variant) if variant["fold"] == "lora" else name), time.monotonic()
     if untuned:
         tuned = slim if variant["ratio"] else model_dir
@@ -103,7 +103,7 @@ def run_cell(variant: Variant, test: bool) -> None:
         cell["peak_gb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 3)
     other = chunks_of("wikitext2_train_raw_head1MB.txt", tokenizer)[100:180]
     test_ids = chunks_of("wikitext2_test_raw.txt", tokenizer)[:CHUNKS]
-    for text, ids in {"held": held, "other": other, f"test{CHUNKS}": test_ids}.items():
+    for text, ids in {"held": unseen, "other": other, f"test{CHUNKS}": test_ids}.items():
         if text in missing:
             cell["nll"][text] = nll_of(tuned, slim, variant, ids)
     write_json(path, cell | provenance())

@@ -1,4 +1,4 @@
-"""What tuning recovers: one small JSON per cell, so a table may take several runs.
+"""The recovery by tuning: one small JSON per cell, so a table may take several runs.
 
     python -m studies.tuning.study cell fold=scale                    # one cell; any of the settings below
     python -m studies.tuning.study run                                # all rows; hours on two cores
@@ -83,7 +83,7 @@ def settings_table(cells: list[Cell]) -> str:
         peak = f"{cell['peak_gb']:.2f}" if "peak_gb" in cell else ""
         nll = [f"{cell['nll'][text]:.3f}" if text in cell["nll"] else "" for text in TEXTS]
         order = (cell["variant"]["tokens"], nll[0])
-        lines.append((order, [words(cell["variant"]), made(cell["variant"]), trained, rate, peak, *nll]))
+        lines.append((order, [words(cell["variant"]), kind(cell["variant"]), trained, rate, peak, *nll]))
     heads = ["settings", "what is measured", "trained", "tokens/s", "peak, GB", *TEXTS.values()]
     return markdown(heads, [line for _, line in sorted(lines)])
 
@@ -98,8 +98,8 @@ def words(variant: Variant) -> str:
     return ", ".join(f"`{k}={v}`" for k, v in sorted({"fold": variant["fold"], **rest}.items()))
 
 
-def made(variant: Variant) -> str:
-    """Whether a cell is measured as float or as an int4 bundle."""
+def kind(variant: Variant) -> str:
+    """Return how a cell is measured: as float or as an int4 bundle."""
     return "float" if variant["fold"] in ("lora", "none") and "integers" not in variant else "int4 bundle"
 
 
@@ -110,14 +110,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("settings", nargs="*", help="cell: key=value")
     parser.add_argument("--test", action="store_true", help="read the test too: when the choices are made")
     add_write_option(parser)
-    given = parser.parse_args(arguments)
-    if given.what == "table":
-        return show_tables(HERE, tables(), given.write)
+    args = parser.parse_args(arguments)
+    if args.what == "table":
+        return show_tables(HERE, tables(), args.write)
     from studies.tuning.measure import run_cell
 
-    cell: Variant = dict(map(setting, given.settings))
-    for variant in [cell] if given.what == "cell" else TABLE:
-        run_cell(variant, given.test)
+    cell: Variant = dict(map(setting, args.settings))
+    for variant in [cell] if args.what == "cell" else TABLE:
+        run_cell(variant, args.test)
 
 
 if __name__ == "__main__":

@@ -32,8 +32,8 @@ def quality(models: Mapping[str, str], texts: Mapping[str, str], work: Path) -> 
             out = work / f"{model}-{text}.json"
             if not out.is_file():
                 saap("eval", path, "--text", file, "--max-chunks", 20, "--chunk", 512, "--json", out)
-            found = json.loads(out.read_text())
-            rows.append({"model": model, "text": text, "bits_per_byte": found["rows"][0]["bits_per_byte"]})
+            document = json.loads(out.read_text())
+            rows.append({"model": model, "text": text, "bits_per_byte": document["rows"][0]["bits_per_byte"]})
     return rows
 
 
@@ -62,11 +62,11 @@ def speed(models: Mapping[str, str], work: Path) -> list[Cell]:
             saap("bench", base, path, "-p", 128, "-n", 64, "-t", 1, "-r", 3, "--ratio-time", 60, "--json", out)
         result = read_result(out)
         dense, slim = result.measurements
-        found = result.ratio(slim, dense, "decode")
+        ratio = result.ratio(slim, dense, "decode")
         lengths = [m.model.spelling.characters_per_token if m.model.spelling else None for m in (dense, slim)]
         peaks = {row["name"]: row["peak_decode_bytes"] for row in table_rows(result)}
         rows.append({
-            "model": model, "against": first, "decode": [found.ratio, found.low, found.high] if found else None,
+            "model": model, "against": first, "decode": [ratio.ratio, ratio.low, ratio.high] if ratio else None,
             "characters_per_token": lengths, "peak_bytes": [peaks[dense.name], peaks[slim.name]],
             "bytes": [dense.model.model_bytes, slim.model.model_bytes],
         })  # fmt: skip
@@ -75,30 +75,30 @@ def speed(models: Mapping[str, str], work: Path) -> list[Cell]:
 
 def tables() -> dict[str, str]:
     """One per cell."""
-    made = {}
+    shown = {}
     for cell in read_cells(CELLS):
         rows = cell["rows"]
         if cell["what"] == "quality":
             texts, models = (list(dict.fromkeys(row[key] for row in rows)) for key in ("text", "model"))
             bits = {(row["model"], row["text"]): row["bits_per_byte"] for row in rows}
             lines = [[text, *(_bits(bits, model, models[0], text) for model in models)] for text in texts]
-            made[f"quality-{cell['name']}"] = markdown(["bits per byte", *models], lines)
+            shown[f"quality-{cell['name']}"] = markdown(["bits per byte", *models], lines)
         elif cell["what"] == "tasks":
             lines = [
                 [row["task"], row["model"], f"{100 * row['acc']:.2f} %", f"{100 * row['acc_stderr']:.2f}"]
                 for row in sorted(rows, key=lambda row: row["task"])
             ]
-            made[f"tasks-{cell['name']}"] = markdown(["task", "model", "accuracy", "standard error"], lines)
+            shown[f"tasks-{cell['name']}"] = markdown(["task", "model", "accuracy", "standard error"], lines)
         else:
-            made[f"speed-{cell['name']}"] = markdown(
+            shown[f"speed-{cell['name']}"] = markdown(
                 ["against", "model", "decode, tokens/s", "characters/s", "file", "peak MB"], map(_speed_line, rows)
             )
-    return made
+    return shown
 
 
 def _bits(bits: Mapping[tuple[str, str], float], model: str, dense: str, text: str) -> str:
-    found, before = bits[model, text], bits[dense, text]
-    return f"{found:.4f}" if model == dense else f"{found:.4f} ({found / before - 1:+.1%})"
+    own, before = bits[model, text], bits[dense, text]
+    return f"{own:.4f}" if model == dense else f"{own:.4f} ({own / before - 1:+.1%})"
 
 
 def _speed_line(row: Cell) -> list[str]:
@@ -128,18 +128,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         elif what == "tasks":
             command.add_argument("--task-dir", required=True)
     commands.add_parser("table").add_argument("--write", action="store_true")
-    given = parser.parse_args(arguments)
-    if given.what == "table":
-        return show_tables(HERE, tables(), given.write)
-    given.work.mkdir(parents=True, exist_ok=True)
-    models = _named(given.models)
-    if given.what == "quality":
-        rows = quality(models, _named(given.texts), given.work)
+    args = parser.parse_args(arguments)
+    if args.what == "table":
+        return show_tables(HERE, tables(), args.write)
+    args.work.mkdir(parents=True, exist_ok=True)
+    models = _named(args.models)
+    if args.what == "quality":
+        rows = quality(models, _named(args.texts), args.work)
     else:
-        rows = tasks(models, given.task_dir, given.work) if given.what == "tasks" else speed(models, given.work)
-    cell = {"name": given.name, "what": given.what, "rows": rows, **provenance()}
+        rows = tasks(models, args.task_dir, args.work) if args.what == "tasks" else speed(models, args.work)
+    cell = {"name": args.name, "what": args.what, "rows": rows, **provenance()}
     CELLS.mkdir(exist_ok=True)
-    (CELLS / f"{given.what}-{given.name}.json").write_text(json.dumps(cell, indent=1) + "\n")
+    (CELLS / f"{args.what}-{args.name}.json").write_text(json.dumps(cell, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -171,8 +171,8 @@ def test_at_an_equal_speed_tasks_compare_at_the_seeds_that_answered_them(tmp_pat
     assert ours.startswith("| 1.5x | **SAAP** | 2 | 85.00 (80.00, 90.00) | 35.00 (40.00, 30.00) | - | 75.0 (75.0) |")
     assert "| 50.0 (50.0, 50.0) | 45 (50, 40) |" in theirs and "| +25.00 (" in theirs
     perplexity, answers, gained = equal.bars("m")
-    assert (perplexity.reached, perplexity.found) == (True, "0.80x, 0.90x; 0.80x, 0.50x")
-    assert (answers.reached, answers.found) == (True, "55.0 and 45.0 %")
+    assert (perplexity.reached, perplexity.measured) == (True, "0.80x, 0.90x; 0.80x, 0.50x")
+    assert (answers.reached, answers.measured) == (True, "55.0 and 45.0 %")
     assert gained.reached, "its lower bound is 0"
     field_cell(tmp_path, "saap", 1, (90, 61), 0.2, "0010")
     assert [bar.reached for bar in equal.bars("m")] == [False, False, False]
@@ -278,4 +278,4 @@ def test_halving_is_judged_by_the_place_of_what_it_chose():
     assert not halving.bar({"a": better["a"]}).reached, "one trial is not three"
     assert "**chosen**" in halving.table(cells)
     fewer = {"a": {"tried": [{key: told[key] for key in told if key != "tuned"} for told in tried[:1]] + tried[1:]}}
-    assert "a: 2 of 2" in halving.bar(fewer).found and len(halving.table(fewer).splitlines()) == 2 + 2
+    assert "a: 2 of 2" in halving.bar(fewer).measured and len(halving.table(fewer).splitlines()) == 2 + 2
