@@ -94,6 +94,7 @@ def built_model(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
     with loading(directory):
         with torch.device("meta"):  # which tells its class and its config
             empty = AutoModelForCausalLM.from_config(transformers_config(directory), trust_remote_code=False)
+        model: PreTrainedModel
         model, report = type(empty).from_pretrained(
             None, config=empty.config, state_dict=tensors, dtype=dtype, output_loading_info=True
         )
