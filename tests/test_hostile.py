@@ -17,10 +17,11 @@ pytest.importorskip("onnx")
 from support.command_line import here
 from support.hostile import BASELINE, BUNDLES, DOCUMENTS, FOLLOWED, GGUFS, INSPECTED, MODELS, PICKLED, SCORED, seal
 from support.no_pickles import no_pickles
+from support.old_products import old_products
 
 from studies.fuzz.products import gguf_bytes, gguf_structure
 
-PRODUCTS = Path(__file__).parent / "support" / "old"
+PRODUCTS = old_products()
 OLD = PRODUCTS / "bundle"
 
 

@@ -1,7 +1,7 @@
 """Documents inside whole products: one file of a bundle, a model directory or a measurement is changed, the hashes are
 made right again, and the command that a user would give is run on the product.
 
-The products are those of ``tests/support/old``. Commands run in this process, up to the first tokens.
+The products are those of ``tests/support/old/760273a``. Commands run in this process, up to the first tokens.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from saap.base.child import absent
 from saap.base.errors import UserError
 from studies.fuzz.targets import Target
 
-OLD = Path(__file__).resolve().parents[2] / "tests" / "support" / "old"
+OLD = Path(__file__).resolve().parents[2] / "tests" / "support" / "old" / "760273a"
 Run = Callable[[], object]
 
 
@@ -34,6 +34,9 @@ def products(place: Path) -> dict[str, Target]:
         place: a folder for the products that are changed.
     """
     shutil.copytree(OLD, place, dirs_exist_ok=True)
+    for copy, source in json.loads((OLD.parent / "copies.json").read_text(encoding="utf-8")).items():
+        if copy.startswith(OLD.name):  # a file of several products is kept once
+            shutil.copy(OLD.parent / source, place / Path(copy).relative_to(OLD.name))
     every = [*_ggufs(place), *_measurements(place), *_models(place), *_bundles(place)]
     return {target.name: target for target in every}
 

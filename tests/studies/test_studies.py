@@ -15,6 +15,7 @@ import click
 import numpy as np
 import pytest
 from support.bench_samples import measurement, result
+from support.old_products import old_products
 
 from bench.measure.result import Bursts, Load, write_result
 from saap.cli.main import cli
@@ -101,7 +102,7 @@ def test_a_cell_names_no_folder_of_the_machine(monkeypatch):
 
 
 def test_a_first_token_of_two_checkouts_is_timed_in_pairs(tmp_path, capsys):
-    old = ROOT / "tests" / "support" / "old"
+    old = old_products()
     words = ["run", ROOT, old / "bundle", "--base-python", sys.executable, "--pairs", 2]
     checks.main([*map(str, words), "--cells", str(tmp_path / "cells")])
     (cell,) = read_cells(tmp_path / "cells")

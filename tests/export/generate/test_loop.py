@@ -1,9 +1,9 @@
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
+from support.old_products import old_products
 from support.scripted_decoder import TEXTS, ScriptedDecoder, bpe_directory
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -108,7 +108,7 @@ def test_end_of_text_ids_come_from_the_nearest_source(tmp_path, files, expected)
         (tmp_path / name).write_text(json.dumps(value))
     directory = bpe_directory(tmp_path)
     assert BundleTokenizer(directory).eos_token_ids == expected
-    old = read_manifest(Path(__file__).parents[2] / "support" / "old" / "bundle")
+    old = read_manifest(old_products() / "bundle")
     write_manifest(directory, replace(old, eos_token_ids=[2, 0]))
     assert BundleTokenizer(directory).eos_token_ids == [2, 0]
 

@@ -21,7 +21,7 @@ from saap.prune.options import PruneOptions
 from saap.prune.pruning import prune
 
 IDS = torch.randint(320, (8, 16), generator=torch.Generator().manual_seed(3))
-RESULT = Path(__file__).parents[2] / "support/old/result.json"
+RESULT = Path(__file__).parents[2] / "support/old/760273a/result.json"
 HOLDER = (
     "import sys; from saap.base.writing import claimed\nwith claimed(sys.argv[1]): print('held', flush=True); input()"
 )

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 from support.command_line import here
+from support.old_products import old_products
 
 ROOT = Path(__file__).parents[3]
-OLD = ROOT / "tests" / "support" / "old"
+OLD = old_products()
 ROW = re.compile(r"^\| (\d+) \|", re.MULTILINE)
 
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
 
 import pytest
 from support.command_line import here, refused
+from support.old_products import old_products
 
 import saap
 from saap.base.errors import UserError
 
-OLD = Path(__file__).parents[2] / "support" / "old"
+OLD = old_products()
 
 
 @pytest.fixture(scope="module")

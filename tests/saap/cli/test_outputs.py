@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 from support.command_line import here
+from support.old_products import old_products
 
-OLD = Path(__file__).parents[2] / "support" / "old"
+OLD = old_products()
 
 
 @pytest.fixture

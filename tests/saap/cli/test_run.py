@@ -16,6 +16,7 @@ from support.command_line import here, refused
 from support.cost_files import cost_file
 from support.fake_trees import plant
 from support.no_pickles import no_pickles
+from support.old_products import old_products
 
 from export.gguf.llama_cpp import quantizer
 from saap.base.errors import UserError
@@ -166,7 +167,7 @@ def test_what_cannot_be_met_is_refused_before_anything_is_made(tiny_model, tmp_p
 
 
 def test_a_run_takes_over_no_directory_but_its_own(tmp_path):
-    old = Path(__file__).parents[2] / "support/old"
+    old = old_products()
     for name in ("slim", "bundle"):
         shutil.copytree(old / name, tmp_path / name)
     shutil.copytree(old / "slim", tmp_path / "other/slim")

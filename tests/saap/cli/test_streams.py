@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.old_products import old_products
 
 SUPPORT = Path(__file__).parents[2] / "support"
 FAST = "-p 16 -n 8 -t 1"
@@ -90,7 +91,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     for number, asked in enumerate(CASES):
         place = root / str(number)
         place.mkdir()
-        for path in (SUPPORT / "old").iterdir():
+        for path in old_products().iterdir():
             (place / path.name).symlink_to(path)
         env = {"SAAP_CACHE": str(root / "cache"), **asked.wrong.get("env", {})}
         cases.append({**asked.wrong, "words": asked.words.split(), "place": str(place), "env": env})

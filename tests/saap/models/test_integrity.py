@@ -147,7 +147,7 @@ def test_a_bundle(tiny_model, tmp_path):
 def test_results_and_other_documents(tmp_path):
     write_result(tmp_path / "result.json", result(measurement("a", [0.01, 0.011])))
     assert holds(tmp_path / "result.json", lambda: read_result(tmp_path / "result.json"), 200) > 150
-    QUALITY.write(tmp_path / "eval.json", read_quality(Path(__file__).parents[2] / "support/old/quality.json"))
+    QUALITY.write(tmp_path / "eval.json", read_quality(Path(__file__).parents[2] / "support/old/760273a/quality.json"))
     assert holds(tmp_path / "eval.json", lambda: read_quality(tmp_path / "eval.json")) > 20
     costs, shape = cost_file(tmp_path / "cost.json"), ModelShape(96, 16, 320, True, ())
     write_document(costs, json.loads(costs.read_text()))

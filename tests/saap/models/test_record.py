@@ -19,9 +19,10 @@ def test_the_page_names_every_field(kind):
     assert [name for name in get_type_hints(kind) if f"`{name}`" not in section and name not in section.split()] == []
 
 
+@pytest.mark.parametrize("commit", ["760273a", "1e82854a"])
 @pytest.mark.parametrize("name", ["slim", "tuned"])
-def test_what_an_old_record_says_is_read_and_kept(name):
-    old = ROOT / "tests" / "support" / "old" / name
+def test_what_an_old_record_says_is_read_and_kept(name, commit):
+    old = ROOT / "tests" / "support" / "old" / commit / name
     written = json.loads((old / "saap.json").read_text(encoding="utf-8"))
     del written["checksum"]
     assert read_record(old) == written

@@ -1,6 +1,6 @@
 """Makes what lies beside it: products of the command line, and the record of what it computes.
 
-    python make.py products DIR        # what the old code wrote; once, with that code
+    python make.py products DIR        # what a commit writes of DIR's model and texts; once, with that commit
     python make.py record DIR          # what the code at hand computes from DIR's products, as JSON: digests.json
 
 ``tests/test_old_products.py`` makes the record anew. Processors round differently, so it is made with the arithmetic
@@ -90,67 +90,14 @@ def saap(line: str) -> None:
     subprocess.run([program, *line.split()], check=True)
 
 
-def dense(out: Path) -> None:
-    """A Llama of random weights: three layers, four query heads in two KV groups, tied, a vocabulary of 320."""
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=320,
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(text(1, 20), trainer)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
-        bos_token="<|im_start|>",
-        eos_token="<|im_end|>",
-        pad_token="<|im_end|>",
-        unk_token="<|endoftext|>",
-        model_input_names=["input_ids", "attention_mask"],
-        clean_up_tokenization_spaces=False,
-        model_max_length=512,
-    )
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=320,
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=16,
-            max_position_embeddings=512,
-            tie_word_embeddings=True,
-            bos_token_id=1,
-            eos_token_id=2,
-            pad_token_id=2,
-        )
-    )
-    for parameter in model.parameters():
-        if parameter.dim() > 1:  # wider than the default, so that the logits differ from token to token
-            torch.nn.init.normal_(parameter, std=0.1)
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
-
-
 def products() -> None:
-    """What the commands write, in the folder that this runs in."""
-    dense(Path("dense"))
-    Path("learn.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in text(2, 40)), encoding="utf-8")
-    Path("judge.txt").write_text("\n\n".join(text(3, 6)) + "\n", encoding="utf-8")
+    """Write what the commands make of the folder's ``dense``, ``learn.jsonl`` and ``judge.txt``, in that folder."""
     saap("prune dense -o slim --ratio 0.2 --calibration learn.jsonl --sequences 12")
     saap("tune slim -o tuned --teacher dense --data learn.jsonl --tokens 8192 --precision fp32")
     saap("export tuned -o bundle")
     saap("eval slim bundle --reference dense --text judge.txt --json quality.json")
     saap("bench bundle -p 64 -n 64 -t 1 -r 6 --quality quality.json --json result.json")
-    saap("devices probe --costs dense -t 1 -o cost.json")
+    saap("devices costs dense -t 1 -o cost.json")
     saap("devices baseline bundle -p 64 -n 64 -t 1 -r 6 --baselines baselines")
     for path in (Path("result.json"), Path("cost.json"), *Path("baselines").iterdir()):
         tidy(path)
@@ -344,7 +291,6 @@ def sha256(path: Path) -> str:
 if __name__ == "__main__":
     what, where = sys.argv[1], Path(sys.argv[2])
     if what == "products":
-        where.mkdir(parents=True, exist_ok=True)
         os.chdir(where)
         products()
     else:
