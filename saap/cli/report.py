@@ -13,7 +13,7 @@ from saap.cli.console import tell
 from saap.cli.types import Sections, directory, force
 
 
-class Step(TypedDict, total=False):
+class FinishedStep(TypedDict, total=False):
     """A step of a run that is finished; ``key`` is the hash of what went into it."""
 
     name: str
@@ -38,7 +38,7 @@ class RunFile(TypedDict, total=False):
     """``run.json``: the steps of a run, and what the page is made of."""
 
     model: str
-    steps: list[Step]
+    steps: list[FinishedStep]
     results: list[str]
     plan: dict[str, object]
     parity: dict[str, object]

@@ -22,10 +22,10 @@ from export.gguf.llama_cpp import quantizer
 from saap.base.errors import UserError
 from saap.base.interpreters import PEER_PYTHON
 from saap.base.options import arguments_of, made
-from saap.cli import run as pipeline
 from saap.cli.console import Console
 from saap.cli.devices.fit import read_model
 from saap.cli.run import RunOptions, run_needs
+from saap.cli.run.steps import Peer, Prune, Run
 from saap.models.record import read_record
 from saap.prune.pruning import budget_of
 
@@ -58,9 +58,9 @@ def test_a_ratio_is_the_default_and_only_without_another_requirement(costs):
 def test_a_table_of_costs_that_has_become_too_large_is_not_hashed(costs, tmp_path):
     with costs.open("r+b") as file:
         file.truncate((256 << 20) + 1)  # takes no room
-    state = SimpleNamespace(options=options(speedup=1.5, costs=costs), out=tmp_path, model="dense", step=None)
+    run = SimpleNamespace(options=options(speedup=1.5, costs=costs), out=tmp_path, model="dense", dense=[])
     with pytest.raises(UserError, match=r"cost.json is damaged \(larger than 256 MiB\): "):
-        pipeline._prune(state, [])
+        Prune(run)
 
 
 def test_what_several_steps_take_is_given_once():
@@ -92,13 +92,13 @@ def test_pruning_is_done_anew_where_its_settings_changed(tiny_model, tmp_path, t
         """Whether the step was done, by the plan in run.json and the record of the slim directory."""
         asked = options(**{"calibration": str(text), "sequences": 4, "length": 16, **changes})
         with Console() as console:
-            state = pipeline._State(out, str(model), asked, console)
-            before = state.run["steps"]
-            pipeline._prune(state, model, "dense")
+            run = Run(str(model), model, out, asked, console)
+            before = run.file["steps"]
+            run.do(Prune(run), "[1/1]")
         record = read_record(out / "slim")
-        assert state.run["plan"]["asked"] == record["plan"]["asked"]
-        assert state.run["plan"]["reasons"]["unit"] == record["plan"]["reasons"]["unit"]
-        return state.run["steps"] != before, record
+        assert run.file["plan"]["asked"] == record["plan"]["asked"]
+        assert run.file["plan"]["reasons"]["unit"] == record["plan"]["reasons"]["unit"]
+        return run.file["steps"] != before, record
 
     done, record = step()
     assert done and record["plan"]["asked"] == {"ratio": 0.2} and record["method"] == "saap"
@@ -203,17 +203,21 @@ def test_a_peer_that_fails_is_left_out_and_tried_again(tiny_model, tmp_path, mon
     python.write_text(f'#!/bin/sh\nPYTHONPATH={tmp_path}/packages exec {sys.executable} "$@"\n')
     python.chmod(0o755)
     monkeypatch.setenv(PEER_PYTHON, str(python))
-    assert pipeline.check_peer(model) is None
     with Console() as console:
-        state = pipeline._State(tmp_path, str(model), RunOptions(), console)
-        assert pipeline._export_peer(state, model, "dense") is None
+        run = Run(str(model), model, tmp_path, RunOptions(), console)
+        peer = Peer(run)
+        peer.check()
+        peer.attempt(lambda: run.do(peer, "[1/1]"))
+    assert peer.failure and peer.specs == {}
     told = "  llama.cpp is not compared with: llama.cpp wrote no Q4_0 of model.gguf: killed by SIGABRT: GGML_ASSERT(x)"
     assert told in capsys.readouterr().err
-    assert state.run["steps"] == [] and not (tmp_path / "dense-Q4_0.gguf").exists()
+    assert run.file["steps"] == [] and not (tmp_path / "dense-Q4_0.gguf").exists()
 
 
-def test_a_model_that_llama_cpp_does_not_hold_is_not_compared_with_it(tiny_family):
-    assert "is of type 'olmo2': GGUF files are written of" in pipeline.check_peer(tiny_family("olmo2"))
+def test_a_model_that_llama_cpp_does_not_hold_is_not_compared_with_it(tiny_family, tmp_path):
+    model = tiny_family("olmo2")
+    with pytest.raises(UserError, match="is of type 'olmo2': GGUF files are written of"), Console() as console:
+        Peer(Run(str(model), model, tmp_path, RunOptions(), console)).check()
 
 
 def weights(out):
@@ -229,8 +233,7 @@ def test_the_disk_that_a_run_needs_counts_the_peer(tiny_model):
     model, asked = tiny_model(), options(ratio=0.2)
     budget = budget_of(model, asked.prune.options)
     with_peer, alone = (
-        max(needs.disk_bytes for needs in run_needs(model, budget, asked.prune.options, asked, peer=peer).values())
-        for peer in (True, False)
+        max(needs.disk_bytes for needs in run_needs(model, asked, peer=peer).values()) for peer in (True, False)
     )
     assert with_peer - alone > 2 * budget.dense.parameters
 
@@ -345,9 +348,9 @@ def test_a_run_resumes_and_each_of_its_steps_does_the_same_alone(tiny_model, tmp
 
 
 def test_a_quick_run_takes_less_text_but_for_what_is_given():
-    plain, quick = options(), options(quick=True).asked
-    assert plain.asked == plain and not quick.quick
+    plain, quick = options(), options(quick=True).shortened
+    assert plain.shortened == plain and not quick.quick
     assert quick.repetitions < plain.repetitions and quick.threads == 1
     assert quick.tuning.options.tokens < plain.tuning.options.tokens and quick.max_chunks < plain.max_chunks
-    given = options(quick=True, tokens=12_288, max_chunks=30).asked
+    given = options(quick=True, tokens=12_288, max_chunks=30).shortened
     assert given.tuning.options.tokens == 12_288 and given.max_chunks == 30

@@ -18,14 +18,14 @@ from saap.base.values import parse_bytes
 from saap.cli.console import Console
 from saap.cli.devices.fit import Planned, board_commands, check_costs, check_pruned, read_model
 from saap.cli.report import DeviceFit
-from saap.cli.run import RunOptions, check_device
+from saap.cli.run import RunOptions
 from saap.cli.run import fitted as fitted_options
 
 ARRAYS = 40  # in the file of a model of three layers, each of which is followed by less than a page
 
 
 def asked(**given):
-    return made(RunOptions, {"made_for": "raspberry-pi-4", **given})
+    return made(RunOptions, {"profile": "raspberry-pi-4", **given})
 
 
 def fitted(model, options):
@@ -120,7 +120,7 @@ def test_costs_of_another_board_are_refused(tmp_path):
     costs = cost_file(tmp_path / "cost.json", device=device)
     check_costs("raspberry-pi-5", costs)
     with pytest.raises(UserError, match=r"was measured on raspberry-pi-5, and the bundle is for raspberry-pi-4: mea"):
-        check_device(asked(speedup=1.5, costs=costs))
+        asked(speedup=1.5, costs=costs).check_device()
     check_costs("raspberry-pi-5", cost_file(tmp_path / "unknown.json"))  # of a host without a device tree
 
 
