@@ -22,7 +22,7 @@ def known_sha256(path: Path) -> str:
     """Hex sha256 of a file, from memory where the file is the one that was hashed before."""
     if VARIABLE in os.environ and not _known:
         pairs = [pair.split("=") for pair in os.environ[VARIABLE].split(",") if pair.count("=") == 1]
-        _known.update({key: digest for key, digest in pairs})
+        _known.update(dict(pairs))
     status = path.stat()
     key = f"{status.st_dev}-{status.st_ino}-{status.st_size}-{status.st_ctime_ns}"
     if key in _known:
