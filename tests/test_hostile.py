@@ -15,7 +15,19 @@ import pytest
 
 pytest.importorskip("onnx")
 from support.command_line import here
-from support.hostile import BASELINE, BUNDLES, DOCUMENTS, FOLLOWED, GGUFS, INSPECTED, MODELS, PICKLED, SCORED, seal
+from support.hostile import (
+    BASELINE,
+    BUNDLES,
+    DOCUMENTS,
+    FOLLOWED,
+    GGUFS,
+    INSPECTED,
+    MODELS,
+    PICKLE,
+    PICKLED,
+    SCORED,
+    seal,
+)
 from support.no_pickles import no_pickles
 from support.old_products import old_products
 
@@ -178,3 +190,14 @@ def test_a_hostile_gguf_is_refused(name, structure, tmp_path, monkeypatch):
     (tmp_path / "model.gguf").write_bytes(gguf_bytes(document, data))
     monkeypatch.setenv("SAAP_CACHE", str(tmp_path / "cache"))
     refused("export", tmp_path / "model.gguf", "-o", tmp_path / "bundle", "--parity", "none")
+
+
+def test_nothing_beside_a_gguf_is_read(structure, tmp_path, monkeypatch):
+    (tmp_path / "model.gguf").write_bytes(gguf_bytes(json.loads(structure[0]), structure[1]))
+    adapter = {"peft_type": "LORA", "r": 1, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(adapter))
+    (tmp_path / "adapter_model.bin").write_bytes(PICKLE)
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    monkeypatch.setenv("SAAP_CACHE", str(tmp_path / "cache"))
+    with no_pickles(tmp_path / "watch"):
+        here("export", tmp_path / "model.gguf", "-o", tmp_path / "bundle", "--parity", "none")

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -256,9 +257,9 @@ def _convert_weights(source: Path, destination: Path, fields: GGUFTokenizer, rep
     from saap.system.sealed_tensors import save_tensors
 
     try:
-        with _quiet(), _counted(source, report):
+        with _quiet(), _counted(source, report), _alone(source) as folder:
             model = AutoModelForCausalLM.from_pretrained(
-                str(source.parent), gguf_file=source.name, dtype=torch.float32, local_files_only=True
+                folder, gguf_file=source.name, dtype=torch.float32, local_files_only=True, trust_remote_code=False
             )
     except Exception as error:  # sizes and names that do not fit fail somewhere in it, each in its own way
         raise UserError(
@@ -300,9 +301,9 @@ def _convert_tokenizer(source: Path, destination: Path, fields: GGUFTokenizer) -
     from transformers import AutoTokenizer
 
     try:
-        with _quiet():
+        with _quiet(), _alone(source) as folder:
             tokenizer = AutoTokenizer.from_pretrained(
-                str(source.parent), gguf_file=source.name, local_files_only=True, **_special_tokens(fields)
+                folder, gguf_file=source.name, local_files_only=True, **_special_tokens(fields)
             )
     except Exception as error:  # a converter per model family, each with its own way to fail
         raise UserError(
@@ -313,6 +314,14 @@ def _convert_tokenizer(source: Path, destination: Path, fields: GGUFTokenizer) -
         tokenizer.chat_template = fields.chat_template
     tokenizer.save_pretrained(str(destination))
     (destination / "tokenizer.model").unlink(missing_ok=True)  # this is the GGUF itself
+
+
+@contextlib.contextmanager
+def _alone(source: Path) -> Iterator[str]:
+    """Give a folder that holds a link to the file alone: transformers reads adapters and settings beside a GGUF."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, source.name).symlink_to(source.resolve())
+        yield folder
 
 
 @contextlib.contextmanager
@@ -355,17 +364,17 @@ def _counted(source: Path, report: Progress) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _read_once(source: Path) -> Iterator[None]:
-    """All readers of a file are one, ours and transformers' two: each would take seconds."""
+    """Share one reader of a file between ours and transformers' two: each would take seconds."""
     import gguf
 
-    plain, made = gguf.GGUFReader, list[gguf.GGUFReader]()
+    plain, readers = gguf.GGUFReader, list[gguf.GGUFReader]()
 
-    def reader(path: str | Path, *given: Any) -> gguf.GGUFReader:
-        if Path(path) != source:
-            return plain(path, *given)
-        if not made:
-            made.append(plain(path, *given))
-        return made[0]
+    def reader(path: str | Path, *mode: Any) -> gguf.GGUFReader:
+        if not Path(path).samefile(source):
+            return plain(path, *mode)
+        if not readers:
+            readers.append(plain(path, *mode))
+        return readers[0]
 
     vars(gguf)["GGUFReader"] = reader
     try:
