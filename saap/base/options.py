@@ -52,6 +52,8 @@ REMOVED = {
     "rounding": "0.15 of the price of rounding counts; leave it out",
     "fold": "saap tune trains the scale of each group; leave it out",
     "temperature": "saap tune compares with the teacher at temperature 1; leave it out",
+    "asymmetric": "kernels read zero points at a cost of 15 to 25 %, and tuning gained nothing by them; leave it out",
+    "symmetric": "saap tune chooses no zero points; leave it out",
     "rank": "saap tune trains one factor for each group; leave it out, or give a larger --group-size to train fewer",
 }
 

@@ -2,7 +2,7 @@
 
 GPTQ (Frantar et al., arXiv 2210.17323, algorithm 1): with H = X X^T over calibration inputs and U the upper Cholesky
 factor of H^-1, column k is rounded and its error divided by U_kk is taken off the later columns along U_k. Groups are
-symmetric by default, which needs no zero points at run time; the scale of a group is the one of a small grid with
+symmetric, which needs no zero points at run time; the scale of a group is the one of a small grid with
 the least error weighted by diag(H). Columns stay in their order, since permuted groups have no fast kernel.
 """
 
@@ -25,8 +25,8 @@ from saap.quantize.groups import (
     QuantMatrix,
     best_scales,
     check_groups,
+    middle_zero_points,
     pack_codes,
-    pack_zero_points,
     quantize,
 )
 
@@ -35,24 +35,19 @@ LAZY = 256  # columns whose errors reach the columns after them in one product: 
 ROWS = 8192  # of a vocabulary, that are rounded together
 
 
-def gptq(
-    weight: torch.Tensor, hessian: torch.Tensor, bits: int, group_size: int, symmetric: bool = True
-) -> QuantMatrix:
+def gptq(weight: torch.Tensor, hessian: torch.Tensor, bits: int, group_size: int) -> QuantMatrix:
     """Quantise a matrix.
 
     Args:
         weight: [N, K].
         hessian: X X^T [K, K] of its inputs, any positive factor.
         group_size: input columns that share a scale; divides K.
-        symmetric: zero point 2^(bits-1) everywhere; else chosen per group.
 
     Raises UserError: K is not whole groups, or the inputs were not finite.
     """
     inverse = inverse_factor(hessian)
     pieces = weight.split(ROWS)
-    return QuantMatrix.stacked(
-        [gptq_with_latent(rows, hessian, bits, group_size, symmetric, inverse)[0] for rows in pieces]
-    )
+    return QuantMatrix.stacked([gptq_with_latent(rows, hessian, bits, group_size, inverse)[0] for rows in pieces])
 
 
 def gptq_with_latent(
@@ -60,12 +55,11 @@ def gptq_with_latent(
     hessian: torch.Tensor,
     bits: int,
     group_size: int,
-    symmetric: bool = True,
     inverse: torch.Tensor | None = None,
 ) -> tuple[QuantMatrix, torch.Tensor]:
     """Run :func:`gptq`, and return what was rounded, too: the weight after all repairs, [N, K] float32, not contiguous.
 
-    Rounding it with the same scales and zero points gives the same integers, which makes it the place from which
+    Rounding it with the same scales gives the same integers, which makes it the place from which
     integers can be trained on.
 
     ``inverse``: :func:`inverse_factor` of ``hessian``, where it is known.
@@ -75,9 +69,9 @@ def gptq_with_latent(
     # [K, N]: a column of the matrix is one run of memory. A copy, which a transposed column vector would not be.
     rest = weight.detach().float().t().clone(memory_format=torch.contiguous_format)
     importance = hessian.diagonal().float()
-    top, diagonal = 2**bits - 1, inverse.diagonal().tolist()
+    half, diagonal = 2 ** (bits - 1), inverse.diagonal().tolist()
     codes = torch.empty_like(rest, dtype=torch.uint8)
-    scales, zeros = [], []
+    scales = []
     lazy = max(group_size, LAZY // group_size * group_size)
     gaps, chosen = (rest.new_empty(rows, rest.shape[1]) for rows in (lazy, group_size))
     rounded = torch.empty_like(rest[0])
@@ -85,16 +79,14 @@ def gptq_with_latent(
         end, batch = start + group_size, start // lazy * lazy
         batch_end = batch + lazy
         group = rest[start:end]
-        scale, zero = (
-            part[:, 0] for part in best_scales(group.t().unsqueeze(1), bits, symmetric, importance[start:end])
-        )
+        scale = best_scales(group.t().unsqueeze(1), bits, importance[start:end])[:, 0]
         places = zip(group.unbind(), chosen.unbind(), gaps[start - batch :].unbind(), strict=False)
         for k, (column, code, gap) in enumerate(places):  # into memory that is there: a column is short, a call is not
-            torch.div(column, scale, out=code).round_().add_(zero).clamp_(0, top).sub_(zero)
+            torch.div(column, scale, out=code).round_().clamp_(-half, half - 1)
             torch.mul(scale, code, out=rounded)
             torch.sub(column, rounded, out=gap).div_(diagonal[start + k])
             group[k + 1 :].addr_(inverse[start + k, start + k + 1 : end], gap, alpha=-1)
-        codes[start:end] = chosen.add_(zero)
+        codes[start:end] = chosen.add_(half)
         if end < batch_end:
             rest[end:batch_end].addmm_(
                 inverse[start:end, end:batch_end].t(), gaps[start - batch : end - batch], alpha=-1
@@ -102,10 +94,9 @@ def gptq_with_latent(
         else:
             rest[end:].addmm_(inverse[batch:end, end:].t(), gaps[: end - batch], alpha=-1)
         scales.append(scale)
-        zeros.append(zero)
     packed = pack_codes(codes.t().contiguous().view(len(weight), -1, group_size), bits)
-    zero_points = pack_zero_points(torch.stack(zeros, dim=1).to(torch.uint8), bits)
-    return QuantMatrix(packed, torch.stack(scales, dim=1), zero_points, bits, group_size), rest.t()
+    stacked = torch.stack(scales, dim=1)
+    return QuantMatrix(packed, stacked, middle_zero_points(stacked, bits), bits, group_size), rest.t()
 
 
 def inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
@@ -186,7 +177,7 @@ def _chosen(linears: dict[str, nn.Linear], hessian: torch.Tensor, form: IntegerF
         alike = {name: linear for name, linear in linears.items() if form.linear(name) == own}
         sizes = [linear.out_features for linear in alike.values()]
         weight = torch.cat([linear.weight for linear in alike.values()])
-        matrix, _ = gptq_with_latent(weight, hessian, *own, form.symmetric, inverse)
+        matrix, _ = gptq_with_latent(weight, hessian, *own, inverse)
         ends = list(accumulate(sizes))
         for (name, linear), size, end in zip(alike.items(), sizes, ends, strict=True):
             matrices[name] = matrix[end - size : end]

@@ -28,8 +28,7 @@ SMALLEST_SCALE = 6e-8  # the smallest positive float16; a group of zeros must no
 CHUNK, ROWS = 1 << 18, 1 << 16  # elements of a piece on a CPU, rows of one on a GPU
 # How far the codes reach past the largest value, relative to it; below 1 clips it, a negative one flips the side that
 # has the extra code. Clipping pays at 4 bit and not at 8.
-SYMMETRIC_RANGES = {4: (1.0, 1.06, 0.96, 0.92, 0.87, 0.82, -1.14, -1.05, -0.97, -0.9), 8: (1.0, 1.008)}
-RANGE_SHARES = {4: (1.0, 0.96, 0.92, 0.88, 0.83, 0.78), 8: (1.0,)}
+RANGES = {4: (1.0, 1.06, 0.96, 0.92, 0.87, 0.82, -1.14, -1.05, -0.97, -0.9), 8: (1.0, 1.008)}
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,6 @@ class IntegerForm:
     bits: int  # of the decoder layers' linears
     group_size: int
     head_bits: int
-    symmetric: bool = True  # of the linears; the vocabulary always is, as the graph demands
     own: Mapping[str, MatrixForm] = field(default_factory=dict)  # of the matrices that differ, by module name
 
     def linear(self, name: str) -> MatrixForm:
@@ -105,64 +103,50 @@ def check_widths(shape: ModelShape, group_size: int) -> None:
             check_groups(shape.inner_width(kind, sizes), group_size, f"{name} of layer {index}")
 
 
-def quantize(weight: torch.Tensor, bits: int, group_size: int, symmetric: bool = True) -> QuantMatrix:
-    """Quantisation of a matrix [N, K] without data: in each group, the scale with the least squared error."""
+def quantize(weight: torch.Tensor, bits: int, group_size: int) -> QuantMatrix:
+    """Quantise a matrix [N, K] without data: in each group, the scale with the least squared error."""
     check_groups(weight.shape[1], group_size, "a matrix")
     groups = weight.detach().float().view(weight.shape[0], -1, group_size)
-    scale, zero = best_scales(groups, bits, symmetric)
-    top = 2**bits - 1
-    codes = torch.round(groups / scale.unsqueeze(-1)).add_(zero.unsqueeze(-1)).clamp_(0, top).to(torch.uint8)
-    return QuantMatrix(pack_codes(codes, bits), scale, pack_zero_points(zero.to(torch.uint8), bits), bits, group_size)
+    scale, half = best_scales(groups, bits), 2 ** (bits - 1)
+    codes = torch.round(groups / scale.unsqueeze(-1)).add_(half).clamp_(0, 2 * half - 1).to(torch.uint8)
+    return QuantMatrix(pack_codes(codes, bits), scale, middle_zero_points(scale, bits), bits, group_size)
 
 
-def best_scales(
-    groups: torch.Tensor, bits: int, symmetric: bool, importance: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale and zero point of each group, float16-representable and whole: the best of a small grid of ranges.
+def best_scales(groups: torch.Tensor, bits: int, importance: torch.Tensor | None = None) -> torch.Tensor:
+    """Choose the scale of each group, float16-representable: the best of a small grid of ranges.
 
-    A symmetric range has one code more below zero than above: the scale's sign puts it where the group's largest value
-    is, or on the other side where that leaves less error.
+    A range has one code more below zero than above: the scale's sign puts it where the group's largest value is, or on
+    the other side where that leaves less error.
 
     Args:
         groups: [N, groups, group_size].
-        importance: [group_size] weight of each column's squared error; None is all alike.
+        importance: [group_size] weight of each column's squared error; None weighs all the same.
 
-    Returns scales [N, groups] and zero points [N, groups], both float32.
+    Returns scales [N, groups], float32.
     """
     rows = max(1, CHUNK // groups[0].numel()) if groups.device.type == "cpu" else ROWS  # pieces that stay in the cache
-    pieces = [_best_scales(piece, bits, symmetric, importance) for piece in groups.split(rows)]
-    return torch.cat([scale for scale, _ in pieces]), torch.cat([zero for _, zero in pieces])
+    return torch.cat([_best_scales(piece, bits, importance) for piece in groups.split(rows)])
 
 
-def _best_scales(
-    groups: torch.Tensor, bits: int, symmetric: bool, importance: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    half, top = 2 ** (bits - 1), 2**bits - 1
-    candidates: list[tuple[torch.Tensor, torch.Tensor | None]]
-    if symmetric:
-        largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True)).squeeze(-1)
-        candidates = [(largest / (-half * range_), None) for range_ in SYMMETRIC_RANGES[bits]]
-    else:
-        low, high = groups.amin(-1).clamp_max(0), groups.amax(-1).clamp_min(0)
-        candidates = [((high - low) * (share / top), low * share) for share in RANGE_SHARES[bits]]
+def _best_scales(groups: torch.Tensor, bits: int, importance: torch.Tensor | None) -> torch.Tensor:
+    half = 2 ** (bits - 1)
+    largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True)).squeeze(-1)
     best = groups.new_full(groups.shape[:-1], torch.inf)
-    scales, zeros = torch.ones_like(best), torch.full_like(best, half)
-    for wide, lowest in candidates:
-        scale = _float16(wide)
-        zero = torch.full_like(scale, half) if lowest is None else torch.round(-lowest / scale).clamp_(0, top)
+    scales = torch.ones_like(best)
+    for range_ in RANGES[bits]:
+        scale = _float16(largest / (-half * range_))
         exact = groups / scale.unsqueeze(-1)
-        if lowest is None:
-            error = exact.round().clamp_(-half, half - 1).sub_(exact)
-        else:
-            above = zero.unsqueeze(-1)
-            error = exact.round().add_(above).clamp_(0, top).sub_(above).sub_(exact)
-        error.square_()  # of the codes
+        error = exact.round().clamp_(-half, half - 1).sub_(exact).square_()  # of the codes
         total = error.sum(-1) if importance is None else error.flatten(0, -2).mv(importance).view(best.shape)
         total *= scale.square()
         better = total < best
-        best = torch.where(better, total, best)
-        scales, zeros = torch.where(better, scale, scales), torch.where(better, zero, zeros)
-    return scales, zeros
+        best, scales = torch.where(better, total, best), torch.where(better, scale, scales)
+    return scales
+
+
+def middle_zero_points(scales: torch.Tensor, bits: int) -> torch.Tensor:
+    """Pack zero points of 2^(bits-1) for scales [N, groups]; kernels need not read them."""
+    return pack_zero_points(torch.full_like(scales, 2 ** (bits - 1), dtype=torch.uint8), bits)
 
 
 def _float16(scale: torch.Tensor) -> torch.Tensor:
@@ -194,7 +178,7 @@ def nearest_matrices(model: PreTrainedModel, form: IntegerForm) -> dict[str, Qua
             for name, linear in layer.named_modules():
                 if isinstance(linear, nn.Linear) and not architecture.is_float(name):
                     full = f"{architecture.layers}.{index}.{name}"
-                    matrices[full] = quantize(linear.weight, *form.linear(full), form.symmetric)
+                    matrices[full] = quantize(linear.weight, *form.linear(full))
     for name in architecture.tables:
         matrices[name] = quantize(model.get_parameter(f"{name}.weight"), *form.vocabulary(name))
     return matrices
@@ -211,7 +195,7 @@ def quantize_model(
     """Replace linears, embedding and head by holders of integers, in place.
 
     Args:
-        matrices: integers by module name; those that are not named are chosen without data, symmetric.
+        matrices: integers by module name; those that are not named are chosen without data.
         own: by module name, the form of matrices that hold other than ``bits`` and ``group_size``; those in
             ``matrices`` hold what is there.
 

@@ -71,9 +71,6 @@ class TuneOptions:
         Option("Weights per scale; default: as pruning planned, else 32.", _INTEGERS, old=("--group",)),
     ] = None
     head_bits: Annotated[Bits | None, Option("Bits of embedding and head; default: as --bits.", _INTEGERS)] = None
-    symmetric: Annotated[
-        bool, Option("Zero points per group: closer, and a little slower.", _INTEGERS, flags=("--asymmetric",))
-    ] = True
     max_bytes: Annotated[
         int | None,
         Option(

@@ -348,7 +348,7 @@ def _quantised(
 
     ``own``: the integers that single matrices were planned in.
     """
-    form = IntegerForm(options.bits, options.group, options.head_bits or options.bits, options.symmetric, own)
+    form = IntegerForm(options.bits, options.group, options.head_bits or options.bits, own)
     form = replace(form, head_bits=form.vocabulary(architecture_of(model.config).head).bits)
     sample = ids[: options.calibration_rows]
     if options.max_bytes is not None:

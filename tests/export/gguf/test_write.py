@@ -8,7 +8,7 @@ from support import llama_cpp_run
 from support.cuts import EMPTY, PLANS, WHOLE, cut
 from support.export_cases import IDS as TWO_ROWS
 from support.export_cases import LLAMA3, UNEVEN, YARN, draw_biases
-from support.slim_integers import WIDE, write_integers
+from support.slim_integers import WIDE, with_zero_points, write_integers
 
 from export.gguf.layout import rotary_order
 from export.gguf.tensors import take_columns
@@ -16,7 +16,7 @@ from export.gguf.write import WrittenMatrix, export_gguf
 from saap.models.checkpoint import load_model
 from saap.models.weight_files import tensor_reader
 from saap.prune.plan import LayerPlan, PrunePlan
-from saap.quantize.groups import QuantMatrix, quantize
+from saap.quantize.groups import QuantMatrix
 from saap.tune import TuneOptions, tune
 
 IDS = TWO_ROWS[:1]
@@ -277,7 +277,7 @@ def test_the_head_may_have_a_type_of_its_own(tiny_model, tmp_path):
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_columns_change_places_with_their_groups_or_become_floats(bits):
-    matrix = quantize(torch.randn(5, 7 * 32, generator=torch.Generator().manual_seed(0)), bits, 32, symmetric=False)
+    matrix = with_zero_points(torch.randn(5, 7 * 32, generator=torch.Generator().manual_seed(0)), bits, 32)
     groups = torch.tensor([3, 0, 6, 1, 2, 5, 4])
     order = (groups[:, None] * 32 + torch.arange(32)).flatten()
     moved = take_columns(matrix, order)

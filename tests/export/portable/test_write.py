@@ -25,6 +25,7 @@ from support.export_cases import (
 from support.exported import export_bundle, export_portable
 from support.onnx_reference import reference
 from support.references import reference_model, streamed_logits
+from support.slim_integers import with_zero_points
 
 from export.bundle.manifest import read_manifest
 from export.engine.onnxruntime import OrtDecoder
@@ -154,7 +155,7 @@ def test_tuned_integers_are_taken_as_they_are(uneven, tmp_path):
 def test_zero_points_are_written_where_there_are_some(bits, uneven, tmp_path, monkeypatch):
     monkeypatch.setattr(
         "export.source.quantize",
-        lambda weight, bits, block: quantize(weight, bits, block, symmetric=len(weight) == 320),
+        lambda weight, *form: (quantize if len(weight) == 320 else with_zero_points)(weight, *form),
     )
     manifest = export(uneven, tmp_path / "bundle", bits=bits)
     check_standard(tmp_path / "bundle")

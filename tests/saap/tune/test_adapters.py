@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig
+from support.slim_integers import with_zero_points
 
 from saap.base.errors import UserError
 from saap.models.architectures import FAMILIES
@@ -40,7 +41,8 @@ def quantised(request, tiny_model, tiny_family):
             path = tiny_model(**fields) if request.param == "llama" else tiny_family("phi3", **fields)
             model = load_model(path)
             linears = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
-            matrices = {name: quantize(m.weight, bits, 32, symmetric) for name, m in linears.items()}
+            chosen = quantize if symmetric else with_zero_points
+            matrices = {name: chosen(m.weight, bits, 32) for name, m in linears.items()}
             quantize_model(model, bits, 32, bits, matrices)
             made[key] = model
         return copy.deepcopy(made[key])
@@ -93,7 +95,7 @@ def test_the_forward_is_what_its_formula_says(bits):
     """Against an independent computation with plain matrices, bias and asymmetric 8-bit codes included."""
     generator = torch.Generator().manual_seed(5)
     base = GroupQuantLinear(96, 10, bits, 32, bias=True)
-    fill(base, quantize(torch.randn(10, 96, generator=generator) + 1, bits, 32, symmetric=False))
+    fill(base, with_zero_points(torch.randn(10, 96, generator=generator) + 1, bits, 32))
     base.bias.data.normal_(generator=generator)
     layer = GroupAdapterLayer(base, "default")
     factor = torch.randn(10, 3, generator=generator) * 0.2
