@@ -1,1 +1,1 @@
-"""What a device is: profiles with sources, and a probe of this host."""
+"""Devices: profiles with sources, and a probe of this host."""

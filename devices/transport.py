@@ -1,4 +1,4 @@
-"""How a command reaches a board: OpenSSH or adb as a process of its own, or a process here.
+"""Ways to run a command on a board: OpenSSH or adb as a process of its own, or a process here.
 
 A transport only says how to start one fixed command and what its failures mean; what goes to the board travels on
 standard input, so nothing that a person typed becomes part of a shell's line. ssh reads the user's own configuration
@@ -44,7 +44,7 @@ class Transport:
         raise NotImplementedError
 
     def failure(self, code: int, stderr: str) -> BoardError:
-        """What its end with an exit code above 0 and without an answer means."""
+        """Explain an end with an exit code above 0 and without an answer."""
         raise NotImplementedError
 
     def drop(self) -> None:
@@ -100,7 +100,7 @@ class Ssh(Transport):
         return ["ssh", "-T", *(part for setting in settings for part in ("-o", setting)), *who, *self._options]
 
     def failure(self, code: int, stderr: str) -> BoardError:
-        """By what OpenSSH says; 255 is its own failure, any other code the command's."""
+        """Explain by OpenSSH's words; 255 is its own failure, any other code the command's."""
         if code != 255:  # a file that the agent may not write there has its "Permission denied", too
             return _crashed(self.name, code, stderr)
         known = f"[{self.host}]:{self.port}" if self.port and self.port != 22 else self.host
@@ -154,7 +154,7 @@ class Adb(Transport):
         return ["adb", *(["-s", self.serial] if self.serial else []), "shell", "-T", command]
 
     def failure(self, code: int, stderr: str) -> BoardError:
-        """By what adb says, whose own lines begin with its name or ``error:``; others are the agent's."""
+        """Explain by adb's words, whose own lines begin with its name or ``error:``; others are the agent's."""
         own = any(line.startswith(("adb: ", "error: ")) for line in stderr.splitlines())
         if stderr.strip() and not own:
             return _crashed(self.name, code, stderr)
@@ -198,7 +198,7 @@ def open_transport(url: str, options: Sequence[str] = ()) -> Transport:
 
 
 def last_line(text: str) -> str:
-    """What a program said last, in printable characters."""
+    """Return the last line of a program's output, in printable characters."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return printable(lines[-1])[:300] if lines else "it said nothing"
 
@@ -213,7 +213,7 @@ def _crashed(name: str, code: int, stderr: str) -> BoardError:
 
 
 def _as_written(host: str | None, netloc: str) -> str | None:
-    """In the user's letters: ``Host Board`` of an ssh configuration does not match ``board``."""
+    """Return the host in the user's letters: ``Host Board`` of an ssh configuration does not match ``board``."""
     at = netloc.lower().rfind(host) if host else -1
     return host if host is None or at < 0 else netloc[at : at + len(host)]
 

@@ -82,7 +82,7 @@ class MeasuredCosts(ThreadCosts):
 
 
 def read_stacks(manifests: Sequence[BundleManifest]) -> list[Stack]:
-    """What each stack changes against the first."""
+    """Return the change of each stack against the first."""
     base = manifests[0].layers
     stacks = []
     for manifest in manifests:
@@ -91,8 +91,8 @@ def read_stacks(manifests: Sequence[BundleManifest]) -> list[Stack]:
         about, size = manifest.lineage, manifest.weight_bytes_per_token
         bits, group_size = about.get("form", (0, 0))
         counts = len(changed), len(base), int(about["nodes"]), size, int(about.get("head_rows", 0))
-        held = str(about.get("part", "")), int(bits), int(group_size), float(about.get("share", 1.0))
-        stacks.append(Stack(option, *counts, *held))
+        form = str(about.get("part", "")), int(bits), int(group_size), float(about.get("share", 1.0))
+        stacks.append(Stack(option, *counts, *form))
     return stacks
 
 
@@ -182,7 +182,7 @@ def fit_ratios(processes: Sequence[CostProcess], count: int) -> list[float]:
 
 
 def _node_ms(ffn: Sequence[FfnCost], nodes: float) -> float | None:
-    """What a feed-forward block would cost at width 0, by the line through its widths (Theil-Sen), over its nodes."""
+    """Extrapolate a feed-forward block to width 0, by the line through its widths (Theil-Sen), over its nodes."""
     slopes = [(a.ms - b.ms) / (a.width - b.width) for a in ffn for b in ffn if a.width > b.width]
     if not slopes:
         return None

@@ -159,7 +159,7 @@ def check_depth(base: BundleManifest, depth: int) -> None:
 
 
 def schedule(count: int, rounds: int, together: int) -> list[list[int]]:
-    """Which stacks share a process: in every round each once, the base (0) in all, mixed anew, in a random order."""
+    """Group the stacks that share a process: in every round each once, the base (0) in all, in a new random order."""
     random = np.random.default_rng(0)
     groups = []
     for _ in range(rounds):

@@ -1,4 +1,4 @@
-"""How layer costs are timed."""
+"""Options of timing layer costs."""
 
 from __future__ import annotations
 

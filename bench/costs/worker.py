@@ -34,7 +34,7 @@ Step = tuple[int, int]  # nanoseconds of a decode step, and of those spent waiti
 
 @dataclass(frozen=True)
 class CostsJob:
-    """What one worker does; ``seconds`` is how long the turns may take together."""
+    """One worker's task; ``seconds`` is how long the turns may take together."""
 
     paths: list[str]
     threads: int
@@ -92,15 +92,15 @@ def take_turns(
         clock: nanoseconds.
         waited: nanoseconds that this thread has waited for its core so far.
     """
-    taken: list[list[list[Step]]] = [[] for _ in decoders]
+    steps: list[list[list[Step]]] = [[] for _ in decoders]
     end = clock() + round(seconds * 1e9)
     turn = 0
     while turn < LEAST_TURNS or clock() < end:
         order = list(range(len(decoders)))
         for index in reversed(order) if turn % 2 else order:
-            taken[index].append(_turn(decoders[index], depth, clock, waited))
+            steps[index].append(_turn(decoders[index], depth, clock, waited))
         turn += 1
-    return taken
+    return steps
 
 
 def _turn(decoder: Placed, depth: int, clock: Callable[[], int], waited: Callable[[], int]) -> list[Step]:
@@ -142,8 +142,8 @@ def main() -> None:
     decoders = [_loaded(Path(path), job) for path in job.paths]
     take_turns(decoders, job.depth, 0)  # warm-up
     with waiting_clock() as waited:
-        taken = np.array(take_turns(decoders, job.depth, job.seconds, waited=waited))
-    tell({"samples_ns": taken[..., 0].tolist(), "waited_ns": taken[..., 1].tolist()})
+        steps = np.array(take_turns(decoders, job.depth, job.seconds, waited=waited))
+    tell({"samples_ns": steps[..., 0].tolist(), "waited_ns": steps[..., 1].tolist()})
 
 
 if __name__ == "__main__":

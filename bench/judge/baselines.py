@@ -54,7 +54,7 @@ class Baseline:
         return sum(len(result.measurements[0].samples) for result in self.results)
 
     def with_tested(self, results: Sequence[Result], most: int) -> Baseline:
-        """With the sessions of a good test; those that were recorded stay, of the others the newest up to ``most``."""
+        """Add the sessions of a good test; the recorded ones stay, of the others the newest up to ``most``."""
         recorded = len(self.results) - self.tested
         tested = [*self.results[recorded:], *results]
         tested = tested[max(0, len(tested) - max(0, most - recorded)) :]
@@ -108,14 +108,14 @@ def read_baselines(folder: Path, name: str) -> list[Baseline]:
     """The baselines of one model, of all devices. Raises RegressionError: one is damaged; NoBaselineError: none."""
     stems = {_stem(name), _older_stem(name)}
     files = sorted(path for stem in stems for path in checked_folder(folder).glob(f"{stem}.*.json"))
-    found = [b for b in map(BASELINE.read, files) if b.name == name]
-    if not found:
+    baselines = [b for b in map(BASELINE.read, files) if b.name == name]
+    if not baselines:
         known = sorted(set(_names(folder)))
         others = f"; it has {', '.join(known)}" if known else ""
         raise NoBaselineError(
             f"{folder} holds no baseline of {name}{others}: record one with `saap devices baseline BUNDLE`"
         )
-    return found
+    return baselines
 
 
 def _names(folder: Path) -> Iterator[str]:
@@ -126,12 +126,12 @@ def _names(folder: Path) -> Iterator[str]:
 
 
 def _stem(name: str) -> str:
-    """Of the file: no two names have the same, and none holds a dot."""
+    """Return the stem of a name's file: no two names have the same, and none holds a dot."""
     return quote(name, safe="").replace(".", "%2E").replace("~", "%7E") or "%"
 
 
 def _older_stem(name: str) -> str:
-    """As it was until 0.2.0, where ``a.b`` and ``a_b`` shared a file."""
+    """Return the stem that was used until 0.2.0, where ``a.b`` and ``a_b`` shared a file."""
     return re.sub(r"[^A-Za-z0-9_-]+", "_", name) or "_"
 
 
@@ -140,7 +140,7 @@ def _with_results(raw: dict[str, object]) -> dict[str, object]:
     return {
         "name": raw["name"],
         "tested": raw.get("tested", 0),
-        "results": [RESULT.made(result) for result in results],
+        "results": [RESULT.convert(result) for result in results],
     }
 
 

@@ -94,8 +94,8 @@ def compare(old: Runs, new: Runs, min_effect: float = 0.02) -> Comparison:
         if k in before and k in after:
             row = judge(before[k], after[k], min_effect, obstacle=device)
         else:
-            found, elsewhere = (before[k], sides[1]) if k in before else (after[k], sides[0])
-            row = _unmatched(found[-1], elsewhere[-1], "old" if k in before else "new")
+            mine, elsewhere = (before[k], sides[1]) if k in before else (after[k], sides[0])
+            row = _unmatched(mine[-1], elsewhere[-1], "old" if k in before else "new")
         rows.append(replace(row, name=names[1][0], against=names[0][0]) if renamed else row)
     return Comparison(min_effect, rows)
 
@@ -117,11 +117,11 @@ def runs_of(side: Runs) -> list[Result]:
 
 
 def _by_key(runs: Sequence[Result], whole_key: bool) -> dict[Hashable, list[Measurement]]:
-    found: dict[Hashable, list[Measurement]] = {}
+    measurements: dict[Hashable, list[Measurement]] = {}
     for run in runs:
         for m in run.measurements:
-            found.setdefault(m.key if whole_key else m.key[1:], []).append(m)
-    return found
+            measurements.setdefault(m.key if whole_key else m.key[1:], []).append(m)
+    return measurements
 
 
 def compare_within(result: Result, base: str, other: str, min_effect: float = 0.02) -> Comparison:
@@ -141,9 +141,9 @@ def compare_within(result: Result, base: str, other: str, min_effect: float = 0.
     pairs = [(bases[m.key[1:]], m) for m in result.of(other) if m.key[1:] in bases]
     rows = []
     for a, b in pairs:
-        found = result.ratio(a, b, metric_of(b))
+        turns = result.ratio(a, b, metric_of(b))
         of = Verdict(NOT_COMPARABLE, metric_of(b), b.name, setting=b.test, n_threads=b.n_threads)
-        rows.append(judge_ratio(of, found, min_effect) if found else _judge_pairs(a, b, min_effect))
+        rows.append(judge_ratio(of, turns, min_effect) if turns else _judge_pairs(a, b, min_effect))
     return Comparison(min_effect, rows)
 
 
@@ -198,7 +198,7 @@ def _judge_pairs(old: Measurement, new: Measurement, min_effect: float) -> Verdi
 
 
 def metric_of(m: Measurement) -> str:
-    """What a measurement is judged by: decode where it has any, else prefill."""
+    """Name the measure that judges a measurement: decode where it has any, else prefill."""
     return DECODE if m.n_gen else PREFILL
 
 
@@ -224,12 +224,12 @@ def _check(min_effect: float) -> None:
         raise CompareError(f"a smallest effect of {min_effect} is no fraction: give 0 to below 1, e.g. 0.02 for 2 %")
 
 
-def _unmatched(found: Measurement, elsewhere: Result, side: str) -> Verdict:
+def _unmatched(lonely: Measurement, elsewhere: Result, side: str) -> Verdict:
     reason = f"only in the {side} result"
-    settings = [f"{m.test} with {threads(m.n_threads)}" for m in elsewhere.of(found.name)]
+    settings = [f"{m.test} with {threads(m.n_threads)}" for m in elsewhere.of(lonely.name)]
     if settings:
-        reason += f", where {found.name} was measured with {found.test}; the other has {', '.join(settings)}"
-    return Verdict(NOT_COMPARABLE, name=found.name, n_threads=found.n_threads, setting=found.test, reason=reason)
+        reason += f", where {lonely.name} was measured with {lonely.test}; the other has {', '.join(settings)}"
+    return Verdict(NOT_COMPARABLE, name=lonely.name, n_threads=lonely.n_threads, setting=lonely.test, reason=reason)
 
 
 def obstacle_between(old: Measurement, new: Measurement) -> str | None:
@@ -246,7 +246,7 @@ def obstacle_between(old: Measurement, new: Measurement) -> str | None:
 
 
 def device_differs(old: Mapping[str, object], new: Mapping[str, object]) -> str | None:
-    """Why results of two devices do not compare, or None: what of their identity differs."""
+    """Say why results of two devices do not compare: the part of their identity that differs; None where they do."""
     prints = old.get("fingerprint"), new.get("fingerprint")
     if None in prints:
         return "a result does not say which device it was measured on"

@@ -99,14 +99,14 @@ def _behind(row: Verdict, name: str, runs: Sequence[Result]) -> list[Result]:
 
 
 def _gone(m: Measurement, result: Result, here: str) -> str | None:
-    """Why a spec cannot be measured again as it was; None when it can."""
+    """Say why a spec cannot be measured again as it was; None when it can."""
     if result.device.get("fingerprint") != here:
         return "the results are of another device"
     return bundle_gone(m)
 
 
 def bundle_gone(m: Measurement) -> str | None:
-    """Why the bundle that was measured is not the one that its spec names now; None where it is."""
+    """Say why the bundle that was measured is not the one that its spec names now; None where it is."""
     if m.bundle_hash is None:
         return f"{m.spec} is no bundle, so it may have changed"
     try:

@@ -77,8 +77,8 @@ def _pairs(old: Quality, new: Quality) -> list[Pair]:
         return [(name, name) for name in both]
     if len(names[0]) == len(names[1]) == 1:
         return [(names[0][0], names[1][0])]
-    told = " and ".join(", ".join(some) or "none" for some in names)
-    raise QualityError(f"which models to compare is not clear, they hold {told}: evaluate one model per document")
+    models = " and ".join(", ".join(some) or "none" for some in names)
+    raise QualityError(f"which models to compare is not clear, they hold {models}: evaluate one model per document")
 
 
 def _perplexity(pair: Pair, old: Quality, new: Quality) -> list[Verdict]:
@@ -99,14 +99,14 @@ def _perplexity(pair: Pair, old: Quality, new: Quality) -> list[Verdict]:
 
 
 def _differing(old: Protocol, new: Protocol) -> list[str]:
-    """What a text is called is no part of what was measured."""
+    """List the differences of two protocols; a text's name is no part of the measurement."""
     names = [field.name for field in fields(Protocol) if field.name != "text"]
     values = [(name, getattr(old, name), getattr(new, name)) for name in names]
     return [f"{name} {_short(before)} against {_short(after)}" for name, before, after in values if before != after]
 
 
 def _alone(pairs: Sequence[Pair], *documents: Quality) -> list[Verdict]:
-    """What one of the documents alone holds: a measurement that a run has lost must not pass for an unchanged one."""
+    """Return rows for measures that one document alone holds: a lost measurement must not pass for an unchanged one."""
     rows = []
     for side, (document, label) in enumerate(zip(documents, ("old", "new"), strict=True)):
         other, reason = documents[1 - side], f"only in the {label} document"
@@ -131,10 +131,10 @@ def _tasks_of(document: Quality, name: str) -> dict[str, TaskScore]:
 
 
 def _tasks(pair: Pair, old: Quality, new: Quality) -> list[Verdict]:
-    found = [_tasks_of(document, name) for document, name in zip((old, new), pair, strict=True)]
+    tasks = [_tasks_of(document, name) for document, name in zip((old, new), pair, strict=True)]
     rows, scores = [], []
-    for task in [task for task in found[0] if task in found[1]]:
-        mine, theirs = found[0][task], found[1][task]
+    for task in [task for task in tasks[0] if task in tasks[1]]:
+        mine, theirs = tasks[0][task], tasks[1][task]
         if reason := _other_examples(mine, theirs):
             rows.append(_refused(pair, task, reason))
             continue
@@ -175,11 +175,11 @@ def _interval(differences: Sequence[Values]) -> tuple[float, float]:
     def mean_of(*parts: Values, axis: int) -> Values:
         return np.asarray(sum(part.mean(axis) for part in parts) / len(parts))
 
-    found = bootstrap(
+    interval = bootstrap(
         [np.asarray(part) for part in differences], mean_of, n_resamples=RESAMPLES, method="percentile",
         random_state=np.random.default_rng(0), vectorized=True, batch=100,
     )  # fmt: skip
-    return float(found.confidence_interval.low), float(found.confidence_interval.high)
+    return float(interval.confidence_interval.low), float(interval.confidence_interval.high)
 
 
 def _of(pair: Pair, measure: str) -> Verdict:

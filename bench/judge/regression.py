@@ -69,7 +69,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class DeviceTest:
-    """What a test of a device found, and the runs that it rests on."""
+    """The verdicts of a device's test, and the runs that they rest on."""
 
     baseline: Baseline
     checks: list[Verdict]
@@ -99,7 +99,7 @@ class DeviceTest:
 
 @dataclass(frozen=True)
 class Recording:
-    """How a baseline is recorded: so many sessions, begun evenly over ``spread_s`` seconds."""
+    """Settings of a recording: the number of sessions, begun evenly over ``spread_s`` seconds."""
 
     sessions: int = SESSIONS
     spread_s: float = 0.0
@@ -178,14 +178,16 @@ def retest(
                 return result
         return measure(plan)
 
-    found = read_baselines(folder, name)
-    if here is not None and all(b.fingerprint != here for b in found):
-        raise _other_device(name, found, probe())
-    chosen = next((b for b in found if b.fingerprint == here), None) or next((b for b in found if b.on == on), found[0])
+    baselines = read_baselines(folder, name)
+    if here is not None and all(b.fingerprint != here for b in baselines):
+        raise _other_device(name, baselines, probe())
+    chosen = next((b for b in baselines if b.fingerprint == here), None) or next(
+        (b for b in baselines if b.on == on), baselines[0]
+    )
     first = measured(chosen)
-    same = next((b for b in found if b.fingerprint == first.device.get("fingerprint")), None)
+    same = next((b for b in baselines if b.fingerprint == first.device.get("fingerprint")), None)
     if same is None:
-        raise _other_device(name, found, first.device)
+        raise _other_device(name, baselines, first.device)
     if plan_of(same) != plan_of(chosen):  # recorded with other lengths or another text
         first = measured(same)
     results = [first]
@@ -224,32 +226,32 @@ def _turns(result: Result, limits: Limits) -> list[Verdict]:
     then, now = result.measurements
     checks = []
     for what in ("decode", "prefill"):
-        if (found := result.ratio(then, now, what)) is not None:
+        if (turns := result.ratio(then, now, what)) is not None:
             of = Verdict(SAME, what + BOTH_NOW, now.name, then.name, now.test, now.n_threads)
-            judged = judge_ratio(of, found, limits.speed)
-            if judged.verdict == SAME and found.high >= 1 + limits.speed:
+            judged = judge_ratio(of, turns, limits.speed)
+            if judged.verdict == SAME and turns.high >= 1 + limits.speed:
                 judged = replace(judged, verdict=CANNOT_TELL, reason="turns of a longer --max-time would tell")
             checks.append(replace(judged, verdict={FASTER: BETTER, SLOWER: WORSE}.get(judged.verdict, judged.verdict)))
     return checks
 
 
-def keep_tested(folder: Path, found: DeviceTest) -> None:
+def keep_tested(folder: Path, test: DeviceTest) -> None:
     """Add the sessions of a good test to its baseline; a folder that cannot be written stays as it is."""
-    if (extended := found.extended) is not None:
+    if (extended := test.extended) is not None:
         with contextlib.suppress(OSError, UserError):
             write_baseline(folder, extended)
 
 
-def seen_by(baseline: Baseline) -> dict[str, float]:
+def visible_changes(baseline: Baseline) -> dict[str, float]:
     """Relative changes for the worse of decode and prefill that one more session would show 8 times of 10."""
-    seen = {}
+    changes = {}
     for series in SERIES[:2]:
         sessions = [_values(series, result.measurements[0]) for result in baseline.results]
         if len(sessions) > 1 and all(sessions):
             middles = [float(np.median(values)) for values in sessions]
-            found = ratio_of_sessions(middles, [float(np.mean(middles))])
-            seen[series.what] = found.visible(SESSION_ALPHA)
-    return seen
+            next_session = ratio_of_sessions(middles, [float(np.mean(middles))])
+            changes[series.what] = next_session.visible(SESSION_ALPHA)
+    return changes
 
 
 def plan_of(baseline: Baseline) -> BenchOptions:
@@ -274,9 +276,9 @@ def _check(plan: BenchOptions, sessions: int) -> None:
         raise RegressionError(f"{plan.repetitions} repetitions are too few to tell a change later: give 6 or more")
 
 
-def _other_device(name: str, found: Sequence[Baseline], device: Mapping[str, object]) -> NoBaselineError:
-    told = [device_differs(b.results[0].device, device) or "" for b in found]
-    differs = "; ".join(dict.fromkeys(text.removeprefix("measured on different devices: ") for text in told))
+def _other_device(name: str, baselines: Sequence[Baseline], device: Mapping[str, object]) -> NoBaselineError:
+    reasons = [device_differs(b.results[0].device, device) or "" for b in baselines]
+    differs = "; ".join(dict.fromkeys(text.removeprefix("measured on different devices: ") for text in reasons))
     return NoBaselineError(
         f"no baseline of {name} is of this device: {differs}; record one here with `saap devices baseline BUNDLE`"
     )
@@ -316,7 +318,7 @@ def judge_all(old: Sequence[Result], new: Sequence[Result], limits: Limits) -> l
 
 
 def _all_say(rows: Sequence[Verdict]) -> Verdict:
-    """What each of the fresh sessions says of an answer: worse only if all of them do."""
+    """Join the verdicts of the fresh sessions on an answer: worse only if all of them say so."""
     first, *others = rows
     if first.verdict != WORSE or not others:
         return first
@@ -353,14 +355,14 @@ def _judge(series: _Series, before: Sequence[Measurement], now: Sequence[Measure
     if judged.verdict == CANNOT_TELL:
         if judged.high is not None and old * (judged.high - 1) < series.least:
             return replace(judged, verdict=SAME)
-        seen = f"{judged.visible:.1%}" if judged.visible is not None and judged.visible < 9 else "any change"
-        told = f"its {len(a)} sessions and {len(b)} of now would show {seen}, {limit:.0%} is asked for"
-        return replace(judged, reason=f"{told}: add sessions with `saap devices baseline --add`")
+        visible = f"{judged.visible:.1%}" if judged.visible is not None and judged.visible < 9 else "any change"
+        reason = f"its {len(a)} sessions and {len(b)} of now would show {visible}, {limit:.0%} is asked for"
+        return replace(judged, reason=f"{reason}: add sessions with `saap devices baseline --add`")
     waited = [_waited(before), _waited(now)] if series.unit.startswith("s") else [0.0, 0.0]
     if judged.verdict == WORSE and waited[1] - waited[0] > limit:
         # Whoever shares its cores is slower, whatever the bundle is.
-        told = f"the bench waited for a core {waited[1]:.0%} of the time, {waited[0]:.0%} in the baseline"
-        return replace(judged, verdict=CANNOT_TELL, reason=f"{told}: stop other processes and test again")
+        reason = f"the bench waited for a core {waited[1]:.0%} of the time, {waited[0]:.0%} in the baseline"
+        return replace(judged, verdict=CANNOT_TELL, reason=f"{reason}: stop other processes and test again")
     return replace(judged, confirmed=True if judged.verdict == WORSE and len(b) > 1 else None)
 
 
@@ -372,9 +374,9 @@ def _waited(measurements: Sequence[Measurement]) -> float:
 
 def _values(series: _Series, m: Measurement) -> list[float]:
     """One positive value per process in the order measured; empty where one does not know it."""
-    found = [_value(series, m, s) for s in sorted(m.samples, key=lambda s: s.order)]
-    values = [value for value in found if value is not None and value > 0]
-    return values if len(values) == len(found) else []
+    readings = [_value(series, m, s) for s in sorted(m.samples, key=lambda s: s.order)]
+    values = [value for value in readings if value is not None and value > 0]
+    return values if len(values) == len(readings) else []
 
 
 def _value(series: _Series, m: Measurement, s: Sample) -> float | None:
@@ -399,8 +401,8 @@ def _tokens(old: list[int], new: list[int]) -> Verdict:
     if old == new:
         return Verdict(SAME, "greedy tokens", unit="tokens", old=len(old), new=len(new))
     at = next((n for n, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), min(len(old), len(new)))
-    told = [str(tokens[at]) if at < len(tokens) else "none" for tokens in (old, new)]
-    reason = f"token {at + 1} of {len(old)} is {told[1]}, it was {told[0]}"
+    words = [str(tokens[at]) if at < len(tokens) else "none" for tokens in (old, new)]
+    reason = f"token {at + 1} of {len(old)} is {words[1]}, it was {words[0]}"
     return Verdict(WORSE, "greedy tokens", unit="tokens", old=len(old), new=at, reason=reason)
 
 

@@ -1,4 +1,4 @@
-"""What two measurements say of one quantity, and when a change is believed.
+"""Verdicts on one quantity from two measurements, and the evidence that a change needs.
 
 A change needs three things: an interval that excludes 1, an effect that matters, and a test that agrees. One
 comparison still errs in about 4 of 100 (``ALPHA``), so a change is only said once a second, fresh one says it too
@@ -72,14 +72,14 @@ def judge_pairs(of: Verdict, a: Sequence[float], b: Sequence[float], min_effect:
         return replace(of, verdict=NOT_COMPARABLE, reason=reason)
     if verdict in (FASTER, SLOWER) and p >= ALPHA:
         verdict = CANNOT_TELL
-    return _told(replace(of, verdict=verdict), min_effect, "measure more repetitions (-r)")
+    return _with_reason(replace(of, verdict=verdict), min_effect, "measure more repetitions (-r)")
 
 
 def judge_runs(of: Verdict, a: Sequence[Sequence[float]], b: Sequence[Sequence[float]], min_effect: float) -> Verdict:
     """The verdict with what runs then and now say, each a series of positive values of its processes."""
-    found = ratio_of_runs(a, b)
-    of = replace(of, test="runs", visible=found.visible(ALPHA / 2))
-    return _by_interval(of, found, min_effect, "compare folders of more runs, or bundles that can be measured together")
+    ratio = ratio_of_runs(a, b)
+    of = replace(of, test="runs", visible=ratio.visible(ALPHA / 2))
+    return _by_interval(of, ratio, min_effect, "compare folders of more runs, or bundles that can be measured together")
 
 
 def judge_sessions(of: Verdict, old: Sequence[float], new: Sequence[float], min_effect: float) -> Verdict:
@@ -88,32 +88,32 @@ def judge_sessions(of: Verdict, old: Sequence[float], new: Sequence[float], min_
     Worse needs an effect that matters and a p-value below ``SESSION_ALPHA``; the same, that such an effect is excluded.
     What lies between cannot be told.
     """
-    found = ratio_of_sessions(old, new)
-    visible = found.visible(SESSION_ALPHA)
+    ratio = ratio_of_sessions(old, new)
+    visible = ratio.visible(SESSION_ALPHA)
     verdict = CANNOT_TELL
-    if found.ratio >= 1 + min_effect and found.bound(SESSION_ALPHA) > 1:
+    if ratio.ratio >= 1 + min_effect and ratio.bound(SESSION_ALPHA) > 1:
         verdict = WORSE
-    elif found.bound(1 - SAME_ALPHA) < 1 + min_effect:
-        verdict = BETTER if found.ratio <= 1 - min_effect and found.bound(1 - SESSION_ALPHA) < 1 else SAME
+    elif ratio.bound(1 - SAME_ALPHA) < 1 + min_effect:
+        verdict = BETTER if ratio.ratio <= 1 - min_effect and ratio.bound(1 - SESSION_ALPHA) < 1 else SAME
     return replace(
-        of, verdict=verdict, ratio=found.ratio, low=found.low, high=found.high, p_value=found.p_value, test="sessions",
+        of, verdict=verdict, ratio=ratio.ratio, low=ratio.low, high=ratio.high, p_value=ratio.p_value, test="sessions",
         visible=visible,
     )  # fmt: skip
 
 
-def judge_ratio(of: Verdict, found: Ratio, min_effect: float) -> Verdict:
+def judge_ratio(of: Verdict, ratio: Ratio, min_effect: float) -> Verdict:
     """The verdict with what a ratio by turns in bursts says (:mod:`bench.measure.bursts`)."""
-    return _by_interval(replace(of, test="bursts"), found, min_effect, "give turns more time (--ratio-time)")
+    return _by_interval(replace(of, test="bursts"), ratio, min_effect, "give turns more time (--ratio-time)")
 
 
-def _by_interval(of: Verdict, found: Ratio, min_effect: float, remedy: str) -> Verdict:
-    verdict = _speed(found.ratio, found.low, found.high, min_effect)
-    of = replace(of, verdict=verdict, ratio=found.ratio, low=found.low, high=found.high, p_value=found.p_value)
-    return _told(of, min_effect, remedy)
+def _by_interval(of: Verdict, ratio: Ratio, min_effect: float, remedy: str) -> Verdict:
+    verdict = _speed(ratio.ratio, ratio.low, ratio.high, min_effect)
+    of = replace(of, verdict=verdict, ratio=ratio.ratio, low=ratio.low, high=ratio.high, p_value=ratio.p_value)
+    return _with_reason(of, min_effect, remedy)
 
 
 def _speed(ratio: float, low: float, high: float, min_effect: float) -> str:
-    """What an interval of times says."""
+    """Return the verdict of an interval of times."""
     if high < 1 and ratio <= 1 - min_effect:
         return FASTER
     if low > 1 and ratio >= 1 + min_effect:
@@ -121,8 +121,8 @@ def _speed(ratio: float, low: float, high: float, min_effect: float) -> str:
     return SAME if 1 - min_effect < low and high < 1 + min_effect else CANNOT_TELL
 
 
-def _told(of: Verdict, min_effect: float, remedy: str) -> Verdict:
-    """With the reason where it cannot be told."""
+def _with_reason(of: Verdict, min_effect: float, remedy: str) -> Verdict:
+    """Add the reason where a change cannot be told."""
     if of.verdict != CANNOT_TELL or of.low is None or of.high is None:
         return of
     reason = f"between {of.low - 1:+.1%} and {of.high - 1:+.1%}, so {min_effect:.1%} is not excluded: {remedy}"
@@ -130,7 +130,7 @@ def _told(of: Verdict, min_effect: float, remedy: str) -> Verdict:
 
 
 def confirmed(first: Verdict, second: Verdict) -> Verdict:
-    """What two comparisons of the same things say of a change; what is not one stays as it is.
+    """Join two comparisons of the same things into one verdict; anything but a change stays as it is.
 
     The numbers are the second's: the first was picked for being conspicuous, so its ratio exaggerates. A second that
     says nothing neither confirms nor refutes.
@@ -142,6 +142,6 @@ def confirmed(first: Verdict, second: Verdict) -> Verdict:
     if second.verdict == first.verdict:
         return replace(second, confirmed=True)
     if second.verdict == CANNOT_TELL:
-        told = f"{first.verdict}, and a second run cannot tell: {second.reason}"
-        return replace(second, confirmed=False, reason=told)
+        reason = f"{first.verdict}, and a second run cannot tell: {second.reason}"
+        return replace(second, confirmed=False, reason=reason)
     return replace(second, verdict=SAME, confirmed=False, reason=f"{first.verdict}: a second run did not confirm it")

@@ -1,4 +1,4 @@
-"""What a model says, beside how fast: greedy tokens after a fixed text, and the text's negative log-likelihood.
+"""A model's answer beside its speed: greedy tokens after a fixed text, and the text's negative log-likelihood.
 
 ``python -m bench.measure.answers`` is the process that asks one bundle, job as JSON on stdin, the answer as one line
 of JSON. The text is token ids, so that a board needs neither tokenizer nor file, and a changed tokenizer is no excuse.
@@ -58,7 +58,7 @@ def ask_all(peers: Sequence[Peer], plan: BenchOptions, threads: int, progress: P
 
 
 def ask(peer: Peer, plan: BenchOptions, threads: int) -> Json:
-    """What a bundle says to ``plan.text``, in a fresh process.
+    """Ask a bundle for its answer to ``plan.text``, in a fresh process.
 
     Returns:
         ``{"tokens": [plan.greedy ids], "nll": nats per token}``, or ``{"error": why}``. A likelihood that is no number
@@ -76,13 +76,13 @@ def ask(peer: Peer, plan: BenchOptions, threads: int) -> Json:
 
 def answer_of(result: Result) -> Answer:
     """The answer of a result's only model."""
-    given = result.settings.get("answers") or {}
-    return read_answer(next(iter(given.values()), {"error": "the run did not ask the model"}))
+    answers = result.settings.get("answers") or {}
+    return read_answer(next(iter(answers.values()), {"error": "the run did not ask the model"}))
 
 
-def read_answer(told: Json) -> Answer:
-    """What ``ask`` gave; a likelihood of None is NaN."""
-    return msgspec.convert({key: value for key, value in told.items() if value is not None}, Answer)
+def read_answer(answer: Json) -> Answer:
+    """Read the result of ``ask``; a likelihood of None is NaN."""
+    return msgspec.convert({key: value for key, value in answer.items() if value is not None}, Answer)
 
 
 def answers(decoder: Decoder, ids: list[int], greedy: int) -> Json:
@@ -126,8 +126,8 @@ def main() -> None:
 
         decoder = make_decoder(job.path, job.threads, length, job.provider)
     else:
-        made = {} if job.choice is None else {"choice": job.choice}
-        decoder = import_module(job.runtime).load(Path(job.path), job.threads, length, **made)
+        choice = {} if job.choice is None else {"choice": job.choice}
+        decoder = import_module(job.runtime).load(Path(job.path), job.threads, length, **choice)
     tell(answers(decoder, job.ids, job.greedy))
 
 

@@ -29,13 +29,13 @@ from saap.base.tree import number, text
 def choose_cores(threads: int, cpus: list[int] | None = None, root: Path = CPUS) -> list[int]:
     """The ``threads`` logical CPUs to pin to: highest capacity first, SMT siblings last, then lowest number."""
     cpus = allowed_cores() if cpus is None else cpus
-    seen: dict[str, int] = {}
+    ranks: dict[str, int] = {}
     keys = {}
     for cpu in cpus:
         core = siblings(cpu, root)
         capacity = number(root / f"cpu{cpu}/cpu_capacity") or 0  # kernels that do not tell have equal cores
-        keys[cpu] = (seen.get(core, 0), -capacity, cpu)
-        seen[core] = seen.get(core, 0) + 1
+        keys[cpu] = (ranks.get(core, 0), -capacity, cpu)
+        ranks[core] = ranks.get(core, 0) + 1
     return sorted(sorted(cpus, key=keys.__getitem__)[:threads])
 
 
@@ -132,7 +132,7 @@ def level(probes: Sequence[float]) -> float:
 
 
 def drift(before: Sequence[float], after: Sequence[float]) -> tuple[float, float]:
-    """How much longer the same work takes now, and from where on that is no longer noise, both relative.
+    """Return the slowdown of the same work, and the limit below which it is noise, both relative.
 
     The limit is 3 % or four median absolute deviations of the noisier side, whichever is more. 0.1 is a clock that
     fell by 9 %.

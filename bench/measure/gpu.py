@@ -52,7 +52,7 @@ class GpuWatch:
         self._root, self._nvml = root, nvml
         folders = (path for pattern in GPUS for path in sorted((root / "sys/class/devfreq").glob(pattern)))
         self._folder = next(folders, None)
-        self._held = self.in_use()
+        self._before = self.in_use()
 
     def clocks(self) -> dict[str, float | None]:
         """Clocks and load at this moment; to be read while the GPU works, since clocks fall soon after.
@@ -89,9 +89,9 @@ class GpuWatch:
         everything = self.in_use()
         if everything is None:
             return None, self._why()
-        if self._held is None:
+        if self._before is None:
             return everything, "of all processes on the GPU: it does not tell what this one holds"
-        grown = max(0, everything - self._held)
+        grown = max(0, everything - self._before)
         return grown, "growth since before the process, of all on the GPU: it does not tell what this one holds"
 
     def _why(self) -> str:
@@ -102,17 +102,19 @@ class GpuWatch:
         return "no NVML: pip install nvidia-ml-py, and NVIDIA's driver must be there"
 
     def _nvmap_client(self, pid: int) -> int | None:
-        """What nvmap lists for a process: lines of client, name, process and size such as ``8372K``."""
+        """Sum nvmap's bytes of a process: lines of client, name, process and size such as ``8372K``."""
         lines = (text(self._root / NVMAP_CLIENTS) or "").splitlines()
-        found = [match for line in lines if (match := re.search(r"\s(\d+)\s+(\d+)K\s*$", line))]
-        return sum(int(size) * KIB for owner, size in (match.groups() for match in found) if int(owner) == pid) or None
+        matches = [match for line in lines if (match := re.search(r"\s(\d+)\s+(\d+)K\s*$", line))]
+        return (
+            sum(int(size) * KIB for owner, size in (match.groups() for match in matches) if int(owner) == pid) or None
+        )
 
     def _nvml_process(self, pid: int) -> int | None:
-        def held(nvml: ModuleType, device: object) -> int | None:
+        def used(nvml: ModuleType, device: object) -> int | None:
             sizes = [p.usedGpuMemory for p in nvml.nvmlDeviceGetComputeRunningProcesses(device) if p.pid == pid]
             return None if not sizes or None in sizes else sum(sizes)
 
-        return self._ask(held)
+        return self._ask(used)
 
     def _nvml_clock(self, kind: str) -> float | None:
         return self._ask(lambda nvml, device: float(nvml.nvmlDeviceGetClockInfo(device, getattr(nvml, kind)) * MHZ))

@@ -1,4 +1,4 @@
-"""What went on around a measurement: counters of the host and of this process at both ends, and what changed between.
+"""The host around a measurement: counters of it and of this process at both ends, and their changes.
 
 ``counters`` gives these, each None where the kernel does not tell; ``bench.measure.validity`` judges them. "Cores" are
 the chosen ones where nothing else is said, and a share is of 1.
@@ -71,7 +71,7 @@ def snapshot(cpus: Sequence[int], root: Path = Path("/")) -> Snapshot:
     stat, wait = text(proc / "stat") or "", (text(proc / "self/schedstat") or "").split()
     busy, steal = _cpu_times(stat, [f"cpu{cpu}" for cpu in cpus])
     memory, status, vmstat = (fields(proc / name) for name in ("meminfo", "self/status", "vmstat"))
-    held = _sum(status.get("RssAnon"), status.get("RssShmem"))
+    resident = _sum(status.get("RssAnon"), status.get("RssShmem"))
     stalled = re.search(r"^some .*total=(\d+)", text(proc / "pressure/memory") or "", re.MULTILINE)
     boot = (text(proc / "sys/kernel/random/boot_id") or "").replace("-", "")[:12]
     return Snapshot(
@@ -86,14 +86,14 @@ def snapshot(cpus: Sequence[int], root: Path = Path("/")) -> Snapshot:
         read_bytes=field(proc / "self/io", "read_bytes"),
         memory_stall_s=int(stalled.group(1)) * 1e-6 if stalled else None,
         memory_bytes=memory.get("MemTotal"),
-        room_bytes=_sum(memory.get("MemAvailable"), held),
+        room_bytes=_sum(memory.get("MemAvailable"), resident),
         boot_id=int(boot, 16) if re.fullmatch(r"[0-9a-f]{12}", boot) else None,
         board=board_state(cpus, root),
     )
 
 
 def counters(before: Snapshot, after: Snapshot, cores: int) -> dict[str, float | None]:
-    """What happened in between on ``cores`` chosen cores; the module's table has the keys.
+    """Return the changes between two snapshots on ``cores`` chosen cores; the module's table has the keys.
 
     Shares and ``neighbours_cores`` of an interval under ``SHARES_FROM_S`` are None.
     """

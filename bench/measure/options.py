@@ -1,4 +1,4 @@
-"""What a bench run measures: lengths, depths and threads, how often, and for how long. Light: no numpy, no runtime."""
+"""Options of a bench run: lengths, depths and threads, how often, and for how long. Light: no numpy, no runtime."""
 
 from __future__ import annotations
 
@@ -145,8 +145,8 @@ class BenchOptions:
         """All settings, each once, fewest threads and shortest first."""
         threads = (physical_cores(),) if self.threads is None else counts(self.threads)
         lengths = [*product(counts(self.prompt), counts(self.generate)), *self.pairs]
-        found = (Setting(t, d, p, n) for t, d, (p, n) in product(threads, counts(self.depth), lengths))
-        return sorted({setting for setting in found if setting.prompt or setting.generate})
+        settings = (Setting(t, d, p, n) for t, d, (p, n) in product(threads, counts(self.depth), lengths))
+        return sorted({setting for setting in settings if setting.prompt or setting.generate})
 
     def check(self) -> None:
         """Refuse what cannot be measured.

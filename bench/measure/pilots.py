@@ -31,7 +31,7 @@ LEAST_GAIN = 0.02  # of its time: less is noise, and the runtime's own default s
 
 @dataclass(frozen=True)
 class Pilot:
-    """What the settings of one peer took, with one number of threads: seconds of a token and of the prompt."""
+    """Times of one peer by setting, with one number of threads: seconds of a token and of the prompt."""
 
     name: str
     n_threads: int
@@ -46,7 +46,7 @@ class Pilot:
 
 
 def fastest(times: dict[str, float]) -> str:
-    """Of settings, of which the first is the default."""
+    """Return the fastest setting; the first is the default."""
     default, best = next(iter(times)), min(times, key=lambda setting: times[setting])
     return best if times[best] < (1 - LEAST_GAIN) * times[default] else default
 
@@ -60,23 +60,23 @@ def at_their_best(
 
     Raises UserError: no runtime has it.
     """
-    found, pilots = [], []
+    chosen, pilots = [], []
     if options.choice is not None and not any(options.choice in peer.choices for peer in peers):
         known = ", ".join(dict.fromkeys(each for peer in peers for each in peer.choices)) or "none here"
         raise UserError(f"choice {options.choice!r} is no setting of what is measured: {known}")
     for peer in peers:
         if len(peer.choices) < 2:
-            found.append(peer)
+            chosen.append(peer)
             continue
         if options.choice is not None:
-            found.append(replace(peer, choice=options.choice if options.choice in peer.choices else None))
+            chosen.append(replace(peer, choice=options.choice if options.choice in peer.choices else None))
             continue
         mine = [pilot_of(peer, setting, options, progress) for setting in longest(options.settings())]
         pilots += mine
         best = list(dict.fromkeys(setting for pilot in mine for setting in pilot.best)) or [peer.choices[0]]
-        found.append(replace(peer, choice=best[0]))
-        found += [replace(peer, choice=each, name=f"{peer.name}, {each}") for each in best[1:]]
-    return found, pilots
+        chosen.append(replace(peer, choice=best[0]))
+        chosen += [replace(peer, choice=each, name=f"{peer.name}, {each}") for each in best[1:]]
+    return chosen, pilots
 
 
 def longest(settings: Sequence[Setting]) -> list[Setting]:
@@ -90,7 +90,7 @@ def longest(settings: Sequence[Setting]) -> list[Setting]:
 
 
 def pilot_of(peer: Peer, setting: Setting, options: BenchOptions, progress: Progress | None) -> Pilot:
-    """What each of a peer's settings takes, in turns."""
+    """Time each of a peer's settings, in turns."""
     from bench.measure.bursts import take_turns
 
     if peer.path.is_file():  # a first load from storage is no pilot
@@ -107,17 +107,17 @@ def pilot_of(peer: Peer, setting: Setting, options: BenchOptions, progress: Prog
 def _medians(turns: Bursts, what: str) -> dict[str, float]:
     """Seconds by player; of a load its median, of several loads theirs."""
     loads = [getattr(load, what) for load in turns.loads]
-    found = {
+    medians = {
         name: [float(np.median(load[place])) for load in loads if load[place]] for place, name in enumerate(turns.names)
     }
-    return {name: float(np.median(values)) for name, values in found.items()} if all(found.values()) else {}
+    return {name: float(np.median(values)) for name, values in medians.items()} if all(medians.values()) else {}
 
 
 def _named(progress: Progress, name: str) -> Progress:
     return lambda label, done, total: progress(f"trying settings (s), {name}", done, total)
 
 
-def told(pilot: Pilot) -> str:
+def sentence(pilot: Pilot) -> str:
     """One line for a person."""
     if not pilot.best:
         return f"{pilot.name}: its settings were not tried: {pilot.failure or 'nothing was timed'}"

@@ -127,7 +127,7 @@ class Measurement:
 
     @property
     def key(self) -> tuple[str, int, int, int, int]:
-        """What makes two measurements the same one, measured again."""
+        """The identity of a measurement: equal where the same thing was measured again."""
         return self.name, self.n_prompt, self.n_gen, self.n_depth, self.n_threads
 
     @property
@@ -196,7 +196,7 @@ class Measurement:
 
 
 class Answered(TypedDict, total=False):
-    """What a model said to the text."""
+    """A model's answer to the text."""
 
     tokens: list[int]
     nll: float | None
@@ -204,7 +204,7 @@ class Answered(TypedDict, total=False):
 
 
 class Settings(TypedDict, total=False):
-    """What is read of ``Result.settings``, which holds more."""
+    """The known part of ``Result.settings``, which holds more."""
 
     seed: Annotated[int, Meta(ge=0)]
     repetitions: Annotated[int, Meta(ge=1)] | None
@@ -224,7 +224,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Bursts:
-    """What models that stay loaded and take turns tell of their ratio in one setting (:mod:`bench.measure.bursts`)."""
+    """Times of models that stay loaded and take turns in one setting (:mod:`bench.measure.bursts`)."""
 
     names: list[str]
     n_prompt: int

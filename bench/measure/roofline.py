@@ -1,4 +1,4 @@
-"""How fast decode could be at most: measured read bandwidth divided by the bytes that a token reads.
+"""The ceiling of decode: measured read bandwidth divided by the bytes that a token reads.
 
 ``python -m bench.measure.roofline`` is the child that probes: it reads a buffer larger than any cache with as many
 threads as the measurement uses, on the same cores. numpy releases the interpreter's lock inside its reductions, so
@@ -47,12 +47,12 @@ def probe_bandwidth(cpus: Sequence[int], cache_bytes: int | None) -> Bandwidth:
     job = _Job(list(cpus), max(BUFFER, 4 * (cache_bytes or 0)), PASSES)
     # One BLAS thread: the parallelism is the probe's own.
     env = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    found = Bandwidth(len(cpus), job.buffer_bytes, [], cache_bytes)
+    bandwidth = Bandwidth(len(cpus), job.buffer_bytes, [], cache_bytes)
     try:
         samples = call("bench.measure.roofline", asdict(job), TIMEOUT_S, env)["samples"]
     except ChildFailedError as error:
-        return replace(found, unknown={"samples": f"the bandwidth probe failed: {error}"})
-    return replace(found, samples=msgspec.convert(samples, list[float]))
+        return replace(bandwidth, unknown={"samples": f"the bandwidth probe failed: {error}"})
+    return replace(bandwidth, samples=msgspec.convert(samples, list[float]))
 
 
 def joined(first: Bandwidth, second: Bandwidth) -> Bandwidth:

@@ -28,7 +28,7 @@ WORKER = "bench.measure.worker"
 
 @dataclass
 class Outcome:
-    """What the workers of one spec have answered so far in one setting."""
+    """The answers of one spec's workers so far, in one setting."""
 
     peer: Peer
     setting: Setting
@@ -42,7 +42,7 @@ class Outcome:
 
     @property
     def values(self) -> list[float]:
-        """What the spread is judged by: seconds per token of decode, else of prefill."""
+        """The values that the spread is judged by: seconds per token of decode, else of prefill."""
         if self.setting.generate:
             return [typical(s.token_s) for s in self.samples]
         return [s.prefill_s for s in self.samples if s.prefill_s is not None]
@@ -137,7 +137,7 @@ class Rounds:
         return replace(job_of(outcome.peer, outcome.setting, self.plan, self._vocab), order=self._order)
 
     def _estimate(self, widths: dict[Setting, float], begun: float, now: float) -> None:
-        """How many processes there will be: an interval shrinks with the root of their number, and time is limited."""
+        """Estimate the number of processes: an interval shrinks with the root of it, and time is limited."""
         each = (now - begun) / max(1, self._order)
         left = 0.0
         for setting, width in widths.items():
@@ -158,7 +158,7 @@ class Rounds:
 
 
 def job_of(peer: Peer, setting: Setting, plan: BenchOptions, vocab_size: int) -> Job:
-    """What a worker is asked to do with one model; all models get tokens that each of them knows."""
+    """Make a worker's job for one model; all models get tokens that each of them knows."""
     tokens = prompt_tokens(setting.context + setting.prompt, vocab_size, plan.seed)
     return Job(
         path=str(peer.path),
@@ -204,15 +204,17 @@ def cold_load(peer: Peer, job: Job, timeout_s: float) -> tuple[float | None, str
     files = [peer.path] if peer.path.is_file() else [f for f in peer.path.rglob("*") if f.is_file()]
     total = sum(drop_from_cache(file) for file in files)
     try:
-        told = call(WORKER, asdict(replace(job, only_load=True)), timeout_s, peer.environment(job.threads), peer.python)
+        answer = call(
+            WORKER, asdict(replace(job, only_load=True)), timeout_s, peer.environment(job.threads), peer.python
+        )
     except ChildFailedError as error:
         return None, str(error)
-    found = msgspec.convert(told, ColdLoad)
-    if found.read_bytes is None:
+    load = msgspec.convert(answer, ColdLoad)
+    if load.read_bytes is None:
         return None, "this kernel does not tell what a process reads"
-    if 2 * found.read_bytes < total:
-        return None, f"the system kept the files: {found.read_bytes} bytes of {total} were read"
-    return found.load_s, None
+    if 2 * load.read_bytes < total:
+        return None, f"the system kept the files: {load.read_bytes} bytes of {total} were read"
+    return load.load_s, None
 
 
 def drop_from_cache(path: Path) -> int:
@@ -225,6 +227,6 @@ def drop_from_cache(path: Path) -> int:
     return size
 
 
-def _rate(told: dict[str, object]) -> str:
-    rate = told.get("rate")
-    return f"{rate:.1f} tok/s" if isinstance(rate, float) and rate else str(told.get("phase", ""))
+def _rate(note: dict[str, object]) -> str:
+    rate = note.get("rate")
+    return f"{rate:.1f} tok/s" if isinstance(rate, float) and rate else str(note.get("phase", ""))

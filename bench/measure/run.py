@@ -92,24 +92,24 @@ def measure(
 
 
 def _bandwidths(widths: Sequence[int], cache_bytes: int | None, progress: Progress | None) -> list[Bandwidth]:
-    """What the memory gives to each of these thread counts."""
+    """Measure the memory's bandwidth at each of these thread counts."""
     report = progress or (lambda label, done, total: None)
-    found = []
+    bandwidths = []
     for number, threads in enumerate(widths):
         report("measuring memory bandwidth (probes)", number, len(widths))
-        found.append(probe_bandwidth(choose_cores(threads), cache_bytes))
+        bandwidths.append(probe_bandwidth(choose_cores(threads), cache_bytes))
     report("measuring memory bandwidth (probes)", len(widths), len(widths))
-    return found
+    return bandwidths
 
 
 def _turns(rounds: Rounds, options: BenchOptions, progress: Progress | None) -> list[Bursts]:
     """The ratios of those that could be measured, setting by setting."""
-    found = []
+    bursts = []
     for setting, outcomes in rounds.outcomes.items():
         peers = [outcome.peer for outcome in outcomes if outcome.failure is None]
         if len(peers) > 1 and options.turns_s:
-            found.append(take_turns(peers, setting, options, progress))
-    return found
+            bursts.append(take_turns(peers, setting, options, progress))
+    return bursts
 
 
 def _measurement(outcome: Outcome, options: BenchOptions) -> Measurement:

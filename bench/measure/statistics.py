@@ -174,7 +174,7 @@ class Ratio:
 
     @property
     def half_width(self) -> float:
-        """Of the 95 % interval, as a fraction of the ratio."""
+        """Half the width of the 95 % interval, as a fraction of the ratio."""
         return (self.high - self.low) / 2 / self.ratio
 
     @property

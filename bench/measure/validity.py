@@ -90,13 +90,13 @@ def judge(measurement: Measurement, ceiling_ts: float | None, cache_bytes: int |
         cache_bytes: last-level cache; while it is unknown, a ceiling is shown but not held against a measurement.
     """
     samples = measurement.samples
-    found = [
+    findings = [
         *_of_repetitions(samples),
         *_between_repetitions(samples),
         *_above_ceiling(measurement, ceiling_ts, cache_bytes),
     ]
-    statuses = {status for status, _ in found}
-    return next((s for s in (INVALID, WARN) if s in statuses), OK), [reason for _, reason in found]
+    statuses = {status for status, _ in findings}
+    return next((s for s in (INVALID, WARN) if s in statuses), OK), [reason for _, reason in findings]
 
 
 def drift(samples: Sequence[Sample]) -> float | None:
@@ -117,13 +117,13 @@ def drift(samples: Sequence[Sample]) -> float | None:
 
 def _findings(values: Values) -> Iterator[Finding]:
     """One per broken rule; a counter that is unknown breaks none."""
-    seen = set()
+    broken = set()
     for rule in RULES:
         value = values.get(rule.key)
-        if value is not None and rule.breaks(value) and rule.key not in seen:
-            seen.add(rule.key)
+        if value is not None and rule.breaks(value) and rule.key not in broken:
+            broken.add(rule.key)
             yield Finding(rule.key, rule.status, value, rule.reason.format(value=value, mb=value / 1e6))
-    for special in (_firmware, _clock_moved, _neighbours, _memory_taken):
+    for special in (_firmware, _clock_moved, _neighbours, _memory_of_others):
         yield from special(values)
 
 
@@ -159,10 +159,10 @@ def _neighbours(values: Values) -> Iterator[Finding]:
         yield Finding("elsewhere", WARN, elsewhere, reason)
 
 
-def _memory_taken(values: Values) -> Iterator[Finding]:
-    taken = values.get("taken_bytes") or 0.0
-    if taken > _memory_limit(values):
-        yield Finding("memory", WARN, taken, f"other processes took {taken / 1e6:.0f} MB of memory during decode")
+def _memory_of_others(values: Values) -> Iterator[Finding]:
+    size = values.get("taken_bytes") or 0.0
+    if size > _memory_limit(values):
+        yield Finding("memory", WARN, size, f"other processes took {size / 1e6:.0f} MB of memory during decode")
 
 
 def _memory_limit(values: Values) -> float:

@@ -15,7 +15,7 @@ import subprocess
 import threading
 from collections.abc import Generator, Iterator, Sequence
 
-from bench.power.sensors import Found, Sensor, is_input, of_rails, scope_of
+from bench.power.sensors import Lookup, Sensor, is_input, of_rails, scope_of
 from devices.probe.tegrastats import parse_tegrastats
 
 INTERVAL_MS = 100
@@ -37,7 +37,7 @@ class Commands:
         return shutil.which(name, path=self._path)
 
     def run(self, command: Sequence[str]) -> str:
-        """What it prints. OSError, whose message is its last line, where it fails or takes too long."""
+        """Return the program's output. OSError, whose message is its last line, where it fails or takes too long."""
         try:
             done = subprocess.run(
                 command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=ANSWER_S
@@ -55,7 +55,7 @@ class Commands:
         return subprocess.Popen(command, stdin=nothing, stdout=subprocess.PIPE, stderr=nothing, start_new_session=True)
 
 
-def tegrastats(commands: Commands) -> Found:
+def tegrastats(commands: Commands) -> Lookup:
     program = commands.find("tegrastats")
     if program is None:
         return None, None
@@ -94,7 +94,7 @@ class TegrastatsStream:
         end(self._process)
 
 
-def pmic(commands: Commands) -> Found:
+def pmic(commands: Commands) -> Lookup:
     """The rails of a Raspberry Pi 5's power chip, whose input current is not measured."""
     program = commands.find("vcgencmd")
     if program is None:
@@ -149,9 +149,9 @@ def _labels(process: subprocess.Popen[bytes]) -> list[str]:
     try:
         with contextlib.closing(_lines(process)) as lines:
             for line in itertools.islice(lines, LINES_TO_TRY):
-                found = of_rails(parse_tegrastats(line).rails)
-                if not labels or is_input(found):
-                    labels = found
+                rails = of_rails(parse_tegrastats(line).rails)
+                if not labels or is_input(rails):
+                    labels = rails
                 if is_input(labels):
                     break
         return labels

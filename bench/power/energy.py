@@ -17,13 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bench.power.commands import Commands, pmic, tegrastats
-from bench.power.sensors import NO_SENSOR, Energy, Found, Stream, ina3221, rapl
+from bench.power.sensors import NO_SENSOR, Energy, Lookup, Stream, ina3221, rapl
 
 SILENCE = 5  # times the usual distance of readings; a longer gap is one ...
 SILENT_SHARE = 0.1  # ... where it is also more than this share of the window
 
 
-def find_sensor(root: Path = Path("/"), commands: Commands | None = None) -> Found:
+def find_sensor(root: Path = Path("/"), commands: Commands | None = None) -> Lookup:
     """The most trusted sensor below ``root`` that can be read, or None and why.
 
     Args:
@@ -32,9 +32,9 @@ def find_sensor(root: Path = Path("/"), commands: Commands | None = None) -> Fou
     """
     if commands is None and root.resolve() == Path("/"):
         commands = Commands()
-    told = [] if commands is None else [partial(tegrastats, commands), partial(pmic, commands)]
+    programs = [] if commands is None else [partial(tegrastats, commands), partial(pmic, commands)]
     reasons: list[str] = []
-    for look in (partial(ina3221, root), *told, partial(rapl, root)):
+    for look in (partial(ina3221, root), *programs, partial(rapl, root)):
         sensor, reason = look()
         if sensor is not None:
             return replace(sensor, passed_over=(*reasons, *sensor.passed_over)), None
@@ -85,7 +85,7 @@ class Recorder:
             self._thread.join()
 
     def facts(self) -> dict[str, object]:
-        """What is read, for a result: source, scope, covers, rate_hz, estimate, and why not something better."""
+        """Describe the sensor for a result: source, scope, covers, rate_hz, estimate, and why not something better."""
         if self.sensor is None:
             return {"source": None, "reasons": [self._missing]}
         kept = {name: getattr(self.sensor, name) for name in ("source", "scope", "covers", "rate_hz", "estimate")}

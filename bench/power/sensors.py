@@ -17,7 +17,7 @@ INPUT_RAILS = ("VDD_IN", "VIN", "POM_5V_IN", "5V_IN")  # of Jetson modules, by l
 NO_SENSOR = "no power sensor was found: neither INA3221 rails, tegrastats, a Raspberry Pi 5's power chip nor RAPL"
 NOT_ALLOWED = "the kernel lets only root read RAPL: run as root, or allow reading energy_uj"
 
-Found = tuple["Sensor | None", str | None]  # a sensor, or None and why there is none; no reason: no such hardware
+Lookup = tuple["Sensor | None", str | None]  # a sensor, or None and why there is none; no reason: no such hardware
 Reading = Callable[[], float]
 
 
@@ -32,7 +32,7 @@ class Stream(Protocol):
 
 @dataclass(frozen=True)
 class Energy:
-    """What a sensor saw of one decode window. ``idle_w`` was taken before the run, and is never subtracted."""
+    """Energy of one decode window. ``idle_w`` was taken before the run, and is never subtracted."""
 
     decode_j: float
     window_s: float
@@ -58,7 +58,7 @@ class Sensor:
     passed_over: tuple[str, ...] = ()  # why sensors that are trusted more, or some of its rails, were not used
 
 
-def ina3221(root: Path) -> Found:
+def ina3221(root: Path) -> Lookup:
     """Rails of a Jetson board: its input rail, else the sum of all."""
     places = [*_hwmon(root), *_ina238(root)] or list(_iio(root))
     rails: dict[str, Reading] = {}
@@ -93,8 +93,8 @@ def is_input(labels: Sequence[str]) -> bool:
 def scope_of(labels: Sequence[str]) -> tuple[str, str]:
     """(scope, words) of the rails that ``of_rails`` chose."""
     if is_input(labels):
-        held = "the board with its carrier" if labels[0] == "VIN" else "the module; not its carrier board"
-        return "module_input", f"all that goes in at {labels[0]}: {held}"
+        covered = "the board with its carrier" if labels[0] == "VIN" else "the module; not its carrier board"
+        return "module_input", f"all that goes in at {labels[0]}: {covered}"
     return "rails_sum", f"the rails {', '.join(labels)}; what no rail measures is missing"
 
 
@@ -103,7 +103,7 @@ def _connected(label: str) -> bool:
     return label not in ("", "NC") and "sum of shunt" not in label.lower()
 
 
-def rapl(root: Path) -> Found:
+def rapl(root: Path) -> Lookup:
     """All CPU packages together (Linux power capping framework; AMD's counters go by Intel's name)."""
     domains = [
         domain
@@ -132,7 +132,7 @@ class _Counter:
         self._total = 0
 
     def joules(self) -> float:
-        """Since the first call."""
+        """Return the joules since the first call."""
         now = _integer(self._energy)
         if self._last is not None:
             # The counter goes from its range to 0 (powercap's documentation).

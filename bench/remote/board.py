@@ -80,7 +80,9 @@ class Board:
         self._contact = time.monotonic()
         self.run: str | None = None  # for which everything is asked from now on
 
-    def ask(self, do: str, payload: Iterable[bytes] = (), told: Tell | None = None, more: Reply | None = None) -> Reply:
+    def ask(
+        self, do: str, payload: Iterable[bytes] = (), notify: Tell | None = None, more: Reply | None = None
+    ) -> Reply:
         """One request, tried once.
 
         Raises:
@@ -100,12 +102,12 @@ class Board:
                         start_new_session=True,  # an interrupt from the keyboard must not cut what cleans up
                     )  # fmt: skip
                 threading.Thread(target=feed, args=(process.stdin, chain([header], payload)), daemon=True).start()
-                return self._answer(process, told, err)
+                return self._answer(process, notify, err)
             finally:
                 if process is not None:
                     _end(process)
 
-    def _answer(self, process: subprocess.Popen[bytes], told: Tell | None, err: IO[bytes]) -> Reply:
+    def _answer(self, process: subprocess.Popen[bytes], notify: Tell | None, err: IO[bytes]) -> Reply:
         noise: list[str] = []
         try:
             for raw in self._lines(process):
@@ -131,18 +133,18 @@ class Board:
                     if not isinstance(document["answer"], dict):
                         raise self.garbage(line)
                     return dict(document["answer"])
-                if told is not None:
-                    told(document)
+                if notify is not None:
+                    notify(document)
         except TimeoutError:
             raise LostError(f"{self.name}: silent for {self._silence_s:.0f} s") from None
         code = process.wait()
         err.seek(0)
-        said = err.read().decode(errors="replace")
+        stderr = err.read().decode(errors="replace")
         if code == 0:
             raise self.garbage(noise[0] if noise else "nothing")
         if code < 0:
             raise LostError(f"{self.name}: the connection was killed on this side")
-        raise self.transport.failure(code, said if said.strip() else "\n".join(noise))
+        raise self.transport.failure(code, stderr if stderr.strip() else "\n".join(noise))
 
     def garbage(self, what: str) -> BoardError:
         return BoardError(
@@ -167,7 +169,7 @@ class Board:
         except OverflowError as error:
             raise self.garbage(str(error)) from None
 
-    def insist(self, do: str, told: Tell | None = None, more: Callable[[], Reply] = dict) -> Reply:
+    def insist(self, do: str, notify: Tell | None = None, more: Callable[[], Reply] = dict) -> Reply:
         """A request that may be made twice, made until it is answered.
 
         Args:
@@ -180,7 +182,7 @@ class Board:
         wait_s = 1.0
         while True:
             try:
-                return self.ask(do, told=told, more=more())
+                return self.ask(do, notify=notify, more=more())
             except LostError as error:
                 wait_s = self._wait(error, wait_s)
 
@@ -196,7 +198,7 @@ class Board:
             raise Stopped
         return min(2 * seconds, LONGEST_WAIT_S)
 
-    def push(self, sha: str, source: Path | bytes, there: int, told: Callable[[int], None] | None = None) -> None:
+    def push(self, sha: str, source: Path | bytes, there: int, notify: Callable[[int], None] | None = None) -> None:
         """Send a file's rest from byte ``there`` on, and go on where it was cut.
 
         Raises BoardError: as ``insist``, and where the file cannot be read here to its end.
@@ -204,8 +206,8 @@ class Board:
         size, broken = size_of(source), list[str]()
 
         def heard(document: Reply) -> None:
-            if told and isinstance(at := document.get("at"), int):
-                told(at)
+            if notify and isinstance(at := document.get("at"), int):
+                notify(at)
 
         wait_s = 1.0
         while True:
@@ -217,12 +219,12 @@ class Board:
                 if broken:  # another try would read no more
                     raise BoardError(f"{self.name}: {source!s} cannot be sent: {broken[0]}: measure again") from None
                 wait_s = self._wait(error, wait_s)
-            held = self.insist("held", more=lambda: {"sha": sha})["held"]
-            if held is None:
+            received = self.insist("held", more=lambda: {"sha": sha})["held"]
+            if received is None:
                 return
-            if not isinstance(held, int) or not 0 <= held <= size:
-                raise self.garbage(f"{held} bytes of a file of {size}")
-            there = held
+            if not isinstance(received, int) or not 0 <= received <= size:
+                raise self.garbage(f"{received} bytes of a file of {size}")
+            there = received
 
     def clean(self, run: str) -> None:
         """End a run and free the board, also after an interrupt; says so if it cannot be reached."""
@@ -238,8 +240,8 @@ class Board:
 
 def _sources() -> dict[str, str]:
     folder = Path(__file__).resolve().parents[2] / "devices" / "agent"
-    found = {f"devices.agent.{name}": (folder / f"{name}.py").read_text(encoding="utf-8") for name in _AGENT}
-    return {**found, "answer": "from devices.agent.main import main\nmain()\n"}
+    sources = {f"devices.agent.{name}": (folder / f"{name}.py").read_text(encoding="utf-8") for name in _AGENT}
+    return {**sources, "answer": "from devices.agent.main import main\nmain()\n"}
 
 
 def _no_python(line: str) -> str:

@@ -34,7 +34,7 @@ SILENCE_S = 600.0  # its Python needs seconds to start, on a busy host more than
 
 @dataclass(frozen=True)
 class Answer:
-    """What one CPU says to the text. Speed and memory are null, and ``unknown`` says why."""
+    """One CPU's answer to the text. Speed and memory are null, and ``unknown`` says why."""
 
     cpu: str
     tokens: list[int]
@@ -119,14 +119,14 @@ def judged(answer: Answer, reference: Answer, manifest: BundleManifest) -> Answe
 
 
 def document(emulation: Emulation) -> dict[str, object]:
-    """As JSON; NaN and infinity are null."""
-    told = asdict(emulation)
-    for answer in (told["reference"], *told["answers"]):
+    """Return the emulation as JSON; NaN and infinity are null."""
+    content = asdict(emulation)
+    for answer in (content["reference"], *content["answers"]):
         for name in ("nll", "nll_difference"):
             if answer[name] is not None and not math.isfinite(answer[name]):
                 answer[name] = None
                 answer["unknown"][name] = "it is not a number"
-    return told
+    return content
 
 
 def _run(spec: str, plan: BenchOptions, board: Emulated, progress: Progress | None) -> Result:
@@ -135,13 +135,13 @@ def _run(spec: str, plan: BenchOptions, board: Emulated, progress: Progress | No
 
 
 def _answer(cpu: str, result: Result) -> Answer:
-    told = answer_of(result)
+    answer = answer_of(result)
     (m,) = result.measurements
-    if told.error or not m.samples:
-        why = told.error or "; ".join(m.reasons)
+    if answer.error or not m.samples:
+        why = answer.error or "; ".join(m.reasons)
         raise EmulationError(f"{m.name} does not run on an emulated {cpu}: {why}")
     if (ran_on := result.device.get("architecture")) != "aarch64":
         raise EmulationError(f"the emulated Python of {cpu} was not used: the run was on {ran_on}")
     packages = ["python", "onnxruntime", "numpy"]
     versions = {name: result.versions[name] for name in packages if name in result.versions}
-    return Answer(cpu, told.tokens, told.nll, versions)
+    return Answer(cpu, answer.tokens, answer.nll, versions)

@@ -1,4 +1,4 @@
-"""What a run needs on a board: the bundles' files, the bench's own code, perhaps wheels; each by its sha256."""
+"""Files of a run on a board: the bundles', the bench's own code, perhaps wheels; each by its sha256."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Packed:
 
     @property
     def place(self) -> str:
-        """What names it there, below the folder that it is laid out in."""
+        """The bundle's name there, below the folder that it is laid out in."""
         return self.name if self.engine is None else f"{self.name}@{self.engine}"
 
     def memory_needed(self, positions: int) -> int:
@@ -126,12 +126,12 @@ def _code() -> bytes:
 
 
 def _wheels(folder: Path, requirements: Sequence[str], sources: dict[str, Source]) -> dict[str, str]:
-    found = sorted(folder.glob("*.whl"))
-    if not found:
+    wheels = sorted(folder.glob("*.whl"))
+    if not wheels:
         raise BoardError(
             f"no wheels in {folder}: fill it with `pip download --only-binary :all: --platform ... -d {folder} "
             f"{' '.join(name.partition('>')[0] for name in requirements)}`"
         )
-    named = {path.name: sha256_file(path) for path in found}
+    named = {path.name: sha256_file(path) for path in wheels}
     sources.update({sha: folder / name for name, sha in named.items()})
     return named

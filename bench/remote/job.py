@@ -40,12 +40,12 @@ def main(folder: Path) -> int:
     signal.signal(signal.SIGTERM, _end)
     job = msgspec.convert(json.loads((folder / "job.json").read_text(encoding="utf-8")), Job)
     specs, out = [str(folder / "bundles" / place) for place in job.specs], folder / "result.json"
-    told_at = 0.0
+    last = 0.0
 
     def progress(label: str, done: float, total: float) -> None:
-        nonlocal told_at
-        if done >= total or time.monotonic() - told_at >= EVERY_S:
-            told_at = time.monotonic()
+        nonlocal last
+        if done >= total or time.monotonic() - last >= EVERY_S:
+            last = time.monotonic()
             _tell({"label": label, "done": done, "total": total})
 
     try:

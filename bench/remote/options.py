@@ -1,4 +1,4 @@
-"""What goes to a board beside the bundles."""
+"""Options of a board."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from saap.base.options import Option, refuse_unused
 
 @dataclass(frozen=True)
 class BoardOptions:
-    """Where a board gets its packages from; its own package index by default, into a venv of the bench's."""
+    """The source of a board's packages; its own package index by default, into a venv of the bench's."""
 
     wheels: Annotated[Path | None, Option("With --on: a folder of wheels for a board that reaches no index.")] = None
     board_packages: Annotated[bool, Option("With --on: use what the board's Python has, make no venv.")] = False

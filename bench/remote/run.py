@@ -44,7 +44,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Task(Generic[T]):
-    """What boards should do.
+    """The work of a board.
 
     ``read`` makes the answer from the board's name and the document that was written there; an invalid one raises
     TypeError, KeyError, AttributeError or ValueError.
@@ -92,19 +92,19 @@ def _with_name(board: str, progress: Progress) -> Progress:
 
 def run_on(board: Board, shipment: Shipment, task: Task[T], progress: Progress | None = None) -> T:
     """Run on one board; it is left clean whatever happens. Raises BoardError: naming the board and what to do."""
-    told = progress or (lambda label, done, total: None)
+    report = progress or (lambda label, done, total: None)
     _preflight(board, shipment, task.positions)
     with noted_run(board) as run:
         board.run = run
         try:
             there = board.insist("take", more=lambda: _take(run, shipment))
-            _push(board, shipment, there["missing"], told)
+            _push(board, shipment, there["missing"], report)
             if not there["installed"]:
                 names = [name.partition(">")[0] for name in shipment.requirements]
-                told(f"install, {', '.join(names)}", 0, 0)
+                report(f"install, {', '.join(names)}", 0, 0)
                 board.insist("install", more=shipment.install)
             board.insist("start", more=lambda: _start(run, shipment, task))
-            done = _follow(board, run, told)
+            done = _follow(board, run, report)
             _check_end(board, done)
             return _fetched(board, board.insist("fetch", more=lambda: {"run": run}), task)
         except KeyError as error:
@@ -149,7 +149,7 @@ def _take(run: str, shipment: Shipment) -> Reply:
     }  # fmt: skip
 
 
-def _push(board: Board, shipment: Shipment, missing: object, told: Progress) -> None:
+def _push(board: Board, shipment: Shipment, missing: object, report: Progress) -> None:
     sizes = shipment.sizes
     if not isinstance(missing, dict) or any(sha not in sizes for sha in missing):
         raise board.garbage("files that were not asked for")
@@ -159,12 +159,12 @@ def _push(board: Board, shipment: Shipment, missing: object, told: Progress) -> 
     for sha, there in missing.items():
 
         def pushed(at: int, before: float = sent - there / 1e6) -> None:
-            told("push (MB)", before + at / 1e6, total)
+            report("push (MB)", before + at / 1e6, total)
 
         board.push(sha, shipment.sources[sha], there, pushed)
         sent += (sizes[sha] - there) / 1e6
     if missing:
-        told("push (MB)", total, total)
+        report("push (MB)", total, total)
 
 
 def _start(run: str, shipment: Shipment, task: Task[T]) -> Reply:
@@ -178,7 +178,7 @@ def _start(run: str, shipment: Shipment, task: Task[T]) -> Reply:
     }
 
 
-def _follow(board: Board, run: str, told: Progress) -> Reply:
+def _follow(board: Board, run: str, report: Progress) -> Reply:
     """Follow the run to its end, over as many connections as it takes."""
     offset, refused = 0, ""
 
@@ -191,9 +191,9 @@ def _follow(board: Board, run: str, told: Progress) -> Reply:
                         case {"refused": why}:
                             refused = printable(why)
                         case {"label": label, "done": float() | int() as done, "total": float() | int() as total}:
-                            told(printable(label), float(done), float(total))
+                            report(printable(label), float(done), float(total))
 
-    done = board.insist("follow", told=hear, more=lambda: {"run": run, "offset": offset})
+    done = board.insist("follow", notify=hear, more=lambda: {"run": run, "offset": offset})
     return {**done, "refused": refused} if refused else done
 
 

@@ -49,7 +49,7 @@ class Target:
         names: Sequence[str] | None = None,
         progress: Progress | None = None,
     ) -> Result:
-        """As :func:`bench.measure.run.measure`."""
+        """Measure as :func:`bench.measure.run.measure` does."""
         if self.url is None:
             return measure(specs, options, names=names, progress=progress)
         options.check()
@@ -57,7 +57,7 @@ class Target:
         return self._answer(shipment, _bench_task(shipment, options, names), progress)
 
     def costs(self, stacks: Sequence[Path], options: CostsOptions, *, progress: Progress | None = None) -> Costs:
-        """As :func:`bench.costs.measure.measure_costs`: without thread counts with the device's physical cores."""
+        """Time as :func:`bench.costs.measure.measure_costs` does; by default with the device's physical cores."""
         if self.url is None:
             return measure_costs(stacks, options, progress=progress)
         base = read_manifest(stacks[0])
@@ -106,7 +106,7 @@ def _bench_task(shipment: Shipment, options: BenchOptions, names: Sequence[str] 
 
 def _result(board: str, document: object, packed: Sequence[Packed]) -> Result:
     """The complete result of what was asked for, under this side's names."""
-    result = RESULT.made(document)
+    result = RESULT.convert(document)
     rounds, left = divmod(len(result.measurements), len(packed))
     if left or not rounds:
         raise ValueError("measurements are missing")
@@ -123,7 +123,7 @@ def _result(board: str, document: object, packed: Sequence[Packed]) -> Result:
 
 
 def _readable(m: Measurement, spec: str) -> Measurement:
-    """With texts that are safe to print: they come from another machine, where a worker may have coloured them."""
+    """Make a board's texts safe to print: they come from another machine, where a worker may have coloured them."""
     return replace(
         m, spec=spec, name=printable(m.name), reasons=[*map(printable, m.reasons)], stderr=[*map(printable, m.stderr)]
     )
@@ -131,9 +131,9 @@ def _readable(m: Measurement, spec: str) -> Measurement:
 
 def _costs(board: str, document: object, base: BundleManifest, threads: Sequence[int] | None) -> Costs:
     """The costs of the model that was sent, as asked for."""
-    found = COSTS.made(document)
-    if found.model != described(base):
+    costs = COSTS.convert(document)
+    if costs.model != described(base):
         raise ValueError("costs of another model")
-    if threads is not None and [table.n_threads for table in found.threads] != list(dict.fromkeys(threads)):
+    if threads is not None and [table.n_threads for table in costs.threads] != list(dict.fromkeys(threads)):
         raise ValueError("other thread counts")
-    return replace(found, command=command_line(), versions={**own_version(), **found.versions}, on=board)
+    return replace(costs, command=command_line(), versions={**own_version(), **costs.versions}, on=board)

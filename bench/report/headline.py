@@ -53,7 +53,7 @@ def entries_of(results: Sequence[Result]) -> list[Entry]:
 
 
 def model_of(entry: Entry, names: Sequence[str]) -> str | None:
-    """Which of the names that `saap eval` gave (paths) is the measured model's; None where that is not clear.
+    """Find the measured model among the names (paths) that `saap eval` gave; None where that is not clear.
 
     `saap bench` names the last part of a path, so the paths themselves come first; last parts count where they are one
     model's.
@@ -133,8 +133,8 @@ def _speed_card(old: Entry, new: Entry, refused: str | None) -> Card:
     before, after = number(old.row[f"{metric}_ts"]), number(new.row[f"{metric}_ts"])
     note = f"{metric}, median of {len(new.measurement.samples)}, {threads(new.measurement.n_threads)}"
     ratio = None
-    if (found := _speed_of(old, new, refused)) is not None:
-        middle, low, high = found
+    if (speed := _speed_of(old, new, refused)) is not None:
+        middle, low, high = speed
         ratio = f"{middle:.2f}{TIMES}"
         bounded = math.isfinite(high)
         note += f"; 95 % interval {low:.2f}{DASH}{high:.2f}" if bounded else "; one repetition, spread unknown"
@@ -142,7 +142,7 @@ def _speed_card(old: Entry, new: Entry, refused: str | None) -> Card:
 
 
 def _speed_of(old: Entry, new: Entry, refused: str | None) -> tuple[float, float, float] | None:
-    """How many times as fast the candidate is, with the 95 % interval; as `saap bench` says it of the pair.
+    """Return how many times as fast the candidate is, with the 95 % interval; as `saap bench` says it of the pair.
 
     Turns in bursts stand beside what is INVALID.
     """
@@ -156,7 +156,7 @@ def _speed_of(old: Entry, new: Entry, refused: str | None) -> tuple[float, float
 
 
 def bought(pair: tuple[Entry, Entry] | None, quality: Sequence[Mapping[str, object]]) -> str | None:
-    """What the candidate gains over the baseline, and what it costs, in one sentence; None without two of them."""
+    """Say in one sentence what the candidate gains over the baseline, and what it costs; None without two of them."""
     if pair is None or pair[0] is pair[1]:
         return None
     old, new = pair
@@ -172,8 +172,8 @@ def bought(pair: tuple[Entry, Entry] | None, quality: Sequence[Mapping[str, obje
         values = [as_float(row.get(key)) for row in rows]
         if costs is None and None not in values:
             costs = f"{what} {number(values[1], digits)} instead of {number(values[0], digits)}"
-    told = "; ".join(filter(None, (" and ".join(gains), costs)))
-    return f"{new.measurement.name} against {old.measurement.name}: {told}" if told else None
+    summary = "; ".join(filter(None, (" and ".join(gains), costs)))
+    return f"{new.measurement.name} against {old.measurement.name}: {summary}" if summary else None
 
 
 def bought_by(result: Result, quality: Mapping[str, object]) -> str | None:

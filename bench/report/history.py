@@ -93,16 +93,16 @@ def series(folder: Path, progress: Progress | None = None) -> list[Series]:
     """
     if not folder.is_dir():
         raise ResultError(f"no folder {folder}: `saap bench --history {folder}` makes it")
-    found: dict[Key, list[Point]] = {}
+    points: dict[Key, list[Point]] = {}
     paths = sorted(folder.glob("*.json"))
     if not paths:
         raise ResultError(f"{folder} holds no results: give a folder of `saap bench --history`")
     for done, path in enumerate(paths, 1):
         for key, point in _points(path, read_result(path)):
-            found.setdefault(key, []).append(point)
+            points.setdefault(key, []).append(point)
         if progress:
             progress("reading results (files)", done, len(paths))
-    return [Series(*(*key, sorted(found[key], key=lambda p: (p.created, p.file)))) for key in sorted(found)]
+    return [Series(*(*key, sorted(points[key], key=lambda p: (p.created, p.file)))) for key in sorted(points)]
 
 
 def change_points(values: Sequence[float]) -> list[int]:
@@ -222,18 +222,18 @@ def history_plot(of: Series, changes: Sequence[int], salt: str) -> Markup:
 def changes_text(of: Series, changes: Sequence[int]) -> list[str]:
     values, edges = np.array(of.median_s), [0, *changes, len(of.points)]
     levels = [float(np.median(values[a:b])) for a, b in pairwise(edges)]
-    told = []
+    sentences = []
     for change, (before, after) in zip(changes, pairwise(levels), strict=True):
         word = "slower" if after > before else "faster"
         share = 100 * abs(after / before - 1)
         point = of.points[change]
-        told.append(f"{share:.1f} % {word} from {point.created[:16].replace('T', ' ')} on ({point.file})")
-    return told
+        sentences.append(f"{share:.1f} % {word} from {point.created[:16].replace('T', ' ')} on ({point.file})")
+    return sentences
 
 
-def history_panels(found: Sequence[Series]) -> list[Panel]:
+def history_panels(histories: Sequence[Series]) -> list[Panel]:
     panels = []
-    for index, of in enumerate(found):
+    for index, of in enumerate(histories):
         changes = change_points(of.median_s)
         drawn = history_plot(of, changes, f"history{index}")
         panels.append(Panel(f"{of.name}, {of.setting}", of, changes_text(of, changes), drawn))
@@ -251,7 +251,7 @@ def _draw_runs(axes: Axes, days: Array, values: Array) -> None:
 
 
 def _limits(medians: Array) -> tuple[float, float]:
-    """Of the y axis: single wild runs stand at its edge, so that they do not flatten the rest."""
+    """Return the limits of the y axis: single wild runs stand at its edge, so that they do not flatten the rest."""
     low, high = np.percentile(medians, [5, 95])
     room = max(high - low, 0.02 * high)
     return low - room, high + room

@@ -90,6 +90,6 @@ def _fullness(share: float) -> float:
 
 
 def shares_text(kept: Kept) -> str:
-    """What is kept over all layers, in words, for who does not see the picture."""
+    """Say the shares that are kept over all layers in words, for who does not see the picture."""
     parts = zip(kept.rows, kept.totals, strict=True)
     return ", ".join(f"{title} {100 * total:.0f} %" for (_, title), total in parts if not np.isnan(total))

@@ -145,8 +145,8 @@ def _plan(run: Mapping[str, object], results: Sequence[Result]) -> Row | None:
         return None
     kept = kept_of(plan)
     facts: Row = {key: plan[key] for key in ("asked", "planned", "achieved") if key in plan}
-    if told := next(filter(None, (planned_speed(plan, result) for result in results)), None):
-        facts["speed"] = told
+    if speed := next(filter(None, (planned_speed(plan, result) for result in results)), None):
+        facts["speed"] = speed
     return {
         "facts": facts,
         "svg": kept_plot(kept) if kept else None,

@@ -60,17 +60,17 @@ def decode_rates(measurements: Sequence[Measurement], ceilings: Sequence[float |
             spread = np.linspace(-0.16, 0.16, len(rates)) if len(rates) > 1 else np.zeros(len(rates))
             fill = "none" if measurement.status == INVALID else series_colour(row)
             axes.scatter(rates, row + spread, s=22, facecolors=fill, edgecolors=series_colour(row), alpha=0.8)
-            told = ""
+            numbers = ""
             if centre := summarize(rates):
                 axes.plot([centre.median] * 2, [row - 0.26, row + 0.26], color=INK, linewidth=1.6)
-                told = f"{centre.median:.1f}"
+                numbers = f"{centre.median:.1f}"
             if ceiling is not None:
                 axes.plot([ceiling] * 2, [row - 0.26, row + 0.26], color=MUTED, linewidth=1.2, linestyle=(0, (2, 2)))
-                told += f", ceiling {ceiling:.0f}"
+                numbers += f", ceiling {ceiling:.0f}"
             # Name and numbers have a line of their own, where no dot can meet them.
             across = axes.get_yaxis_transform()
             axes.text(0, row - 0.33, label(names[row]), va="bottom", color=INK, transform=across)
-            axes.text(1, row - 0.33, told, va="bottom", ha="right", color=INK, transform=across)
+            axes.text(1, row - 0.33, numbers, va="bottom", ha="right", color=INK, transform=across)
         axes.set_yticks([])
         axes.set_ylim(len(names) - 0.5, -0.75)
         axes.set_xlim(left=0)

@@ -1,4 +1,4 @@
-"""What a report says of quality: perplexities with their protocol, zero-shot tasks, and quality against its price."""
+"""Quality in a report: perplexities with their protocol, zero-shot tasks, and quality against speed."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ def sections_of(
 
 def _same_examples(some: Sequence[Row], others: Sequence[Row]) -> bool:
     """Whether tasks that both hold are of the same file and the same examples of it."""
-    found = {plain(row.get("task")): _examples(row) for row in some}
-    return all(found.get(plain(row.get("task")), _examples(row)) == _examples(row) for row in others)
+    examples = {plain(row.get("task")): _examples(row) for row in some}
+    return all(examples.get(plain(row.get("task")), _examples(row)) == _examples(row) for row in others)
 
 
 def _examples(row: Row) -> tuple[str, list[str]]:
@@ -69,16 +69,16 @@ def _examples(row: Row) -> tuple[str, list[str]]:
 
 def _join(section: Section, rows: Sequence[Row], tasks: Sequence[Row]) -> None:
     """Add a document's rows to a section; what is there already is not shown twice."""
-    held = {plain(row.get("name")): row for row in section.rows}
+    known = {plain(row.get("name")): row for row in section.rows}
     scores = {(plain(row.get("model")), plain(row.get("task"))): row for row in section.tasks}
     renamed: dict[str, str] = {}
     for row in rows:
         name = plain(row.get("name"))
         mine = [task for task in tasks if plain(task.get("model")) == name]
         again = [scores.get((name, plain(task.get("task"))), task) == task for task in mine]
-        if name in held and not (held[name] == row and all(again)):
-            renamed[name] = next(new for n in count(2) if (new := f"{name} #{n}") not in held)
-        if renamed.get(name, name) not in held:
+        if name in known and not (known[name] == row and all(again)):
+            renamed[name] = next(new for n in count(2) if (new := f"{name} #{n}") not in known)
+        if renamed.get(name, name) not in known:
             section.rows.append({**row, "name": renamed.get(name, row.get("name"))})
     for task in tasks:
         name = plain(task.get("model"))
@@ -92,10 +92,10 @@ def task_table(tasks: Sequence[Row]) -> Table | None:
         return None
     names = list(dict.fromkeys(plain(row.get("task")) for row in tasks))
     models = list(dict.fromkeys(plain(row.get("model")) for row in tasks))
-    found = {(plain(row.get("model")), plain(row.get("task"))): row for row in tasks}
+    by_name = {(plain(row.get("model")), plain(row.get("task"))): row for row in tasks}
     rows = []
     for model in models:
-        scores = [_score(found.get((model, name), {})) for name in names]
+        scores = [_score(by_name.get((model, name), {})) for name in names]
         known = [value for value, _ in scores if value is not None]
         mean = sum(known) / len(known) if len(known) == len(names) else None
         rows.append([model, *map(_score_text, scores), UNKNOWN if mean is None else percent(mean)])
@@ -128,7 +128,7 @@ def tradeoffs(entries: Sequence[Entry], sections: Sequence[Section]) -> list[Fig
 
 
 def _where(section: Section, sections: Sequence[Section]) -> str:
-    """Which text, where there are several protocols."""
+    """Name the text, where there are several protocols."""
     protocol = section.protocol
     if len(sections) == 1 or not protocol:
         return ""
@@ -159,8 +159,8 @@ def _by_turns(entries: Sequence[Entry], quality: Mapping[str, float]) -> tuple[l
             if measured is not None:
                 points[each.name] = Point(each.name, price, measured)
                 first = base.measurement.name
-    told = "The clock moved too much to quote times; ratios of models that took turns hold. "
-    return list(points.values()), f"time per generated token, {first} = 1", told
+    reason = "The clock moved too much to quote times; ratios of models that took turns hold. "
+    return list(points.values()), f"time per generated token, {first} = 1", reason
 
 
 def _quality_by_name(section: Section) -> tuple[dict[str, float], str, bool]:
@@ -182,7 +182,7 @@ def _quality_by_name(section: Section) -> tuple[dict[str, float], str, bool]:
 
 
 def metric_of(task: Row) -> str:
-    """What the literature quotes of a task: acc_norm where it has it (BoolQ and WinoGrande have not), else acc."""
+    """Name the accuracy to quote: acc_norm where the task has it (BoolQ and WinoGrande have not), else acc."""
     return "acc" if task.get("acc_norm") is None else "acc_norm"
 
 

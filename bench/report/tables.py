@@ -11,7 +11,7 @@ from typing import NamedTuple
 import msgspec
 
 from bench.judge.wording import as_dict, as_float, as_list, number
-from bench.measure.pilots import Pilot, told
+from bench.measure.pilots import Pilot, sentence
 from bench.measure.result import Measurement, Result
 from bench.measure.statistics import percentile, summarize
 from bench.power.sensors import NO_SENSOR
@@ -49,7 +49,7 @@ def table_rows(result: Result) -> list[Row]:
 
 
 def main_table(result: Result) -> Table:
-    """What is asked for first; the test stands in it where there are several, energy where a sensor was read."""
+    """Return the main numbers; the test stands in it where there are several, energy where a sensor was read."""
     rows = table_rows(result)
     columns = [
         _name,
@@ -95,7 +95,7 @@ def detail_table(result: Result) -> Table:
 
 
 def energy_notes(result: Result) -> list[str]:
-    """Which sensor the energy is from and what that covers; or why there is none, where a sensor could not be used."""
+    """Name the energy's sensor and what it covers; or why there is none, where a sensor could not be used."""
     power = as_dict(result.settings.get("power"))
     reasons = [str(reason) for reason in as_list(power.get("reasons"))]
     if power.get("source") is None:
@@ -112,13 +112,13 @@ def energy_notes(result: Result) -> list[str]:
 
 
 def peer_notes(result: Result) -> list[str]:
-    """Which characters, with which of its own settings each peer was measured, and what it was built without."""
-    pilots = [told(msgspec.convert(each, Pilot)) for each in as_list(result.settings.get("pilots"))]
+    """Say which characters and which of its own settings each peer was measured with, and what it was built without."""
+    pilots = [sentence(msgspec.convert(each, Pilot)) for each in as_list(result.settings.get("pilots"))]
     return [*spelling_notes(result), *pilots, *filter(None, [built_without(result)])]
 
 
 def spelling_notes(result: Result) -> list[str]:
-    """Of which text the times per character are, where models say it in different numbers of tokens."""
+    """Name the text of the times per character, where models write it in different numbers of tokens."""
     known = {m.name: m.model.spelling for m in result.measurements if m.model.spelling and m.character_s}
     if len({each.characters_per_token for each in known.values()}) < 2:
         return []
@@ -128,7 +128,7 @@ def spelling_notes(result: Result) -> list[str]:
 
 
 def built_without(result: Result) -> str | None:
-    """What llama.cpp's own system line lacks of what this CPU has; None: nothing, or there is no such line."""
+    """Name what llama.cpp's own system line lacks of what this CPU has; None: nothing, or there is no such line."""
     line, has = result.versions.get("llama.cpp system"), as_list(result.device.get("isa"))
     missing = [name for feature, name in IN_LLAMA_CPP.items() if line and feature in has and f"{name} = 1" not in line]
     if not missing:
@@ -158,7 +158,7 @@ def markdown(table: Table) -> str:
 def markdown_cell(text: str) -> str:
     """Text that stays text in a table of GitHub's Markdown: no markup, no column, no line of its own."""
     text = "".join(character if character.isprintable() else "?" for character in text)
-    return re.sub(r"[&<>|]", lambda found: _ENTITIES[found[0]], _MARKS.sub(r"\\\1", text))
+    return re.sub(r"[&<>|]", lambda mark: _ENTITIES[mark[0]], _MARKS.sub(r"\\\1", text))
 
 
 def _row(result: Result, m: Measurement) -> Row:

@@ -32,12 +32,12 @@ class Store:
         self.path.mkdir(exist_ok=True)
 
     def file(self, sha: str) -> Path:
-        """Where a whole file is. Raises AgentError: ``sha`` is not a sha256, and might be a path."""
+        """Return the path of a whole file. Raises AgentError: ``sha`` is not a sha256, and might be a path."""
         if not isinstance(sha, str) or not _SHA.fullmatch(sha):
             raise AgentError(f"{sha!r} is no sha256: the two sides are not of one version")
         return self.path / sha
 
-    def held(self, sha: str) -> int | None:
+    def received(self, sha: str) -> int | None:
         """Bytes of an unfinished file, or None where the whole is here; one that is damaged is thrown away."""
         whole, part = self.file(sha), self._part(sha)
         if whole.is_file():
@@ -137,18 +137,18 @@ def inside(name: object) -> Path:
 
 def free(folder: Path) -> int:
     """Bytes that this user may still write there."""
-    found = os.statvfs(folder)
-    return found.f_bavail * found.f_frsize
+    room = os.statvfs(folder)
+    return room.f_bavail * room.f_frsize
 
 
 def full(folder: Path, needed: int = 0) -> str:
-    """Why something does not fit, in one line; ``needed`` bytes, where that is known."""
+    """Say why something does not fit, in one line; ``needed`` bytes, where that is known."""
     left = 0
     with contextlib.suppress(OSError):
         left = free(folder)
-    wanted = f"{needed / 1e6:.0f} MB are needed in {folder} and " if needed else f"in {folder} "
+    need = f"{needed / 1e6:.0f} MB are needed in {folder} and " if needed else f"in {folder} "
     return (
-        f"the disk is full: {wanted}{left / 1e6:.0f} MB are free: free some, or name another folder there in SAAP_CACHE"
+        f"the disk is full: {need}{left / 1e6:.0f} MB are free: free some, or name another folder there in SAAP_CACHE"
     )
 
 

@@ -16,7 +16,7 @@ STALE_S = 120  # a lock that nobody has touched for so long, and whose process i
 
 
 class AgentError(Exception):
-    """What went wrong on the board, and what to do: one line without the board's name.
+    """A failure on the board, and what to do: one line without the board's name.
 
     Args:
         again: whether the same request may work in a moment.
@@ -61,7 +61,7 @@ def _stat(pid: int) -> list[str]:
 
 
 def started(pid: int) -> str | None:
-    """When a process that still runs was started, in ticks: with the pid it names one process."""
+    """Return the time at which a running process started, in ticks: with the pid it names one process."""
     fields = _stat(pid)
     return fields[19] if fields and fields[0] not in ("Z", "X") else None
 
@@ -76,12 +76,12 @@ def below(pid: int) -> list[int]:
     """Its children and theirs."""
     pids = [int(path.name) for path in Path("/proc").glob("[0-9]*")]
     parents = {each: int(fields[1]) for each in pids if (fields := _stat(each))}
-    found: list[int] = []
-    wanted = [pid]
-    while wanted:
-        wanted = [child for child, parent in parents.items() if parent in wanted]
-        found += wanted
-    return found
+    descendants: list[int] = []
+    generation = [pid]
+    while generation:
+        generation = [child for child, parent in parents.items() if parent in generation]
+        descendants += generation
+    return descendants
 
 
 def kill(pid: int, number: int = signal.SIGKILL) -> None:
@@ -114,14 +114,14 @@ class Lock:
         self.path, self._guard, self._root = folder / "lock.json", folder / "lock.guard", root
 
     def take(self, run: str, owner: str) -> None:
-        """For ``run``; taken again by the same run, it stays. Raises AgentError: another run holds it."""
+        """Take the lock for ``run``; taken again by the same run, it stays. Raises AgentError: another run has it."""
         with guarded(self._guard):
-            held = read_json(self.path)
-            if held.get("run") == run:
-                write_json(self.path, {**held, "taker": os.getpid()})
+            lock = read_json(self.path)
+            if lock.get("run") == run:
+                write_json(self.path, {**lock, "taker": os.getpid()})
                 return
-            if self.path.exists() and not self._stale(held):
-                begun, who, process = held.get("since"), held.get("owner", "somebody"), held.get("pid")
+            if self.path.exists() and not self._stale(lock):
+                begun, who, process = lock.get("since"), lock.get("owner", "somebody"), lock.get("pid")
                 seconds = max(0.0, time.time() - begun) if isinstance(begun, float) else 0.0
                 since = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
                 what = f" (process {process} there)" if process else ""
@@ -134,9 +134,9 @@ class Lock:
 
     def process(self, run: str, pid: int) -> None:
         with guarded(self._guard):
-            held = read_json(self.path)
-            if held.get("run") == run:
-                write_json(self.path, {**held, "pid": pid, "start": started(pid)})
+            lock = read_json(self.path)
+            if lock.get("run") == run:
+                write_json(self.path, {**lock, "pid": pid, "start": started(pid)})
 
     def holds(self, run: str) -> bool:
         return read_json(self.path).get("run") == run
@@ -151,7 +151,7 @@ class Lock:
             return True
 
     def keep(self, run: str) -> None:
-        """As ``touch``. Raises AgentError: another run has it, or none."""
+        """Touch the lock. Raises AgentError: another run has it, or none."""
         if not self.touch(run):
             raise AgentError("another run has taken the board meanwhile: measure again")
 
@@ -163,15 +163,15 @@ class Lock:
     def untake(self, run: str) -> None:
         """Give up what this process took in vain, unless the same run has taken it again over another connection."""
         with guarded(self._guard):
-            held = read_json(self.path)
-            if (held.get("run"), held.get("taker")) == (run, os.getpid()):
+            lock = read_json(self.path)
+            if (lock.get("run"), lock.get("taker")) == (run, os.getpid()):
                 self.path.unlink(missing_ok=True)
 
-    def _stale(self, held: dict[str, object]) -> bool:
-        if held.get("boot_id", boot_id(self._root)) != boot_id(self._root):
+    def _stale(self, lock: dict[str, object]) -> bool:
+        if lock.get("boot_id", boot_id(self._root)) != boot_id(self._root):
             return True
         # A board without a clock of its own jumps when it learns the time: a touch far ahead is as old as one long ago.
-        return abs(time.time() - self.path.stat().st_mtime) > STALE_S and not alive(held)
+        return abs(time.time() - self.path.stat().st_mtime) > STALE_S and not alive(lock)
 
 
 @contextlib.contextmanager

@@ -33,7 +33,7 @@ _OTHERS = ("PYTHONPATH", "PYTHONHOME", "PYTHONSAFEPATH", "VIRTUAL_ENV")
 
 
 def agent_folder(folder: Path, key: str) -> Path:
-    """Where an installation is. Raises AgentError: ``key`` is not a key."""
+    """Return the folder of an installation. Raises AgentError: ``key`` is not a key."""
     if not isinstance(key, str) or not _KEY.fullmatch(key):
         raise AgentError(f"{key!r} is no installation: the two sides are not of one version")
     return folder / f"agent-{key}"
@@ -95,11 +95,11 @@ def _write_code(place: Path, files: dict[str, str]) -> None:
 
 
 def _venv(place: Path, beat: Callable[[], None]) -> str:
-    code, said = _run([sys.executable, "-m", "venv", str(place)], beat)
+    code, output = _run([sys.executable, "-m", "venv", str(place)], beat)
     if code:
-        if "ensurepip" in said or "No module named venv" in said:
+        if "ensurepip" in output or "No module named venv" in output:
             raise AgentError("its Python has no venv: `sudo apt install python3-venv` there")
-        raise AgentError(f"no venv can be made: {_last(said)}")
+        raise AgentError(f"no venv can be made: {_last(output)}")
     return str(place / "bin/python")
 
 
@@ -110,30 +110,30 @@ def _fill(python: str, place: Path, store: Store, request: InstallRequest, beat:
         store.lay_out(wheels, request["wheels"])
         source = ["--no-index", "--find-links", str(wheels)]
     pip = [python, "-m", "pip", "install", "--quiet", "--no-input", "--disable-pip-version-check"]
-    code, said = _run([*pip, *source, *request["requirements"]], beat)
-    if code and "No space left" in said:
+    code, output = _run([*pip, *source, *request["requirements"]], beat)
+    if code and "No space left" in output:
         raise AgentError("the disk became full while packages were installed: free some 300 MB there")
     if code:
-        if "CMAKE" in said and "COMPILER" in said:
+        if "CMAKE" in output and "COMPILER" in output:
             raise AgentError(
                 "llama.cpp is compiled there, and there is no C++ compiler: `sudo apt install build-essential` there, "
                 "or push wheels with --wheels DIR"
             )
         give = "push the right ones" if source else "let it reach a package index, or push wheels with --wheels DIR"
         raise AgentError(
-            f"its packages cannot be installed: {give}, or take its own with --board-packages: {_last(said)}"
+            f"its packages cannot be installed: {give}, or take its own with --board-packages: {_last(output)}"
         )
     shutil.rmtree(place / "wheels", ignore_errors=True)
 
 
 def _versions(python: str, place: Path, beat: Callable[[], None]) -> dict[str, str]:
-    code, said = _run([python, "-c", _CHECK], beat, CHECK_S, place / "code")
+    code, output = _run([python, "-c", _CHECK], beat, CHECK_S, place / "code")
     try:
-        found = json.loads(said.splitlines()[-1])
+        versions = json.loads(output.splitlines()[-1])
     except (ValueError, IndexError):
-        why = f"nothing in {CHECK_S:.0f} s" if code < 0 else _last(said)
+        why = f"nothing in {CHECK_S:.0f} s" if code < 0 else _last(output)
         raise AgentError(f"{python} there does not have what the bench needs: {why}") from None
-    return {str(name): str(version) for name, version in found.items()}
+    return {str(name): str(version) for name, version in versions.items()}
 
 
 def _run(

@@ -53,7 +53,7 @@ Beat = Callable[..., None]  # whatever takes long calls it now and then
 
 
 def hello(folder: Path, request: Request, tell: Tell, beat: Beat) -> HelloAnswer:
-    """What a preflight asks: bytes, seconds since the epoch.
+    """Answer a preflight with bytes and seconds since the epoch.
 
     Raises AgentError: a system without Linux's /proc, by which processes are known.
     """
@@ -83,7 +83,7 @@ def take(folder: Path, request: TakeRequest, tell: Tell, beat: Beat) -> TakeAnsw
         store = Store(folder, beat)
         missing = {}
         for sha in request["files"]:
-            if (there := store.held(sha)) is not None:
+            if (there := store.received(sha)) is not None:
                 missing[sha] = there
         agent = ready(folder, request["key"], beat)
         needed = sum(request["files"][sha] - there for sha, there in missing.items())
@@ -119,17 +119,17 @@ def put(folder: Path, request: PutRequest, tell: Tell, beat: Beat) -> dict[str, 
 
 
 def follows(folder: Path, request: FollowRequest, tell: Tell, beat: Beat) -> dict[str, object]:
-    for told in follow(folder, request):
-        if isinstance(done := told.get("done"), dict):
+    for document in follow(folder, request):
+        if isinstance(done := document.get("done"), dict):
             return done
-        tell(told)
+        tell(document)
     raise AgentError("the run is gone")
 
 
 REQUESTS: dict[str, Callable[..., object]] = {
     "hello": hello,
     "take": take,
-    "held": lambda folder, request, tell, beat: {"held": Store(folder, beat).held(request["sha"])},
+    "held": lambda folder, request, tell, beat: {"held": Store(folder, beat).received(request["sha"])},
     "put": put,
     "install": lambda folder, request, tell, beat: install(folder, request, beat),
     "start": lambda folder, request, tell, beat: start(folder, request, beat),
@@ -169,7 +169,7 @@ def _gone(number: int, frame: FrameType | None) -> None:
 
 
 def _why(error: OSError) -> str:
-    """What a person can mend; any other error is raised again."""
+    """Say what a person can mend; any other error is raised again."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return full(home())
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):  # left by a run as root, perhaps

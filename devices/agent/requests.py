@@ -1,4 +1,4 @@
-"""What the agent is asked and what it answers, as JSON: see the table in ``devices.agent.main``. For types only."""
+"""The agent's requests and answers as JSON: see the table in ``devices.agent.main``. For types only."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class TakeRequest(Request):
 
 
 class HeldRequest(Request):
-    """How much of a file is there, asked by the run that has the lock."""
+    """A question by the run that has the lock: how much of a file is there."""
 
     run: str
     sha: str
@@ -71,13 +71,13 @@ class StartRequest(RunRequest):
 
 
 class FollowRequest(RunRequest):
-    """From a byte of the run's progress on."""
+    """A question about a run's progress, from a byte of it on."""
 
     offset: int
 
 
 class HelloAnswer(TypedDict):
-    """What a preflight looks at; bytes, and seconds since the epoch."""
+    """Facts for a preflight; bytes, and seconds since the epoch."""
 
     python: str
     machine: str

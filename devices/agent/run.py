@@ -47,7 +47,7 @@ _ID = re.compile(r"[0-9a-f]{16}")
 
 
 def run_folder(folder: Path, run: str) -> Path:
-    """Where a run is. Raises AgentError: ``run`` is not a run."""
+    """Return the folder of a run. Raises AgentError: ``run`` is not a run."""
     if not isinstance(run, str) or not _ID.fullmatch(run):
         raise AgentError(f"{run!r} is no run: the two sides are not of one version")
     return folder / "runs" / run
@@ -99,7 +99,7 @@ def _start(folder: Path, request: StartRequest, beat: Callable[[], None]) -> dic
 
 
 def follow(folder: Path, request: FollowRequest) -> Iterator[dict[str, object]]:
-    """What happens in a run from a byte of its progress on, a beat at least every other second, and how it ended.
+    """Yield a run's progress from a byte of it on, a beat at least every other second, and how it ended.
 
     Raises AgentError: there is no such run.
     """

@@ -1,4 +1,4 @@
-"""Beside the measuring process on the board: ``python -m devices.agent.supervisor FOLDER RUN``, stdlib only."""
+"""The process beside the measuring one on the board: ``python -m devices.agent.supervisor FOLDER RUN``, stdlib only."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ class Supervisor:
 
     def main(self) -> None:
         """Run the measuring process to its end; nothing that it started is left."""
-        signal.signal(signal.SIGTERM, self._asked)
+        signal.signal(signal.SIGTERM, self._end)
         pid = os.getpid()  # first of all: whoever started us may be gone, and then nobody else says how we are ended
         write_json(self.place / "process.json", {"pid": pid, "start": started(pid)})
         self.lock.process(self.run, pid)
         _prctl(_SUBREAPER, 1)  # orphans of a killed child become ours, and are ended
-        with (self.place / "progress.jsonl").open("ab") as told, (self.place / "stderr.txt").open("ab") as said:
+        with (self.place / "progress.jsonl").open("ab") as progress, (self.place / "stderr.txt").open("ab") as errors:
             self._job = job = subprocess.Popen(
-                [sys.executable, "-m", JOB, str(self.place)], stdin=subprocess.DEVNULL, stdout=told, stderr=said,
+                [sys.executable, "-m", JOB, str(self.place)], stdin=subprocess.DEVNULL, stdout=progress, stderr=errors,
                 start_new_session=True, preexec_fn=lambda: _end_with(pid),
             )  # fmt: skip
         followed = self._watch(job)
@@ -76,21 +76,21 @@ class Supervisor:
     def _how(self, code: int) -> dict[str, object]:
         if code == 0:
             return {"code": 0}
-        with (self.place / "stderr.txt").open("rb") as said:
-            said.seek(max(0, said.seek(0, os.SEEK_END) - MOST_STDERR))
-            lines = said.read().decode("utf-8", "replace").splitlines()
+        with (self.place / "stderr.txt").open("rb") as errors:
+            errors.seek(max(0, errors.seek(0, os.SEEK_END) - MOST_STDERR))
+            lines = errors.read().decode("utf-8", "replace").splitlines()
         last = next((line.strip() for line in reversed(lines) if line.strip()), "")[:300]
         killed = "killed there, as the system does when memory runs out" if code == -signal.SIGKILL else ""
         return {"code": code, "error": killed or last or f"its process ended with {code}"}
 
-    def _asked(self, number: int, frame: FrameType | None) -> None:
+    def _end(self, number: int, frame: FrameType | None) -> None:
         self._stop = True
         if self._job is not None:
             self._job.terminate()
 
 
 def _end_with(parent: int) -> None:
-    """In a child: be ended when ``parent`` is, also when that was before we could ask for it."""
+    """Let a child end when ``parent`` does, also when that was before we could ask for it."""
     _prctl(_DEATH_SIGNAL, signal.SIGTERM)
     if os.getppid() != parent:
         os._exit(1)

@@ -1,4 +1,4 @@
-"""Where ``writing_over`` was before saap 0.3."""
+"""The place of ``writing_over`` before saap 0.3."""
 
 from __future__ import annotations
 

@@ -109,11 +109,11 @@ def _unpack_debian(root: Path, archive: Path) -> None:
     )  # fmt: skip
     with tarfile.open(archive) as tar:
         # Programs and libraries only: device nodes need root, and nothing else is needed.
-        wanted = [m for m in tar if m.name.startswith("./usr/") and (m.isreg() or m.isdir() or m.issym() or m.islnk())]
+        members = [m for m in tar if m.name.startswith("./usr/") and (m.isreg() or m.isdir() or m.issym() or m.islnk())]
         if hasattr(tarfile, "tar_filter"):
-            tar.extractall(root, wanted, filter="tar")
+            tar.extractall(root, members, filter="tar")
         else:
-            tar.extractall(root, wanted)
+            tar.extractall(root, members)
     archive.unlink()
     if not (root / "lib").exists():  # base-files makes this link, which an unpacked archive may lack
         (root / "lib").symlink_to("usr/lib")
@@ -137,8 +137,8 @@ def _fetch(command: Sequence[str], what: str) -> None:
         raise EmulationError(f"{what} were not fetched within {FETCH_S:.0f} s: look at the connection") from None
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.lower().startswith(("e:", "error"))]
-        told = lines[0] if lines else last_line(done.stderr)
-        raise EmulationError(f"{what} cannot be fetched: {told}")
+        reason = lines[0] if lines else last_line(done.stderr)
+        raise EmulationError(f"{what} cannot be fetched: {reason}")
 
 
 def _write_launcher(root: Root) -> None:
@@ -153,7 +153,7 @@ def _write_launcher(root: Root) -> None:
 
 
 def _quoted(text: str) -> str:
-    """For sh, and refused where a script's own first line could not hold it."""
+    """Quote for sh, and refuse what a script's own first line could not hold."""
     if "\n" in text:
         raise EmulationError(f"{text!r} cannot be the cache's path: name another in SAAP_CACHE")
     return "'" + text.replace("'", "'\\''") + "'"

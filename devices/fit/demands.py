@@ -1,4 +1,4 @@
-"""What a device of a profile demands of a bundle: bits, kernels and a version that it has, and a size that fits."""
+"""A device's demands on a bundle: bits, kernels and a version that it has, and a size that fits."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CONTEXT = 4096  # tokens, as a conversation has by default
 
 @dataclass(frozen=True)
 class DeviceOptions:
-    """What is said of a device beside its name."""
+    """The options of a device beside its name."""
 
     context: Annotated[
         int | None, Option("Tokens that the cache holds; default: 4096, or what the model has."), Meta(ge=1)
@@ -46,7 +46,7 @@ class DeviceOptions:
 
 @dataclass(frozen=True)
 class Demands:
-    """What a bundle must be to run on a device."""
+    """The demands on a bundle that should run on a device."""
 
     device: Device
     options: DeviceOptions

@@ -37,7 +37,7 @@ EXPORT = "saap export MODEL -o BUNDLE"
 
 @dataclass(frozen=True)
 class Finding:
-    """What stands against a bundle, or what would help, and the command that does it."""
+    """An obstacle of a bundle, or a remedy, and the command that does it."""
 
     what: str
     command: str | None = None
@@ -81,15 +81,15 @@ def fit(model: Model, device: Device, context: int) -> Fit:
     largest = largest_context(model, device)
     suffices = memory.total <= device.memory_bytes
     ceiling, why = _ceiling(model, device, context)
-    told = remarks(model, device) + why
+    notes = remarks(model, device) + why
     remedies = tuple(Finding("so that it loads", finding.command) for finding in against if finding.command)
     if not suffices:
         remedies += for_memory(model, device, context, largest)
     elif not against and memory.total > TIGHT * device.memory_bytes:
-        told += ("tight: less than a tenth of the memory is left, and other processes want some",)
+        notes += ("tight: less than a tenth of the memory is left, and other processes want some",)
     return Fit(
         context, memory, device.memory_bytes, not against, not against and suffices, largest, ceiling,
-        kernels(model, device), against, told, remedies,
+        kernels(model, device), against, notes, remedies,
     )  # fmt: skip
 
 
@@ -105,26 +105,26 @@ def _ceiling(model: Model, device: Device, context: int) -> tuple[tuple[float | 
 
 
 def refusals(model: Model, device: Device) -> tuple[Finding, ...]:
-    """Why it would not load, or not run at a speed that makes sense; empty where nothing is known against it."""
-    found = []
+    """Say why it would not load, or not run at a speed that makes sense; empty where nothing is known against it."""
+    findings = []
     needed, there = model.onnxruntime_min, device.onnxruntime
     if there and _version(there) < _version(needed):
-        told = f"it needs ONNX Runtime {needed}, there it is {there} ({device.onnxruntime_source})"
+        reason = f"it needs ONNX Runtime {needed}, there it is {there} ({device.onnxruntime_source})"
         for_cache = model.kv_dtype == "int8" and _version(there) >= (1, 23)  # which alone asks for a newer one
-        found.append(Finding(told, f"{EXPORT} --kv 32" if for_cache else OWN_PYTHON))
+        findings.append(Finding(reason, f"{EXPORT} --kv 32" if for_cache else OWN_PYTHON))
     if model.target != "cuda" and model.bits == 8:
         if device.dotprod is False:
-            found.append(Finding("8 bit has no kernel without dotprod", f"{EXPORT} --bits 4 --no-dotprod"))
+            findings.append(Finding("8 bit has no kernel without dotprod", f"{EXPORT} --bits 4 --no-dotprod"))
         if model.accuracy_level != 4:
             slow = "8 bit is fast at accuracy level 4 only (else 250 times slower)"
-            found.append(Finding(slow, f"{EXPORT} --bits 8"))
+            findings.append(Finding(slow, f"{EXPORT} --bits 8"))
     if model.target == "cuda" and device.cuda == "none":
-        found.append(Finding("it is for CUDA, and there is no such GPU", f"{EXPORT} --target cpu"))
-    return tuple(found)
+        findings.append(Finding("it is for CUDA, and there is no such GPU", f"{EXPORT} --target cpu"))
+    return tuple(findings)
 
 
 def kernels(model: Model, device: Device) -> tuple[str, ...]:
-    """Which kernels multiply its matrices, for people; empty where that cannot be told."""
+    """Name the kernels that multiply its matrices, for people; empty where that is not known."""
     if model.target == "cuda":
         return (f"CUDA, {device.cuda or 'a GPU that is not known'}: float16, {model.bits}-bit weights",)
     if model.bits == 32:
@@ -135,18 +135,18 @@ def kernels(model: Model, device: Device) -> tuple[str, ...]:
 
 
 def remarks(model: Model, device: Device) -> tuple[str, ...]:
-    told = []
+    notes = []
     if device.onnxruntime is None:
-        told.append(f"needs ONNX Runtime {model.onnxruntime_min}; which one is there is not known")
+        notes.append(f"needs ONNX Runtime {model.onnxruntime_min}; which one is there is not known")
     if model.target != "cuda" and model.bits == 8 and device.dotprod is None:
-        told.append("8 bit needs dotprod, and whether the CPU has it is not known")
+        notes.append("8 bit needs dotprod, and whether the CPU has it is not known")
     if model.target != "cuda" and model.bits == 4 and device.dotprod is False:
-        told.append("without dotprod 4 bit is computed in float32: arithmetic, not memory, will be the limit")
+        notes.append("without dotprod 4 bit is computed in float32: arithmetic, not memory, will be the limit")
     if model.target == "cpu" and model.kv_dtype == "float16":
-        told.append("a float16 cache is slower than float32 on CPUs")
+        notes.append("a float16 cache is slower than float32 on CPUs")
     if model.target == "portable":
-        told.append("standard operators copy the cache at every token: it counts twice, and decode slows with depth")
-    return (*told, *(_cuda_remarks(model, device) if model.target == "cuda" else ()))
+        notes.append("standard operators copy the cache at every token: it counts twice, and decode slows with depth")
+    return (*notes, *(_cuda_remarks(model, device) if model.target == "cuda" else ()))
 
 
 def _arm_kernels(model: Model, device: Device) -> tuple[str, ...]:
@@ -173,19 +173,19 @@ def _x86_kernels(model: Model, device: Device) -> tuple[str, ...]:
 
 
 def _cuda_remarks(model: Model, device: Device) -> list[str]:
-    told = ["the memory is a lower bound: what CUDA itself takes has not been measured"]
+    notes = ["the memory is a lower bound: what CUDA itself takes has not been measured"]
     if device.cuda is None:
-        told.append("whether there is a GPU for CUDA is not known")
+        notes.append("whether there is a GPU for CUDA is not known")
     elif device.architecture == "aarch64" and device.cuda not in (*WHEEL_GPUS, "none"):
         build = "it needs a build of NVIDIA's for Jetson"
-        told.append(f"onnxruntime-gpu on PyPI has no kernels for {device.cuda}: {build}")
+        notes.append(f"onnxruntime-gpu on PyPI has no kernels for {device.cuda}: {build}")
     ratios = {heads / kv for heads, kv in model.attention}
     if model.head_dim not in CUDA_HEADS or not ratios <= set(CUDA_RATIOS):
-        told.append(
+        notes.append(
             f"attention takes CUDA's slow path: the fast one wants heads of {', '.join(map(str, CUDA_HEADS))} and "
             f"{', '.join(map(str, CUDA_RATIOS))} query heads per KV head"
         )
-    return told
+    return notes
 
 
 def _version(text: str) -> tuple[int, ...]:
@@ -193,17 +193,17 @@ def _version(text: str) -> tuple[int, ...]:
 
 
 def for_memory(model: Model, device: Device, context: int, largest: int) -> tuple[Finding, ...]:
-    """What would bring it below the device's memory, each by itself; empty where nothing would."""
-    found = []
+    """Return the changes that would bring it below the device's memory, each by itself; empty where nothing would."""
+    findings = []
 
     def fits(smaller: Model) -> bool:
         return memory_of(smaller, device, context).total <= device.memory_bytes
 
     if largest:
-        found.append(Finding(f"a context of {largest} tokens fits", f"saap generate BUNDLE --context {largest}"))
+        findings.append(Finding(f"a context of {largest} tokens fits", f"saap generate BUNDLE --context {largest}"))
     for bits in (8, 4):
         if bits < model.bits and (bits == 4 or device.dotprod is not False) and fits(with_bits(model, bits)):
-            found.append(Finding(f"weights of {bits} bit fit", f"{EXPORT} --bits {bits}"))
+            findings.append(Finding(f"weights of {bits} bit fit", f"{EXPORT} --bits {bits}"))
     newer = device.onnxruntime is None or _version(device.onnxruntime) >= KV8_RUNTIME
     # A byte for each of four; the scales are part of the graph.
     small_cache = replace(
@@ -213,12 +213,12 @@ def for_memory(model: Model, device: Device, context: int, largest: int) -> tupl
         sliding=replace(model.sliding, bytes_per_token=model.sliding.bytes_per_token // 4),
     )
     if model.kv_dtype == "float32" and model.target == "cpu" and newer and fits(small_cache):
-        found.append(Finding("a cache of 8 bit fits", f"{EXPORT} --bits {model.bits} --kv 8"))
+        findings.append(Finding("a cache of 8 bit fits", f"{EXPORT} --bits {model.bits} --kv 8"))
     if size := prune_to(model, device, context):
-        told = f"a weights file of {size / MEGABYTE:g} MB (now {model.file_bytes / MEGABYTE:.0f}) fits"
+        change = f"a weights file of {size / MEGABYTE:g} MB (now {model.file_bytes / MEGABYTE:.0f}) fits"
         prune = f"saap prune MODEL -o SLIM --max-bytes {size_option(size)} --bits {model.bits}"
-        found.append(Finding(told, prune))
-    return tuple(found)
+        findings.append(Finding(change, prune))
+    return tuple(findings)
 
 
 def with_bits(model: Model, bits: int, block: int = 32) -> Model:

@@ -1,4 +1,4 @@
-"""How much memory a bundle takes on a device, and how much of it there is.
+"""Memory of a bundle on a device, and how much of it there is.
 
 What must stay resident while the model runs:
 
@@ -23,7 +23,7 @@ from saap.base.caches import GROWING, Sliding
 # these were 36.
 RUNTIME_BYTES = 68_000_000
 # What the allocator holds for a prompt over the activations that are needed at once: 1.6 to 1.9.
-HELD_SHARE = 1.9
+ALLOCATED_SHARE = 1.9
 # Tokens of a prompt that are read at once (export/bundle/manifest.py).
 PIECE = 256
 # What the system keeps of RAM that it sees: 775 MiB on an Orin Nano with JetPack 6 and no desktop (its tegrastats), and
@@ -57,7 +57,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Device:
-    """What is known of a device; None is unknown.
+    """The known facts of a device; None is unknown.
 
     Attributes:
         isa, lacks: features it has and those it has not; one in neither is unknown.
@@ -108,7 +108,7 @@ def memory_of(model: Model, device: Device, context: int) -> Memory:
         runtime=RUNTIME_BYTES,
         weights=round(model.weight_bytes_per_token * packed_share(model, device)),
         cache=copies * cache_bytes(model, context),
-        work=round(HELD_SHARE * activation_bytes(model)) * min(context, PIECE),
+        work=round(ALLOCATED_SHARE * activation_bytes(model)) * min(context, PIECE),
     )
 
 
@@ -169,27 +169,32 @@ def largest_context(model: Model, device: Device) -> int:
     return low
 
 
-def usable_memory(numbers: Mapping[str, float | None], given: int | None = None) -> tuple[int, str] | None:
+def usable_memory(numbers: Mapping[str, float | None], stated: int | None = None) -> tuple[int, str] | None:
     """Bytes that a board leaves to a process, and how that is known; None where no memory is known.
 
     Args:
         numbers: ``memory_visible``, ``memory_capacity`` and ``memory_smallest`` of its profile, bytes.
-        given: capacity that the user names, bytes.
+        stated: capacity that the user names, bytes.
     """
     visible, capacity = numbers.get("memory_visible"), numbers.get("memory_capacity")
     smallest = numbers.get("memory_smallest")
-    if given is not None:
-        seen, how = given * VISIBLE_SHARE, f"{VISIBLE_SHARE:.0%} of the {_gib(given)} that were given"
+    if stated is not None:
+        visible_bytes, how = stated * VISIBLE_SHARE, f"{VISIBLE_SHARE:.0%} of the {_gib(stated)} that were given"
     elif visible is not None:
-        seen, how = visible, f"the {_gib(visible)} that its system sees"
+        visible_bytes, how = visible, f"the {_gib(visible)} that its system sees"
     elif capacity is not None:
-        seen, how = capacity * VISIBLE_SHARE, f"{VISIBLE_SHARE:.0%} of its {_gib(capacity)}"
+        visible_bytes, how = capacity * VISIBLE_SHARE, f"{VISIBLE_SHARE:.0%} of its {_gib(capacity)}"
     elif smallest is not None:
-        seen, how = smallest * VISIBLE_SHARE, f"{VISIBLE_SHARE:.0%} of {_gib(smallest)}, the smallest that is sold"
+        visible_bytes, how = (
+            smallest * VISIBLE_SHARE,
+            f"{VISIBLE_SHARE:.0%} of {_gib(smallest)}, the smallest that is sold",
+        )
     else:
         return None
-    system = min(SYSTEM_BYTES, round(SYSTEM_SHARE * seen))
-    return round(seen) - system, f"{how} ({seen / 1e6:.0f} MB), less {system / 1e6:.0f} MB for the system"
+    system = min(SYSTEM_BYTES, round(SYSTEM_SHARE * visible_bytes))
+    return round(
+        visible_bytes
+    ) - system, f"{how} ({visible_bytes / 1e6:.0f} MB), less {system / 1e6:.0f} MB for the system"
 
 
 def _gib(size: float) -> str:

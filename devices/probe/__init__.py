@@ -1,4 +1,4 @@
-"""What a device is: board, CPU, caches, memory, clocks and versions (``probe()``), and its state of the moment."""
+"""The probe of a device: board, CPU, caches, memory, clocks and versions (``probe()``), and its state of the moment."""
 
 from __future__ import annotations
 

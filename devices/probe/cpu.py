@@ -51,7 +51,7 @@ class ClockDomain(TypedDict):
 
 
 class Cluster(TypedDict):
-    """Like cores that share a clock."""
+    """Cores of one kind that share a clock."""
 
     cpus: str  # the kernel's list
     core: str | None  # its name
@@ -182,14 +182,14 @@ def clusters(root: Path, cpus: list[dict[str, str]]) -> list[Cluster] | None:
         name = name or core_of_midr(text(place / "regs/identification/midr_el1"))
         clock = _clock(domains.get(cpu))
         groups.setdefault((name, number(place / "cpu_capacity"), clock), []).append(cpu)
-    found = [
+    clusters = [
         _cluster(members, name, capacity, domains.get(members[0])) for (name, capacity, _), members in groups.items()
     ]
-    return sorted(found, key=lambda cluster: parse_cpu_list(cluster["cpus"])) or None
+    return sorted(clusters, key=lambda cluster: parse_cpu_list(cluster["cpus"])) or None
 
 
 def numa_nodes(root: Path) -> list[MemoryNode] | None:
-    """Per memory node its CPUs and bytes; one node is uniform memory."""
+    """Return CPUs and bytes of each memory node; one node is uniform memory."""
     nodes: list[MemoryNode] = []
     for node in glob(root / "sys/devices/system/node", "node[0-9]*"):
         nodes.append({"cpus": text(node / "cpulist"), "memory_bytes": field(node / "meminfo", "MemTotal")})
@@ -223,7 +223,7 @@ def _cluster(members: list[int], name: str | None, capacity: int | None, policy:
 
 
 def _clock(policy: Path | None) -> Path | int | None:
-    """What tells clusters apart: the clock they share, or where each CPU has its own (x86) its highest."""
+    """Return what tells clusters apart: the clock they share, or the highest of each CPU's own (x86)."""
     if policy is None or len(_cpus_of(policy)) > 1:
         return policy
     return number(policy / "cpuinfo_max_freq")

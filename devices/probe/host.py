@@ -1,4 +1,4 @@
-"""What this host is: board, CPU, caches, memory, clocks, power mode and versions, read from /proc, /sys and /etc.
+"""The facts of this host: board, CPU, caches, memory, clocks, power mode and versions, read from /proc, /sys and /etc.
 
 Every path hangs below ``root``, so a recorded tree is read like the machine it came from. A fact that cannot be
 read is None, never a guess or 0, and ``unknown`` says why.
@@ -59,7 +59,7 @@ _PACKAGES = ("numpy", "onnxruntime-genai", "tokenizers", "psutil")
 
 
 class Cores(TypedDict):
-    """How many there are; ``allowed`` are those this process may run on, ``offline`` those that are switched off."""
+    """Counts of cores; ``allowed`` are those this process may run on, ``offline`` those that are switched off."""
 
     physical: int | None
     logical: int | None
@@ -68,7 +68,7 @@ class Cores(TypedDict):
 
 
 class HostFacts(TypedDict):
-    """What is known of a host, as JSON holds it; None is unknown, and ``unknown`` says why."""
+    """The known facts of a host, as JSON holds them; None is unknown, and ``unknown`` says why."""
 
     board: str | None
     compatible: list[str] | None  # device tree names, most exact first
@@ -167,7 +167,7 @@ def fingerprint(facts: Mapping[str, object]) -> str:
 
 
 def run_here(command: Sequence[str]) -> str | None:
-    """What a short command of this host prints; None where it is not there, fails or takes longer than 5 s."""
+    """Return the output of a short command of this host; None where it is not there, fails or takes longer than 5 s."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True, stdin=subprocess.DEVNULL)
     except (OSError, subprocess.SubprocessError, UnicodeDecodeError):

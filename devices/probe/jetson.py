@@ -1,4 +1,4 @@
-"""What a Jetson's own files say: the release of its system, its power mode, and whether its clocks are fixed.
+"""A Jetson's own files: the release of its system, its power mode, and whether its clocks are fixed.
 
 Ids mean something else on every board, and names come back with other limits after an update, so both are kept.
 """
@@ -67,15 +67,15 @@ def power_mode(root: Path, run: Run) -> PowerMode | None:
     match = re.search(r"pmode:\s*(\d{1,9})\b", text(root / STATUS) or "")
     if match:
         return {"name": power_modes(root).get(int(match.group(1))), "id": int(match.group(1))}
-    said = run(["nvpmodel", "-q"]) or ""
-    name, number = re.search(r"NV Power Mode:\s*(\S+)", said), re.search(r"^\s*(\d{1,9})\s*$", said, re.MULTILINE)
+    output = run(["nvpmodel", "-q"]) or ""
+    name, number = re.search(r"NV Power Mode:\s*(\S+)", output), re.search(r"^\s*(\d{1,9})\s*$", output, re.MULTILINE)
     if not name and not number:
         return None
     return {"name": name.group(1) if name else None, "id": int(number.group(1)) if number else None}
 
 
 class Clocks(TypedDict):
-    """What ``jetson_clocks`` and the fan's tool set and a reboot resets; a part that is not known is None."""
+    """Settings of ``jetson_clocks`` and the fan's tool, which a reboot resets; an unknown part is None."""
 
     cpu: bool | None  # whether the clock is fixed: the lowest that is allowed is the highest
     gpu: bool | None
@@ -110,5 +110,5 @@ def _fan(root: Path) -> str | None:
 
 
 def power_modes(root: Path) -> dict[int, str]:
-    found = re.findall(r"<\s*POWER_MODEL\s+ID=(\d{1,9})\s+NAME=([^\s>]+)", text(root / MODES) or "")
-    return {int(number): name for number, name in found}
+    modes = re.findall(r"<\s*POWER_MODEL\s+ID=(\d{1,9})\s+NAME=([^\s>]+)", text(root / MODES) or "")
+    return {int(number): name for number, name in modes}

@@ -1,4 +1,4 @@
-"""What this host is like at the moment: heat, throttling, memory. Nothing here is part of a fingerprint."""
+"""The state of this host at the moment: heat, throttling, memory. Nothing here is part of a fingerprint."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _REASONS = {
 
 
 class FirmwareBits(TypedDict):
-    """Of a Raspberry Pi's firmware, and the names of those that are set."""
+    """Bits of a Raspberry Pi's firmware, and the names of those that are set."""
 
     bits: str
     now: list[str]
@@ -83,7 +83,7 @@ class MemoryState(TypedDict):
 
 
 class State(TypedDict):
-    """What is None is unknown, and ``unknown`` says why."""
+    """The state of this host; None is unknown, and ``unknown`` says why."""
 
     temperatures: dict[str, float | None] | None  # degrees Celsius
     throttling: Throttling
@@ -100,10 +100,10 @@ def probe_state(root: Path, run: Run) -> State:
 
 def temperatures(root: Path) -> dict[str, float | None] | None:
     """Degrees Celsius per thermal zone; a zone that is gated, and so cannot be read, is None."""
-    found: dict[str, float | None] = {}
+    degrees: dict[str, float | None] = {}
     for zone in zones(root):
-        found[zone.kind if zone.kind not in found else f"{zone.kind} ({zone.name})"] = zone.celsius
-    return found or None
+        degrees[zone.kind if zone.kind not in degrees else f"{zone.kind} ({zone.name})"] = zone.celsius
+    return degrees or None
 
 
 def throttling(root: Path, run: Run) -> Throttling:
@@ -148,10 +148,10 @@ def _raspberry_pi(root: Path, run: Run) -> FirmwareBits | None:
 
 
 def _cooling(root: Path) -> list[CoolingDevice] | None:
-    found = coolers(root)
-    if not found:
+    devices = coolers(root)
+    if not devices:
         return None
-    return [{"type": c.kind, "state": c.state, "max_state": c.max_state} for c in found if c.state]
+    return [{"type": c.kind, "state": c.state, "max_state": c.max_state} for c in devices if c.state]
 
 
 def _capped(root: Path) -> list[CappedDomain] | None:
@@ -169,8 +169,8 @@ def _capped(root: Path) -> list[CappedDomain] | None:
 
 def _zram(root: Path) -> Zram | None:
     """Stored and compressed bytes of all compressed swap devices; mm_stat's first two fields (zram.rst)."""
-    found = [(text(path) or "").split() for path in glob(root / "sys/block", "zram[0-9]*/mm_stat")]
-    known = [(int(words[0]), int(words[1])) for words in found if len(words) > 1 and "".join(words[:2]).isdigit()]
+    statistics = [(text(path) or "").split() for path in glob(root / "sys/block", "zram[0-9]*/mm_stat")]
+    known = [(int(words[0]), int(words[1])) for words in statistics if len(words) > 1 and "".join(words[:2]).isdigit()]
     if not known:
         return None
     return {"stored": sum(stored for stored, _ in known), "compressed": sum(packed for _, packed in known)}

@@ -62,7 +62,7 @@ class Engine:
 
 @dataclass(frozen=True)
 class Temperature:
-    """Of a thermal zone, in degrees Celsius; None while the zone is gated (printed as -256C)."""
+    """The temperature of a thermal zone, in degrees Celsius; None while the zone is gated (printed as -256C)."""
 
     now_c: float | None
     highest_c: float | None = None  # since tegrastats began
@@ -114,20 +114,20 @@ def parse_tegrastats(line: str | bytes) -> Tegrastats:
     field matters.
     """
     text = line.decode("utf-8", "replace") if isinstance(line, bytes | bytearray) else str(line)
-    found = _Found()
+    fields = _Fields()
     place = 0
     while (start := _WORD.search(text, place, _LONGEST)) is not None:
-        end = found.take(text, start.start())
+        end = fields.take(text, start.start())
         if end is None:  # a word that is none of the forms
-            found.unparsed.append(start[0])
+            fields.unparsed.append(start[0])
         place = start.end() if end is None else end
     if text[_LONGEST:].strip():
-        found.unparsed.append("...")
-    return Tegrastats(**found.fields, unparsed=tuple(found.unparsed))
+        fields.unparsed.append("...")
+    return Tegrastats(**fields.fields, unparsed=tuple(fields.unparsed))
 
 
-class _Found:
-    """What has been read of a line so far."""
+class _Fields:
+    """The fields of a line that have been read so far."""
 
     def __init__(self) -> None:
         self.fields: dict[str, Any] = {"engines": {}, "temperatures": {}, "rails": {}}
@@ -265,12 +265,12 @@ _ENGINE = (
 )
 
 # A name is a rail's where two values follow: on Xavier, JetPack 4, rails are called CPU and GPU.
-_FORMS: tuple[tuple[re.Pattern[str], Callable[[_Found, re.Match[str]], bool]], ...] = (
-    (_form(r"(\d\d)-(\d\d)-(\d{4})\s+(\d\d):(\d\d):(\d\d)"), _Found.date),
-    (_form(_MEMORY), _Found.memory),
-    (_form(rf"(?:CPU|cpu)\s+\[([^\[\]]{{0,4096}})\](?:@({_CLOCK}))?"), _Found.cores),
-    (_form(rf"MTS\s+fg\s+({_P})%\s+bg\s+({_P})%"), _Found.mts),
-    (_form(rf"([A-Za-z0-9_][\w.+-]{{0,63}})@({_CELSIUS})C(?:/({_CELSIUS})C)?"), _Found.temperature),
-    (_form(rf"([A-Za-z0-9_]{{1,64}})\s+{_POWER}"), _Found.rail),
-    (_form(_ENGINE), _Found.engine),
+_FORMS: tuple[tuple[re.Pattern[str], Callable[[_Fields, re.Match[str]], bool]], ...] = (
+    (_form(r"(\d\d)-(\d\d)-(\d{4})\s+(\d\d):(\d\d):(\d\d)"), _Fields.date),
+    (_form(_MEMORY), _Fields.memory),
+    (_form(rf"(?:CPU|cpu)\s+\[([^\[\]]{{0,4096}})\](?:@({_CLOCK}))?"), _Fields.cores),
+    (_form(rf"MTS\s+fg\s+({_P})%\s+bg\s+({_P})%"), _Fields.mts),
+    (_form(rf"([A-Za-z0-9_][\w.+-]{{0,63}})@({_CELSIUS})C(?:/({_CELSIUS})C)?"), _Fields.temperature),
+    (_form(rf"([A-Za-z0-9_]{{1,64}})\s+{_POWER}"), _Fields.rail),
+    (_form(_ENGINE), _Fields.engine),
 )

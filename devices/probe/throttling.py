@@ -43,25 +43,25 @@ class Cooler:
 
 
 def zones(root: Path) -> list[Zone]:
-    found = []
+    sensors = []
     for zone in glob(root / _THERMAL, "thermal_zone[0-9]*"):
         millidegrees = number(zone / "temp")
         if millidegrees is not None and not -40_000 < millidegrees < 150_000:
             millidegrees = None  # what a sensor without power tells
         celsius = None if millidegrees is None else millidegrees / 1000
-        found.append(Zone(zone.name, text(zone / "type") or zone.name, celsius))
-    return found
+        sensors.append(Zone(zone.name, text(zone / "type") or zone.name, celsius))
+    return sensors
 
 
 def coolers(root: Path) -> list[Cooler]:
     """Devices that cool by slowing, at work or not."""
-    found = []
+    devices = []
     for device in glob(root / _THERMAL, "cooling_device[0-9]*"):
         kind, state = text(device / "type") or "", number(device / "cur_state")
         if _SLOWING.search(kind) and state is not None:
             # powerclamp tells -1 while it is off
-            found.append(Cooler(kind, max(0, state), number(device / "max_state")))
-    return found
+            devices.append(Cooler(kind, max(0, state), number(device / "max_state")))
+    return devices
 
 
 def firmware_bits(root: Path) -> int | None:

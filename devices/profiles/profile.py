@@ -1,4 +1,4 @@
-"""What is known of a board before it is measured: facts with unit, source and level, one TOML file a device.
+"""Known facts of boards before they are measured, with unit, source and level: one TOML file a device.
 
 A profile never holds an expected speed: the same board moves by 1.2-4x with power mode, memory and firmware. It holds
 what a ceiling can be computed from, and says how sure that is.
@@ -64,7 +64,7 @@ class Number:
 
 @dataclass(frozen=True)
 class Runtime:
-    """What installs there with the system's own Python: versions as text."""
+    """The versions that install there with the system's own Python, as text."""
 
     onnxruntime: Annotated[str, Meta(pattern=r"^\d+(\.\d+)+$")]
     python: Text
@@ -116,9 +116,9 @@ def load_profile(name: str, directory: Path = PROFILES) -> Profile:
 
 def profile_of(compatible: Iterable[str] | None, profiles: Mapping[str, Profile]) -> str | None:
     """The profile of the board with these device tree names, which come most exact first; None without one."""
-    for wanted in compatible or ():
+    for model in compatible or ():
         for name, profile in profiles.items():
-            if wanted in profile.compatible:
+            if model in profile.compatible:
                 return name
     return None
 
@@ -130,10 +130,10 @@ def read_profile(path: Path) -> Profile:
     except (OSError, ValueError, RecursionError) as error:  # also of an integer with thousands of digits
         raise DeviceError(f"{path} is not TOML ({error}): mend it") from None
     numbers = _converted(raw.get("numbers", {}), dict[str, object], f"{path}: numbers")
-    found = {key: _number(key, entry, f"{path}: numbers.{key}") for key, entry in numbers.items()}
+    quantities = {key: _number(key, entry, f"{path}: numbers.{key}") for key, entry in numbers.items()}
     if "runtime" in raw:
         raw["runtime"] = _converted(raw["runtime"], Runtime, f"{path}: runtime")
-    profile = _converted({**raw, "name": path.stem, "numbers": found}, Profile, f"{path}")
+    profile = _converted({**raw, "name": path.stem, "numbers": quantities}, Profile, f"{path}")
     if both := set(profile.isa) & set(profile.lacks):
         raise DeviceError(f"{path}: {', '.join(sorted(both))} stands in isa and in lacks: keep one")
     if unknown := sorted({*profile.isa, *profile.lacks} - FEATURES):

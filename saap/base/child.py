@@ -49,7 +49,7 @@ def call(
     timeout_s: float,
     env: dict[str, str] | None = None,
     python: str = sys.executable,
-    told: Callable[[dict[str, object]], None] | None = None,
+    notify: Callable[[dict[str, object]], None] | None = None,
 ) -> dict[str, object]:
     """Run ``python -m module`` with ``job`` on stdin; the last object that it prints.
 
@@ -57,26 +57,26 @@ def call(
     is another interpreter.
 
     Args:
-        told: called with every object that comes before the answer, a line each.
+        notify: called with every object that comes before the answer, a line each.
 
     Raises:
         ChildFailedError: with the last line of its stderr.
     """
-    with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as err:
-        given.write(json.dumps(job).encode())
-        given.seek(0)
+    with tempfile.TemporaryFile() as stdin, tempfile.TemporaryFile() as err:
+        stdin.write(json.dumps(job).encode())
+        stdin.seek(0)
         process: subprocess.Popen[bytes] | None = None
         answer: dict[str, object] | None = None
         try:
             with signals_wait():
                 process = subprocess.Popen(
-                    [python, "-m", module], stdin=given, stdout=subprocess.PIPE, stderr=err, cwd=PACKAGES,
+                    [python, "-m", module], stdin=stdin, stdout=subprocess.PIPE, stderr=err, cwd=PACKAGES,
                     env={**environment_of_others(), **hashes_for_workers(), **(env or {})}, start_new_session=True,
                 )  # fmt: skip
             for line in _lines_until(process, time.monotonic() + timeout_s):
                 document = _object(line)
-                if answer is not None and told is not None:
-                    told(answer)
+                if answer is not None and notify is not None:
+                    notify(answer)
                 answer = document
         except TimeoutError:
             raise _failed(f"no answer within {timeout_s:g} s", err) from None
@@ -143,7 +143,7 @@ class Resident:
 
 
 def job_and_tell(kind: type[T]) -> tuple[T, Tell]:
-    """In a child: the job as ``kind``, and a function that sends an object to the parent.
+    """Read a child's job as ``kind``, and return it with a function that sends an object to the parent.
 
     What libraries print goes to stderr from now on, so that stdout holds our lines only.
     """
@@ -270,8 +270,8 @@ def signals_wait() -> Iterator[None]:
         yield
         return
     came: list[int] = []
-    found = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    handlers = {number: handler for number, handler in found.items() if callable(handler)}
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    handlers = {number: handler for number, handler in previous.items() if callable(handler)}
     for number in handlers:
         signal.signal(number, lambda number, _: came.append(number))
     try:
@@ -285,10 +285,10 @@ def signals_wait() -> Iterator[None]:
 
 def absent(modules: Sequence[str]) -> list[str]:
     """Those of ``modules`` that cannot be found. They are not imported, which would take seconds."""
-    return [name for name in modules if not _found(name)]
+    return [name for name in modules if not _is_installed(name)]
 
 
-def _found(name: str) -> bool:
+def _is_installed(name: str) -> bool:
     try:
         return find_spec(name) is not None
     except ModuleNotFoundError:  # the package around it

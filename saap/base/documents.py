@@ -74,23 +74,23 @@ class Document(Generic[T]):
                 f"{' and '.join(map(str, self.versions))}: {self.remedy}"
             )
         try:
-            return self.made(raw)
+            return self.convert(raw)
         except (TypeError, KeyError, AttributeError, ValueError) as error:
             raise self.error(f"{name} is damaged ({error}): {self.remedy}") from None
 
-    def made(self, raw: object) -> T:
-        """The dataclass of a parsed JSON object; ValueError, TypeError or KeyError where it does not fit."""
+    def convert(self, raw: object) -> T:
+        """Convert a parsed JSON object to the dataclass; ValueError, TypeError or KeyError where it does not fit."""
         if not isinstance(raw, Mapping):
             raise TypeError("not an object")
-        given = without_checksum(raw) if self.sealed else dict(raw)
+        content = without_checksum(raw) if self.sealed else dict(raw)
         if self.upgrade is not None:
-            given = self.upgrade(given)
-        made = msgspec.convert(given, self.kind)
+            content = self.upgrade(content)
+        value = msgspec.convert(content, self.kind)
         if is_typeddict(self.kind):
-            made = cast("T", given)
+            value = cast("T", content)
         if self.check is not None:
-            self.check(made)
-        return made
+            self.check(value)
+        return value
 
     def text(self, value: T, indent: int | None = 1) -> str:
         """The document as JSON; one line where ``indent`` is None."""

@@ -145,9 +145,9 @@ class _Cursor:
         self.data, self.position = data, position
 
     def scalar(self, code: str) -> Value:
-        found: tuple[Value] = struct.unpack_from("<" + code, self.data, self.position)
+        values: tuple[Value] = struct.unpack_from("<" + code, self.data, self.position)
         self.position += struct.calcsize("<" + code)
-        return found[0]
+        return values[0]
 
     def read(self, code: str) -> int:
         return cast("int", self.scalar(code))

@@ -1,4 +1,4 @@
-"""What a field of an options dataclass says to the command line, and how text becomes its value.
+"""Options as dataclass fields: their flags, help and ranges, and the text that becomes their values.
 
     @dataclass(frozen=True)
     class PruneOptions:
@@ -83,7 +83,7 @@ class Option:
 
 @dataclass(frozen=True)
 class Part:
-    """What an options dataclass lets outside set of another one inside it, in place of all that it says itself.
+    """Names of an inner options dataclass that can be set from outside, in place of all of them.
 
     Attributes:
         headings: what help calls sections here, by what it calls them there.
@@ -219,12 +219,12 @@ def settings_of(kind: type) -> dict[str, Setting]:
 
     Raises TypeError: two have the same name.
     """
-    found: dict[str, Setting] = {}
+    settings: dict[str, Setting] = {}
     for setting in _settings(kind, None):
-        if setting.name in found:
+        if setting.name in settings:
             raise TypeError(f"{kind.__name__} has two fields {setting.name}: names are unique, or have no Option")
-        found[setting.name] = setting
-    return found
+        settings[setting.name] = setting
+    return settings
 
 
 def _parts(hint: type) -> tuple[type, tuple[object, ...]]:
@@ -241,8 +241,8 @@ def _settings(kind: type, base: object) -> Iterator[Setting]:
         option = next((extra for extra in extras if isinstance(extra, Option)), None)
         if is_dataclass(inner):
             part = next((extra for extra in extras if isinstance(extra, Part)), None)
-            found = _settings(cast("type", inner), None if default is MISSING else default)
-            yield from found if part is None else _part(found, part)
+            theirs = _settings(cast("type", inner), None if default is MISSING else default)
+            yield from theirs if part is None else _part(theirs, part)
         elif option is not None and each.init:
             metas = tuple(extra for extra in extras if isinstance(extra, Meta))
             yield replace(_setting(each.name, option, inner, metas, default), owner=kind)
@@ -285,7 +285,7 @@ def _default(each: Field[object], base: object) -> object:
     return each.default
 
 
-def made(kind: type[T], given: Mapping[str, object], base: T | None = None) -> T:
+def build(kind: type[T], values_by_name: Mapping[str, object], base: T | None = None) -> T:
     """The options dataclass of values by name; what is not given is at its default, or as in ``base``.
 
     Raises UserError: a value that must be given is missing.
@@ -296,10 +296,10 @@ def made(kind: type[T], given: Mapping[str, object], base: T | None = None) -> T
         inner, extras = _parts(hints[each.name])
         if is_dataclass(inner):
             without = {name for extra in extras if isinstance(extra, Part) for name in extra.without}
-            theirs = {name: value for name, value in given.items() if name not in without}
-            values[each.name] = made(cast("type", inner), theirs, None if default is MISSING else default)
-        elif each.init and each.name in given:
-            values[each.name] = given[each.name]
+            theirs = {name: value for name, value in values_by_name.items() if name not in without}
+            values[each.name] = build(cast("type", inner), theirs, None if default is MISSING else default)
+        elif each.init and each.name in values_by_name:
+            values[each.name] = values_by_name[each.name]
         elif each.init and default is not MISSING:
             values[each.name] = default
         elif each.init:
@@ -362,15 +362,15 @@ def from_toml(settings: Mapping[str, Setting], path: Path) -> dict[str, object]:
         raise UserError(f"cannot read {path}: {error.strerror}; give a TOML file") from None
     except ValueError as error:
         raise UserError(f"{path} is not TOML ({error}): write lines such as ratio = 0.2") from None
-    found: dict[str, object] = {}
+    values: dict[str, object] = {}
     for name, value in _entries(tree):
         try:
             setting = setting_named(settings, name)
-            found[setting.name] = _from_toml(setting, value)
+            values[setting.name] = _from_toml(setting, value)
         except ValueError as error:
             named = "" if isinstance(error, UserError) else f"{name} "
             raise UserError(f"{path}: {named}{error}") from None
-    return found
+    return values
 
 
 def _entries(tree: Mapping[str, object]) -> Iterator[tuple[str, object]]:
@@ -405,7 +405,7 @@ def check_values(options: object) -> None:
             raise UserError(f"{setting.flag} {error}") from None
 
 
-def given_in(options: object) -> Iterator[tuple[Setting, object]]:
+def changed_in(options: object) -> Iterator[tuple[Setting, object]]:
     """The settings that are not at their defaults, and their values."""
     defaults = settings_of(type(options))
     for now in _settings(type(options), options):
@@ -420,7 +420,7 @@ def refuse_unused(options: object, names: Collection[str], owner: str, instead: 
 
     Raises UserError: names the options.
     """
-    changed, typed = {setting.name for setting, _ in given_in(options)}, TYPED.get()
+    changed, typed = {setting.name for setting, _ in changed_in(options)}, TYPED.get()
     flags = [
         setting.flag
         for name, setting in settings_of(type(options)).items()
@@ -433,9 +433,9 @@ def refuse_unused(options: object, names: Collection[str], owner: str, instead: 
 
 
 def arguments_of(options: object) -> list[str]:
-    """What a person types for these options: all that is not at its default."""
+    """Return the words that a person types for these options: all that is not at its default."""
     words: list[str] = []
-    for setting, value in given_in(options):
+    for setting, value in changed_in(options):
         if not setting.option.shown:
             words += ["--set", f"{setting.name}={_text(value, ';')}"]
         elif setting.kind is bool:

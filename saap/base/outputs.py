@@ -27,7 +27,7 @@ _forced: ContextVar[bool] = ContextVar("forced", default=False)
 
 @contextmanager
 def writing_over() -> Iterator[None]:
-    """Within the block an output may take the place of what saap did not write, as by ``--force``."""
+    """Let an output take the place of files that saap did not write, as ``--force`` does, until the block ends."""
     before = _forced.set(True)
     try:
         yield
@@ -87,13 +87,13 @@ def check_apart(out: Path, *inputs: object) -> None:
         UserError: says which.
     """
     place = out.resolve()
-    for given in inputs:
+    for source in inputs:
         clash = False
         with suppress(OSError, ValueError):  # a name that no file system has
-            path = Path(str(given)).resolve()
-            clash = given is not None and path.exists() and (path == place or place in path.parents)
+            path = Path(str(source)).resolve()
+            clash = source is not None and path.exists() and (path == place or place in path.parents)
         if clash:
-            raise UserError(f"{out} is, or holds, an input ({given}): give another output")
+            raise UserError(f"{out} is, or holds, an input ({source}): give another output")
 
 
 def check_place(path: Path | None, kind: Kind, *inputs: object) -> None:
@@ -139,9 +139,9 @@ def check_directory_place(out: Path, records: tuple[str, ...], *inputs: object) 
     if out.is_dir() and any(out.iterdir()) and not is_forced():
         record = next((name for name in records if _is_of(RECORDS[name], out / name, empty=False)), None)
         if record is None:
-            wanted = " or ".join(RECORDS[name].what for name in records)
+            kinds = " or ".join(RECORDS[name].what for name in records)
             raise UserError(
-                f"{out} holds other files: give a directory that is new, empty, or {wanted} of saap, or --force"
+                f"{out} holds other files: give a directory that is new, empty, or {kinds} of saap, or --force"
             )
         if strangers := _strangers(out, record):
             raise UserError(f"{out} holds {strangers[0]}, which saap did not write: move it away, or --force")
@@ -184,15 +184,15 @@ def _is_of(kind: Kind, path: Path, empty: bool = True) -> bool:
 def _lies_in(path: Path, inputs: tuple[object, ...]) -> bool:
     """Whether a file would be one of an input's: that is no place for others, forced or not."""
     above = path.resolve().parents
-    for given in inputs:
+    for source in inputs:
         with suppress(OSError, ValueError):  # a name that no file system has
-            if given is not None and Path(str(given)).resolve() in above:
+            if source is not None and Path(str(source)).resolve() in above:
                 return True
     return False
 
 
 def _strangers(out: Path, record: str) -> list[str]:
-    """What lies in a directory and is not in the list that its record keeps; cards and licences are their owner's."""
+    """Return files of a directory that its record does not list; cards and licences are their owner's."""
     with suppress(OSError, ValueError):
         known = parse_json(read_whole(out / record, LARGEST))
         if isinstance(known, dict) and isinstance(listed := known.get("files"), dict):

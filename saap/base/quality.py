@@ -1,4 +1,4 @@
-"""What ``saap eval --json`` writes, and ``saap compare`` and ``saap report`` read: the quality of some models."""
+"""The document of ``saap eval --json``, which ``saap compare`` and ``saap report`` read: the quality of some models."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ KIND: Literal["saap-quality"] = "saap-quality"
 
 @dataclass(frozen=True)
 class Protocol:
-    """What a perplexity is of; two compare only where these are equal, but for the name of the text."""
+    """The protocol of a perplexity; two compare only where these are equal, but for the name of the text."""
 
     text: str  # where it is from, for people
     text_sha256: str | None  # over the text; None for one that the model wrote itself
@@ -78,7 +78,7 @@ class TaskScore:
 
     @property
     def metric(self) -> str:
-        """What the literature quotes: acc_norm where the task has it (BoolQ and WinoGrande have not), else acc."""
+        """The accuracy to quote: acc_norm where the task has it (BoolQ and WinoGrande have not), else acc."""
         return "acc" if self.acc_norm is None else "acc_norm"
 
     @property

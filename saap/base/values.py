@@ -59,10 +59,10 @@ def parse_pair(text: str) -> tuple[int, int]:
 
 def parse_duration(text: str) -> float:
     """``90s``, ``30m`` or ``1h`` in seconds; a number alone is seconds."""
-    found = re.fullmatch(r"(\d+(?:\.\d*)?)([smh]?)", text.strip().lower())
-    if not found:
+    match = re.fullmatch(r"(\d+(?:\.\d*)?)([smh]?)", text.strip().lower())
+    if not match:
         raise ValueError(f"{text!r} is not a time: write something like 90s, 30m or 1h")
-    return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]]
+    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
 
 
 def parse_bytes(text: str) -> int:

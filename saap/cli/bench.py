@@ -27,7 +27,7 @@ NOTHING_MEASURED = 3
 
 @dataclass(frozen=True)
 class BenchCommand:
-    """What ``saap bench`` is asked for: what is measured, where, and what becomes of it."""
+    """The options of ``saap bench``: which models, where, and which outputs."""
 
     options: BenchOptions = field(default_factory=BenchOptions)
     noise_floor: Annotated[bool, Option("Measure A against itself too: what a ratio must exceed.")] = False
@@ -57,9 +57,9 @@ class BenchCommand:
         """The board's URL; None for this host."""
         return next(iter(self.on), None)
 
-    def specs(self, given: Sequence[str]) -> list[str]:
-        """What is measured; the first one twice where the noise floor is asked for."""
-        return [*given, *given[: int(self.noise_floor)]]
+    def specs(self, specs: Sequence[str]) -> list[str]:
+        """Return the models to measure; the first one twice where the noise floor is asked for."""
+        return [*specs, *specs[: int(self.noise_floor)]]
 
 
 def check_ending(options: object, repetitions: int | None) -> None:
@@ -119,7 +119,7 @@ def bench(specs: tuple[str, ...], json_path: Path | None, options: BenchCommand)
     try:
         keep(result, json_path, options.history)  # first: a terminal may be gone
     finally:  # as may the room for a file
-        _show_as_asked(result, options)
+        _show(result, options)
     print_document(result, json_path)
     sys.exit(0 if any(m.samples for m in result.measurements) else NOTHING_MEASURED)
 
@@ -134,14 +134,14 @@ def read_quality(path: Path | None) -> dict[str, object] | None:
     return read_object(path, "write it with `saap eval --json`")
 
 
-def _show_as_asked(result: Result, asked: BenchCommand) -> None:
+def _show(result: Result, command: BenchCommand) -> None:
     from bench.report.tables import formatted
 
-    if asked.form:
-        click.echo(formatted(result, asked.form), nl=False)
+    if command.form:
+        click.echo(formatted(result, command.form), nl=False)
         show_reasons(result, to_stderr=True)
     else:
-        show_result(result, noise_floor=asked.noise_floor)
+        show_result(result, noise_floor=command.noise_floor)
 
 
 def specs_here(specs: Sequence[str], console: Console) -> list[str]:
@@ -204,14 +204,14 @@ def show_result(result: Result, noise_floor: bool = False) -> None:
 
 
 def of_runs(counts: Sequence[int]) -> str:
-    """What a table of medians is of; ``counts`` are the runs of its rows, in order."""
+    """Name the runs of a table of medians; ``counts`` are the runs of its rows, in order."""
     if counts[-1] == 1:
         return "1 run"
     return f"medians of {'-'.join(map(str, dict.fromkeys((counts[0], counts[-1]))))} interleaved runs"
 
 
 def show_reasons(result: Result, to_stderr: bool = False) -> None:
-    """Why a measurement is WARN or INVALID, and what a worker that failed wrote last."""
+    """Print why a measurement is WARN or INVALID, and the last lines of a worker that failed."""
     for m in result.measurements:
         for reason in m.reasons:
             tell(f"  {m.name}, {m.test}: {m.status}: {reason}", sys.stderr if to_stderr else None)
@@ -237,7 +237,7 @@ def _show_against(result: Result, base: str, other: str, floor: float | None) ->
 
 
 def _longer(result: Result, base: str, other: str) -> float:
-    """How many times as many tokens one model takes for a text as another; 1 where it is not known."""
+    """Return the ratio of two models' tokens for the same text; 1 where it is not known."""
     spellings = [next(result.of(name)).model.spelling for name in (base, other)]
     known = [each.characters_per_token for each in spellings if each]
     return known[0] / known[1] if len(known) == len(spellings) else 1.0
@@ -249,9 +249,9 @@ def _show_turns(result: Result, base: str, other: str) -> None:
 
     bases = {m.key[1:]: m for m in result.of(base)}
     for m in result.of(other):
-        found = result.ratio(bases[m.key[1:]], m, "prefill") if m.n_gen and m.n_prompt and m.key[1:] in bases else None
-        if found:
-            speed = f"{1 / found.ratio:.3f}x as fast as {base} (95 %: {1 / found.high:.3f} to {1 / found.low:.3f})"
+        turns = result.ratio(bases[m.key[1:]], m, "prefill") if m.n_gen and m.n_prompt and m.key[1:] in bases else None
+        if turns:
+            speed = f"{1 / turns.ratio:.3f}x as fast as {base} (95 %: {1 / turns.high:.3f} to {1 / turns.low:.3f})"
             tell(f"  {other}, {m.test}, {threads(m.n_threads)}: prefill {speed}")
     for bursts in result.bursts:
         if bursts.failure and {base, other} <= {*bursts.names}:

@@ -30,7 +30,7 @@ SUMMARY = "GITHUB_STEP_SUMMARY"  # names the file that a workflow shows as the s
 
 @dataclass(frozen=True)
 class CompareCommand:
-    """What ``saap compare`` is asked for: how two bundles are measured, and what counts."""
+    """The options of ``saap compare``: how two bundles are measured, and what counts."""
 
     options: Annotated[
         BenchOptions,

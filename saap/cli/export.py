@@ -10,7 +10,7 @@ import click
 
 from export.options import ExportOptions
 from saap.base.errors import UserError
-from saap.base.options import given_in
+from saap.base.options import changed_in
 from saap.cli.console import LOADING, Console, print_table, tell
 from saap.cli.options import OptionsCommand, options_of
 from saap.cli.types import directory, force
@@ -39,7 +39,7 @@ def export(model: str, out: Path | None, inspect: bool, as_json: bool, options: 
     """
     if inspect:
         given = ["-o"] if out else []
-        given += [setting.flag for setting, _ in given_in(options)]
+        given += [setting.flag for setting, _ in changed_in(options)]
         if given:
             raise UserError(f"--inspect writes nothing, so {given[0]} has no effect: leave one of them out")
         show_inside(Path(model), as_json)

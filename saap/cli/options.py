@@ -22,7 +22,7 @@ from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 
 from saap.base.errors import UserError
-from saap.base.options import TYPED, Setting, assigned, from_toml, made, settings_of
+from saap.base.options import TYPED, Setting, assigned, build, from_toml, settings_of
 from saap.cli.types import FieldOption, Sections
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def options_of(kind: type) -> Callable[[Callable[..., T]], Callable[..., T]]:
             from_file = from_toml(settings, config) if config else {}
             reset = TYPED.set({(settings[name].owner, name) for name in typed})
             try:
-                return function(*arguments, options=made(kind, from_file | typed), **values)
+                return function(*arguments, options=build(kind, from_file | typed), **values)
             finally:
                 TYPED.reset(reset)
 

@@ -132,7 +132,7 @@ def _documents(place: Path) -> Iterator[Target]:
     quality = place / "quality.json"
 
     def judge() -> Any:
-        return compare_quality(read_quality(quality), QUALITY.made(seeds.QUALITY))
+        return compare_quality(read_quality(quality), QUALITY.convert(seeds.QUALITY))
 
     yield Target("quality", _from_file(quality, judge), _json(seeds.QUALITY))
     baselines = place / "baselines"

@@ -27,7 +27,7 @@ DOES_NOT_FIT = 1
 
 @dataclass(frozen=True)
 class CheckOptions:
-    """What a bundle is held against."""
+    """The device and the limits that a bundle is checked against."""
 
     device: Annotated[str | None, Option("A profile of `saap devices list`; default: this host.", metavar="NAME")] = (
         None

@@ -29,7 +29,7 @@ CACHES = 4  # last-level caches that the probe's weights should exceed, where th
 
 @dataclass(frozen=True)
 class CostsCommand:
-    """What ``saap devices costs`` is asked for; None is 4 bits in groups of 32, or as a bundle or tuned model holds."""
+    """The options of ``saap devices costs``; None is 4 bits in groups of 32, or as a bundle or tuned model holds."""
 
     options: CostsOptions = field(default_factory=CostsOptions)
     bits: Annotated[Literal[4, 8, 32] | None, Option("Bits of the linears; default: 4, or the bundle's.")] = None
@@ -55,7 +55,7 @@ class CostsCommand:
 @options_of(CostsCommand)
 @force
 def costs(model: str, out: Path, options: CostsCommand) -> None:
-    """What each layer size of MODEL takes, on this device or on a board.
+    """Measure what each layer size of MODEL takes, on this device or on a board.
 
     With --on the graphs are made here and timed there; the board needs Python and nothing else.
 
@@ -70,13 +70,13 @@ def costs(model: str, out: Path, options: CostsCommand) -> None:
     options.check()
     with Console() as console, ended_as_by_a_person():
         device = target(options.on, options.board, console.say)
-        found = probe_costs(model, out, options, device, console.report)
+        table = probe_costs(model, out, options, device, console.report)
         console.finish()
-    keep_costs(out, found)
+    keep_costs(out, table)
 
 
 def probe_costs(
-    model: str | Path, out: Path, asked: CostsCommand, device: Target, progress: Progress | None = None
+    model: str | Path, out: Path, command: CostsCommand, device: Target, progress: Progress | None = None
 ) -> Costs:
     """Time a model's layers at all their sizes on a device; the graphs are made here.
 
@@ -95,18 +95,18 @@ def probe_costs(
     if not any((path / name).is_file() for name in ("config.json", "bundle.json")):
         path = resolve(model, progress=progress)
     limit = WEIGHT_LIMIT if device.url else max(WEIGHT_LIMIT, CACHES * (probe()["last_level_cache_bytes"] or 0))
-    source = read_probe_model(path, asked.bits, asked.group_size, limit)
-    if asked.options.engine != ONNXRUNTIME:
+    source = read_probe_model(path, command.bits, command.group_size, limit)
+    if command.options.engine != ONNXRUNTIME:
         check_probe(source)
-    wanted = stacks_of(source)
-    if asked.options.engine != ONNXRUNTIME:
-        wanted = [stack for stack in wanted if not stack.part]  # its blocks have 32 weights
+    needed = stacks_of(source)
+    if command.options.engine != ONNXRUNTIME:
+        needed = [stack for stack in needed if not stack.part]  # its blocks have 32 weights
     with tempfile.TemporaryDirectory(prefix="saap-costs-") as work, calling(Path(work), "the probe graphs"):
-        stacks = write_probe_stacks(source, Path(work), wanted, progress)
-        if asked.options.engine != ONNXRUNTIME:
-            for stack, of in zip(stacks, wanted, strict=True):
-                write_probe_gguf(source, of, stack / FILES[asked.options.engine])
-        return device.costs(stacks, asked.options, progress=progress)
+        stacks = write_probe_stacks(source, Path(work), needed, progress)
+        if command.options.engine != ONNXRUNTIME:
+            for stack, of in zip(stacks, needed, strict=True):
+                write_probe_gguf(source, of, stack / FILES[command.options.engine])
+        return device.costs(stacks, command.options, progress=progress)
 
 
 def keep_costs(out: Path, costs: Costs) -> None:

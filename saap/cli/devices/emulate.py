@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EmulateCommand:
-    """What ``saap devices emulate`` is asked for."""
+    """The options of ``saap devices emulate``."""
 
     cpu: Annotated[
         tuple[Literal["cortex-a72", "cortex-a76", "max"], ...], Option("May be given again; default: all three.")
@@ -72,26 +72,26 @@ def emulate(bundle: str, json_path: Path | None, options: EmulateCommand) -> Non
     console.report("emulate, arm64 packages and wheels", 0, 0)
     root = prepare(cache_directory(), str(onnxruntime))
     with ended_as_by_a_person():
-        found = run_emulated(bundle, options.cpu or tuple(CPUS), ids, root, progress=console.report)
+        emulation = run_emulated(bundle, options.cpu or tuple(CPUS), ids, root, progress=console.report)
     console.finish()
     if json_path == STDOUT:
-        click.echo(json.dumps(document(found), allow_nan=False))
-        sys.exit(found.exit_code)
+        click.echo(json.dumps(document(emulation), allow_nan=False))
+        sys.exit(emulation.exit_code)
     if json_path is not None:
-        write_text(json_path, json.dumps(document(found), indent=1, allow_nan=False) + "\n")
-    _show(found)
-    sys.exit(found.exit_code)
+        write_text(json_path, json.dumps(document(emulation), indent=1, allow_nan=False) + "\n")
+    _show(emulation)
+    sys.exit(emulation.exit_code)
 
 
-def _show(found: Emulation) -> None:
-    rows = [[found.reference.cpu, "-", f"{found.reference.nll:.4f}", "-", "-"]]
-    for answer in found.answers:
-        same = f"{answer.same_tokens} of {len(found.reference.tokens)}"
+def _show(emulation: Emulation) -> None:
+    rows = [[emulation.reference.cpu, "-", f"{emulation.reference.nll:.4f}", "-", "-"]]
+    for answer in emulation.answers:
+        same = f"{answer.same_tokens} of {len(emulation.reference.tokens)}"
         verdict = "differs" if answer.faults else "same"
         rows.append([answer.cpu, same, f"{answer.nll:.4f}", f"{answer.nll_difference:+.4f}", verdict])
-    title = f"{found.bundle}, {found.bits} bit, {len(found.text)} tokens of text"
+    title = f"{emulation.bundle}, {emulation.bits} bit, {len(emulation.text)} tokens of text"
     print_table(title, ["CPU", "same greedy tokens", "NLL", "difference", "verdict"], rows)
-    for answer in found.answers:
+    for answer in emulation.answers:
         for fault in answer.faults:
             tell(f"  {answer.cpu}: {fault}")
     tell("  speeds are null: an emulator's times say nothing of a board")

@@ -141,10 +141,10 @@ def does_not_fit(demands: Demands, model: Model, subject: str, size: int, advice
 
     device, asked = demands.device, demands.options
     lookup = model.file_bytes - model.weight_bytes_per_token
-    wanted = replace(model, file_bytes=size, weight_bytes_per_token=max(size - lookup, 1))
-    if model.bits == 8 and demands.judge(with_bits(wanted, 4)).fits:
+    pruned = replace(model, file_bytes=size, weight_bytes_per_token=max(size - lookup, 1))
+    if model.bits == 8 and demands.judge(with_bits(pruned, 4)).fits:
         advice.append("--bits 4")
-    if context := largest_context(wanted, device):
+    if context := largest_context(pruned, device):
         advice.append(f"--set context={context}")
     if asked.memory is None:
         advice.append("--memory SIZE where there is more")
@@ -168,10 +168,10 @@ def check_costs(profile: str, costs: Path) -> None:
     from saap.base.costs import COSTS
 
     names = COSTS.read(costs).device.get("compatible")
-    found = profile_of(map(str, names), load_profiles()) if isinstance(names, list) else None
-    if found not in (None, profile):
+    board = profile_of(map(str, names), load_profiles()) if isinstance(names, list) else None
+    if board not in (None, profile):
         raise UserError(
-            f"{costs} was measured on {found}, and the bundle is for {profile}: measure there, with "
+            f"{costs} was measured on {board}, and the bundle is for {profile}: measure there, with "
             f"`saap devices costs MODEL --on ssh://{BOARD}`, or leave --for out"
         )
 
@@ -189,18 +189,18 @@ def device_fit(demands: Demands, bundle: Path) -> DeviceFit:
     )
 
 
-def fit_in_words(found: DeviceFit, bundle: str) -> str:
-    verb = "takes" if found["fits"] else "does not fit: it takes"
+def fit_in_words(fit: DeviceFit, bundle: str) -> str:
+    verb = "takes" if fit["fits"] else "does not fit: it takes"
     return (
-        f"On {found['name']} {bundle} {verb} {amount(found['takes'])} of {amount(found['has'])} with a context of "
-        f"{found['context']} tokens ({found['memory']})"
+        f"On {fit['name']} {bundle} {verb} {amount(fit['takes'])} of {amount(fit['has'])} with a context of "
+        f"{fit['context']} tokens ({fit['memory']})"
     )
 
 
-def board_commands(found: DeviceFit, bundle: Path) -> Iterator[tuple[str, str]]:
-    """What brings a bundle to the device and runs it there: what it is for, and the command."""
-    threads = f" --threads {found['threads']}" if found["threads"] else ""
-    context = f" --context {found['context']}" if found["context"] != CONTEXT else ""
+def board_commands(fit: DeviceFit, bundle: Path) -> Iterator[tuple[str, str]]:
+    """Yield the commands that bring a bundle to the device and run it there, each after its purpose."""
+    threads = f" --threads {fit['threads']}" if fit["threads"] else ""
+    context = f" --context {fit['context']}" if fit["context"] != CONTEXT else ""
     yield "copy it to the board", f"scp -r {shlex.quote(str(bundle))} {BOARD}:"
     yield "there, once", "pip install 'saap[bench]'"
     yield "there", f"saap generate {shlex.quote(bundle.name)}{context}{threads}"

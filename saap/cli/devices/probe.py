@@ -34,7 +34,7 @@ class ProbeCommand(Sections):
 @click.option("--json", "as_json", is_flag=True, help="For machines.")
 @click.option("--bandwidth", is_flag=True, help="Also read memory with 1, 2, 4, ... threads, for some seconds.")
 def probe(as_json: bool, bandwidth: bool) -> None:
-    """What this host is.
+    """Describe this host.
 
     \b
     Example:
@@ -58,7 +58,7 @@ def probe(as_json: bool, bandwidth: bool) -> None:
 
 
 class Speed(TypedDict, total=False):
-    """How fast memory was read; ``unknown`` says why it could not be."""
+    """Measure how fast memory can be read; ``unknown`` says why it could not be."""
 
     threads: int
     cpus: list[int]
@@ -75,7 +75,7 @@ def read_bandwidth(cache_bytes: int | None) -> list[Speed]:
 
     most = physical_cores()
     counts = sorted({most, *(1 << power for power in range(most.bit_length()) if 1 << power <= most)})
-    found = []
+    readings = []
     for count in counts:
         cpus = choose_cores(count)
         probed = probe_bandwidth(cpus, cache_bytes)
@@ -83,8 +83,8 @@ def read_bandwidth(cache_bytes: int | None) -> list[Speed]:
         speed: Speed = {"threads": count, "cpus": cpus, "bytes_per_s": best, "samples": probed.samples}
         if best is None:
             speed["unknown"] = probed.unknown
-        found.append(speed)
-    return found
+        readings.append(speed)
+    return readings
 
 
 def _rate(speed: Speed) -> str:
@@ -99,13 +99,13 @@ def _host_rows(facts: AllFacts) -> Iterable[list[str]]:
             yield [key, _plain(value, facts["unknown"].get(key, ""))]
 
 
-def _cluster(found: Cluster) -> list[str]:
-    clocks = (found["current_hz"], found["min_hz"], found["max_hz"], found["hardware_max_hz"])
+def _cluster(cluster: Cluster) -> list[str]:
+    clocks = (cluster["current_hz"], cluster["min_hz"], cluster["max_hz"], cluster["hardware_max_hz"])
     return [
-        found["cpus"],
-        found["core"] or UNKNOWN,
-        "-" if found["capacity"] is None else str(found["capacity"]),
-        found["governor"] or UNKNOWN,
+        cluster["cpus"],
+        cluster["core"] or UNKNOWN,
+        "-" if cluster["capacity"] is None else str(cluster["capacity"]),
+        cluster["governor"] or UNKNOWN,
         *("-" if clock is None else f"{clock / 1e6:.0f}" for clock in clocks),
     ]
 

@@ -42,7 +42,7 @@ TEXT = (
 
 @dataclass(frozen=True)
 class DeviceOptions:
-    """Which device is measured, and where its baselines are."""
+    """The device to measure, and the folder of its baselines."""
 
     baselines: Annotated[Path | None, Option("Folder of baselines; default: devices/baselines, below this one.")] = None
     name: Annotated[str | None, Option("Of the model; default: the bundle's folder.")] = None
@@ -64,7 +64,7 @@ class DeviceOptions:
 
 @dataclass(frozen=True)
 class BaselineCommand:
-    """What ``saap devices baseline`` is asked for."""
+    """The options of ``saap devices baseline``."""
 
     prompt: Annotated[int, Option("Prompt tokens.", flags=("-p", "--prompt")), Meta(ge=0, le=1_000_000)] = 128
     generate: Annotated[int, Option("Generated tokens.", flags=("-n", "--generate")), Meta(ge=0, le=1_000_000)] = 128
@@ -89,7 +89,7 @@ class BaselineCommand:
 
 @dataclass(frozen=True)
 class TestCommand:
-    """What ``saap devices test`` is asked for."""
+    """The options of ``saap devices test``."""
 
     min_effect: Annotated[float, Option("Smallest change of speed that counts."), Meta(gt=0, lt=1)] = 0.05
     junit: Annotated[Path | None, Option("Write JUnit XML here.")] = None
@@ -113,7 +113,7 @@ def baseline(bundle: str, options: BaselineCommand) -> None:
       saap devices baseline out/demo/slim-int4 --add
     """
     from bench.judge.baselines import checked_folder, writable_folder, write_baseline
-    from bench.judge.regression import Recording, plan_of, record, seen_by
+    from bench.judge.regression import Recording, plan_of, record, visible_changes
     from bench.measure.options import BenchOptions
     from bench.remote.target import target
     from saap.base.interrupt import ended_as_by_a_person
@@ -123,9 +123,9 @@ def baseline(bundle: str, options: BaselineCommand) -> None:
     device_options.check()
     check_ending(options, options.repetitions)
     folder = checked_folder(device_options.folder)
-    asked_of_bench = ("prompt", "generate", "depth", "threads", "repetitions", "provider")
+    of_bench = ("prompt", "generate", "depth", "threads", "repetitions", "provider")
     plan = BenchOptions(
-        **{name: getattr(options, name) for name in asked_of_bench}, max_time_s=device_options.max_time_s,
+        **{name: getattr(options, name) for name in of_bench}, max_time_s=device_options.max_time_s,
         text=text_ids(_path(bundle), options.text), greedy=GREEDY,
     )  # fmt: skip
     name = name_of(bundle, device_options.name)
@@ -142,8 +142,8 @@ def baseline(bundle: str, options: BaselineCommand) -> None:
     for result in kept.results[-options.sessions :]:
         show_reasons(result)
     tell(f"wrote {path}: {counted(kept.repetitions, 'repetition')} in {counted(len(kept.results), 'session')}")
-    for what, seen in seen_by(kept).items():
-        tell(f"  {what}: one session of a test would show {seen:.1%} (8 times of 10)")
+    for what, change in visible_changes(kept).items():
+        tell(f"  {what}: one session of a test would show {change:.1%} (8 times of 10)")
 
 
 def _baseline_there(folder: Path, name: str, on: str | None) -> Baseline:
@@ -151,9 +151,9 @@ def _baseline_there(folder: Path, name: str, on: str | None) -> Baseline:
     from bench.judge.baselines import NoBaselineError, read_baselines
     from devices.probe.host import probe
 
-    found = read_baselines(folder, name)
+    recorded = read_baselines(folder, name)
     here = None if on else probe()["fingerprint"]
-    there = next((b for b in found if (b.on == on if on else b.fingerprint == here)), None)
+    there = next((b for b in recorded if (b.on == on if on else b.fingerprint == here)), None)
     if there is None:
         raise NoBaselineError(f"{folder} holds no baseline of {name} of this device: record one first, without --add")
     return there
@@ -194,7 +194,7 @@ def test(bundle: str, options: TestCommand) -> None:
     try:
         with ended_as_by_a_person():
             device = target(device_options.on, device_options.board, console.say)
-            found = retest(
+            outcome = retest(
                 checked_folder(device_options.folder),
                 name,
                 measuring(device, bundle, name, console),
@@ -212,19 +212,19 @@ def test(bundle: str, options: TestCommand) -> None:
         raise
     console.finish()
     if junit_path is not None:
-        write_text(junit_path, device_junit(found))
-    for result in found.results:
+        write_text(junit_path, device_junit(outcome))
+    for result in outcome.results:
         keep(result, None, options.history)
-    keep_tested(checked_folder(device_options.folder), found)
-    show_reasons(found.results[-1])
-    (m,) = found.results[-1].measurements
-    table = verdict_table(found.checks, DEVICE)
-    title = f"{found.baseline.name}, {m.test}, {threads(m.n_threads)}, against its baseline"
+    keep_tested(checked_folder(device_options.folder), outcome)
+    show_reasons(outcome.results[-1])
+    (m,) = outcome.results[-1].measurements
+    table = verdict_table(outcome.checks, DEVICE)
+    title = f"{outcome.baseline.name}, {m.test}, {threads(m.n_threads)}, against its baseline"
     print_table(title, table.header, table.rows, LEAST)
-    for check in found.checks:
+    for check in outcome.checks:
         if check.verdict != SAME or check.reason:
             tell(f"  {sentence(check)}")
-    sys.exit(found.exit_code)
+    sys.exit(outcome.exit_code)
 
 
 def measuring(device: Target, bundle: str, name: str, console: Console) -> Measure:

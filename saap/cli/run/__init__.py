@@ -204,7 +204,7 @@ def finish(job: Run, results: list[Path], begun: float) -> None:
     benches = [read_result(path) for path in results]
     write_text(out / "README.md", model_card(job.source, job.file, benches, job.options.bundles))
     click.echo()
-    show_quality(QUALITY.made(job.file["quality"]))
+    show_quality(QUALITY.convert(job.file["quality"]))
     for result in benches:
         show_result(result)
         lines = planned_speed(job.file["plan"], result), bought_by(result, job.file["quality"])

@@ -50,7 +50,7 @@ def task(model, answers, name="piqa", start=0):
 
 
 def compare_quality(*documents):
-    return quality.compare_quality(*map(QUALITY.made, documents))
+    return quality.compare_quality(*map(QUALITY.convert, documents))
 
 
 @pytest.mark.parametrize(("shift", "verdict"), [(0.05, WORSE), (-0.05, BETTER), (0.0, SAME)])

@@ -26,7 +26,7 @@ from bench.judge.regression import (
     plan_of,
     record,
     retest,
-    seen_by,
+    visible_changes,
 )
 from bench.judge.verdict import CANNOT_TELL, NOT_COMPARABLE, SAME, UNKNOWN, WORSE
 from bench.measure.answers import answers
@@ -167,7 +167,10 @@ def test_sessions_are_added_by_hand_and_by_good_tests(tmp_path: Path) -> None:
     waited: list[float] = []
     how = Recording(sessions=3, spread_s=60, sleep=waited.append)
     baseline = record("tiny", Device(*FIVE), PLAN, how)
-    assert [round(seconds) for seconds in waited] == [30, 60] and set(seen_by(baseline)) == {"decode", "prefill"}
+    assert [round(seconds) for seconds in waited] == [30, 60] and set(visible_changes(baseline)) == {
+        "decode",
+        "prefill",
+    }
     more = record("tiny", Device(*FIVE), plan_of(baseline), Recording(sessions=2, add_to=baseline))
     assert len(more.results) == 5 and more.results[:3] == baseline.results
     write_baseline(tmp_path, more)

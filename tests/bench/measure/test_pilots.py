@@ -11,7 +11,7 @@ from support.report_page import measurement, result
 
 from bench.measure import bursts
 from bench.measure.options import BenchOptions
-from bench.measure.pilots import LEAST_GAIN, Pilot, at_their_best, fastest, told
+from bench.measure.pilots import LEAST_GAIN, Pilot, at_their_best, fastest, sentence
 from bench.measure.result import Bursts, Load, ModelFacts, read_result, write_result
 from bench.report.tables import peer_notes
 from bench.runtimes.peers import Peer
@@ -56,7 +56,7 @@ def test_the_faster_in_decode_is_measured_and_the_faster_in_prefill_beside_it(pe
         ("tiny (llama.cpp)", OFF), ("tiny (llama.cpp), flash attention on", ON),
     ]  # fmt: skip
     assert asked == [(1, 256, 8.0, 1.0)]
-    assert told(pilot) == (
+    assert sentence(pilot) == (
         "tiny (llama.cpp), 1 thread, fastest: decode flash attention off (1.43x the time flash attention on); "
         "prefill flash attention on (1.44x the time flash attention off)"
     )
@@ -81,7 +81,7 @@ def test_thread_counts_may_differ_in_what_is_best(peers, turns):
 def test_a_pilot_that_fails_leaves_the_default(peers, turns):
     found, (pilot,) = at_their_best(peers, BenchOptions(threads=1))
     assert [peer.choice for peer in found] == [ON]
-    assert told(pilot) == "tiny (llama.cpp): its settings were not tried: too large"
+    assert sentence(pilot) == "tiny (llama.cpp): its settings were not tried: too large"
 
 
 def test_a_choice_that_is_made_is_not_tried(peers, turns):

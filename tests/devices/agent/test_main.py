@@ -39,23 +39,23 @@ def receive(store, data, offset=0):
 
 
 def test_a_file_goes_on_where_it_was_cut(store):
-    assert store.held(SHA) == 0
+    assert store.received(SHA) == 0
     with pytest.raises(AgentError, match="cut short") as caught:
         receive(store, DATA[:1000])
-    assert caught.value.again and store.held(SHA) == 1000
+    assert caught.value.again and store.received(SHA) == 1000
     with pytest.raises(AgentError, match="another offset"):
         receive(store, DATA[500:], 500)
     receive(store, DATA[1000:] + b"more", 1000)  # no more is taken than was promised
-    assert store.held(SHA) is None and store.file(SHA).read_bytes() == DATA
+    assert store.received(SHA) is None and store.file(SHA).read_bytes() == DATA
     assert [path.name for path in store.path.iterdir()] == [SHA]
 
 
 def test_other_bytes_than_were_promised_are_thrown_away(store):
     with pytest.raises(AgentError, match="it arrived damaged"):
         receive(store, DATA[:-1] + b"!")
-    assert store.held(SHA) == 0 and not list(store.path.iterdir())
+    assert store.received(SHA) == 0 and not list(store.path.iterdir())
     store.file(SHA).write_bytes(DATA[:-1] + b"!")  # rotted where it lay
-    assert store.held(SHA) == 0 and not store.file(SHA).exists()
+    assert store.received(SHA) == 0 and not store.file(SHA).exists()
 
 
 def test_a_file_that_is_still_being_written_is_left_alone(store):
@@ -112,7 +112,7 @@ def test_paths_that_leave_their_folder(store, tmp_path, name):
 @pytest.mark.parametrize("sha", ["", "../lock.json", "A" * 64, "a" * 63, None])
 def test_what_is_no_hash_names_no_file(store, sha):
     with pytest.raises(AgentError, match="no sha256"):
-        store.held(sha)
+        store.received(sha)
 
 
 def test_bundles_are_laid_out_as_second_names(store, tmp_path):
@@ -148,7 +148,7 @@ def test_a_sender_that_fell_silent_leaves_the_file_to_the_next(store, tmp_path):
         assert agent.wait(30) == 0  # though nobody closed its standard input
         assert b'"again": true' in agent.stdout.read()
         agent.stdin.close()
-    assert store.held(SHA) == 50_000
+    assert store.received(SHA) == 50_000
     receive(store, DATA[50_000:], 50_000)
 
 

@@ -240,5 +240,5 @@ def test_memory_of_a_board_by_hand() -> None:
     smallest = usable_memory({"memory_capacity": None, "memory_smallest": gib})
     assert smallest == (round(0.93 * gib) - round(0.25 * 0.93 * gib), smallest[1])
     assert "smallest that is sold" in smallest[1]
-    assert usable_memory({"memory_visible": gib}, given=4 * gib)[0] == round(0.93 * 4 * gib) - SYSTEM_BYTES
+    assert usable_memory({"memory_visible": gib}, stated=4 * gib)[0] == round(0.93 * 4 * gib) - SYSTEM_BYTES
     assert usable_memory({"memory_capacity": None}) is None

@@ -98,7 +98,7 @@ def test_what_comes_before_the_answer_is_told(tmp_path: Path, monkeypatch: pytes
     (tmp_path / "pours.py").write_text("while True: print('x' * 1000000)")
     (tmp_path / "explains.py").write_text("import sys; sys.exit('\\n'.join(f'line {n}' for n in range(30)))")
     told: list[dict[str, int]] = []
-    assert call("counts", {}, 20, told=told.append) == {"n": 3}
+    assert call("counts", {}, 20, notify=told.append) == {"n": 3}
     assert told == [{"n": 1}, {"n": 2}]
     with pytest.raises(ChildFailedError, match="printed without end"):
         call("pours", {}, 20)

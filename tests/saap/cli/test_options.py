@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from msgspec import Meta
 
 from saap.base.errors import UserError
-from saap.base.options import REMOVED, Option, check_values, made, settings_of
+from saap.base.options import REMOVED, Option, build, check_values, settings_of
 from saap.base.values import parse_bytes, parse_counts, parse_layers, parse_pair, parse_parameters
 from saap.cli.options import OptionsCommand, options_of
 
@@ -192,8 +192,8 @@ def test_a_value_that_must_be_given_is_asked_for():
         size: Annotated[int, Option("Size.")]
 
     with pytest.raises(UserError, match="size is missing"):
-        made(Needy, {})
-    assert made(Needy, {"size": 3}) == Needy(3)
+        build(Needy, {})
+    assert build(Needy, {"size": 3}) == Needy(3)
 
 
 def test_names_are_unique():

@@ -21,7 +21,7 @@ from support.old_products import old_products
 from export.gguf.llama_cpp import quantizer
 from saap.base.errors import UserError
 from saap.base.interpreters import PEER_PYTHON
-from saap.base.options import arguments_of, made
+from saap.base.options import arguments_of, build
 from saap.cli.console import Console
 from saap.cli.devices.fit import read_model
 from saap.cli.run import RunOptions, run_needs
@@ -31,7 +31,7 @@ from saap.prune.pruning import budget_of
 
 
 def options(**given):
-    return made(RunOptions, given)
+    return build(RunOptions, given)
 
 
 @pytest.fixture

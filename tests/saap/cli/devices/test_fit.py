@@ -13,7 +13,7 @@ from support.exported import export_bundle
 from devices.fit.memory import memory_of, packed_share
 from export.options import ExportOptions
 from saap.base.errors import UserError
-from saap.base.options import made
+from saap.base.options import build
 from saap.base.values import parse_bytes
 from saap.cli.console import Console
 from saap.cli.devices.fit import Planned, board_commands, check_costs, check_pruned, read_model
@@ -25,7 +25,7 @@ ARRAYS = 40  # in the file of a model of three layers, each of which is followed
 
 
 def asked(**given):
-    return made(RunOptions, {"profile": "raspberry-pi-4", **given})
+    return build(RunOptions, {"profile": "raspberry-pi-4", **given})
 
 
 def fitted(model, options):
