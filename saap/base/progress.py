@@ -1,4 +1,4 @@
-"""How a long task reports its progress.
+"""Progress reports of long tasks.
 
 A label is ``what (unit), detail``, as in ``scoring (sequences), plan 2``. It begins with the name of the work;
 the unit is what ``done`` and ``total`` count. A total of 0 says that nobody knows how much there is.
@@ -44,8 +44,8 @@ class Label:
 
     @classmethod
     def of(cls, text: str) -> Label:
-        if found := _LABEL.fullmatch(text):
-            return cls(**found.groupdict())
+        if match := _LABEL.fullmatch(text):
+            return cls(**match.groupdict())
         what = re.split("[,:]", text, maxsplit=1)[0]
         return cls(what, detail=text[len(what) :])
 

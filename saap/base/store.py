@@ -1,4 +1,4 @@
-"""What saap keeps between runs and could compute again, such as scores, prices and a teacher's answers."""
+"""Results that saap keeps between runs and could compute again, such as scores, prices and a teacher's answers."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ REPORTED = (
 
 @dataclass(frozen=True)
 class PruneCommand:
-    """What ``saap prune`` is asked for: how to prune, on which text, and what is shown."""
+    """The options of ``saap prune``: how to prune, on which text, and what is shown."""
 
     options: PruneOptions = field(default_factory=PruneOptions)
     calibration: Annotated[
@@ -99,14 +99,14 @@ def prune(model: str, out: Path, options: PruneCommand) -> None:
 
 
 def show_pruned(result: PruneResult, asked: PruneCommand) -> None:
-    """A chart of the plan, and why it is so where that is wanted."""
+    """Print a chart of the plan, and its reasons if ``explain`` is set."""
     show_plan(result.path, result.budget)
     if asked.explain and result.plan.reasons:
         show_reasons(result.plan, result.budget, asked.options)
 
 
 def for_this_machine(asked: PruneCommand) -> PruneOptions:
-    """The options, with the version of ONNX Runtime that a table of costs of this machine must be of."""
+    """Add the version of ONNX Runtime that a cost table from this machine must come from."""
     costs = asked.options.costs
     if asked.here and costs is None:
         raise UserError("--here is about the table of --costs: give one, or leave --here out")
@@ -114,7 +114,7 @@ def for_this_machine(asked: PruneCommand) -> PruneOptions:
 
 
 def runtime_here(costs: Path, here: bool) -> str | None:
-    """The version of ONNX Runtime here, if the table of costs was measured on this machine; else None.
+    """Return the version of ONNX Runtime here if the cost table was measured on this machine, else None.
 
     A table of another machine is taken as it is, since the device is rarely where the model is pruned, unless the
     bundle is for ``here``. One of this machine has to be of the version that will run the bundle.
@@ -142,7 +142,7 @@ def runtime_here(costs: Path, here: bool) -> str | None:
 
 
 def show_plan(slim: Path, budget: Budget) -> None:
-    """A chart of the plan, and what was asked, planned and achieved, as counted from the directory that was written."""
+    """Print a chart of the plan, and what was required, planned and achieved, counted from the written directory."""
     from saap.models.architectures import architecture_of
     from saap.models.checkpoint import read_config
     from saap.models.record import read_record
@@ -167,8 +167,8 @@ def show_plan(slim: Path, budget: Budget) -> None:
     print_table("", ["", "dense", "asked", "planned", "achieved"], rows)
     words = read_record(slim).get("vocabulary")
     if words and (plan["reasons"] or {}).get("words"):  # which the search chose
-        told = f"the head says {words['rows']:,} of {words['of']:,} words"
-        tell(f"  vocabulary: {told}; such text takes {100 * words['longer']:.1f}% more tokens")
+        kept = f"the head says {words['rows']:,} of {words['of']:,} words"
+        tell(f"  vocabulary: {kept}; such text takes {100 * words['longer']:.1f}% more tokens")
     if budget.forms:
         tables = architecture_of(read_config(slim)).tables
         tell(f"  integers: {in_words(plan['bundle'], tables)}; saap tune and export will use these")
@@ -186,7 +186,7 @@ def show_plan(slim: Path, budget: Budget) -> None:
 
 
 def show_trials(trials: Sequence[Trial]) -> None:
-    """The plans that were tuned to choose between them, the best last."""
+    """Print the plans that were tuned to choose between them, the best last."""
     rounds = sorted({int(tokens) for trial in trials for tokens in trial["kl"]})
     if not rounds:
         tell("  there was only one plan, so none was tuned")
@@ -201,7 +201,7 @@ def show_trials(trials: Sequence[Trial]) -> None:
 
 
 def show_reasons(plan: PrunePlan, budget: Budget, options: PruneOptions) -> None:
-    """Why each layer lost what it lost: a row each, then by kinds, then in words."""
+    """Print why each layer lost what it lost: a row each, then by kinds, then in words."""
     from saap.prune.search.explain import kinds_table, layer_table, sentences
 
     reasons = plan.reasons

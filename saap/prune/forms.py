@@ -1,4 +1,4 @@
-"""In which integers each matrix of a plan is held: what a block can have, and what a plan chose.
+"""The integers of each matrix of a plan: those that a block can have, and those that were chosen.
 
 A block reads the residual stream by one matrix of the graph (queries, keys and values are one, and so are gate and up)
 and writes by another. On a device each form takes its own time: larger groups are read faster where a kernel keeps
@@ -24,7 +24,7 @@ Place = tuple[int, str]  # a layer, and the name of a kind of block
 
 
 class BlockForms(NamedTuple):
-    """Of the matrix that reads the residual stream, and of the one that writes to it."""
+    """Integers of the matrix that reads the residual stream, and of the one that writes to it."""
 
     reads: MatrixForm
     writes: MatrixForm
@@ -32,7 +32,7 @@ class BlockForms(NamedTuple):
 
 @dataclass(frozen=True)
 class PlanForms:
-    """What a search chose.
+    """The integers that a search chose.
 
     Attributes:
         base: where nothing else is said.
@@ -45,11 +45,11 @@ class PlanForms:
     vocabulary: MatrixForm
 
     def of_layers(self, layers: Sequence[int]) -> PlanForms:
-        """By other numbers of the same layers."""
+        """Renumber the layers."""
         return replace(self, blocks={(layers[layer], kind): forms for (layer, kind), forms in self.blocks.items()})
 
     def bundle(self, architecture: Architecture, layers: Mapping[int, LayerSizes]) -> PlannedBundle:
-        """As a record says it, by the names of the slim model's modules.
+        """Describe them for a record, by the names of the slim model's modules.
 
         ``layers``: what is kept of the layers that are, by their numbers in the model that was pruned.
         """
@@ -71,18 +71,18 @@ class PlanForms:
         for name, form in (named | vocabulary).items():
             if form.group_size != block:
                 blocks[name] = form.group_size
-        told = PlannedBundle(bits=self.base.bits, block=block)
+        bundle = PlannedBundle(bits=self.base.bits, block=block)
         if self.vocabulary.bits != self.base.bits:
-            told["embedding_bits"] = self.vocabulary.bits
+            bundle["embedding_bits"] = self.vocabulary.bits
         if matrices:
-            told["matrices"] = matrices
+            bundle["matrices"] = matrices
         if blocks:
-            told["blocks"] = blocks
-        return told
+            bundle["blocks"] = blocks
+        return bundle
 
 
 def in_words(bundle: PlannedBundle, tables: Sequence[str]) -> str:
-    """The integers of a planned bundle: those that most matrices have, and how many linears have others."""
+    """Describe the integers of a planned bundle: those of most matrices, and how many linears have others."""
     base = MatrixForm(bundle["bits"], bundle["block"])
     bits, blocks = bundle.get("matrices", {}), bundle.get("blocks", {})
     own = Counter(

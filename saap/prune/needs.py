@@ -1,4 +1,4 @@
-"""What pruning takes at its peak, in memory and on disk; the constants were measured (docs/memory.md)."""
+"""Memory and disk that pruning needs at its peak; the constants were measured (docs/memory.md)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from saap.prune.scores.importance import ROWS
 from saap.prune.scores.layerwise import rows_at_once
 from saap.prune.search.adaptive import PRICING_SHARE
 from saap.prune.search.choices import RUNS
-from saap.prune.search.library import fitted_on, held_blocks
+from saap.prune.search.library import fitted_on, most_blocks
 from saap.prune.search.measured import EVERY, WINDOW, WINDOWS
 
 MAPPED = 150_000_000  # at most, of the pages of a layer's file; the system takes back older ones
@@ -22,7 +22,7 @@ REFITTED = 4  # matrices at the peak of pricing an option: what changes, what wa
 def prune_needs(
     shape: ModelShape, sequences: int, tokens: int, file_bytes: int, *, streamed: bool, element: str = "none"
 ) -> Needs:
-    """Of pruning in float32, whole in memory or layer by layer: the largest of loading, computing and writing."""
+    """Estimate pruning in float32, whole or layer by layer: the largest of loading, computing and writing."""
     layers = [shape.weights_of(s) for s in shape.layers]
     refit = _refit(shape, sequences, tokens, kept=not streamed)
     pricing = _pricing(shape, sequences, tokens, streamed)
@@ -47,7 +47,7 @@ def prune_needs(
 
 
 def _scoring(shape: ModelShape, layers: list[int], sequences: int, tokens: int, streamed: bool, element: str) -> int:
-    """Numbers beside the weights: what a backward pass keeps, or the states before every layer."""
+    """Count numbers beside the weights: those that a backward pass keeps, or the states before every layer."""
     kept = [kept_per_token(shape, sizes) for sizes in shape.layers]
     logits = PER_LOGIT * tokens * shape.vocab
     gradients = {"none": 0, "streamed": max(layers), "exact": 2 * sum(layers)}[element]
@@ -59,7 +59,7 @@ def _scoring(shape: ModelShape, layers: list[int], sequences: int, tokens: int, 
 
 
 def _refit(shape: ModelShape, sequences: int, tokens: int, *, kept: bool) -> int:
-    """Numbers that a refit of the widest layer takes beside the weights: states, one batch, the sums, the matrices.
+    """Count numbers of a refit of the widest layer beside the weights: states, one batch, sums, matrices.
 
     ``kept``: what enters the matrices is there for all batches.
     """
@@ -73,25 +73,25 @@ def _refit(shape: ModelShape, sequences: int, tokens: int, *, kept: bool) -> int
 
 
 def _pricing(shape: ModelShape, sequences: int, tokens: int, streamed: bool) -> int:
-    """Numbers that a library of prices takes: gradients of all blocks, a walk, and what runs would add."""
+    """Count numbers of a library of prices: gradients of all blocks, a walk, and outputs of runs."""
     judged = max(1, sequences // PRICING_SHARE)
     text = tokens * (judged + min(sequences - judged, fitted_on(streamed)))
-    runs = text * shape.hidden * ((held_blocks(streamed) + 1) // 2) * (1 if streamed else len(RUNS))
+    runs = text * shape.hidden * ((most_blocks(streamed) + 1) // 2) * (1 if streamed else len(RUNS))
     blocks = sum(len(sizes.blocks) for sizes in shape.layers)
     return judged * tokens * shape.hidden * blocks // 2 + runs + _walk(shape, text, streamed)
 
 
 def _walk(shape: ModelShape, text: int, streamed: bool) -> int:
-    """Numbers of a window of blocks, on so many tokens, and of a fit in one of them."""
+    """Count numbers of a window of blocks, on this many tokens, and of a fit in one of them."""
     widths = sorted((shape.inner_width(kind, s) for s in shape.layers for kind in s.blocks), reverse=True)
-    held = held_blocks(streamed) + 1
-    window = text * sum(width + shape.hidden for width in widths[:held:2] + widths[-(held // 2) :])
+    blocks = most_blocks(streamed) + 1
+    window = text * sum(width + shape.hidden for width in widths[:blocks:2] + widths[-(blocks // 2) :])
     sums = 2 * text * (widths[0] + shape.hidden) if text < widths[0] else SQUARES * widths[0] ** 2
     return window + sums + REFITTED * shape.hidden * widths[0]
 
 
 def _measuring(shape: ModelShape, sequences: int, tokens: int) -> int:
-    """Numbers that long windows take: the states before every layer, some logits, and a walk on what is fitted."""
+    """Count numbers of long windows: the states before every layer, some logits, and a walk on the fitted text."""
     text = WINDOWS * max(WINDOW, tokens)
     states = text * shape.hidden * (len(shape.layers) + 2) + 3 * (text // EVERY) * shape.vocab
     return states + _walk(shape, tokens * min(sequences - 1, fitted_on(streamed=False)), streamed=False)

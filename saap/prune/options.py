@@ -1,4 +1,4 @@
-"""How to prune: what ``saap prune`` and :func:`saap.prune.prune` are asked for. Nothing here imports torch."""
+"""Options of ``saap prune`` and :func:`saap.prune.prune`. Nothing here imports torch."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ _RUNS = "How it runs"
 
 @dataclass(frozen=True)
 class FusionOptions:
-    """How scores become one number per structure; :mod:`saap.prune.scores.fusion` says what it computes."""
+    """Options for one score per structure; :mod:`saap.prune.scores.fusion` has the formulas."""
 
     score: Annotated[
         Score, Option("Which scores enter: fused is vector and element; token is ours.", section=_SCORES, shown=False)
@@ -66,7 +66,7 @@ class FusionOptions:
 
 @dataclass(frozen=True)
 class AdaptiveOptions:
-    """How SAAP scores and prices; the other methods do not read it."""
+    """Options for SAAP's scores and prices; the other methods do not read them."""
 
     fusion: FusionOptions = field(default_factory=FusionOptions)
     exact: Annotated[
@@ -104,7 +104,7 @@ class AdaptiveOptions:
 
 @dataclass(frozen=True)
 class PruneOptions:
-    """How to prune. Exactly one of the first five fields says what the slim model must meet."""
+    """Options of a pruning. Exactly one of the first five is set: the requirement on the slim model."""
 
     ratio: Annotated[
         float | None,
@@ -262,9 +262,9 @@ class PruneOptions:
         """Raise UserError for a requirement that is none, two, or out of range."""
         check_values(self)
         if len(self.asked) != 1:
-            found = " and ".join(map(_flag, self.asked)) or "none"
+            names = " and ".join(map(_flag, self.asked)) or "none"
             allowed = "--ratio, --max-params, --max-bytes, --speedup or --ms-per-token"
-            raise UserError(f"give one requirement: {allowed} (given: {found})")
+            raise UserError(f"give one requirement: {allowed} (given: {names})")
         (kind,) = self.asked
         if kind in TIMED and self.costs is None:
             raise UserError(

@@ -1,4 +1,4 @@
-"""What to keep of a model, and why: the plan that a search makes, the cut carries out and ``saap.json`` records."""
+"""The plan of a pruning: kept structures and reasons, made by a search and recorded in saap.json."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Amount = int | float  # in the budget's unit; what is counted stays whole, on di
 
 @dataclass(frozen=True)
 class LayerPlan(OfBlocks):
-    """What one layer of the base model keeps: sorted indices into its own heads, groups and channels."""
+    """The structures that one layer of the base model keeps: sorted indices of heads, groups and channels."""
 
     query_heads: tuple[int, ...] = ()
     kv_heads: tuple[int, ...] = ()
@@ -64,7 +64,7 @@ class Reason:
 
 @dataclass(frozen=True)
 class Gained:
-    """What something gave that is in no block, or in all."""
+    """The gain by a choice outside a single block: integers, or a smaller vocabulary."""
 
     count: int  # of blocks that are held in other integers, or of words that went
     saved: float  # in the budget's unit; below 0 where it takes more
@@ -81,7 +81,7 @@ class Reasons:
     words: Gained | None = None  # fewer of them in the head
 
     @property
-    def dearest_taken(self) -> Reason | None:
+    def dearest_step(self) -> Reason | None:
         """The block with the dearest step per unit that was taken."""
         return max((b for b in self.blocks if b.last), key=lambda b: b.last.per_unit, default=None)  # type: ignore[union-attr]
 
@@ -91,28 +91,28 @@ class Reasons:
         return min((b for b in self.blocks if b.next), key=lambda b: b.next.per_unit, default=None)  # type: ignore[union-attr]
 
     def record(self) -> dict[str, object]:
-        """For ``saap.json``; what is not known is null, prices per unit are nats per unit of the budget."""
-        taken, left = self.dearest_taken, self.cheapest_left
+        """Return the JSON for ``saap.json``: unknown is null, prices per unit are nats per unit of the budget."""
+        dearest, left = self.dearest_step, self.cheapest_left
         return {
             "unit": self.unit,
-            "dearest_taken": taken.last.per_unit if taken and taken.last else None,
+            "dearest_taken": dearest.last.per_unit if dearest and dearest.last else None,
             "cheapest_left": left.next.per_unit if left and left.next else None,
-            "blocks": [_told(block) for block in self.blocks],
+            "blocks": [_recorded(block) for block in self.blocks],
             **({"integers": asdict(self.integers)} if self.integers else {}),
             **({"words": asdict(self.words)} if self.words else {}),
         }
 
 
-def _told(reason: Reason) -> dict[str, object]:
-    """A reason for ``saap.json``."""
-    told = asdict(reason) | {"had": reason.had.told(), "keeps": reason.keeps.told()}
+def _recorded(reason: Reason) -> dict[str, object]:
+    """Return the JSON of a reason."""
+    record = asdict(reason) | {"had": reason.had.told(), "keeps": reason.keeps.told()}
     moves = {name: getattr(reason, name) for name in ("last", "next", "quarter")}
-    return told | {name: asdict(move) | {"to": move.to.told()} for name, move in moves.items() if move}
+    return record | {name: asdict(move) | {"to": move.to.told()} for name, move in moves.items() if move}
 
 
 @dataclass(frozen=True)
 class PrunePlan:
-    """What to keep of every layer of the base model; a layer whose plan is empty is dropped whole."""
+    """The structures to keep of every layer of the base model; a layer with an empty plan is removed."""
 
     layers: tuple[LayerPlan, ...]
     price: float = 0.0  # predicted loss, nats per token
@@ -127,7 +127,7 @@ class PrunePlan:
         return tuple(index for index, plan in enumerate(self.layers) if plan.blocks)
 
     def cut_layers(self, dense: ModelShape) -> dict[int, LayerPlan]:
-        """What the layers keep that lose something."""
+        """Return the plans of the layers that lose something."""
         return {i: keep for i, keep in enumerate(self.layers) if keep != whole_layer(dense.layers[i])}
 
     def kept_shape(self, dense: ModelShape) -> ModelShape:
@@ -142,7 +142,7 @@ def whole_layer(sizes: LayerSizes) -> LayerPlan:
 
 
 def widths_of(channels: int, group_size: int, step: int = 1) -> list[int]:
-    """How many of its channels a block may keep, fewest first: multiples of the grid, and as many as it has.
+    """Return the widths that a block may keep, smallest first: multiples of the grid, and its own.
 
     ``step``: columns that each is of the matrix that writes; of more than one there are few, and no grid but groups.
     """

@@ -118,7 +118,7 @@ def prune(
 
 
 def _named_rows(source: Path, text: str | None, options: PruneOptions, progress: Progress | None) -> Rows:
-    """The rows of :func:`calibration_rows`; a note names the text."""
+    """Read :func:`calibration_rows`; a note names the text."""
     rows = calibration_rows(source, text, options, progress)
     note(progress, f"calibration text: {rows.source}")
     if kind := one_kind(text):
@@ -137,8 +137,8 @@ def calibration_rows(
     spare = trial_rows(options)
 
     def read(count: int) -> Rows:
-        wanted = Sequences(count + spare, options.length, options.seed)
-        return training_rows(directory, text, "calibration", wanted, progress)
+        sequences = Sequences(count + spare, options.length, options.seed)
+        return training_rows(directory, text, "calibration", sequences, progress)
 
     if text == SELF:
         return read(options.sequences)
@@ -150,7 +150,7 @@ def calibration_rows(
 
 
 def _pruning(model: str, source: Path, options: PruneOptions, budget: Budget, rows: torch.Tensor | Rows) -> Pruning:
-    """What one pruning is made from; whether it reads layer by layer, and where it computes, is decided here."""
+    """Collect what one pruning needs; decide whether it reads layer by layer, and where it computes."""
     text = rows if isinstance(rows, Rows) else None
     ids = rows.ids if isinstance(rows, Rows) else rows
     stream = streamed(source, budget, options, min(len(ids), options.rows), ids.shape[1])
@@ -250,7 +250,7 @@ def _write(pruning: Pruning, plan: PrunePlan, source: Path, output: Path, refitt
 
 @contextmanager
 def _scratch(output: Path) -> Iterator[Path]:
-    """A hidden folder beside the output for the time of the block; one that a kill left is emptied."""
+    """Make a hidden folder beside the output for the time of the context; one left by a kill is emptied."""
     folder = output.parent / f".{output.name}.pruning"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -261,7 +261,7 @@ def _scratch(output: Path) -> Iterator[Path]:
 
 
 def budget_of(model_dir: str | Path, options: PruneOptions, words: Chosen | Sequence[Chosen] | None = None) -> Budget:
-    """The requirement on this model, before anything is scored; read and checked, nothing is written.
+    """Return the requirement on this model, checked before anything is scored; nothing is written.
 
     ``words``: a vocabulary for the head, which counts in parameters, bytes and milliseconds, or several to choose from.
 
@@ -275,7 +275,7 @@ def budget_of(model_dir: str | Path, options: PruneOptions, words: Chosen | Sequ
 
 
 def _choosing(requirement: Budget, words: Chosen | Sequence[Chosen] | None) -> Budget:
-    """The requirement on a model whose head keeps these words, or one of several such sets."""
+    """Return the requirement with this vocabulary, or with several to choose from."""
     if isinstance(words, Chosen):
         return requirement.saying(words.option)
     return replace(requirement, words=tuple(each.option for each in words or ()))
@@ -287,7 +287,7 @@ def _check_floor(budget: Budget, options: PruneOptions) -> None:
 
 
 def requirement_on(model_dir: str | Path, options: PruneOptions) -> Budget:
-    """The requirement on a model that may be pruned so. Raises UserError: it may not, or meets it already."""
+    """Return the requirement on a model. Raises UserError: it cannot be pruned so, or meets it already."""
     config = read_config(model_dir)
     if config.get("slim_quant"):
         raise UserError(f"{model_dir} holds tuned integers, which cannot be pruned: prune the model it was tuned from")

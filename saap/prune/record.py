@@ -1,4 +1,4 @@
-"""What a pruned directory says of itself in its ``saap.json``: the plan, the options and where it all came from."""
+"""The ``saap.json`` of a pruned directory: the plan, the options and the lineage."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ class Pruning:
 
     @property
     def text(self) -> str | None:
-        """Where the calibration text is from; None where its ids were given."""
+        """Source of the calibration text; None if ids were passed."""
         return self.lineage.get("calibration", {}).get("source")
 
     def choosing(self, words: Chosen | Sequence[Chosen] | None) -> Pruning:
-        """With this vocabulary, or with several to choose between."""
+        """Set this vocabulary, or several to choose between."""
         return self.saying(words) if isinstance(words, Chosen) else replace(self, candidates=tuple(words or ()))
 
     def with_candidate(self, place: int) -> Pruning:
-        """With one of the candidates chosen; the requirement is then on that vocabulary."""
+        """Choose one of the candidates; the requirement is then on that vocabulary."""
         return replace(self.saying(self.candidates[place]), budget=self.budget.saying(self.budget.words[place]))
 
     def saying(self, words: Chosen) -> Pruning:
-        """With these words chosen."""
+        """Set this vocabulary."""
         lineage: Lineage = {**self.lineage, "words": words.lineage()}
         return replace(self, words=words, vocabulary=words.record(), lineage=lineage)
 
@@ -53,7 +53,7 @@ class Pruning:
 def record_of(
     pruning: Pruning, plan: PrunePlan, achieved: dict[str, float | None], config: Mapping[str, object]
 ) -> Record:
-    """The record of a slim directory, of the plan of the base and what the slim model has of what was asked.
+    """Return the record of a slim directory: the plan of the base model, and what the slim model achieved.
 
     ``config``: of a model of its family.
     """
@@ -97,7 +97,7 @@ def record_of(
 
 
 def plan_of(recorded: Plan) -> PrunePlan:
-    """The plan as :func:`record_of` writes it; KeyError or ValueError where there is none."""
+    """Read a plan that :func:`record_of` wrote; KeyError or ValueError if there is none."""
     layers, reasons = convert(recorded["layers"], tuple[LayerPlan, ...]), recorded["reasons"]
-    told = convert(reasons, Reasons) if reasons else None
-    return PrunePlan(layers, recorded["price_nats"] or 0.0, told, recorded.get("gap", 0.0))
+    known = convert(reasons, Reasons) if reasons else None
+    return PrunePlan(layers, recorded["price_nats"] or 0.0, known, recorded.get("gap", 0.0))

@@ -29,7 +29,7 @@ OTHER_FILES = ("tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "adde
 
 
 def ids_in(place: object) -> set[int]:
-    """The ids in a field of a configuration."""
+    """Return the ids in a field of a configuration."""
     if isinstance(place, list):
         return set().union(*map(ids_in, place))
     return {place} if isinstance(place, int) and not isinstance(place, bool) and place >= 0 else set()
@@ -42,7 +42,7 @@ def named_ids(config: Mapping[str, object]) -> set[int]:
 
 @dataclass(frozen=True)
 class Renumbering:
-    """From all words to the kept ones.
+    """The kept tokens and their new ids.
 
     Attributes:
         words: ids that stay, ascending.
@@ -55,9 +55,9 @@ class Renumbering:
         return {word: place for place, word in enumerate(self.words)}
 
     def config(self, config: Mapping[str, object]) -> dict[str, object]:
-        """A configuration of the kept words. Raises UserError: it names one that goes."""
-        made = {name: self._ids(value) if NAMES_IDS.search(name) else value for name, value in config.items()}
-        return made | {name: len(self.words) for name in VOCABULARY_SIZES if name in made}
+        """Renumber a configuration. Raises UserError: it names a removed token."""
+        fields = {name: self._ids(value) if NAMES_IDS.search(name) else value for name, value in config.items()}
+        return fields | {name: len(self.words) for name in VOCABULARY_SIZES if name in fields}
 
     def _ids(self, value: object) -> object:
         if isinstance(value, list):
@@ -67,7 +67,7 @@ class Renumbering:
     def tensors(
         self, tensors: Iterator[tuple[str, torch.Tensor]], architecture: Architecture
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """The tensors of a model, those with a row for each word cut to the kept ones."""
+        """Yield a model's tensors; those with a row for each token are cut to the kept ones."""
         tables = [architecture.embedding, architecture.head]
         if architecture.per_layer:
             tables.append(architecture.per_layer.table)
@@ -84,11 +84,11 @@ class Renumbering:
         if (path := directory / "generation_config.json").is_file():
             _write(path, self.config(read_object(path, "get the model again")))
         if (path := directory / "tokenizer_config.json").is_file():
-            told = read_object(path, "get the model again")
-            if isinstance(decoder := told.get("added_tokens_decoder"), dict):
-                kept = ((self.places.get(int(word)), said) for word, said in decoder.items())
-                told["added_tokens_decoder"] = {str(place): said for place, said in kept if place is not None}
-            _write(path, told)
+            settings = read_object(path, "get the model again")
+            if isinstance(decoder := settings.get("added_tokens_decoder"), dict):
+                kept = ((self.places.get(int(word)), entry) for word, entry in decoder.items())
+                settings["added_tokens_decoder"] = {str(place): entry for place, entry in kept if place is not None}
+            _write(path, settings)
 
 
 def _write(path: Path, document: Mapping[str, object]) -> None:

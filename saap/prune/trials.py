@@ -42,7 +42,7 @@ LEARNT = 2
 
 @dataclass(frozen=True)
 class Halving:
-    """How much is tried.
+    """The number of plans and of tokens to tune them on.
 
     Attributes:
         depths: of the blocks that go whole in the plan of least price, the shares that may go in further plans.
@@ -55,11 +55,11 @@ class Halving:
     tokens: tuple[int, ...]
 
     def others(self, first: PrunePlan, options: AdaptiveOptions) -> list[AdaptiveOptions]:
-        """What the search is told for further plans, after the one of least price."""
+        """Return the settings of the search for further plans, after the one of least price."""
         gone = gone_of(first)
         most = sorted({round(share * gone) for share in self.depths}, reverse=True) if gone else []
-        found = [replace(options, recovered=share) for share in self.recovered if gone]
-        return found + [replace(options, most_gone=count) for count in most]
+        further = [replace(options, recovered=share) for share in self.recovered if gone]
+        return further + [replace(options, most_gone=count) for count in most]
 
 
 HALVINGS: dict[Effort, Halving] = {
@@ -81,13 +81,13 @@ def _rows_of(tokens: int, length: int) -> tuple[int, int]:
 
 
 def gone_of(plan: PrunePlan) -> int:
-    """How many attention and FFN blocks a plan takes whole."""
+    """Count the attention and FFN blocks that a plan removes."""
     return sum((not layer.query_heads) + (not layer.ffn) for layer in plan.layers)
 
 
 @dataclass(frozen=True)
 class TrialOptions:
-    """What the trials need of the options of a pruning."""
+    """Options of the trials, from those of a pruning."""
 
     halving: Halving
     adaptive: AdaptiveOptions  # of the plan of least price
@@ -101,7 +101,7 @@ class TrialOptions:
 
 
 def tuning_for(options: PruneOptions) -> TuneOptions:
-    """As the bundle will be tuned, in its bits; text is short, so none of it is held out."""
+    """Return the options to tune a plan as the bundle will be tuned; text is short, so none is held out."""
     from saap.tune.options import TrainOptions, TuneOptions
 
     training = TrainOptions(micro_rows=2, seed=options.seed, device=options.device)
@@ -116,7 +116,7 @@ Make = Callable[[AdaptiveOptions, Path, Rows, "Progress | None"], object]
 def choose_by_tuning(
     make: Make, directory: Path, options: TrialOptions, kept: Kept, rows: Rows, progress: Progress | None
 ) -> Path:
-    """The slim directory of the plan that is best after some tuning; its record holds all that were tried.
+    """Return the slim directory of the plan that is best after some tuning; its record lists all plans.
 
     Args:
         directory: where the model lies, which teaches.
@@ -177,7 +177,7 @@ class _Trials:
         self.plans: list[Trial] = []
 
     def run(self) -> Path:
-        """The directory of the best plan."""
+        """Return the directory of the best plan."""
         rounds = self.options.halving.tokens
         self.plans = list(self._plans())
         left = list(self.plans)
@@ -194,7 +194,7 @@ class _Trials:
 
     def _plans(self) -> Iterator[Trial]:
         """All plans, no two alike; the one of least price is first."""
-        waiting, seen = [self.options.adaptive], []
+        waiting, known = [self.options.adaptive], []
         for number, adaptive in enumerate(waiting):  # which grows by the first
             try:
                 self._make(number, adaptive)
@@ -206,9 +206,9 @@ class _Trials:
             plan, bundle = plan_of(recorded), recorded["bundle"]
             if not number:
                 waiting += self.options.halving.others(plan, adaptive)
-            if (kept := (plan.layers, bundle)) in seen:
+            if (kept := (plan.layers, bundle)) in known:
                 continue
-            seen.append(kept)
+            known.append(kept)
             asked = {name: getattr(adaptive, name) for name in ("recovered", "most_gone")}
             yield Trial(plan=number, settings=asked, gone=gone_of(plan), price_nats=plan.price, kl={})
 
@@ -234,10 +234,10 @@ class _Trials:
         scorers = {
             name: torch_scorer(open_model(at, device)) for name, at in (("dense", self.directory), ("tuned", tuned))
         }
-        found = score_models(scorers, self.judged[:judged].to(device), reference="dense", progress=progress)
+        scores = score_models(scorers, self.judged[:judged].to(device), reference="dense", progress=progress)
         shutil.rmtree(tuned)
-        known.write_text(repr(found[1].kl))
-        return float(found[1].kl or 0.0)
+        known.write_text(repr(scores[1].kl))
+        return float(scores[1].kl or 0.0)
 
     def _path(self, number: int) -> Path:
         return self.kept(f"plan {number}")

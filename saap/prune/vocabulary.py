@@ -51,7 +51,7 @@ CLOSE = 0.9  # of it: no better size is looked for
 WORTH = 0.03  # of what a token reads, that must go: SmolLM2 reads 1.7 % less and is no faster
 PREDICTED = 4096  # tokens of the text whose predictions count
 ROW = 256  # tokens of a forward pass
-HELD = 0.25  # of the text, by which a size is chosen that the other part counted
+SPARE = 0.25  # of the text, by which a size is chosen that the other part counted
 SHARES = (2 / 3, 1 / 2, 1 / 3, 1 / 4, 1 / 6, 1 / 8)  # of the vocabulary, that a search chooses between
 PIECE, PIECES = 1000, 8  # characters, and how many such parts of the text: what saying it in fewer words costs
 
@@ -83,7 +83,7 @@ class Chosen:
 
     @property
     def option(self) -> WordsOption:
-        """As a budget counts it."""
+        """The vocabulary as an option of the search."""
         return WordsOption(len(self.words), self.longer, self.price, self.input)
 
     @property
@@ -93,19 +93,19 @@ class Chosen:
     def config(
         self, config: Mapping[str, object], shape: ModelShape, *, kept: Sequence[int] | None = None
     ) -> dict[str, object]:
-        """As :func:`saap.models.checkpoint.slim_config`, of these words."""
+        """Return :func:`saap.models.checkpoint.slim_config` with this vocabulary."""
         written = slim_config(config, shape, kept=kept, words="" if self.input else self.packed)
         return self.renumbering.config(written) if self.renumbering else written
 
     def record(self) -> Words:
-        told = Words(rows=len(self.words), of=self.size, longer=self.longer)
-        return Words(**told, kept=self.packed) if self.input else told
+        words = Words(rows=len(self.words), of=self.size, longer=self.longer)
+        return Words(**words, kept=self.packed) if self.input else words
 
     def lineage(self) -> WordsText:
         return WordsText(source=self.source, text_sha256=self.sha256)
 
 
-def rows_asked(asked: str, size: int) -> int | None:
+def rows_of(asked: str, size: int) -> int | None:
     """Words that ``--vocabulary`` asks for: a number, with k for 1,024, or a share; None: what is fastest.
 
     Raises UserError: something else, or as many as there are.
@@ -127,20 +127,20 @@ def rows_asked(asked: str, size: int) -> int | None:
 
 
 def choose_words(directory: Path, asked: str, documents: Documents, progress: Progress | None = None) -> Chosen:
-    """The words that the head of a model keeps.
+    """Choose the vocabulary that the head of a model keeps.
 
     Args:
-        asked: as in :func:`rows_asked`; ``auto`` is the fewest that make a text hardly longer.
+        asked: as in :func:`rows_of`; ``auto`` is the fewest that make a text hardly longer.
 
     Raises UserError: a vocabulary that cannot be closed, or not at this size.
     """
     report = progress or (lambda *_: None)
     shape = _trimmable(directory)
-    rows = rows_asked(asked, shape.vocab)
+    rows = rows_of(asked, shape.vocab)
     report("reading the vocabulary", 0, 0)
     read = _Read(directory, documents, load_model(directory), progress)
     forest = read.forest
-    expected = forest.longer(read.order, read.said.tolist()) / max(1, read.said.sum())
+    expected = forest.longer(read.order, read.spare_counts.tolist()) / max(1, read.spare_counts.sum())
     sizes = Sizes(forest.total, len(forest.least), expected)
     count: int | None = forest.checked(rows) if rows else sizes.next()
     while count is not None:
@@ -167,7 +167,7 @@ def words_to_try(directory: Path, documents: Documents, progress: Progress | Non
     Raises UserError: a vocabulary that cannot be closed.
     """
     report = progress or (lambda *_: None)
-    shape, found = _trimmable(directory), list[Chosen]()
+    shape, candidates = _trimmable(directory), list[Chosen]()
     report("reading the vocabulary", 0, 0)
     model = load_model(directory)
     read = _Read(directory, documents, model, progress)
@@ -176,13 +176,13 @@ def words_to_try(directory: Path, documents: Documents, progress: Progress | Non
     for done, count in enumerate(sizes):
         report("pricing sizes of the vocabulary", done, len(sizes))
         longer, price, words = read.longer(count), read.price(count, model), read.words(count)
-        found.append(Chosen(words, shape.vocab, longer, documents.source, sha256=documents.sha256, price=price))
+        candidates.append(Chosen(words, shape.vocab, longer, documents.source, sha256=documents.sha256, price=price))
     report("pricing sizes of the vocabulary", len(sizes), len(sizes))
-    return found
+    return candidates
 
 
 def _trimmable(directory: Path) -> ModelShape:
-    """The model's shape. Raises UserError: words cannot go from it."""
+    """Return the model's shape. Raises UserError: its vocabulary cannot be trimmed."""
     config = read_config(directory)
     if said_words(config) or "vocabulary" in read_record(directory):
         raise UserError(f"{directory} has a trimmed vocabulary already: trim the model that it was made from")
@@ -201,30 +201,30 @@ class _Read:
         self._document = json.loads(tokenizer.backend_tokenizer.to_str())
         required = _named_ids(directory, read_config(directory)) | _template_ids(tokenizer)
         self.forest, text = forest_of(self._document, size, required), documents.text
-        part, self._held = text[: int(len(text) * (1 - HELD))], text[int(len(text) * (1 - HELD)) :]
+        part, self._spare = text[: int(len(text) * (1 - SPARE))], text[int(len(text) * (1 - SPARE)) :]
         self._first = beginning(tokenizer)
         guessed = predicted(model, encode(part, tokenizer), self._first, progress)
         self._whole = Tokenizer.from_str(json.dumps(self._document))
-        counted, self.said = (counts_of(self._whole, each, size) for each in (part, self._held))
+        counted, self.spare_counts = (counts_of(self._whole, each, size) for each in (part, self._spare))
         self.order = self.forest.order((counted + guessed).tolist())
-        self._all = counted + self.said + guessed
-        step = max(PIECE, len(self._held) // PIECES)
-        starts = range(0, len(self._held) - PIECE + 1, step)
-        self._pieces = [self._held[start : start + PIECE] for start in starts] or [self._held]
+        self._all = counted + self.spare_counts + guessed
+        step = max(PIECE, len(self._spare) // PIECES)
+        starts = range(0, len(self._spare) - PIECE + 1, step)
+        self._pieces = [self._spare[start : start + PIECE] for start in starts] or [self._spare]
         self._as_it_is: tuple[float, int] | None = None  # nats and tokens of the pieces in all words
 
     def longer(self, count: int) -> float:
         """Share of tokens that the held-out part takes more in so many words."""
-        tokens = self._trimmed(count).encode(self._held, add_special_tokens=False).ids
-        return float(len(tokens) / max(1, self.said.sum()) - 1)
+        tokens = self._trimmed(count).encode(self._spare, add_special_tokens=False).ids
+        return float(len(tokens) / max(1, self.spare_counts.sum()) - 1)
 
     def words(self, count: int) -> tuple[int, ...]:
-        """The ids of so many words, by the whole text."""
+        """Return the ids of a vocabulary of this size, by the whole text."""
         return tuple(self.forest.kept(self._all.tolist(), count))
 
     @torch.inference_mode()
     def price(self, count: int, model: PreTrainedModel) -> float:
-        """What it costs to say parts of the held-out text in so many words, nats per token of the whole vocabulary."""
+        """Price a vocabulary of this size on held-out text, in nats per token of the whole vocabulary."""
         kept, trimmed_own = self._stay(count), self._trimmed(count)
         if self._as_it_is is None:
             ids = [self._whole.encode(piece, add_special_tokens=False).ids for piece in self._pieces]
@@ -234,21 +234,21 @@ class _Read:
         return max(0.0, (sum(self._nats(model, row, kept) for row in own) - nats) / max(1, tokens))
 
     def _nats(self, model: PreTrainedModel, ids: list[int], kept: torch.Tensor | None) -> float:
-        """Of a text behind its beginning, whose words are all of those that are kept."""
+        """Return the nats of a text of kept tokens, without its beginning."""
         row = torch.tensor([[*self._first, *ids]])
         logits = model(input_ids=row, use_cache=False).logits[0].float()
         if kept is not None:
             gone = torch.ones(logits.shape[-1], dtype=torch.bool)
             gone[kept] = False
             logits = logits.masked_fill(gone, -torch.inf)
-        said = logits.log_softmax(-1)[:-1].gather(-1, row[0, 1:, None])
-        return -float(said.sum())
+        logprobs = logits.log_softmax(-1)[:-1].gather(-1, row[0, 1:, None])
+        return -float(logprobs.sum())
 
     def _trimmed(self, count: int) -> Tokenizer:
         return Tokenizer.from_str(json.dumps(trimmed(self._document, self._stay(count).tolist())))
 
     def _stay(self, count: int) -> torch.Tensor:
-        """The ids of so many words, by the part that orders them."""
+        """Return the ids of a vocabulary of this size, by the part that orders them."""
         return torch.tensor(self.forest.without(self.order[: self.forest.total - count]))
 
 
@@ -277,7 +277,7 @@ class Sizes:
         return min((count for count, longer in self.tried.items() if longer <= LONGER), default=None)
 
     def next(self) -> int | None:
-        """The number to try; None: one that was tried will do, or none does better.
+        """Return the next size to try; None if a tried one is good enough, or none is better.
 
         What was expected is corrected by how far it was off where it was nearest.
         """
@@ -299,7 +299,7 @@ class Sizes:
 def predicted(
     model: PreTrainedModel, ids: list[int], first: list[int], progress: Progress | None = None
 ) -> NDArray[np.float64]:
-    """How often the model would have said each word in a text, [vocab]: as often in all as the text has tokens.
+    """Estimate how often the model predicts each token in a text, [vocab]; the sum is the text's length.
 
     Args:
         ids: of the text.
@@ -318,7 +318,7 @@ def predicted(
 
 
 def counts_of(tokenizer: Tokenizer, text: str, size: int) -> NDArray[np.int64]:
-    """How often each id is in a text, [size]."""
+    """Count each id in a text, [size]."""
     return np.bincount(np.asarray(tokenizer.encode(text, add_special_tokens=False).ids, np.int64), minlength=size)
 
 
@@ -329,7 +329,7 @@ def _named_ids(directory: Path, config: dict[str, object]) -> set[int]:
 
 
 def _template_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """What a chat template writes around a conversation."""
+    """Return the ids that a chat template writes around a conversation."""
     talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     with suppress(UserError):  # no template, or one that wants another conversation
         return {word for ids, _ in ChatEncoder(tokenizer).samples(talk, "the chat template") for word in ids}
@@ -344,7 +344,7 @@ def write_trimmed(
     record: Record,
     chosen: Chosen | None,
 ) -> Path:
-    """As :func:`saap.models.checkpoint.write_slim`, of the chosen words.
+    """Write a slim directory (:func:`saap.models.checkpoint.write_slim`) with the chosen vocabulary.
 
     ``config``: of these words; the tensors have all.
     """
@@ -357,7 +357,7 @@ def write_trimmed(
 def words_by_text(
     source: Path, options: PruneOptions, calibration: object, progress: Progress | None
 ) -> Chosen | list[Chosen]:
-    """The vocabulary that ``options`` ask for, chosen by a text and named in a note; or several for the search.
+    """Choose the vocabulary by a text and name it in a note, or return several for the search.
 
     Raises UserError: no text to choose by, or as of :func:`choose_words`.
     """

@@ -39,7 +39,7 @@ class Published:
     text: str  # what the calibration text is
 
     def kept(self, layers: int) -> frozenset[int]:
-        """The layers that the rule keeps whole in a model of this many; shallow models keep fewer."""
+        """Return the layers that the rule keeps whole in a model of this many; shallow models keep fewer."""
         first, last = self.keep_layers_rule
         first, last = min(first, layers // 4), min(last, layers // 8)
         return frozenset((*range(first), *range(layers - last, layers)))
@@ -54,7 +54,7 @@ _PUBLISHED = {
 
 
 def published(method: str) -> Published:
-    """The settings of a method as its authors have them; UserError where there is no such method."""
+    """Return the settings of a method as its authors have them; UserError for an unknown method."""
     _check_method(method)
     return _PUBLISHED[method]
 
@@ -62,7 +62,7 @@ def published(method: str) -> Published:
 def ranked_plan(
     model: PreTrainedModel, ids: torch.Tensor, budget: Budget, options: PruneOptions, progress: Progress | None = None
 ) -> PrunePlan:
-    """The method's plan for ``budget.dense`` that meets the budget; the model is left as it was.
+    """Return the method's plan for ``budget.dense`` that meets the budget; the model is left as it was.
 
     Raises:
         UserError: the requirement cannot be met, or the model is not finite on the text.

@@ -1,4 +1,4 @@
-"""From scores of a method to plans: an ordered list of removals, and the shortest part of it that is enough.
+"""Plans by a method's scores: an ordered list of removals, and the shortest part of it that is enough.
 
 A removal takes one notch off one block: one grid step of an FFN's width, whole KV groups with all their query heads, or
 a whole layer. Every plan is a beginning of the list, so a plan costs microseconds once the list is made.
@@ -44,7 +44,7 @@ class Removal:
 
 @dataclass(frozen=True)
 class Ranking:
-    """What a method would remove, in order; ``plan_at`` stops where enough is gone."""
+    """A method's removals in their order; ``plan_at`` takes as many as needed."""
 
     method: str
     shape: ModelShape
@@ -56,7 +56,7 @@ class Ranking:
         return sum(removal.weights for removal in self.removals) / self.shape.layer_weights
 
     def plan_at(self, share: float) -> PrunePlan:
-        """The plan that removes at least ``share`` of the decoder layers' weights, and as little more as it can.
+        """Return the plan that removes at least ``share`` of the decoder layers' weights, and as little more as it can.
 
         The list is followed as long as its removals fit in; what is left is filled by the one that is just enough, or
         by smaller ones further on, whichever overshoots less. A larger share never removes less.
@@ -64,25 +64,25 @@ class Ranking:
         Raises:
             UserError: the share is out of range, or more than every removal together removes.
         """
-        target = math.ceil(self._asked(share) * (1 - SLACK))
+        target = math.ceil(self._weights_in(share) * (1 - SLACK))
         if target > sum(removal.weights for removal in self.removals):
             raise UserError(
                 f"{self.method} can remove {self.largest_share:.2%} of the decoder layers' weights at most here, "
                 f"{share:.2%} was asked: ask for less, keep fewer layers whole, or let heads go too"
             )
-        taken, need = self._beginning(target)
+        chosen, need = self._beginning(target)
         if need > 0:
-            taken = [*taken, *_fill(self.removals[len(taken) :], need)]
-        return self._plan(taken)
+            chosen = [*chosen, *_fill(self.removals[len(chosen) :], need)]
+        return self._plan(chosen)
 
     def plan_below(self, share: float) -> PrunePlan:
-        """The plan of the longest beginning of the list that removes at most ``share``.
+        """Return the plan of the longest beginning of the list that removes at most ``share``.
 
         For methods with large removals (whole layers), which take the next larger model in a table.
         """
-        return self._plan(self._beginning(math.floor(self._asked(share) * (1 + SLACK)))[0])
+        return self._plan(self._beginning(math.floor(self._weights_in(share) * (1 + SLACK)))[0])
 
-    def _asked(self, share: float) -> float:
+    def _weights_in(self, share: float) -> float:
         if not (math.isfinite(share) and 0 <= share < 1):
             raise UserError(f"share {share} is not allowed: give one from 0 to below 1, such as 0.2")
         return share * self.shape.layer_weights
@@ -96,9 +96,9 @@ class Ranking:
             count += 1
         return list(self.removals[:count]), target
 
-    def _plan(self, taken: list[Removal]) -> PrunePlan:
+    def _plan(self, chosen: list[Removal]) -> PrunePlan:
         gone: dict[tuple[int, str], set[int]] = {}
-        for removal in taken:
+        for removal in chosen:
             gone.setdefault((removal.layer, removal.kind), set()).update(removal.gone)
         return PrunePlan(
             tuple(
@@ -119,7 +119,7 @@ def _without(sizes: LayerSizes, groups: set[int] | None, channels: set[int] | No
 
 
 def _fill(pending: tuple[Removal, ...], need: int) -> list[Removal]:
-    """The fewest extra weights that cover ``need``: one removal, or several that are smaller than the list's next."""
+    """Find the fewest extra weights that cover ``need``: one removal, or several smaller than the list's next."""
     next_of_module: dict[tuple[int, str], Removal] = {}
     for removal in pending:
         next_of_module.setdefault((removal.layer, removal.kind), removal)
@@ -138,7 +138,7 @@ def _fill(pending: tuple[Removal, ...], need: int) -> list[Removal]:
 
 
 def group_counts(sizes: LayerSizes, head_dim: int, block: int) -> list[int]:
-    """How many KV groups may stay, with all their query heads, largest first."""
+    """Return the allowed numbers of KV groups, with all their query heads, largest first."""
     width = sizes.heads_per_group * head_dim
     return [sizes.kv_heads, *(n for n in range(sizes.kv_heads - 1, 0, -1) if n * width % block == 0)]
 
@@ -182,7 +182,7 @@ def threshold_key(scores: torch.Tensor) -> Callable[[Removal], float]:
 
 
 def meet(plan_at: Callable[[float], PrunePlan], budget: Budget, dense: ModelShape) -> PrunePlan:
-    """The plan that removes the smallest share of weights and meets the budget in its own unit.
+    """Return the plan that removes the smallest share of weights and meets the budget in its own unit.
 
     Plans cost less with the share only roughly (milliseconds do not follow weights), so shares are tried from the least
     upwards until one meets the budget, and the step in which that happened is halved; what is returned meets it.

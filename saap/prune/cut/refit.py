@@ -42,9 +42,9 @@ from saap.prune.options import Compensation
 from saap.prune.plan import LayerPlan, PrunePlan
 
 LAMBDAS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
-HELD_SHARE = 6  # one sixth of the batches chooses lambda
+LAMBDA_SHARE = 6  # one sixth of the batches chooses lambda
 
-Given = Sequence[Mapping[str, object]]  # a layer's other arguments, batch by batch
+Arguments = Sequence[Mapping[str, object]]  # a layer's other arguments, batch by batch
 
 
 @dataclass(eq=False)
@@ -118,26 +118,26 @@ class _Walk:
     def __init__(self, kind: Compensation, model: PreTrainedModel, plan: PrunePlan, ids: torch.Tensor) -> None:
         self._kind, self._keeps = kind, not is_streamed(model)
         self._model, self._plan = model, plan
-        fitted, held = _parts(ids)
-        self._batches = batches_of(model, fitted) + batches_of(model, held)
+        fitted, choosing = _parts(ids)
+        self._batches = batches_of(model, fitted) + batches_of(model, choosing)
         self._stream = [batch.hidden for batch in self._batches]
-        self._sizes = [part.numel() for part in fitted], [part.numel() for part in held]
+        self._sizes = [part.numel() for part in fitted], [part.numel() for part in choosing]
 
     def enter(self, index: int, layer: nn.Module, blocks: list[_Block]) -> dict[str, torch.Tensor]:
-        """What is new in a layer; its weights are changed on the way."""
+        """Return a layer's new weights and biases; its weights are changed on the way."""
         if self._kind == "refit" and not self._plan.layers[index].blocks:  # the slim model has no such layer
             return {}
-        given = [batch.given[index] for batch in self._batches]
+        arguments_of_batches = [batch.given[index] for batch in self._batches]
         if self._kind == "bias":  # means of the dense model, as in FLAP: the stream stays dense
-            new, self._stream = _biases(layer, blocks, self._stream, given, sum(map(sum, self._sizes)))
+            new, self._stream = _biases(layer, blocks, self._stream, arguments_of_batches, sum(map(sum, self._sizes)))
         else:
-            runs = _Runs(layer, blocks, self._stream, given, self._keeps)
+            runs = _Runs(layer, blocks, self._stream, arguments_of_batches, self._keeps)
             new = _refitted(runs, self._sizes, lambda block: self._gap(index, runs, block))
             self._stream = runs.outputs()
         return new
 
     def _gap(self, index: int, runs: _Runs, block: _Block) -> list[torch.Tensor] | None:
-        """What the blocks that go right behind this one would add to the stream, in units of what its matrix gives.
+        """Compute what the removed blocks right behind this one would add, in units of its matrix's output.
 
         Batch by batch; None where nothing goes. The blocks before are cut already, this one and those behind are whole.
         """
@@ -177,8 +177,8 @@ def _parts(ids: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Batches that are fitted, and those that choose lambda."""
     size = max(1, min(ROWS, len(ids) // 2))
     batches = -(-len(ids) // size)
-    first_held = (batches - max(1, batches // HELD_SHARE)) * size
-    return list(ids[:first_held].split(size)) if first_held else [], list(ids[first_held:].split(size))
+    fitted = (batches - max(1, batches // LAMBDA_SHARE)) * size
+    return list(ids[:fitted].split(size)) if fitted else [], list(ids[fitted:].split(size))
 
 
 def _blocks(layer: nn.Module, keep: LayerPlan, shape: ModelShape, architecture: Architecture) -> list[_Block]:
@@ -204,7 +204,7 @@ def _restored(blocks: list[_Block]) -> Iterator[None]:
 
 @contextmanager
 def _silenced(blocks: list[_Block]) -> Iterator[None]:
-    """These blocks add nothing inside the block."""
+    """Let these blocks add nothing inside the context."""
     with _restored(blocks):
         for block in blocks:
             block.linear.weight.zero_()
@@ -217,15 +217,15 @@ def _zeros(block: _Block) -> torch.Tensor:
 
 
 def _biases(
-    layer: nn.Module, blocks: list[_Block], stream: list[torch.Tensor], given: Given, tokens: int
+    layer: nn.Module, blocks: list[_Block], stream: list[torch.Tensor], arguments_of_batches: Arguments, tokens: int
 ) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
-    """The mean of what goes, per block that keeps something; and the stream after the layer."""
+    """Return the mean of the removed output, per block that keeps something, and the stream after the layer."""
     totals = {block.matrix: _zeros(block) for block in blocks}
     after = []
-    for hidden, arguments in zip(stream, given, strict=True):
-        with inputs_of({block.matrix: block.linear for block in blocks}) as seen:
+    for hidden, arguments in zip(stream, arguments_of_batches, strict=True):
+        with inputs_of({block.matrix: block.linear for block in blocks}) as entering:
             after.append(run_layer(layer, hidden, arguments))
-        for name, inputs in seen.items():
+        for name, inputs in entering.items():
             totals[name] += inputs.flatten(0, -2).double().sum(0)
     new = {}
     for block in blocks:
@@ -244,10 +244,15 @@ class _Runs:
     """
 
     def __init__(
-        self, layer: nn.Module, blocks: list[_Block], stream: list[torch.Tensor], given: Given, keeps: bool
+        self,
+        layer: nn.Module,
+        blocks: list[_Block],
+        stream: list[torch.Tensor],
+        arguments_of_batches: Arguments,
+        keeps: bool,
     ) -> None:
         self._layer, self.blocks, self._keeps = layer, blocks, keeps
-        self._batches = list(zip(stream, given, strict=True))
+        self._batches = list(zip(stream, arguments_of_batches, strict=True))
         nothing = {block.matrix: block.linear.in_features for block in blocks if not len(block.kept)}
         self._known: list[dict[str, torch.Tensor]] = [
             {matrix: hidden.new_zeros(1).expand(*hidden.shape[:-1], size) for matrix, size in nothing.items()}
@@ -255,17 +260,17 @@ class _Runs:
         ]
 
     def until(self, block: _Block) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
-        """Per batch what enters the block's matrix, and the stream before the block where a norm reads it."""
+        """Yield per batch the inputs of the block's matrix, and the stream before the block if a norm reads it."""
         for (hidden, arguments), known in zip(self._batches, self._known, strict=True):
             also = {} if block.norm is None else {"stream": block.norm}
             if self._keeps:
                 earlier = self.blocks[: self.blocks.index(block)]
                 also |= {other.matrix: other.linear for other in earlier if other.matrix not in known}
             with self._settled(known):
-                x, seen = run_until(self._layer, hidden, arguments, block.linear, also)
-            stream = seen.pop("stream", None)
+                x, entering = run_until(self._layer, hidden, arguments, block.linear, also)
+            stream = entering.pop("stream", None)
             if self._keeps:
-                known.update(seen, **{block.matrix: x})
+                known.update(entering, **{block.matrix: x})
             yield x, stream
 
     def settle(self, block: _Block) -> None:
@@ -274,13 +279,13 @@ class _Runs:
             deque(self.until(block), maxlen=0)
 
     def outputs(self, whole: Sequence[_Block] = ()) -> list[torch.Tensor]:
-        """What leaves the layer as it is now, batch by batch; ``whole``: blocks that go, but run this time."""
-        found = []
+        """Run the layer as it is now, batch by batch; ``whole``: removed blocks that run this time."""
+        leaving = []
         running = {block.matrix for block in whole}
         for (hidden, arguments), known in zip(self._batches, self._known, strict=True):
             with self._settled({matrix: x for matrix, x in known.items() if matrix not in running}):
-                found.append(run_layer(self._layer, hidden, arguments))
-        return found
+                leaving.append(run_layer(self._layer, hidden, arguments))
+        return leaving
 
     @contextmanager
     def _settled(self, known: Mapping[str, torch.Tensor]) -> Iterator[None]:
@@ -299,7 +304,7 @@ class _Runs:
 
 
 def _last_product(block: _Block, x: torch.Tensor, *_: object, **__: object) -> torch.Tensor | tuple[torch.Tensor, None]:
-    """What the block gives for what enters its matrix; an attention block gives its weights, too, if they are asked."""
+    """Return a block's output for the inputs of its matrix; attention also returns its weights, which are None."""
     out: torch.Tensor = block.linear(x)
     return (out, None) if block.attends else out
 
@@ -327,14 +332,14 @@ def _refitted(
 def _ridge(
     runs: _Runs, block: _Block, sizes: tuple[list[int], list[int]], added: list[torch.Tensor] | None
 ) -> torch.Tensor:
-    """The kept columns of the block's matrix, [hidden, kept], with what the others added regressed on them.
+    """Return the kept columns of the block's matrix, [hidden, kept], with the others' output regressed on them.
 
     ``added``: batch by batch, what further blocks added that go.
     """
     weight, gone, size = block.linear.weight, block.gone, len(block.kept)
     if not sizes[0]:  # none to fit, where the only one chooses lambda
         return weight[:, block.kept]
-    fit, held = (regression(sum(map(sum, sizes)), size, len(weight), weight.device) for _ in range(2))
+    fit, choosing = (regression(sum(map(sum, sizes)), size, len(weight), weight.device) for _ in range(2))
     for place, (x, stream) in enumerate(runs.until(block)):
         normed = block.linear(x) if stream is None else stream
         counts = normed.square().mean(-1, keepdim=True).rsqrt()
@@ -342,11 +347,11 @@ def _ridge(
         rest = x[:, gone] @ weight[:, gone].float().t()
         if added is not None:
             rest += (added[place] * counts).flatten(0, -2).float()
-        (held if place >= len(sizes[0]) else fit).add(x[:, block.kept], rest)
-    best, least = None, held.rest
+        (choosing if place >= len(sizes[0]) else fit).add(x[:, block.kept], rest)
+    best, least = None, choosing.rest
     for damping in LAMBDAS:
-        if (error := held.error(fit.solved(damping))) < least:
+        if (error := choosing.error(fit.solved(damping))) < least:
             best, least = damping, error
     if best is None:
         return weight[:, block.kept]
-    return weight[:, block.kept] + fit.plus(held).solved(best).to(weight.dtype)
+    return weight[:, block.kept] + fit.plus(choosing).solved(best).to(weight.dtype)

@@ -15,7 +15,7 @@ LEAST_SQUARE = 1e-6  # of the mean of D: an input that hardly ever differs from 
 
 
 def regression(tokens: int, inputs: int, outputs: int, device: torch.device = CPU) -> Regression:
-    """The smaller form for so many tokens, of no tokens yet."""
+    """Return the smaller form for this many tokens, still empty."""
     return Rows() if tokens < inputs else Products(inputs, outputs, device)
 
 
@@ -57,13 +57,13 @@ class Products:
         return both
 
     def on(self, kept: torch.Tensor, weight: torch.Tensor) -> Products:
-        """The regression on some of these inputs of what the others give through a weight [outputs, inputs]."""
-        found = Products(0, 0)
+        """Return the regression of the other inputs' output by a weight [outputs, inputs] on the kept ones."""
+        some = Products(0, 0)
         left = weight.index_fill(1, kept.to(weight.device), 0)
         crossed = left @ self.squares
-        found.squares, found.crossed = self.squares[kept][:, kept], crossed[:, kept]
-        found.rest = float((crossed * left).sum())
-        return found
+        some.squares, some.crossed = self.squares[kept][:, kept], crossed[:, kept]
+        some.rest = float((crossed * left).sum())
+        return some
 
     def error(self, change: torch.Tensor) -> float:
         return self.rest + float(((change @ self.squares - 2 * self.crossed) * change).sum())

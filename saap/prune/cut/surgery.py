@@ -22,12 +22,12 @@ def head_rows(heads: tuple[int, ...], head_dim: int) -> torch.Tensor:
 
 
 def kept_columns(kind: BlockKind, keep: LayerPlan, shape: ModelShape) -> torch.Tensor:
-    """The columns that are kept of the matrix by which a block writes to the residual stream."""
+    """Return the kept columns of the matrix by which a block writes to the residual stream."""
     return kept_of_role(kind.writes, kind, keep, shape)
 
 
 def kept_of_role(role: str, kind: BlockKind, keep: LayerPlan, shape: ModelShape) -> torch.Tensor:
-    """The rows that are kept of a matrix of a block, by its role; columns of the one that writes."""
+    """Return the kept rows of a block's matrix, by its role; the columns of the one that writes."""
     kept = keep.kv_heads if role in ("key", "value") else getattr(keep, kind.sizes[0])
     return head_rows(kept, shape.width_of(role, keep))
 
@@ -110,7 +110,7 @@ def cut_layer_tensor(
 def _added_biases(
     biases: Mapping[str, torch.Tensor], plan: PrunePlan, architecture: Architecture
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """What is left of the replacements: new biases of modules that the slim model has."""
+    """Yield the remaining replacements: new biases of modules that the slim model has."""
     allowed = {
         f"{architecture.layers}.{new}.{module}.bias"
         for new, old in enumerate(plan.kept_layers)

@@ -30,7 +30,7 @@ Tensors = tuple[torch.Tensor, ...]
 
 @dataclass(frozen=True)
 class InputStatistics:
-    """Of one linear's inputs over all tokens, each [K] float32: K is the linear's number of columns."""
+    """Statistics of one linear's inputs over all tokens, each [K] float32: K is its number of columns."""
 
     mean: torch.Tensor  # of x_k
     fluctuation: torch.Tensor  # sample variance of x_k, divided by tokens - 1
@@ -39,7 +39,7 @@ class InputStatistics:
 
 @dataclass(frozen=True)
 class Activations:
-    """What one pass saw, one entry per layer; None where a layer has no such linear."""
+    """Statistics of one pass, one entry per layer; None for a layer without such a linear."""
 
     output: list[InputStatistics | None]  # inputs of the output projection, K = query_heads * head_dim
     down: list[InputStatistics | None]  # inputs of down_proj, K = the FFN's width; convolutions are not looked at
@@ -89,11 +89,11 @@ class _Running:
         rows = rows.double()
         mean = rows.mean(0)
         deviations = (rows - mean).square_().sum(0).cpu()
-        mean, seen = mean.cpu(), self.count
+        mean, earlier = mean.cpu(), self.count
         self.count += len(rows)
         shift = mean - self.mean
         self.mean += shift * (len(rows) / self.count)
-        self.deviations += deviations + shift.square() * (seen * len(rows) / self.count)
+        self.deviations += deviations + shift.square() * (earlier * len(rows) / self.count)
 
     def statistics(self) -> InputStatistics:
         mean_square = self.deviations / self.count + self.mean.square()

@@ -22,7 +22,7 @@ STORE = Store("scores", 4 << 30)
 
 
 def scores_path(weights: str, ids: torch.Tensor, settings: Mapping[str, object]) -> Path:
-    """Where the scores by a hash of weights and config, ids [sequences, tokens] and other settings (JSON) are kept."""
+    """Return the entry for scores by a hash of weights and config, ids [sequences, tokens] and settings (JSON)."""
     return STORE.folder / f"{key_of(weights, ids, settings)}.safetensors"
 
 
@@ -34,7 +34,7 @@ def key_of(weights: str, ids: torch.Tensor, settings: Mapping[str, object]) -> s
 
 
 def read_scores(path: Path) -> Scores | None:
-    """The scores kept there; None where there are none that can be read."""
+    """Read the scores of an entry; None if there are none."""
 
     def parsed(content: bytes) -> Scores:
         tensors, about = load_sealed(content)

@@ -31,7 +31,7 @@ Place = tuple[int, str]  # a layer, and the name of a kind of block
 
 
 def adding_module(model: PreTrainedModel, index: int, kind: BlockKind) -> nn.Module:
-    """The module whose output a block adds to the stream: the norm behind it, else the matrix that writes."""
+    """Return the module whose output a block adds to the stream: the norm behind it, else the matrix that writes."""
     architecture = architecture_of(model.config)
     norm = architecture.ffn_post_norm if kind is KINDS["ffn"] else architecture.attention_post_norm
     return layers_of(model)[index].get_submodule(norm or architecture.writing(kind))
@@ -44,7 +44,7 @@ def block_gradients(
 
     ``ids``: [sequences, tokens]. One label is drawn for each token. UserError: the logits are not finite.
     """
-    found: dict[Place, list[torch.Tensor]] = {}
+    gradients: dict[Place, list[torch.Tensor]] = {}
     generator = torch.Generator().manual_seed(seed)
 
     def loss_of(logits: torch.Tensor) -> torch.Tensor:
@@ -55,7 +55,7 @@ def block_gradients(
         return F.cross_entropy(flat, drawn.flatten().to(flat.device), reduction="sum")
 
     if is_streamed(model):
-        watch = partial(_watched_layer, model, shape, found)
+        watch = partial(_watched_layer, model, shape, gradients)
 
         def from_logits(hidden: torch.Tensor, _: int) -> torch.Tensor:
             return loss_of(logits_after(model, hidden))
@@ -67,30 +67,30 @@ def block_gradients(
             embedding: nn.Module = model.get_input_embeddings()
             handles.append(embedding.register_forward_hook(lambda _, args, output: output.requires_grad_(True)))
             for index in range(len(shape.layers)):
-                handles += _hooks(model, shape, index, found)
+                handles += _hooks(model, shape, index, gradients)
             for done, part in enumerate(ids.split(HEAD_ROWS)):
                 if progress:
                     progress(SAYING, done * HEAD_ROWS, len(ids))
                 loss_of(model(input_ids=part.to(model.device), use_cache=False).logits).backward()
     if progress:
         progress(SAYING, 1, 1)
-    return {place: torch.cat(rows) for place, rows in found.items()}
+    return {place: torch.cat(rows) for place, rows in gradients.items()}
 
 
 @contextmanager
 def _watched_layer(
-    model: PreTrainedModel, shape: ModelShape, found: dict[Place, list[torch.Tensor]], index: int
+    model: PreTrainedModel, shape: ModelShape, gradients: dict[Place, list[torch.Tensor]], index: int
 ) -> Iterator[None]:
     with removed_hooks() as handles:
-        handles += _hooks(model, shape, index, found)
+        handles += _hooks(model, shape, index, gradients)
         yield
 
 
 def _hooks(
-    model: PreTrainedModel, shape: ModelShape, index: int, found: dict[Place, list[torch.Tensor]]
+    model: PreTrainedModel, shape: ModelShape, index: int, gradients: dict[Place, list[torch.Tensor]]
 ) -> Iterator[torch.utils.hooks.RemovableHandle]:
     for kind in shape.layers[index].blocks:
-        rows = found.setdefault((index, kind.name), [])
+        rows = gradients.setdefault((index, kind.name), [])
         yield adding_module(model, index, kind).register_forward_hook(partial(_keep, rows))
 
 

@@ -48,7 +48,7 @@ WRITES = tuple(kind.writes for kind in KINDS.values())  # roles of which a struc
 
 @dataclass(frozen=True)
 class Scores:
-    """Per logical matrix (layer, role) one number per structure: FFN channel, query head or KV head."""
+    """Scores of a logical matrix (layer, role): one number per structure (FFN channel, query head or KV head)."""
 
     products: dict[tuple[int, str], torch.Tensor]  # t_j of the matrix's slice, [sequences, structures]
     element: dict[tuple[int, str], torch.Tensor]  # the element-wise score, [structures]; or empty
@@ -85,7 +85,7 @@ class Scores:
 
     @classmethod
     def named(cls, tensors: Mapping[str, torch.Tensor], c: float, loss: float) -> Scores:
-        """The scores of named tensors; KeyError or ValueError for a name of something else."""
+        """Build scores from named tensors; KeyError or ValueError for other names."""
         parts: dict[str, dict[tuple[int, str], torch.Tensor]] = {"products": {}, "element": {}, "token": {}}
         for name, tensor in tensors.items():
             part, layer, role = name.split(".")
@@ -94,7 +94,7 @@ class Scores:
 
 
 def merged(parts: Sequence[Scores]) -> Scores:
-    """The scores of all sequences from those of portions of them; not of exact element scores, which do not add up."""
+    """Merge the scores of portions of the sequences; exact element scores do not add up."""
     counts = [len(next(iter(part.products.values()))) for part in parts]
 
     def mean(numbers: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -188,7 +188,7 @@ def backward(model: PreTrainedModel, ids: torch.Tensor, progress: Progress | Non
 
 
 def check_loss(loss: float, index: int) -> float:
-    """The loss itself; UserError where it is NaN or infinite."""
+    """Return the loss itself; UserError if it is NaN or infinite."""
     if not math.isfinite(loss):
         raise UserError(f"the loss is {loss} on calibration sequence {index}: check the model and the text")
     return loss
@@ -246,7 +246,7 @@ class Sums:
         return numbers if width == 1 else numbers.unflatten(-1, (-1, width)).sum(-1)
 
     def scores(self, sequences: int, loss: float) -> Scores:
-        """What was collected over so many sequences, whose mean loss is given; on the CPU."""
+        """Return the scores over this many sequences, on the CPU; ``loss`` is their mean."""
         for key, (first, second, weight) in self.whole.items():
             taylor = first.mul_(weight).sub_(second.mul_(weight).mul_(weight), alpha=self.c / 2)
             total = torch.linalg.vector_norm(taylor, 1, dim=summed_axis(key[1]))
@@ -261,7 +261,7 @@ class Sums:
 
 
 def summed_axis(role: str) -> int:
-    """The axis to sum over: a structure is a column of what writes to the residual stream, a row of the others."""
+    """Return the axis to sum over: a structure is a column of a matrix that writes to the stream, a row of others."""
     return 0 if role in WRITES else 1
 
 
@@ -286,8 +286,8 @@ def frozen(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for parameter, (wanted, gradient) in before.items():
-            parameter.requires_grad_(wanted)
+        for parameter, (required, gradient) in before.items():
+            parameter.requires_grad_(required)
             parameter.grad = gradient
 
 
@@ -297,14 +297,14 @@ def _watch(
     if sums.kind == "none":  # then nothing else starts a graph
         embedding: nn.Module = model.get_input_embeddings()
         handles.append(embedding.register_forward_hook(lambda _, args, output: output.requires_grad_(True)))
-    for linear, held in by_linear.items():
-        if held[0].role in WRITES:
-            handles.append(linear.register_forward_pre_hook(partial(_watch_input, held[0], sums)))
+    for linear, parts in by_linear.items():
+        if parts[0].role in WRITES:
+            handles.append(linear.register_forward_pre_hook(partial(_watch_input, parts[0], sums)))
         if sums.kind != "none":
             linear.weight.requires_grad_(True)
-            handles.append(linear.weight.register_post_accumulate_grad_hook(partial(sums.consume, held)))
-        elif held[0].role not in WRITES:
-            handles.append(linear.register_forward_hook(partial(_watch_output, held, sums)))
+            handles.append(linear.weight.register_post_accumulate_grad_hook(partial(sums.consume, parts)))
+        elif parts[0].role not in WRITES:
+            handles.append(linear.register_forward_hook(partial(_watch_output, parts, sums)))
 
 
 # Hooks hold detached tensors: one that holds its own tensor is never freed, nor is the graph behind it.
@@ -312,6 +312,6 @@ def _watch_input(matrix: Matrix, sums: Sums, _: nn.Module, args: tuple[torch.Ten
     args[0].register_hook(partial(sums.consume_input, matrix, args[0].detach()))
 
 
-def _watch_output(held: list[Matrix], sums: Sums, linear: nn.Linear, _: object, output: torch.Tensor) -> None:
+def _watch_output(matrices: list[Matrix], sums: Sums, linear: nn.Linear, _: object, output: torch.Tensor) -> None:
     plain = output.detach() if linear.bias is None else output.detach() - linear.bias.detach()
-    output.register_hook(partial(sums.consume_rows, held, plain))
+    output.register_hook(partial(sums.consume_rows, matrices, plain))

@@ -101,19 +101,20 @@ class SharedGradients:
 
     def __init__(self, batch: Batch) -> None:
         self._shared: MutableMapping[str, Tensors] = {} if batch.shared is None else batch.shared
-        self._made: dict[str, Tensors] = dict(self._shared)
+        self._current: dict[str, Tensors] = dict(self._shared)
         self._read: dict[str, Tensors] = {}
         self._gradients: dict[str, Tensors] = {}
 
     def begin(self) -> None:
-        """Before a layer runs: it reads copies that take a gradient, or puts others in their place."""
+        """Prepare a layer's run: it reads copies that take a gradient, or puts others in their place."""
         self._read = {
-            kind: tuple(each.detach().requires_grad_(True) for each in made) for kind, made in self._made.items()
+            kind: tuple(each.detach().requires_grad_(True) for each in tensors)
+            for kind, tensors in self._current.items()
         }
         self._shared.update(self._read)
 
     def backward(self, output: torch.Tensor, gradient: torch.Tensor) -> None:
-        """Through the layer that has run, from its output and from the keys and values that it made."""
+        """Go back through the layer that has run, from its output and from its keys and values."""
         outputs, gradients = [output], [gradient]
         for kind, now in self._shared.items():
             if now is not self._read.get(kind) and kind in self._gradients:

@@ -30,11 +30,11 @@ PRICING_SHARE = 8  # one eighth of the calibration sequences prices what the oth
 
 
 def divided(ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The sequences to score on, and the last eighth, which prices; UserError where there is only one."""
+    """Split the sequences: those that score, and the last eighth, which prices; UserError if there is only one."""
     if len(ids) < 2:
         raise UserError("pruning needs at least 2 calibration sequences: one to score on, one to price on")
-    held = max(1, len(ids) // PRICING_SHARE)
-    return ids[:-held], ids[-held:]
+    pricing = max(1, len(ids) // PRICING_SHARE)
+    return ids[:-pricing], ids[-pricing:]
 
 
 def adaptive_plan(
@@ -61,19 +61,21 @@ def adaptive_plan(
     pricing = Pricing(model, budget.dense, ranked, texts, budget.allowed, kind, rounded=bool(budget.forms))
     path = prices_path(weights, ids, options, is_streamed(model)) if weights else None
     library = _library(pricing, path, progress)
-    found = search(library.counted(options.adaptive.recovered), budget, options.adaptive.most_gone)
+    result = search(library.counted(options.adaptive.recovered), budget, options.adaptive.most_gone)
     if options.adaptive.measured and not is_streamed(model):
         others = ids[fitted_on(streamed=False) :]
         measuring = Measuring(pricing, others if len(others) > len(priced) else priced, KeptDivergences(path), progress)
-        while (more := measuring.more(library, found)) is not None:
+        while (more := measuring.more(library, result)) is not None:
             library = more
-            found = search(library.counted(options.adaptive.recovered), budget, options.adaptive.most_gone)
-    reasons = replace(reasons_of(found.blocks, found.chosen, budget.unit), integers=found.integers, words=found.words)
-    return replace(found.plan, reasons=reasons)
+            result = search(library.counted(options.adaptive.recovered), budget, options.adaptive.most_gone)
+    reasons = replace(
+        reasons_of(result.blocks, result.chosen, budget.unit), integers=result.integers, words=result.words
+    )
+    return replace(result.plan, reasons=reasons)
 
 
 def _library(pricing: Pricing, path: Path | None, progress: Progress | None) -> Library:
-    """The library at prices that were kept there, else at new ones."""
+    """Read the library from an entry, or price it."""
     library = read_library(path, pricing.choices, pricing.rounded) if path else None
     if library is None:
         library = pricing.library(progress)

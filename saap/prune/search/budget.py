@@ -381,10 +381,10 @@ def _size(
 
 
 def _described(path: Path, table: CostTable) -> Costs:
-    found = read_cost_file(path)
-    about = {name: found.device.get(name) for name in DEVICE}
-    if found.engine != CostFile.engine:
-        about["engine"] = found.engine
+    file = read_cost_file(path)
+    about = {name: file.device.get(name) for name in DEVICE}
+    if file.engine != CostFile.engine:
+        about["engine"] = file.engine
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     about = {"file": path.name, "sha256": sha256, **about, "threads": table.threads, "depth": table.depth}
     return convert(about, Costs)

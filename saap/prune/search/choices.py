@@ -1,4 +1,4 @@
-"""What a block may keep, and which runs of blocks may go in one piece: what is on offer, before any price."""
+"""The options of a block, and the runs of blocks that can be removed in one piece, before any price."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Scores = Mapping[str, list[NDArray[np.float64]]]  # by type of structure, per la
 
 @dataclass(frozen=True)
 class Allowed:
-    """What may be removed from a model."""
+    """The structures that may be removed from a model."""
 
     heads: bool = True  # query heads and KV groups
     keep: frozenset[str] = frozenset()  # kinds of structures that stay, as in PruneOptions
@@ -30,14 +30,14 @@ class Allowed:
 
 
 def choices(shape: ModelShape, allowed: Allowed, scores: Scores | None = None) -> dict[Place, list[LayerPlan]]:
-    """What each block may keep, in the order in which they run; all of it is first.
+    """Return the options of each block, in the order in which blocks run; the whole block is first.
 
     ``scores``: structures of least score go first; None where only sizes count.
     """
     if scores is None:
         counted = {type_: size for kind in KINDS.values() for type_, size in zip(kind.types, kind.sizes, strict=True)}
         scores = {type_: [np.zeros(getattr(s, size)) for s in shape.layers] for type_, size in counted.items()}
-    found = {}
+    plans_of = {}
     for index, sizes in enumerate(shape.layers):
         for kind in sizes.blocks:
             plans = [LayerPlan().with_block(kind, whole_layer(sizes))]
@@ -46,12 +46,12 @@ def choices(shape: ModelShape, allowed: Allowed, scores: Scores | None = None) -
                     plans += _narrower(shape, allowed, kind, index, scores)
                 elif kind is ATTENTION and allowed.heads:
                     plans += _fewer_heads(shape, allowed, index, scores)
-            found[index, kind.name] = plans
-    return found
+            plans_of[index, kind.name] = plans
+    return plans_of
 
 
 def runs_of(shape: ModelShape, allowed: Allowed) -> Iterator[tuple[Place, ...]]:
-    """The runs of blocks that may go in one piece: single ones, and whole layers, in the order of their ends.
+    """Yield the runs of blocks that can be removed in one piece: single ones, and whole layers, by their ends.
 
     None starts with the first layer, before which nothing could make up for it.
     """
@@ -104,11 +104,11 @@ def _fewer_heads(shape: ModelShape, allowed: Allowed, index: int, scores: Scores
 def _counts(sizes: LayerSizes, head_dim: int, group_size: int) -> list[tuple[int, int]]:
     """KV groups and query heads of each that are tried, but for all of them."""
     whole = (sizes.kv_heads, sizes.heads_per_group)
-    found = [(groups, each) for groups in _some(whole[0]) for each in _some(whole[1])]
-    return [c for c in found if c != whole and c[0] * c[1] * head_dim % group_size == 0]
+    counts = [(groups, each) for groups in _some(whole[0]) for each in _some(whole[1])]
+    return [c for c in counts if c != whole and c[0] * c[1] * head_dim % group_size == 0]
 
 
 def _some(most: int) -> list[int]:
-    """Counts up to the most, at equal steps where there are many."""
+    """Return counts up to the most, at equal steps if there are many."""
     steps = min(most, MOST_COUNTS)
     return sorted({max(1, round(most * number / steps)) for number in range(1, steps + 1)})

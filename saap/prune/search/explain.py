@@ -1,4 +1,4 @@
-"""Why each block lost what it lost: its price, what that saved, and what the next step down would have cost.
+"""Reasons of a plan: each block's price, its savings, and the price of the next step.
 
 The search (:mod:`saap.prune.search.milp`) looks for the steps that cost the fewest nats per unit saved over the whole
 model. Under
@@ -46,19 +46,19 @@ CHEAPER = 0.95  # times the price elsewhere, and less, is called cheap
 
 
 def reasons_of(searched: Sequence[Block], chosen: Sequence[Option], unit: str) -> Reasons:
-    """Why the search chose one option of each block, at the prices that it saw."""
+    """Explain the chosen option of each block, at the prices of the search."""
     return Reasons(unit, tuple(_reason(block, option) for block, option in zip(searched, chosen, strict=True)))
 
 
 def _reason(block: Block, chosen: Option) -> Reason:
     whole = block.whole
     quarter = block.nearest(0.75, (o for o in block.options if 0 < o.kept < whole.kept and o.cost < whole.cost))
-    taken = [_move(o, chosen) for o in block.options if o.cost > chosen.cost] if chosen is not whole else []
+    steps = [_move(o, chosen) for o in block.options if o.cost > chosen.cost] if chosen is not whole else []
     left = [_move(chosen, o) for o in block.options if o.cost < chosen.cost]
     return Reason(
         block.layer, block.kind, whole.keep.sizes, chosen.keep.sizes, whole.cost, whole.cost - chosen.cost,
         chosen.price,
-        max(taken, key=lambda move: move.per_unit, default=None),
+        max(steps, key=lambda move: move.per_unit, default=None),
         min(left, key=lambda move: move.per_unit, default=None),
         _move(whole, quarter) if quarter else None,
     )  # fmt: skip
@@ -69,7 +69,7 @@ def _move(start: Option, end: Option) -> Move:
 
 
 def sizes_lost(plan: PrunePlan, budget: Budget) -> Reasons:
-    """What each block lost and what that saved, for a method that has no prices."""
+    """Count what each block lost and saved, for a method without prices."""
     blocks = []
     for index, (sizes, keep) in enumerate(zip(budget.dense.layers, plan.layers, strict=True)):
         for kind in sizes.blocks:
@@ -116,20 +116,20 @@ class _Layer:
 def kinds_table(reasons: Reasons) -> tuple[str, list[str], list[list[str]]]:
     """Title, headings, and a row of cells for each kind of structure that went: what it saved and what it costs."""
     scale, _, unit = UNITS[reasons.unit]
-    found: dict[str, list[float]] = {}
+    totals: dict[str, list[float]] = {}
     for block in reasons.blocks:
         gone = not block.keeps.blocks
         name = "whole blocks" if gone else PARTS.get(block.kind, KINDS[block.kind].said)
         if block.saved:
-            found.setdefault(name, [0, 0.0, 0.0])
+            totals.setdefault(name, [0, 0.0, 0.0])
             for place, number in enumerate((1, block.saved, block.price or 0.0)):
-                found[name][place] += number
+                totals[name][place] += number
     for name, gained in (("bits and groups of weights", reasons.integers), ("words of the head", reasons.words)):
         if gained is not None:
-            found[name] = [gained.count, gained.saved, gained.price]
+            totals[name] = [gained.count, gained.saved, gained.price]
     rows = [
         [name, f"{count:,.0f}", short(saved / scale), short(price), short(price / saved * scale if saved > 0 else None)]
-        for name, (count, saved, price) in sorted(found.items(), key=lambda item: -item[1][1])
+        for name, (count, saved, price) in sorted(totals.items(), key=lambda item: -item[1][1])
     ]
     return "What each kind gave and cost", ["kind", "count", f"{unit} saved", "nats", f"per {unit}"], rows
 
@@ -148,7 +148,7 @@ def layer_table(reasons: Reasons) -> tuple[str, list[str], list[list[str]]]:
 
 
 def _fields(reasons: Reasons) -> list[str]:
-    """The sizes that are told of: of attention and FFN always, of what else some layer had."""
+    """Return the sizes to show: those of attention and FFN always, those of rare blocks if some layer had one."""
     had = {block.kind for block in reasons.blocks}
     absent = [field for kind in RARE if kind.name not in had for field in kind.sizes]
     return [field for field in COLUMNS if field not in absent]
@@ -186,23 +186,23 @@ def to_words(block: Reason, move: Move) -> str:
 
 
 def sentences(reasons: Reasons, method: str, kept: frozenset[int] = frozenset()) -> list[str]:
-    """Where most was taken, what stayed whole (``kept``: as asked), what would go next; how a baseline decides."""
+    """Say which layers lost most, which stayed whole (``kept``: by an option), what is next; how a baseline decides."""
     layers = _layers(reasons)
-    told = []
+    text = []
     if method in DECIDES:
-        told.append(f"{DECIDES[method]}{SAME_SHARE if method in TAYLOR else ''}. It has no prices.")
+        text.append(f"{DECIDES[method]}{SAME_SHARE if method in TAYLOR else ''}. It has no prices.")
     gone = [layer for layer in layers if layer.dropped]
     if gone and len(gone) < len(layers) and method not in DECIDES:  # those of DECIDES have no prices at all
         went = _named([layer.index for layer in gone]).capitalize()
         change = "they change" if len(gone) > 1 else "it changes"
-        told.append(f"{went} went whole, as asked: {change} least what passes through.")
+        text.append(f"{went} went whole, as asked: {change} least what passes through.")
         layers = [layer for layer in layers if layer not in gone]
-    told += [_most(layers, reasons.unit), _whole(layers, reasons, kept), _next(reasons)]
-    return [sentence for sentence in told if sentence]
+    text += [_most(layers, reasons.unit), _whole(layers, reasons, kept), _next(reasons)]
+    return [sentence for sentence in text if sentence]
 
 
 def _most(layers: list[_Layer], unit: str) -> str:
-    """Which layers lost the largest share, what that cost, and whether an equal cut is cheaper there than elsewhere."""
+    """Say which layers lost the largest share, at what price, and whether an equal cut is cheaper there."""
     scale, name, _ = UNITS[unit]
     order = sorted((layer for layer in layers if not layer.whole), key=lambda layer: -layer.share)
     if not order:
@@ -236,23 +236,23 @@ def _whole(layers: list[_Layer], reasons: Reasons, kept: frozenset[int]) -> str:
     whole = [layer for layer in layers if layer.whole]
     asked = [layer.index for layer in whole if layer.index in kept]
     rest = [layer for layer in whole if layer.index not in kept]
-    told = [f"{_named(asked).capitalize()} stayed whole as asked."] if asked else []
+    parts = [f"{_named(asked).capitalize()} stayed whole as asked."] if asked else []
     if rest:
         text = f"{_named([layer.index for layer in rest]).capitalize()} stayed whole"
         steps = [layer.next[1].per_unit for layer in rest if layer.next]
-        taken = reasons.dearest_taken
-        if steps and taken and taken.last:
+        dearest = reasons.dearest_step
+        if steps and dearest and dearest.last:
             scale, name, _ = UNITS[reasons.unit]
             text += (
                 f": the first step there costs {short(min(steps) * scale)} nats per {name} or more, "
-                f"the dearest step taken anywhere {short(taken.last.per_unit * scale)}"
+                f"the dearest step taken anywhere {short(dearest.last.per_unit * scale)}"
             )
-        told.append(f"{text}.")
-    return " ".join(told)
+        parts.append(f"{text}.")
+    return " ".join(parts)
 
 
 def _next(reasons: Reasons) -> str:
-    left, taken = reasons.cheapest_left, reasons.dearest_taken
+    left, dearest = reasons.cheapest_left, reasons.dearest_step
     if left is None or left.next is None:
         priced = any(block.price is not None for block in reasons.blocks)
         return "Nothing smaller is on offer." if priced else ""
@@ -261,9 +261,9 @@ def _next(reasons: Reasons) -> str:
         f"Next would go {_block(left)}, to {to_words(left, left.next).removeprefix('FFN to ')}, "
         f"at {short(left.next.per_unit * scale)} nats per {name}"
     )
-    if taken is None or taken.last is None:
+    if dearest is None or dearest.last is None:
         return f"{text}."
-    return f"{text}; the dearest step taken, {_block(taken)}, cost {short(taken.last.per_unit * scale)}."
+    return f"{text}; the dearest step taken, {_block(dearest)}, cost {short(dearest.last.per_unit * scale)}."
 
 
 def _block(block: Reason) -> str:
@@ -271,10 +271,10 @@ def _block(block: Reason) -> str:
 
 
 def _layers(reasons: Reasons) -> list[_Layer]:
-    found: dict[int, list[Reason]] = {}
+    blocks: dict[int, list[Reason]] = {}
     for block in reasons.blocks:
-        found.setdefault(block.layer, []).append(block)
-    return [_Layer(index, found[index]) for index in sorted(found)]
+        blocks.setdefault(block.layer, []).append(block)
+    return [_Layer(index, blocks[index]) for index in sorted(blocks)]
 
 
 def _named(layers: Sequence[int]) -> str:

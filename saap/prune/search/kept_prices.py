@@ -24,7 +24,7 @@ OFFERS, GAP, ROUNDED = "offers ", "gap ", "rounding "  # how names begin
 
 
 def prices_path(weights: str, ids: torch.Tensor, options: PruneOptions, streamed: bool) -> Path:
-    """Where the prices of a model by the hash of its weights on ids [sequences, tokens] are kept."""
+    """Return the entry for a model's prices, by the hash of its weights and ids [sequences, tokens]."""
     adaptive = asdict(options.adaptive)
     for counted in ("recovered", "most_gone", "measured"):  # by the search
         del adaptive[counted]
@@ -36,7 +36,7 @@ def prices_path(weights: str, ids: torch.Tensor, options: PruneOptions, streamed
 
 
 def read_library(path: Path, choices: Mapping[Place, Sequence[LayerPlan]], rounded: bool = True) -> Library | None:
-    """The library of these choices at the prices kept there; None where some are missing, or none can be read.
+    """Read the library of these choices from an entry; None if prices are missing or damaged.
 
     ``rounded``: prices of integers are wanted, too.
     """

@@ -1,4 +1,4 @@
-"""What a decoder layer of some sizes costs on a device: milliseconds, read from the table that was measured there.
+"""Milliseconds of a decoder layer of some sizes, read from a table that was measured on the device.
 
 A decode step is taken as a sum: a constant (embedding, final norm, and a head of so many words), and for each layer an
 attention block that depends on its heads, a short convolution on its channels or a delta net on its heads, and a
@@ -39,8 +39,8 @@ class CostTable:
 
         KeyError: it was not measured.
         """
-        found = {MatrixForm(cost.bits, cost.group_size): cost for cost in self.forms}[form]
-        ms: float | None = getattr(found, f"{part}_ms", None)
+        form_cost = {MatrixForm(cost.bits, cost.group_size): cost for cost in self.forms}[form]
+        ms: float | None = getattr(form_cost, f"{part}_ms", None)
         if ms is None:
             raise KeyError(part)
         whole = {"attention": self.attention[max(self.attention)], "ffn": self.ffn[max(self.ffn)]}
@@ -148,22 +148,27 @@ def read_costs(
     if not path.is_file():
         what = f"{path} is a directory" if path.is_dir() else f"there is no {path}"
         raise CostError(f"{what}: give a file of `saap devices costs MODEL -o FILE`")
-    found = read_cost_file(path)
-    wanted: dict[str, object] = {"hidden": shape.hidden, "head_dim": shape.head_dim, "vocab": shape.vocab, "bits": bits}
-    timed = {(cost.bits, cost.group_size) for table in found.threads for cost in table.forms}
+    file = read_cost_file(path)
+    required: dict[str, object] = {
+        "hidden": shape.hidden,
+        "head_dim": shape.head_dim,
+        "vocab": shape.vocab,
+        "bits": bits,
+    }
+    timed = {(cost.bits, cost.group_size) for table in file.threads for cost in table.forms}
     if bits != 32 and (bits, group_size) not in timed:
-        wanted["block"] = group_size
-    if other := [name for name in wanted if found.model.get(name) != wanted[name]]:
-        there, here = (", ".join(f"{name} {of.get(name)}" for name in other) for of in (found.model, wanted))
+        required["block"] = group_size
+    if other := [name for name in required if file.model.get(name) != required[name]]:
+        there, here = (", ".join(f"{name} {of.get(name)}" for name in other) for of in (file.model, required))
         raise CostError(f"{path} was measured for a model with {there}, not {here}: {AGAIN} there")
-    version = found.device.get("onnxruntime")
+    version = file.device.get("onnxruntime")
     if onnxruntime not in (None, version):
         raise CostError(f"{path} was measured for ONNX Runtime {version}, not {onnxruntime}: {AGAIN} there")
-    return _table(path, found, threads, shape.vocab)
+    return _table(path, file, threads, shape.vocab)
 
 
-def _table(path: Path, found: CostFile, threads: int | None, vocab: int) -> CostTable:
-    tables = {table.n_threads: table for table in found.threads}
+def _table(path: Path, file: CostFile, threads: int | None, vocab: int) -> CostTable:
+    tables = {table.n_threads: table for table in file.threads}
     if threads is None and len(tables) == 1:
         (threads,) = tables
     if threads is None or threads not in tables:
@@ -176,4 +181,4 @@ def _table(path: Path, found: CostFile, threads: int | None, vocab: int) -> Cost
     conv = {cost.channels: cost.ms for cost in table.conv}
     delta = {cost.heads: cost.ms for cost in table.delta}
     head = {cost.rows: cost.ms for cost in table.head} | {vocab: table.constant_ms}
-    return CostTable(threads, found.depth, table.constant_ms, attention, ffn, conv, delta, head, tuple(table.forms))
+    return CostTable(threads, file.depth, table.constant_ms, attention, ffn, conv, delta, head, tuple(table.forms))

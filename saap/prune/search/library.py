@@ -1,4 +1,4 @@
-"""What each block, and each run of blocks, would cost if it were smaller or gone: prices in nats after compensation.
+"""Prices of smaller blocks, and of removed blocks and runs of them, in nats after compensation.
 
 One walk through the model, which stays whole, collects what enters the matrix that writes of every block. For a few
 widths of a block, for every choice of its heads, and for runs of blocks that could go, the remaining matrix is refitted
@@ -82,7 +82,7 @@ class _Judge:
         return max(price, LEAST_PRICE)
 
     def difference(self, place: Place, before: Sequence[torch.Tensor], now: Sequence[torch.Tensor]) -> float:
-        """The price of a block that adds something else now, in batches of the judged text."""
+        """Price a block that adds something else now, in batches of the judged text."""
         return self.price(place, [b - a for a, b in zip(before, now, strict=True)])
 
 
@@ -103,7 +103,7 @@ class Change:
     gone: Run
 
 
-def held_blocks(streamed: bool) -> int:
+def most_blocks(streamed: bool) -> int:
     """Blocks in the longest run that is priced; what enters as many matrices, and one, is held at a time."""
     return 2 * (MOST_STREAMED if streamed else max(RUNS))
 
@@ -143,7 +143,7 @@ class Pricing:
         self._makes_up = compensation == "refit" and not normed  # whether a matrix does for what is behind it
 
     def library(self, progress: Progress | None = None) -> Library:
-        """Raises UserError: a price is not finite."""
+        """Price everything. Raises UserError: a price is not finite."""
         judge = _Judge(block_gradients(self.model, self.shape, self._judged, progress=progress))
         with torch.no_grad():
             return self._priced(judge, progress)
@@ -152,7 +152,7 @@ class Pricing:
         offers: dict[Place, tuple[tuple[LayerPlan, float], ...]] = {}
         gaps: list[Gap] = []
         rounding: dict[Place, tuple[Prices, Prices]] = {}
-        most = held_blocks(is_streamed(self.model))
+        most = most_blocks(is_streamed(self.model))
         runs = [run for run in runs_of(self.shape, self._allowed) if len(run) <= most]
 
         def offered() -> Iterator[_Point]:  # at once: where layers are read one at a time, the matrix goes again
@@ -173,27 +173,27 @@ class Pricing:
 
     @torch.no_grad()
     def changes(self, options: Mapping[Place, LayerPlan], runs: Collection[Run]) -> Iterator[Change]:
-        """What the model is like with each of these options, and without each of these runs, one at a time."""
+        """Yield the change of the model by each of these options, and by the removal of each of these runs."""
         left = len(options) + len(runs)
-        wanted = {*options, *(place for run in runs for place in self._with_before(run))}
-        for point in self._with_runs(self._points(self._fitted, wanted=wanted), runs):
+        places = {*options, *(place for run in runs for place in self._with_before(run))}
+        for point in self._with_runs(self._points(self._fitted, places=places), runs):
             weight = point.linear.weight
-            found = [Change(None, None, None, run) for run, _ in point.bare]
+            changes = [Change(None, None, None, run) for run, _ in point.bare]
             for (run, _), change in zip(point.later, self._parts(point), strict=True):
-                found.append(Change(point.place, weight if change is None else weight + change, None, run))
+                changes.append(Change(point.place, weight if change is None else weight + change, None, run))
             if point.place in options:
                 kept = kept_columns(KINDS[point.place[1]], options[point.place], self.shape)
                 new = torch.zeros_like(weight)
                 add, constant = self._learnt(point)(kept)
                 new[:, kept] = weight[:, kept] + add
-                found.append(Change(point.place, new, constant, ()))
-            yield from found
-            left -= len(found)
+                changes.append(Change(point.place, new, constant, ()))
+            yield from changes
+            left -= len(changes)
             if not left:
                 return
 
     def _with_runs(self, points: Iterator[_Point], runs: Collection[Run]) -> Iterator[_Point]:
-        """The points, each as soon as it is known what the runs behind it add."""
+        """Yield the points, each as soon as the output of the runs behind it is known."""
         number = {place: n for n, place in enumerate(self.choices)}
         ending: dict[Place, list[Run]] = {}
         until = dict(number)  # the last point that each must wait for
@@ -215,15 +215,15 @@ class Pricing:
                 yield waiting.popleft()
 
     def _with_before(self, run: Run) -> Run:
-        """The run, and the block in front of it where there is one."""
+        """Return the run, preceded by the block before it if there is one."""
         order = list(self.choices)
         first = order.index(run[0])
         return (*order[max(0, first - 1) : first], *run)
 
     def _points(
-        self, *texts: torch.Tensor, wanted: Container[Place] | None = None, judge: _Judge | None = None
+        self, *texts: torch.Tensor, places: Container[Place] | None = None, judge: _Judge | None = None
     ) -> Iterator[_Point]:
-        """The blocks of the model in their order, on a text that is fitted and, for prices, one that is judged.
+        """Yield the blocks of the model in their order, on a text that is fitted and, for prices, one that is judged.
 
         ``wanted``: which of them; None is all. ``judge``: prices their integers, where those are wanted.
         """
@@ -235,13 +235,13 @@ class Pricing:
         for index, layer in enumerate(layers_of(self.model)):
             with present(layer):
                 modules = dict(layer.named_modules())
-                kinds = [k for k in self.shape.layers[index].blocks if wanted is None or (index, k.name) in wanted]
+                kinds = [k for k in self.shape.layers[index].blocks if places is None or (index, k.name) in places]
                 writing = {kind.name: modules[architecture.writing(kind)] for kind in kinds}
                 reading = dict(writing)
                 for kind in kinds:
                     if (norm := modules.get(architecture.norm_before(kind))) is not None and norm is not layer:
                         reading[f"stream {kind.name}"] = norm
-                seen: list[tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]] = []
+                passes: list[tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]] = []
                 # Before the layer runs as it is: what layers leave for later ones is then as it should be.
                 entering = list(zip(stream, flat, strict=True))[fitted:]
                 integers = {
@@ -250,14 +250,14 @@ class Pricing:
                 for number, (hidden, batch) in enumerate(zip(stream, flat, strict=True)):
                     with inputs_of(reading) as inputs, outputs_of(writing) as outputs:
                         stream[number] = run_layer(layer, hidden, batch.given[index])
-                    seen.append((dict(inputs), dict(outputs)))
+                    passes.append((dict(inputs), dict(outputs)))
                 for kind in kinds:
                     linear = writing[kind.name]
                     adding = adding_module(self.model, index, kind)
                     behind = None if adding is linear else adding
-                    x = [inputs.pop(kind.name) for inputs, _ in seen]
-                    products = [outputs.pop(kind.name) for _, outputs in seen]
-                    read = [inputs.pop(f"stream {kind.name}", None) for inputs, _ in seen]
+                    x = [inputs.pop(kind.name) for inputs, _ in passes]
+                    products = [outputs.pop(kind.name) for _, outputs in passes]
+                    read = [inputs.pop(f"stream {kind.name}", None) for inputs, _ in passes]
                     weigh = [
                         (p if s is None else s).float().square().mean(-1, keepdim=True).rsqrt()
                         for p, s in zip(products, read, strict=True)
@@ -273,7 +273,7 @@ class Pricing:
     def _in_integers(
         self, index: int, kind: BlockKind, layer: nn.Module, entering: Sequence[tuple[torch.Tensor, Batch]]
     ) -> tuple[RoundedMatrix, RoundedMatrix]:
-        """The matrices of a block in integers; ``entering``: states before its layer of the judged text."""
+        """Round the matrices of a block; ``entering``: states of the judged text before its layer."""
         adding = adding_module(self.model, index, kind)
 
         def adds() -> list[torch.Tensor]:
@@ -283,7 +283,7 @@ class Pricing:
         return rounded_block(dict(layer.named_modules()), parts, kind, adds)
 
     def _gaps(self, point: _Point, judge: _Judge) -> Iterator[Gap]:
-        """The runs behind a block, each at the price of what the block's matrix cannot make up for."""
+        """Price the runs behind a block: the part that its matrix cannot replace."""
         for run, missing in point.bare:
             yield Gap(run, judge.price(run[-1], [-x for x in missing[point.fitted :]]))
         for (run, missing), change in zip(point.later, self._parts(point), strict=True):
@@ -293,7 +293,7 @@ class Pricing:
             yield Gap(run, judge.price(run[-1], left))
 
     def _parts(self, point: _Point) -> Sequence[torch.Tensor | None]:
-        """What the block's matrix learns of each run behind it, [outputs, inputs]; None where it learns nothing."""
+        """Fit the block's matrix to each run behind it, [outputs, inputs]; None if it learns nothing."""
         if not self._makes_up or not point.later:
             return [None] * len(point.later)
         added = [torch.cat(rows, -1) for rows in zip(*(a for _, a in point.later), strict=True)]
@@ -301,13 +301,13 @@ class Pricing:
 
     def _fit(self, point: _Point, kept: torch.Tensor, targets: list[torch.Tensor]) -> torch.Tensor:
         """C of the targets, batch by batch, on those inputs: [outputs, kept], in the matrix's type."""
-        found = regression(point.tokens, len(kept), targets[0].shape[-1], point.x[0].device)
+        fit = regression(point.tokens, len(kept), targets[0].shape[-1], point.x[0].device)
         for x, weigh, target in list(zip(point.x, point.weigh, targets, strict=False))[: point.fitted]:
-            found.add((x[..., kept].float() * weigh).flatten(0, -2), (target.float() * weigh).flatten(0, -2))
-        return found.solved(DAMPING).to(point.x[0].dtype)
+            fit.add((x[..., kept].float() * weigh).flatten(0, -2), (target.float() * weigh).flatten(0, -2))
+        return fit.solved(DAMPING).to(point.x[0].dtype)
 
     def _offers(self, point: _Point, judge: _Judge) -> tuple[tuple[LayerPlan, float], ...]:
-        """What the block may keep, each at its price: of channels some are refitted, and others read off."""
+        """Price the options of a block: some widths are refitted, others are interpolated."""
         index, name = point.place
         whole, *plans = self.choices[point.place]
         if not plans:
@@ -323,7 +323,7 @@ class Pricing:
         return ((whole, 0.0), *zip(plans, between(prices, channels, widths), strict=True))
 
     def _option_price(self, point: _Point, plan: LayerPlan, learnt: Learnt, judge: _Judge) -> float:
-        """The price of what is missing after compensation where the block keeps this."""
+        """Price an option: what is missing after compensation."""
         kept = kept_columns(KINDS[point.place[1]], plan, self.shape)
         weight, bias = point.linear.weight, point.linear.bias
         change = -weight
@@ -338,7 +338,7 @@ class Pricing:
         return judge.price(point.place, left)
 
     def _learnt(self, point: _Point) -> Learnt:
-        """What compensation adds, by the columns that stay."""
+        """Return a function of the kept columns that computes what compensation adds."""
         weight, fitted = point.linear.weight, point.x[: point.fitted]
         none = weight.new_zeros(())
         if self._compensation == "none":
@@ -366,9 +366,9 @@ def between(prices: Mapping[int, float], channels: int, widths: Sequence[int]) -
     x = np.log([channels - width for width in known])
     y = np.maximum.accumulate(np.log([max(prices[width], LEAST_PRICE) for width in known]))
     at = np.log([channels - width for width in widths])
-    found = np.interp(at, x, y)
+    logs = np.interp(at, x, y)
     slope = max(1.0, (y[1] - y[0]) / (x[1] - x[0])) if len(known) > 1 else 1.0
-    found = np.where(at < x[0], y[0] + slope * (at - x[0]), found)
+    logs = np.where(at < x[0], y[0] + slope * (at - x[0]), logs)
     slope = max(1.0, (y[-1] - y[-2]) / (x[-1] - x[-2])) if len(known) > 1 else 1.0
-    found = np.where(at > x[-1], y[-1] + slope * (at - x[-1]), found)
-    return [float(price) for price in np.exp(found)]
+    logs = np.where(at > x[-1], y[-1] + slope * (at - x[-1]), logs)
+    return [float(price) for price in np.exp(logs)]

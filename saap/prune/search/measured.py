@@ -1,4 +1,4 @@
-"""What a plan takes of attention, and what goes whole, measured in long windows instead of priced.
+"""Measured prices of narrower attention and of removed runs, in long windows.
 
 A price (:mod:`saap.prune.search.library`) is of second order, on windows as short as those that calibrate. Some
 attentions are needed for what lies further back, and their price does not say so: it can be a quarter of what they cost
@@ -29,7 +29,7 @@ from saap.prune.plan import LayerPlan
 from saap.prune.scores.gradients import adding_module
 from saap.prune.search.kept_prices import KeptDivergences
 from saap.prune.search.library import Change, Pricing, Run
-from saap.prune.search.milp import Found, Library
+from saap.prune.search.milp import Library, SearchResult
 
 WINDOW, WINDOWS = 1024, 2  # tokens, and how many
 LONG_TEXT = 98_304  # tokens of text that is read for nothing else, to find windows in
@@ -51,7 +51,7 @@ def long_windows(ids: torch.Tensor) -> torch.Tensor:
 
 
 def _come_again(ids: torch.Tensor) -> int:
-    """How many tokens were there before, but not in the last 256."""
+    """Count tokens that occurred before, but not in the last 256."""
     before = (ids[:, None] == ids).tril(-1)
     return int((before.tril(-FAR).any(1) & ~before.triu(1 - FAR).any(1)).sum())
 
@@ -66,9 +66,9 @@ class Windows:
         # Families that leave keys and values for later layers write over them, so that all layers run again.
         whole = [[self._batch.hidden], *states_after(model, [self._batch], [self._batch.hidden])]
         self._states = [hidden for (hidden,) in whole[:1] if self._batch.shared is not None] or [h for (h,) in whole]
-        self._dense = self._said(whole[-1][0])
+        self._dense = self._logprobs(whole[-1][0])
 
-    def _said(self, hidden: torch.Tensor) -> torch.Tensor:
+    def _logprobs(self, hidden: torch.Tensor) -> torch.Tensor:
         """Log-probabilities at some places, [1, places, vocab]."""
         return logits_after(self._model, hidden.flatten(0, 1)[None, ::EVERY]).log_softmax(-1)
 
@@ -81,7 +81,7 @@ class Windows:
         with self._changed(change):
             for index, layer in enumerate(layers_of(self._model)[first:], first):
                 hidden = run_layer(layer, hidden, self._batch.given[index])
-        now = self._said(hidden)
+        now = self._logprobs(hidden)
         return float(F.kl_div(now, self._dense, log_target=True, reduction="sum")) / now.shape[1]
 
     @contextmanager
@@ -116,10 +116,10 @@ class Measuring:
     _windows: Windows | None = field(default=None, init=False)
     _rounds: int = field(default=0, init=False)
 
-    def more(self, library: Library, found: Found) -> Library | None:
-        """The library with what this plan takes measured; None where nothing of it is left to measure."""
+    def more(self, library: Library, result: SearchResult) -> Library | None:
+        """Measure what this plan uses, and return the library with it; None if nothing is left to measure."""
         self._rounds += 1
-        options, runs = _taken(library, found)
+        options, runs = _unmeasured(library, result)
         if not options and not runs:
             return None
         self._measure(
@@ -138,16 +138,16 @@ class Measuring:
             return
         if self._windows is None:
             self._windows = Windows(self.pricing.model, long_windows(self.ids))
-        found: dict[str, float] = {}
+        divergences: dict[str, float] = {}
         saying = SAYING.format(self._rounds)
         for done, change in enumerate(self.pricing.changes(options, runs)):
             if self.progress:
                 self.progress(saying, done, count)
             name = _option(change.of, options[change.of]) if change.of and not change.gone else _run(change.gone)
-            found[name] = self._windows.divergence(change)
+            divergences[name] = self._windows.divergence(change)
         if self.progress:
             self.progress(saying, count, count)
-        self.kept.add(found)
+        self.kept.add(divergences)
 
 
 def _option(place: Place, keep: LayerPlan) -> str:
@@ -158,10 +158,10 @@ def _run(run: Run) -> str:
     return "+".join(f"{index}.{kind}" for index, kind in run)
 
 
-def _taken(library: Library, found: Found) -> tuple[dict[Place, LayerPlan], list[Run]]:
-    """Of a plan what this search has not measured yet: fewer heads by their block, and runs that go."""
+def _unmeasured(library: Library, result: SearchResult) -> tuple[dict[Place, LayerPlan], list[Run]]:
+    """Return what a plan uses unmeasured: narrower attention by its block, and removed runs."""
     options, places = {}, []
-    for block, option in zip(found.blocks, found.chosen, strict=True):
+    for block, option in zip(result.blocks, result.chosen, strict=True):
         place = (block.layer, block.kind)
         places.append((place, option.kept > 0))
         if block.kind == ATTENTION.name and 0 < option.kept < block.whole.kept and place not in library.times:

@@ -53,7 +53,7 @@ class Option:
 
     @property
     def kept(self) -> int:
-        """How many query heads or channels."""
+        """Number of query heads or channels."""
         return sum(len(getattr(self.keep, kind.sizes[0])) for kind in self.keep.blocks)
 
 
@@ -70,14 +70,14 @@ class Block:
         return max(self.options, key=lambda option: option.kept)
 
     def nearest(self, share: float, among: Iterable[Option]) -> Option | None:
-        """Of some of its options the one that keeps closest to this share of the block; the cheaper of two."""
-        wanted = share * self.whole.kept
-        return min(among, key=lambda option: (abs(option.kept - wanted), option.price), default=None)
+        """Return the option that keeps closest to this share of the block; the cheaper of two."""
+        target = share * self.whole.kept
+        return min(among, key=lambda option: (abs(option.kept - target), option.price), default=None)
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a search chose: one option of each block, and the plan that they are."""
+class SearchResult:
+    """The result of a search: one option of each block, and the plan that they form."""
 
     blocks: list[Block]
     chosen: list[Option]
@@ -114,7 +114,7 @@ class Library:
     times: Mapping[Place, float] = field(default_factory=dict)
 
     def measured(self, times: Mapping[Place, float], divergences: Mapping[tuple[Place, ...], float]) -> Library:
-        """With these factors, and these KL divergences of runs in place of their prices."""
+        """Set these factors, and these KL divergences of runs in place of their prices."""
         gaps = tuple(
             Gap(gap.blocks, max(divergences[gap.blocks], LEAST_PRICE), True) if gap.blocks in divergences else gap
             for gap in self.gaps
@@ -122,7 +122,7 @@ class Library:
         return replace(self, times=times, gaps=gaps)
 
     def counted(self, recovered: float = 0.0) -> Library:
-        """With prices of what tuning does not give back of what goes whole, of attention and of integers."""
+        """Reduce the prices of removed runs, attention and integers by what tuning recovers."""
 
         def times(place: Place) -> float:
             if place in self.times:
@@ -147,10 +147,10 @@ class Library:
         ]
 
     def in_forms(self, blocks: list[Block], budget: Budget) -> list[Block]:
-        """The blocks with every option in all integers that it may have, and behind them the vocabulary."""
-        found = [replace(block, options=tuple(self._in_forms(block, budget))) for block in blocks]
+        """Return the blocks with every option in all allowed integers, followed by the vocabulary."""
+        widened = [replace(block, options=tuple(self._in_forms(block, budget))) for block in blocks]
         prices = self.rounding.vocabulary if self.rounding else {}
-        held = [
+        tables = [
             Option(
                 LayerPlan(), prices.get(form, 0.0) + (words.price if words else 0.0),
                 budget.outside_cost(form, words), BlockForms(form, form), words=place,
@@ -158,10 +158,10 @@ class Library:
             for place, words in ((None, None), *enumerate(budget.words))
             for form in (budget.base, *budget.vocabulary)
         ]  # fmt: skip
-        return [*found, Block(len(budget.dense.layers), VOCABULARY, tuple(held))]
+        return [*widened, Block(len(budget.dense.layers), VOCABULARY, tuple(tables))]
 
     def _in_forms(self, block: Block, budget: Budget) -> Iterator[Option]:
-        """Of options that keep alike those that none beats in price and cost; the whole one as it is comes first."""
+        """Yield the options that are not dominated in price and cost; the whole one as it is comes first."""
         kind, place, shape = KINDS[block.kind], (block.layer, block.kind), budget.cut
         alike: dict[tuple[object, ...], list[Option]] = {}
         for bare in block.options:
@@ -183,8 +183,8 @@ class Library:
                     yield option
 
 
-def search(library: Library, budget: Budget, most_gone: int | None = None) -> Found:
-    """The plan of least price that meets the budget; the UserError of one that cannot be met names the floor.
+def search(library: Library, budget: Budget, most_gone: int | None = None) -> SearchResult:
+    """Find the plan of least price that meets the budget; the UserError if none does names the floor.
 
     ``most_gone``: blocks that may go whole at most; None: any number.
     """
@@ -197,18 +197,18 @@ def search(library: Library, budget: Budget, most_gone: int | None = None) -> Fo
     price = sum(option.price for option in solution.options)
     plan = replace(plan, price=price, gap=solution.gap)
     if not several:
-        return Found(blocks, chosen, plan)
+        return SearchResult(blocks, chosen, plan)
     vocabulary = solution.options[-1]
     forms, integers = None, None
     if budget.forms:
         forms = _chosen_forms(offered, solution.options, budget.base)
         integers = _gained_by_forms(offered, solution.options, budget, library.rounding)
     plan = replace(plan, forms=forms, words=vocabulary.words)
-    return Found(blocks, chosen, plan, integers, _gained_by_words(vocabulary, budget))
+    return SearchResult(blocks, chosen, plan, integers, _gained_by_words(vocabulary, budget))
 
 
 def _gained_by_words(vocabulary: Option, budget: Budget) -> Gained | None:
-    """What a smaller vocabulary saves and costs, in the integers that the head has; None where it is whole."""
+    """Return what a smaller vocabulary saves and costs, in the head's integers; None if it is whole."""
     if vocabulary.words is None or vocabulary.forms is None:
         return None
     words = budget.words[vocabulary.words]
@@ -217,7 +217,7 @@ def _gained_by_words(vocabulary: Option, budget: Budget) -> Gained | None:
 
 
 def _chosen_forms(blocks: list[Block], chosen: list[Option], base: MatrixForm) -> PlanForms:
-    """The integers of every block that stays, and of the vocabulary, which is the last option."""
+    """Return the integers of every kept block, and of the vocabulary, which is the last option."""
     *of_layers, vocabulary = chosen
     assert vocabulary.forms is not None, "embedding and head are in some integers"
     forms = {
@@ -229,7 +229,7 @@ def _chosen_forms(blocks: list[Block], chosen: list[Option], base: MatrixForm) -
 
 
 def _gained_by_forms(blocks: list[Block], chosen: list[Option], budget: Budget, rounding: Rounding | None) -> Gained:
-    """What the chosen integers save and cost against those of the bundle."""
+    """Return what the chosen integers save and cost compared with the bundle's."""
     base, changed, saved, price = BlockForms(budget.base, budget.base), 0, 0.0, 0.0
     for block, option in zip(blocks[:-1], chosen[:-1], strict=True):
         if option.forms is None or option.bare is None:
@@ -260,7 +260,7 @@ def check_floor(budget: Budget) -> None:
 
 
 def _check_floor(blocks: list[Block], budget: Budget, gaps: Sequence[Gap] = ()) -> None:
-    """The least summed cost of any choice that leaves attention somewhere must fit."""
+    """Check that the least cost of a choice that keeps some attention fits."""
     free = {place for gap in gaps for place in gap.blocks}
     least = [0.0 if (b.layer, b.kind) in free else min(o.cost for o in b.options) for b in blocks]
     to_attend = [
@@ -274,7 +274,7 @@ def _check_floor(blocks: list[Block], budget: Budget, gaps: Sequence[Gap] = ()) 
 
 
 def solve(blocks: list[Block], budget: Budget, gaps: Sequence[Gap] = (), most_gone: int | None = None) -> Solution:
-    """The option of each block with the least summed price, all costs within the budget; some block keeps attention.
+    """Choose an option of each block: least summed price, cost within the budget, attention somewhere.
 
     ``gaps``: runs of blocks that may go instead, no two of them side by side: their prices are of runs as they are.
     ``most_gone``: how many blocks may go so at most; None: any number.
@@ -287,16 +287,16 @@ def solve(blocks: list[Block], budget: Budget, gaps: Sequence[Gap] = (), most_go
         return Solution(_of_one_width(blocks, budget))
     limit = budget.limit
     for _ in range(RETRIES):
-        found = _least_price(blocks, limit, budget, gaps, most_gone)
-        excess = budget.fixed + sum(option.cost for option in found.options) - budget.most
+        solution = _least_price(blocks, limit, budget, gaps, most_gone)
+        excess = budget.fixed + sum(option.cost for option in solution.options) - budget.most
         if budget.fits(budget.most + excess):
-            return replace(found, options=_use_up(blocks, found.options, -excess, budget.dense))
+            return replace(solution, options=_use_up(blocks, solution.options, -excess, budget.dense))
         limit -= 2 * excess  # HiGHS holds a constraint to a tolerance only
     raise UserError(f"no choice of options was found within {budget.in_words(budget.most)}: require a little less")
 
 
 def _of_one_width(blocks: list[Block], budget: Budget) -> list[Option]:
-    """The largest width that fits, of the FFN of every layer."""
+    """Choose the largest FFN width that fits, the same in every layer."""
     widths = sorted({len(option.keep.ffn) for block in blocks for option in block.options if option.keep.ffn})
     for width in reversed(widths):
         chosen = [next((o for o in block.options if len(o.keep.ffn) == width), block.whole) for block in blocks]
@@ -364,7 +364,7 @@ def _covered(blocks: list[Block], gaps: Sequence[Gap]) -> list[NDArray[np.intp]]
 
 
 def _apart(covered: list[NDArray[np.intp]], blocks: int, options: int) -> LinearConstraint:
-    """Of the gaps that end before a block and those that start with it, at most one is chosen."""
+    """Forbid gaps that touch: at most one ends before a block or starts with it."""
     from scipy.optimize import LinearConstraint
     from scipy.sparse import coo_array
 

@@ -1,4 +1,4 @@
-"""What it costs to hold each matrix in integers of some form, beside what pruning costs: both in nats per token.
+"""Prices of each matrix in integers of some form, in nats per token as those of pruning.
 
 A matrix is rounded to 4 bit in groups of 32, and what its block adds to the residual stream changes by d; that is worth
 1/2 E[(g.d)^2] (:mod:`saap.prune.scores.gradients`). Other forms cost as many times more or less as their squared error
@@ -41,11 +41,11 @@ class Rounding:
     vocabulary: Prices
 
     def price(self, place: Place, forms: BlockForms) -> float:
-        """Of a whole block."""
+        """Return the price of a block in these forms."""
         return sum(prices[form] for prices, form in zip(self.blocks[place], forms, strict=True))
 
     def counted(self, share: float) -> Rounding:
-        """With prices of which only that share counts."""
+        """Scale the prices by a share."""
 
         def less(prices: Prices) -> Prices:
             return {form: share * price for form, price in prices.items()}
@@ -65,7 +65,7 @@ class RoundedMatrix:
     added: Sequence[torch.Tensor]
 
     def prices(self, price: Callable[[Sequence[torch.Tensor]], float]) -> Prices:
-        """By what a block that adds this costs."""
+        """Return the prices of all forms; ``price`` gives that of a changed output."""
         measured = price(self.added) if self.added else 0.0
         return {form: share * measured for form, share in self.errors.items()}
 
@@ -76,23 +76,23 @@ def rounded_block(
     kind: BlockKind,
     adds: Callable[[], list[torch.Tensor]],
 ) -> tuple[RoundedMatrix, RoundedMatrix]:
-    """The matrix of a block that reads and the one that writes, each rounded while the other is not.
+    """Round the matrix of a block that reads and the one that writes, each while the other is not.
 
     Args:
         modules: of its layer, by name.
         parts: the modules of each part of a graph.
         adds: what the block adds with the weights of just now.
     """
-    found = []
+    matrices = []
     for part in (READS[kind.name], WRITES[kind.name]):
         there = [modules[name] for name in parts[part] if name in modules]  # a layer may have no keys and values
         weights = [weight for module in there if isinstance(weight := module.weight, torch.Tensor)]
         if errors := errors_of(weights):
             with rounded(weights, MEASURED):
-                found.append(RoundedMatrix(errors, adds()))
+                matrices.append(RoundedMatrix(errors, adds()))
         else:
-            found.append(RoundedMatrix({}, []))
-    return found[0], found[1]
+            matrices.append(RoundedMatrix({}, []))
+    return matrices[0], matrices[1]
 
 
 @torch.inference_mode()

@@ -22,7 +22,7 @@ from saap.models.modeling_slim import GONE, packed_words, unpacked_words
 from saap.models.resolve import load_tokenizer
 from saap.prune.options import PruneOptions
 from saap.prune.pruning import prune
-from saap.prune.vocabulary import LONGER, TRIED, WORTH, Chosen, Sizes, choose_words, read_less, rows_asked, trim
+from saap.prune.vocabulary import LONGER, TRIED, WORTH, Chosen, Sizes, choose_words, read_less, rows_of, trim
 from saap.text.closed_words import forest_of
 from saap.text.documents import load_documents
 from saap.text.encoding import head_words_of, long_spelling, writing_tokenizer
@@ -44,10 +44,10 @@ def test_which_words_are_kept_is_packed_into_the_config():
 
 
 def test_sizes_are_numbers_shares_or_the_best():
-    assert rows_asked("24k", 49152) == 24576 and rows_asked("0.5", 100) == 50 and rows_asked("auto", 10) is None
+    assert rows_of("24k", 49152) == 24576 and rows_of("0.5", 100) == 50 and rows_of("auto", 10) is None
     for wrong in ("all", "49152", "0", "-3", "1e400", "nan"):
         with pytest.raises(UserError, match="give a number such as 24k"):
-            rows_asked(wrong, 49152)
+            rows_of(wrong, 49152)
 
 
 @pytest.fixture(params=[True, False])

@@ -65,7 +65,7 @@ def test_the_dearest_step_taken_is_below_the_cheapest_left(seed, steps):
     modules.append(Block(0, "attention", (Option(LayerPlan((0,), (0,), ()), 0.0, 0.0),)))
     found = reasons_of(modules, solve(modules, weights(16.0 - steps)).options, "weights")
     order = np.sort(rises.ravel())
-    assert found.dearest_taken.last.per_unit == pytest.approx(order[steps - 1])
+    assert found.dearest_step.last.per_unit == pytest.approx(order[steps - 1])
     assert found.cheapest_left.next.per_unit == pytest.approx(order[steps])
 
 
@@ -112,7 +112,7 @@ def test_the_record_of_a_slim_model_has_the_reasons(tiny_model, tmp_path):
         kept = LayerSizes(0, 0, keep.ffn) if reason.kind == "ffn" else replace(keep, ffn=0)
         assert reason.keeps == kept
         assert reason.had == (LayerSizes(0, 0, 128) if reason.kind == "ffn" else LayerSizes(6, 3, 0))
-    assert record["reasons"]["dearest_taken"] == plan.reasons.dearest_taken.last.per_unit
+    assert record["reasons"]["dearest_taken"] == plan.reasons.dearest_step.last.per_unit
 
 
 def told():
