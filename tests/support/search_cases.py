@@ -6,10 +6,11 @@ import numpy as np
 
 from saap.models.shape import LayerSizes, ModelShape
 from saap.models.slim_quant import MatrixForm
-from saap.prune.search.budget import Budget, StepTime, Weights
+from saap.prune.search.budget import Budget
 from saap.prune.search.choices import Allowed, choices, runs_of
 from saap.prune.search.layer_costs import CostTable
 from saap.prune.search.milp import Gap, Library
+from saap.prune.search.model_cost import StepTime, Weights
 from saap.prune.search.rounding import Rounding
 
 SHAPE = ModelShape(hidden=96, head_dim=16, vocab=320, tied=True, layers=(LayerSizes(6, 3, 128),) * 2)
@@ -17,11 +18,17 @@ TABLE = CostTable(1, 192, 1.0, {(1, 1): 0.3, (2, 1): 0.4, (3, 3): 0.5, (6, 3): 0
 
 
 def weights(limit, shape=SHAPE):
-    return Budget("weights", limit, Weights(False), {"ratio": 1 - limit / shape.layer_weights}, shape, shape)
+    return Budget(
+        unit="weights", most=limit, measure=Weights(False), asked={"ratio": 1 - limit / shape.layer_weights},
+        dense=shape, cut=shape,
+    )  # fmt: skip
 
 
 def milliseconds(limit):
-    return Budget("ms", limit, StepTime(TABLE), {"ms_per_token": limit}, SHAPE, SHAPE, table=TABLE)
+    return Budget(
+        unit="ms", most=limit, measure=StepTime(TABLE), asked={"ms_per_token": limit}, dense=SHAPE, cut=SHAPE,
+        table=TABLE,
+    )  # fmt: skip
 
 
 def library(seed=0, allowed=None):

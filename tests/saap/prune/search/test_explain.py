@@ -14,9 +14,9 @@ from saap.models.slim_quant import MatrixForm
 from saap.prune.options import PruneOptions
 from saap.prune.plan import LayerPlan, Move, PrunePlan, Reason, Reasons, whole_layer
 from saap.prune.pruning import prune
-from saap.prune.search.budget import StepTime
 from saap.prune.search.explain import kinds_table, layer_table, reasons_of, sentences, short, sizes_lost
 from saap.prune.search.milp import Block, Option, search, solve
+from saap.prune.search.model_cost import StepTime
 
 IDS = torch.randint(320, (8, 16), generator=torch.Generator().manual_seed(3))
 FFN = Block(
