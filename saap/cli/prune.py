@@ -109,7 +109,7 @@ def for_this_machine(asked: PruneCommand) -> PruneOptions:
     """Add the version of ONNX Runtime that a cost table from this machine must come from."""
     costs = asked.options.costs
     if asked.here and costs is None:
-        raise UserError("--here is about the table of --costs: give one, or leave --here out")
+        raise UserError("--here is for the cost table of --costs: give one, or leave --here out")
     return replace(asked.options, onnxruntime=runtime_here(costs, asked.here) if costs else None)
 
 

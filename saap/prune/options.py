@@ -59,7 +59,7 @@ class FusionOptions:
     ] = "all"
     stability: Annotated[
         float,
-        Option("Lambda: below 0 prunes what fluctuates, above 0 keeps it.", _SCORES, shown=False),
+        Option("Lambda: below 0 prunes fluctuating structures, above 0 keeps them.", _SCORES, shown=False),
         Meta(ge=-100, le=100),
     ] = 0.0
 
@@ -75,16 +75,16 @@ class AdaptiveOptions:
 
     recovered: Annotated[
         float,
-        Option("Share of a missing block's price that tuning gives back; 0: none.", _SCORES, shown=False),
+        Option("Share of a removed block's price that tuning recovers; 0: none.", _SCORES, shown=False),
         Meta(ge=0, lt=1),
     ] = 0.0
     measured: Annotated[
         bool,
-        Option("Measure in long windows what a plan takes of attention, and what goes whole.", _SCORES, shown=False),
+        Option("Measure a plan's narrower attention and removed blocks in long windows.", _SCORES, shown=False),
     ] = True
     most_gone: Annotated[
         int | None,
-        Option("Blocks that go whole, at most; default: as many as the prices want.", _SCORES, shown=False),
+        Option("Most blocks to remove; default: as many as the prices favour.", _SCORES, shown=False),
         Meta(ge=0, le=100_000),
     ] = None
 
@@ -97,8 +97,8 @@ class AdaptiveOptions:
     def check(self) -> None:
         if self.exact and self.element == "none":
             raise UserError(
-                f"the score {self.fusion.score} has no element score to be exact: leave exact out, or set score to "
-                "fused, fused-token or element"
+                f"exact is for the element score, and the score {self.fusion.score} has none: leave exact out, or set "
+                "score to fused, fused-token or element"
             )
 
 
@@ -123,7 +123,7 @@ class PruneOptions:
     ] = None
     speedup: Annotated[
         float | None,
-        Option("Times as many tokens per second, such as 1.25; with --costs.", MUST, metavar="FACTOR"),
+        Option("Speed over the dense model's, such as 1.25; with --costs.", MUST, metavar="FACTOR"),
         Meta(gt=1, le=1000),
     ] = None
     ms_per_token: Annotated[
@@ -137,7 +137,7 @@ class PruneOptions:
         Option("Which of the table's thread counts; default: its only one.", _FOR, metavar="N"),
         THREADS,
     ] = None
-    bits: Annotated[Literal[4, 8, 32], Option("Of the bundle, for its size and time.", _FOR)] = 4
+    bits: Annotated[Literal[4, 8, 32], Option("Bits of the bundle, for its size and time.", _FOR)] = 4
     group_size: Annotated[
         Literal[32, 64, 128] | None,
         Option("Weights per scale; default: the best for a time or size, or 32.", _FOR, old=("--group",)),
@@ -159,7 +159,7 @@ class PruneOptions:
     ] = None
     keep: Annotated[
         frozenset[Kept],
-        Option("Kinds that stay: blocks (none goes whole), heads, ffn, or several.", _GOES, metavar="KINDS"),
+        Option("Kinds to keep: blocks (none is removed whole), heads, ffn, or several.", _GOES, metavar="KINDS"),
     ] = frozenset()
     keep_layers: Annotated[
         frozenset[int] | None,
@@ -169,7 +169,7 @@ class PruneOptions:
     ] = frozenset()  # empty leaves it to the method, None keeps none whole, whatever the method
     vocabulary: Annotated[
         str | None,
-        Option("Words that the output head says: 24k, 0.5 or auto; all are read.", _GOES, metavar="COUNT"),
+        Option("Words that the output head predicts: 24k, 0.5 or auto; prompts use all.", _GOES, metavar="COUNT"),
     ] = None
     vocabulary_input: Annotated[bool, Option("Tokenizer and embedding lose the words too, for llama.cpp.", _GOES)] = (
         False
@@ -183,7 +183,7 @@ class PruneOptions:
     length: Annotated[int, Option("Tokens per sequence.", _HOW, metavar="N", hidden=True), Meta(ge=2, le=1_000_000)] = (
         256
     )
-    seed: Annotated[int, Option("Of the text's order.", _HOW, metavar="N", hidden=True), Meta(ge=0)] = 0
+    seed: Annotated[int, Option("Seed of the text's order.", _HOW, metavar="N", hidden=True), Meta(ge=0)] = 0
     stream: Annotated[
         bool | None,
         Option(

@@ -168,15 +168,17 @@ def check_plan(plan: PrunePlan, dense: ModelShape) -> None:
             if list(kept) != sorted(set(kept)) or any(not 0 <= i < count for i in kept):
                 raise UserError(f"layer {index}: the kept {what}s are not distinct sorted indices below {count}")
         if dense.per_layer and not keep.blocks:
-            raise UserError(f"layer {index}: it has an embedding of its own, so a block of it stays")
+            raise UserError(f"layer {index}: it has an embedding of its own, so it must keep a block")
         read = plan.layers[dense.sources[index]].kv_heads if dense.sources else keep.kv_heads
         if keep.kv_heads and keep.kv_heads != read:
-            raise UserError(f"layer {index}: it reads the keys and values of another, so it keeps the same KV groups")
+            raise UserError(
+                f"layer {index}: it reads another layer's keys and values, so it must keep the same KV groups"
+            )
         per_group = sizes.heads_per_group
         counts = {sum(head // per_group == group for head in keep.query_heads) for group in keep.kv_heads}
         owners = {head // per_group for head in keep.query_heads} if per_group else set()
         if not dense.separable_heads and 0 < len(keep.query_heads) < sizes.query_heads:
-            raise UserError(f"layer {index}: a norm spans its heads, so all of them are kept or none")
+            raise UserError(f"layer {index}: a norm spans its heads, so it must keep all of them or none")
         if owners != set(keep.kv_heads) or len(counts) > 1:
             raise UserError(
                 f"layer {index}: every kept KV group must keep the same number of query heads, at least one"

@@ -294,14 +294,16 @@ def requirement_on(model_dir: str | Path, options: PruneOptions) -> Budget:
     check_sizes(model_dir)
     shape = shape_of(config)
     if shape.per_layer and options.method == "shortgpt":
-        raise UserError(f"{model_dir} has embeddings for each layer, so no layer goes: leave --method shortgpt out")
+        raise UserError(
+            f"{model_dir} has embeddings for each layer, so no layer can be removed: leave --method shortgpt out"
+        )
     if shape.sources and options.heads and options.method != "saap":
         raise UserError(
             f"{model_dir} has layers that read keys and values of earlier ones, so only saap prunes their heads: "
             "leave --heads out"
         )
     if options.heads and not shape.separable_heads:
-        raise UserError(f"{model_dir} has a norm over all heads, so they are not pruned one by one: leave --heads out")
+        raise UserError(f"{model_dir} has a norm over all heads, so single heads cannot be removed: leave --heads out")
     wrong = sorted(i for i in options.kept_layers if not 0 <= i < len(shape.layers))
     if wrong:
         raise UserError(f"--keep-layers names layer {wrong[0]}; the model has layers 0 to {len(shape.layers) - 1}")
@@ -321,7 +323,7 @@ def _one_width(options: PruneOptions, config: Mapping[str, object]) -> bool:
         return False
     holds = architecture_of(dict(config)).gguf
     if holds == "no":
-        raise UserError(f"no GGUF file is written of {config['model_type']} models: leave --for {options.engine} out")
+        raise UserError(f"saap writes no GGUF files of {config['model_type']} models: leave --for {options.engine} out")
     if holds == "any widths":
         return False
     asked = {"--heads": options.heads, "--keep-layers": options.kept_layers, "--method": options.method != "saap",

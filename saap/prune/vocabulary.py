@@ -120,8 +120,8 @@ def rows_of(asked: str, size: int) -> int | None:
         rows = 0
     if not 0 < rows < size:
         raise UserError(
-            f"a vocabulary of {asked!r} is none of this model's {size} words: give a number such as 24k, a share such "
-            f"as 0.5, or {AUTO}"
+            f"a vocabulary of {asked!r} is not allowed, the model has {size} words: give a number such as 24k, "
+            f"a share such as 0.5, or {AUTO}"
         )
     return rows
 
@@ -150,13 +150,13 @@ def choose_words(directory: Path, asked: str, documents: Documents, progress: Pr
     report("trying sizes of the vocabulary", 1, 1)
     if rows is None and (rows := sizes.best) is None:
         raise UserError(
-            f"no part of the vocabulary of {directory} says {documents.source} in as few tokens as all of it: give a "
-            "number of words, or leave it whole"
+            f"every smaller vocabulary of {directory} makes {documents.source} more than {LONGER:.0%} longer: "
+            "give a number of words, or leave --vocabulary out"
         )
     if asked == AUTO and (less := read_less(shape, rows)) < WORTH:
         raise UserError(
-            f"{rows} of {shape.vocab} words are as few as say such text as well, and a token of {directory} would read "
-            f"{less:.1%} less: leave --vocabulary out, or give a number of words"
+            f"{directory} needs {rows} of its {shape.vocab} words for this text, and without the others a token "
+            f"reads only {less:.1%} less: leave --vocabulary out, or give a number of words"
         )
     return Chosen(read.words(rows), shape.vocab, sizes.tried[rows], documents.source, sha256=documents.sha256)
 
@@ -309,11 +309,11 @@ def predicted(
     total = torch.zeros(shape_of(model.config).vocab, dtype=torch.float64)
     for done, start in enumerate(starts):
         if progress:
-            progress("asking the model which words it says (rows)", done, len(starts))
+            progress("predicting tokens (rows)", done, len(starts))
         row = torch.tensor([[*first, *ids[start : start + ROW]]])
         total += model(input_ids=row, use_cache=False).logits[0, len(first) :].float().softmax(-1).sum(0).double()
     if progress:
-        progress("asking the model which words it says (rows)", len(starts), len(starts))
+        progress("predicting tokens (rows)", len(starts), len(starts))
     return (total * (len(ids) / max(float(total.sum()), 1.0))).numpy()
 
 
@@ -366,7 +366,7 @@ def words_by_text(
         text = None if calibration is None else str(calibration)
         documents = load_documents(text, split="calibration", seed=options.seed)
     if documents is None:
-        raise UserError("a vocabulary is chosen by a text: give --calibration FILE, or leave it out")
+        raise UserError("a vocabulary is chosen by a text: give --calibration FILE, or leave --calibration out")
     several = options.method == "saap" and bool({*options.asked} & {*TIMED, "max_bytes"})
     if options.vocabulary == AUTO and several:
         candidates = words_to_try(source, documents, progress)

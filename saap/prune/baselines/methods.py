@@ -93,7 +93,7 @@ def rank(
         keep_layers = published(method).kept(len(shape.layers))
     kept = keep_layers or frozenset()
     if wrong := sorted(i for i in kept if not 0 <= i < len(shape.layers)):
-        raise UserError(f"layer {wrong[0]} is to be kept; the model has layers 0 to {len(shape.layers) - 1}")
+        raise UserError(f"there is no layer {wrong[0]} to keep; the model has layers 0 to {len(shape.layers) - 1}")
     free = [i for i in range(len(shape.layers)) if i not in kept]
     if method == "shortgpt":
         layers = _whole_layers(shape, free, collect(model, shape, ids, progress=progress))

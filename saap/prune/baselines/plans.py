@@ -68,7 +68,7 @@ class Ranking:
         if target > sum(removal.weights for removal in self.removals):
             raise UserError(
                 f"{self.method} can remove {self.largest_share:.2%} of the decoder layers' weights at most here, "
-                f"{share:.2%} was asked: ask for less, keep fewer layers whole, or let heads go too"
+                f"not {share:.2%}: require less, keep fewer layers whole, or give --heads too"
             )
         chosen, need = self._beginning(target)
         if need > 0:

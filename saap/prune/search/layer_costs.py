@@ -59,7 +59,7 @@ class CostTable:
         if rows is None or rows == max(self.head, default=rows):
             return self.constant_ms
         if len(self.head) < 2:
-            raise CostError(f"the table of costs has no heads of fewer words: {AGAIN}, or leave --vocabulary out")
+            raise CostError(f"the cost table has no smaller vocabularies: {AGAIN}, or leave --vocabulary out")
         counts = sorted(self.head)
         return float(np.interp(rows, counts, [self.head[count] for count in counts]))
 
@@ -74,7 +74,9 @@ class CostTable:
         if not query_heads:
             return 0.0
         if not kv_heads or query_heads % kv_heads:
-            raise CostError(f"{query_heads} query heads on {kv_heads} KV heads have no cost: must be a multiple")
+            raise CostError(
+                f"{query_heads} query heads on {kv_heads} KV heads have no cost: give a multiple of the KV heads"
+            )
         per_group = query_heads // kv_heads
         groups = sorted({kv for _, kv in self.attention})
         most = max(query // kv for query, kv in self.attention)

@@ -32,17 +32,17 @@ from saap.prune.search.library import Change, Pricing, Run
 from saap.prune.search.milp import Library, SearchResult
 
 WINDOW, WINDOWS = 1024, 2  # tokens, and how many
-LONG_TEXT = 98_304  # tokens of text that is read for nothing else, to find windows in
+LONG_TEXT = 98_304  # additional tokens of text, to find windows in
 FAR = 257  # tokens back, and more
-EVERY = 4  # of so many places one is judged
-SAYING = "measuring what the plan takes, round {}"  # a deep cut needs 20 and more
+EVERY = 4  # one of this many tokens is judged
+SAYING = "measuring the plan, round {}"  # a deep cut needs 20 and more
 
 
 def long_windows(ids: torch.Tensor) -> torch.Tensor:
-    """Two windows of rows of packed text [rows, tokens], in which most comes again from far back; [windows, tokens].
+    """Find the two windows of packed text [rows, tokens] that repeat most from far back; [windows, tokens].
 
     Rows that follow each other are one text (:func:`saap.text.documents.pack`). What attention over long distances is
-    needed for is words that were said before, and in most windows few were.
+    needed for is tokens that occurred before, and in most windows few did.
     """
     rows = max(1, min(WINDOW // ids.shape[1], len(ids) // WINDOWS))
     windows = ids[: len(ids) // rows * rows].view(-1, rows * ids.shape[1])

@@ -292,7 +292,7 @@ def solve(blocks: list[Block], budget: Budget, gaps: Sequence[Gap] = (), most_go
         if budget.fits(budget.most + excess):
             return replace(solution, options=_use_up(blocks, solution.options, -excess, budget.dense))
         limit -= 2 * excess  # HiGHS holds a constraint to a tolerance only
-    raise UserError(f"no choice of options was found within {budget.in_words(budget.most)}: require a little less")
+    raise UserError(f"the search found no plan within {budget.in_words(budget.most)}: require a little less")
 
 
 def _of_one_width(blocks: list[Block], budget: Budget) -> list[Option]:
@@ -302,7 +302,9 @@ def _of_one_width(blocks: list[Block], budget: Budget) -> list[Option]:
         chosen = [next((o for o in block.options if len(o.keep.ffn) == width), block.whole) for block in blocks]
         if budget.fits(budget.fixed + sum(option.cost for option in chosen)):
             return chosen
-    raise UserError(f"no width of all FFNs meets {budget.in_words(budget.most)}: require less, or leave --for out")
+    raise UserError(
+        f"no common width of the FFNs meets {budget.in_words(budget.most)}: require less, or leave --for out"
+    )
 
 
 def _least_price(
@@ -342,9 +344,7 @@ def _least_price(
         if smallest.x is not None and not budget.fits(floor := budget.fixed + float(cost @ np.round(smallest.x))):
             raise budget.below_floor(floor)
     if answer.x is None:
-        raise UserError(
-            f"no choice of options meets {budget.in_words(budget.most)} ({answer.message}): require a little less"
-        )
+        raise UserError(f"no plan meets {budget.in_words(budget.most)} ({answer.message}): require a little less")
     gap = float(answer.mip_gap or 0.0) if answer.status else 0.0  # its limit of nodes ended the search
     chosen: list[Option | None] = [None] * len(blocks)
     for column in np.flatnonzero(answer.x > 0.5):

@@ -122,7 +122,7 @@ def test_fewer_words_count_in_what_was_asked(model, tmp_path, plain):
     done = pruned(model, tmp_path / "slimmer", plain, "--vocabulary", "290", "--speedup", "1.5", "--costs", costs)
     assert 1.5 <= cells(done.stdout, "speed-up by the table")[3] < 1.7
     least = pruned_refused(model, tmp_path / "none", plain, *words, tmp_path / "old.json")
-    assert "the table of costs has no heads of fewer words: measure it again" in least
+    assert "the cost table has no smaller vocabularies: measure it again" in least
     words = ["--vocabulary", "290", "--vocabulary-input", "--max-params"]
     enough = shape_of(read_config(model)).parameters - (320 - 290) * 96
     done = pruned(model, tmp_path / "few", plain, *words, str(enough))
@@ -165,7 +165,10 @@ def test_a_slim_model_prunes_again(model, tmp_path, river, costs):
         ),
         ("--ratio 0.2 --vocabulary-input", "--vocabulary-input is for models that lose words: give --vocabulary too"),
         ("--vocabulary 9", "a vocabulary of 9 words cannot be closed: 261 must stay"),
-        ("--vocabulary 320", "a vocabulary of '320' is none of this model's 320 words: give a number such as 24k"),
+        (
+            "--vocabulary 320",
+            "a vocabulary of '320' is not allowed, the model has 320 words: give a number such as 24k",
+        ),
         ("--ratio 0.2 --method best", "--method best is not allowed: give saap, vector,"),
         ("--ratio 0.2 --compensate hope", "--compensate hope is not allowed: give none, bias or refit"),
         ("--ratio 0.2 --set stability=nan", "stability nan is not allowed"),

@@ -146,10 +146,10 @@ def test_an_uneven_bundle_passes_parity_and_is_probed(dense_dir, tmp_path, case)
 def test_heads_that_a_norm_spans_stay_together(dense_dir, tmp_path):
     """Without some of them the norm's mean square is another, so the masked model is not the one that is cut."""
     path = dense_dir("olmo2")
-    with pytest.raises(UserError, match="layer 1: a norm spans its heads, so all of them are kept or none"):
+    with pytest.raises(UserError, match="layer 1: a norm spans its heads, so it must keep all of them or none"):
         cut(path, tmp_path / "slim", EXPORTED)
     options = PruneOptions(ratio=0.2, heads=True)
-    with pytest.raises(UserError, match="has a norm over all heads, so they are not pruned one by one: leave --heads"):
+    with pytest.raises(UserError, match="has a norm over all heads, so single heads cannot be removed: leave --heads"):
         budget_of(path, options)
     for method in ("saap", "flap"):
         slim, method_options = tmp_path / method, PruneOptions(ratio=0.15, method=method)

@@ -147,7 +147,7 @@ def test_a_table_of_another_machine_is_refused_for_a_bundle_of_this_one(model, t
     for damage, told in (({"kind": "x"}, "'x' is no table of costs"), ({"device": 5}, "is damaged")):
         path = cost_file(tmp_path / "damaged.json", **{"device": device, **damage})
         assert told in refused(*prune_words(model, tmp_path / "other", river, *asked, path))
-    assert "--here is about the table of --costs" in refused(
+    assert "--here is for the cost table of --costs" in refused(
         *prune_words(model, tmp_path / "other", river, "--ratio", "0.2", "--here")
     )
     assert not (tmp_path / "other").exists()

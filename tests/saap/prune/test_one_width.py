@@ -50,6 +50,6 @@ def test_what_one_width_leaves_no_room_for_is_refused(tiny_family, tmp_path, ask
 
 def test_families_without_a_file_for_it_and_too_much_are_one_line(tiny_family, tmp_path):
     told = refused("prune", tiny_family("phi3"), "-o", tmp_path / "slim", "--ratio", "0.2", "--for", "llama.cpp")
-    assert "no GGUF file is written of phi3 models: leave --for llama.cpp out" in told
+    assert "saap writes no GGUF files of phi3 models: leave --for llama.cpp out" in told
     told = refused("prune", tiny_family("qwen3"), "-o", tmp_path / "slim", "--ratio", "0.9", "--for", "llama.cpp")
     assert "the largest that these options allow is" in told

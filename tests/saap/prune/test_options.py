@@ -47,7 +47,10 @@ def test_what_a_researcher_sets_has_no_flag() -> None:
         ),
         (PruneOptions(ratio=0.2, vocabulary_input=True), "--vocabulary-input is for models that lose words"),
         (PruneOptions(ratio=0.2, method="vector", stream=True), "vector needs the gradients of all weights at once"),
-        (PruneOptions(ratio=0.2, adaptive=AdaptiveOptions(exact=True)), "has no element score to be exact: leave"),
+        (
+            PruneOptions(ratio=0.2, adaptive=AdaptiveOptions(exact=True)),
+            "exact is for the element score, and the score vector-token has none: leave",
+        ),
         (
             PruneOptions(ratio=0.2, adaptive=AdaptiveOptions(FusionOptions(score="best"))),  # type: ignore[arg-type]
             "score best is not allowed: give vector, element",

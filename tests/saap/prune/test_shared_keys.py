@@ -61,7 +61,7 @@ def test_a_group_that_layers_share_is_one_choice(dense, groups):
 @pytest.mark.parametrize(
     ("asked", "named"),
     [
-        ({"method": "shortgpt"}, "so no layer goes: leave --method shortgpt out"),
+        ({"method": "shortgpt"}, "so no layer can be removed: leave --method shortgpt out"),
         ({"method": "flap", "heads": True}, "so only saap prunes their heads: leave --heads out"),
     ],
 )

@@ -190,7 +190,7 @@ def test_where_there_is_little_to_gain_auto_says_so(tiny_model, tmp_path):
     documents = load_documents(text, split="calibration")
     deep = tiny_model("deep", num_hidden_layers=4, intermediate_size=512)
     assert read_less(shape_of(read_config(deep)), 260) < WORTH
-    with pytest.raises(UserError, match=r"would read 0\.\d% less: leave --vocabulary out, or give a number of words"):
+    with pytest.raises(UserError, match=r"reads only 0\.\d% less: leave --vocabulary out, or give a number of words"):
         choose_words(deep, "auto", documents)
     assert read_less(shape_of(read_config(tiny_model("flat", num_hidden_layers=1))), 160) > WORTH
     assert len(choose_words(deep, "290", documents).words) == 290

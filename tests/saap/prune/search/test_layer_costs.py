@@ -63,7 +63,7 @@ def test_a_head_of_fewer_words_is_interpolated(tmp_path: Path) -> None:
     assert table.total_ms([LayerSizes(9, 3, 1536)], 24000) == 50 + 82
     older = read_costs(written(tmp_path / "old.json", document()), SHAPE, bits=4, group_size=32)
     assert older.outside_ms() == older.outside_ms(49152) == 100
-    with pytest.raises(CostError, match=r"has no heads of fewer words: measure it again .* or leave --vocabulary out"):
+    with pytest.raises(CostError, match=r"has no smaller vocabularies: measure it again .* or leave --vocabulary out"):
         older.outside_ms(24000)
 
 
