@@ -26,7 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from saap.base.errors import UserError
 from saap.base.progress import WRITING, Progress, note
-from saap.base.writing import RECORD, check_output, claimed, read_object
+from saap.base.writing import RECORD, check_output, read_object
 from saap.models.architectures import architecture_of, said_words, shape_of
 from saap.models.checkpoint import load_model, read_config, slim_config, write_slim
 from saap.models.modeling_slim import packed_words
@@ -416,5 +416,4 @@ def trim(source: Path, chosen: Chosen, output: Path, progress: Progress | None =
     before = read_record(source)
     lineage: Lineage = {**before.get("lineage", {}), "words": chosen.lineage()}
     record: Record = {**before, "vocabulary": chosen.record(), "lineage": lineage}
-    with claimed(output):
-        return write_trimmed(output, source, written, tensors, record, chosen)
+    return write_trimmed(output, source, written, tensors, record, chosen)
