@@ -9,15 +9,14 @@ import torch
 from torch.nn import functional as F
 
 from export.bundle.manifest import Parity
-from export.engine.table import ENGINES, EXTRAS, FILES, LLAMA_CPP, ONNXRUNTIME, OPENVINO, PACKAGES
-from export.engine.worker import logits_of
+from export.engine.opening import logits_in_process
+from export.engine.table import DELTA, INT8_CACHE, ONNXRUNTIME, SHARED_KEYS, Row, bundle_engines, row_of
 from export.gguf.families import open_source
 from export.gguf.write import BITS as GGUF_TYPES
 from export.gguf.write import write_gguf
 from export.options import ExportOptions
 from export.source import ModelSource
 from saap.base.errors import UserError
-from saap.base.interpreters import python_with
 from saap.base.progress import Progress
 from saap.models.architectures import shape_of
 from saap.models.checkpoint import read_config
@@ -26,74 +25,75 @@ from saap.system.device_names import AUTO
 FARTHEST = 0.02  # of the graph's perplexity: each engine rounds activations its own way
 
 
-def engines_of(directory: Path, options: ExportOptions) -> list[str]:
-    """The engines that are asked for, ONNX Runtime first; with ``auto`` those that are here and hold the model."""
+def engines_of(directory: Path, options: ExportOptions) -> list[Row]:
+    """The engines beside ONNX Runtime to export for; with ``auto`` those that are here and hold the model."""
+    others = [row_of(name) for name in bundle_engines() if name != ONNXRUNTIME]
     if options.engines != (AUTO,):
-        return sorted(options.engines, key=ENGINES.index)
-    found = [ONNXRUNTIME]
+        return [row for row in others if row.name in options.engines]
     if options.target != "cpu":
-        return found
-    with suppress(UserError):
-        if options.integers != "nearest":
-            python_of(LLAMA_CPP)
-            open_source(directory, None, None)
-            found.append(LLAMA_CPP)
-    with suppress(UserError):
-        if options.kv_bits == 32:
-            python_of(OPENVINO)
-            check_operators(directory)
-            found.append(OPENVINO)
-    return found
-
-
-def python_of(engine: str) -> str:
-    """The Python that has an engine. Raises UserError: there is none."""
-    return python_with(PACKAGES[engine], engine, EXTRAS[engine])
+        return []
+    fitting = []
+    for row in others:
+        with suppress(UserError):
+            check_engine(row, directory, options)
+            row.python(row.name)
+            fitting.append(row)
+    return fitting
 
 
 def check_engines(directory: Path, options: ExportOptions) -> None:
     """Raise UserError for an engine that cannot hold the model or is not here, before its integers are chosen.
 
-    llama.cpp need not be here, for its file is written without it.
+    An engine with a file of its own need not be here, for the file is written without it.
     """
-    if OPENVINO in options.engines:
-        check_operators(directory)
-        python_of(OPENVINO)
-    if LLAMA_CPP in options.engines:
-        try:
+    for row in engines_of(directory, options) if options.engines != (AUTO,) else ():
+        check_engine(row, directory, options)
+        if row.file is None:
+            row.python(row.name)
+
+
+def check_engine(row: Row, directory: Path, options: ExportOptions) -> None:
+    """Raise UserError for an engine that cannot hold the model."""
+    try:
+        row.check_demands(demands_of_model(directory, options), str(directory))
+        if row.file is not None:
+            if options.integers == "nearest":
+                raise UserError("its file holds other integers: leave --integers nearest out")
             open_source(directory, None, None)
-        except UserError as error:
-            raise UserError(f"--engines {LLAMA_CPP}: {error}") from None
+    except UserError as error:
+        raise UserError(f"--engines {row.name}: {error}") from None
 
 
-def check_operators(directory: Path) -> None:
-    """Raise UserError for a model whose graph has an operator that OpenVINO does not read."""
+def demands_of_model(directory: Path, options: ExportOptions) -> tuple[str, ...]:
+    """What an engine must read to run the bundle of a model (:func:`export.engine.table.demands_of`)."""
     shape = shape_of(read_config(directory))
-    if shape.delta is not None:
-        raise UserError(f"--engines {OPENVINO}: it does not read the operator of gated delta nets: leave it out")
-    if shape.per_layer:
-        raise UserError(f"--engines {OPENVINO}: keys and values that later layers read were not tried: leave it out")
+    present = {
+        DELTA: shape.delta is not None,
+        SHARED_KEYS: bool(shape.per_layer),
+        INT8_CACHE: options.kv_bits == 8,
+    }
+    return tuple(demand for demand, needed in present.items() if needed)
 
 
 def write_engine(
-    engine: str, source: ModelSource, out: Path, options: ExportOptions, progress: Progress | None
+    row: Row, source: ModelSource, out: Path, options: ExportOptions, progress: Progress | None
 ) -> dict[str, object]:
     """Write the file of another engine beside the graph, if it needs one; what the manifest says of it.
 
     Raises UserError: the engine cannot hold the model.
     """
-    if engine not in FILES:
+    if row.file is None:
         return {"exact": True}  # it reads the graph
     kind = None if source.quant else GGUF_TYPES[options.bits or 4]
     try:
-        report = write_gguf(source.directory, out / FILES[engine], kind=kind, progress=progress)
+        report = write_gguf(source.directory, out / row.file, kind=kind, progress=progress)
     except UserError as error:
-        raise UserError(f"--engines {engine}: {error}") from None
+        raise UserError(f"--engines {row.name}: {error}") from None
     return {"exact": report.worst_error_rounded in (None, 0.0), "type": report.kind, "notes": report.notes}
 
 
 def engine_nll(
-    engine: str, bundle: Path, ids: torch.Tensor | None, parity: Parity | None, progress: Progress | None
+    row: Row, bundle: Path, ids: torch.Tensor | None, parity: Parity | None, progress: Progress | None
 ) -> float | None:
     """What an engine makes of the rows of the parity check, nats per token; None where it was not checked or not here.
 
@@ -101,20 +101,20 @@ def engine_nll(
     """
     if ids is None or parity is None:
         return None
+    source = bundle / row.file if row.file else bundle
     try:
-        python = python_of(engine)
+        compute = logits_in_process(row, source, torch.get_num_threads())
     except UserError:
         return None
     if progress:
-        progress(f"checking what {engine} computes (rows)", 0, len(ids))
-    path = bundle / FILES[engine] if engine in FILES else bundle
-    logits = torch.from_numpy(logits_of(engine, path, python, ids.numpy(), torch.get_num_threads()))
+        progress(f"checking what {row.name} computes (rows)", 0, len(ids))
+    logits = torch.from_numpy(compute(ids.numpy()))
     nll = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).item()
     if progress:
-        progress(f"checking what {engine} computes (rows)", len(ids), len(ids))
+        progress(f"checking what {row.name} computes (rows)", len(ids), len(ids))
     if abs(nll - parity.nll_graph) > FARTHEST:
         raise UserError(
-            f"{engine} computes something else than the graph (NLL {nll:.4f} instead of {parity.nll_graph:.4f}): "
-            f"nothing was exported; leave {engine} out of --engines"
+            f"{row.name} computes something else than the graph (NLL {nll:.4f} instead of {parity.nll_graph:.4f}): "
+            f"nothing was exported; leave {row.name} out of --engines"
         )
     return nll

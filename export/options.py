@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from export.engine.table import ENGINES, LLAMA_CPP, ONNXRUNTIME, OPENVINO
+from export.engine.table import ONNXRUNTIME, bundle_engines
 from saap.base.errors import UserError
 from saap.base.options import COMPUTE, Option, check_values, refuse_unused
 from saap.base.values import parse_names
@@ -103,17 +103,12 @@ class ExportOptions:
         """Refuse engines that are not known, or that cannot have what else is asked for."""
         if self.engines == (AUTO,):
             return
-        if unknown := [name for name in self.engines if name not in ENGINES]:
-            raise UserError(f"--engines {unknown[0]} is not known: give {', '.join(ENGINES)}, or auto alone")
+        if unknown := [name for name in self.engines if name not in bundle_engines()]:
+            raise UserError(f"--engines {unknown[0]} is not known: give {', '.join(bundle_engines())}, or auto alone")
         if ONNXRUNTIME not in self.engines:
             raise UserError("a bundle is made for onnxruntime, too: add it to --engines, or give --target gguf")
-        if len(self.engines) > 1:
-            if self.target != "cpu":
-                refuse_unused(self, ("engines",), "--target cpu")
-            if self.integers == "nearest" and LLAMA_CPP in self.engines:
-                raise UserError("--engines needs integers that all of them hold: leave --integers nearest out")
-            if self.kv_bits == 8 and OPENVINO in self.engines:
-                raise UserError("openvino does not read an int8 cache: leave --kv 8 or openvino out")
+        if len(self.engines) > 1 and self.target != "cpu":
+            refuse_unused(self, ("engines",), "--target cpu")
 
     def check_floats(self) -> None:
         """Refuse what is said of integers where there are none."""

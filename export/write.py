@@ -172,11 +172,11 @@ def write_bundle(
             with computing_on(options.device):
                 report = check_parity(partial_out, source.directory, *parity, progress=progress)
             manifest = replace(manifest, parity=report)
-        for engine in engines_of(source.directory, options)[1:]:
+        for row in engines_of(source.directory, options):
             ids = parity[0] if parity is not None else None
-            told = write_engine(engine, source, partial_out, options, progress)
-            told |= {"nll": engine_nll(engine, partial_out, ids, manifest.parity, progress)}
-            engines = {**manifest.lineage.get("engines", {}), engine: told}
+            exported = write_engine(row, source, partial_out, options, progress)
+            exported |= {"nll": engine_nll(row, partial_out, ids, manifest.parity, progress)}
+            engines = {**manifest.lineage.get("engines", {}), row.name: exported}
             manifest = replace(manifest, lineage={**manifest.lineage, "engines": engines})
         return write_manifest(partial_out, manifest)
 

@@ -12,7 +12,8 @@ from support.exported import export_bundle
 from support.references import reference_model
 
 from export.bundle.manifest import read_manifest
-from export.engine.onnxruntime import OrtDecoder
+from export.engine.onnxruntime import OnnxRuntimeEngine
+from export.engine.protocol import EngineOptions
 from export.engine.scoring import BundleScorer
 from saap.models.checkpoint import load_model
 from saap.models.resolve import load_tokenizer
@@ -67,7 +68,7 @@ def test_fp32_graph_prefill_and_64_greedy_steps(slim, slim_bundle, ids):
         continued = model(input_ids=generated, use_cache=False).logits[0].numpy()
     found = BundleScorer(slim_bundle, 2).logits(row[None].numpy())[0]
     assert np.abs(found - expected).max() <= 1e-3
-    decoder = OrtDecoder(slim_bundle, 2, 256)
+    decoder = OnnxRuntimeEngine(slim_bundle, EngineOptions(2, 256))
     logits, tokens = decoder.prefill(row[:192].numpy()).copy(), []
     for position in range(191, 255):
         assert np.abs(logits - continued[position]).max() <= 1e-3

@@ -22,7 +22,6 @@ from bench.costs.fit import CostProcess, MeasuredCosts, Stack, costs_from, read_
 from bench.costs.options import CostsOptions
 from bench.costs.worker import CostsJob
 from bench.judge.wording import threads as counted
-from bench.measure.cores import choose_cores
 from bench.measure.options import BenchOptions
 from bench.measure.pilots import at_their_best
 from bench.measure.result import Json, command_line, package_versions
@@ -30,10 +29,10 @@ from bench.measure.roofline import probe_bandwidth
 from bench.runtimes.peers import LLAMA_CPP, Peer, read_peers
 from devices.probe.host import probe
 from export.bundle.manifest import BundleManifest, read_manifest
-from export.engine.onnxruntime import check_threads
-from export.engine.table import FILES, ONNXRUNTIME
+from export.engine.protocol import check_threads
+from export.engine.table import ONNXRUNTIME, row_of
 from saap.base.child import ChildFailedError, call
-from saap.base.cores import physical_cores
+from saap.base.cores import choose_cores, physical_cores
 from saap.base.documents import Document
 from saap.base.errors import UserError
 from saap.base.files import write_text
@@ -142,7 +141,7 @@ class Runner:
     @classmethod
     def of(cls, bundle: Path, options: CostsOptions) -> Runner:
         """Raises UserError: the engine is not installed, or cannot hold the stack."""
-        (peer,) = read_peers([f"{LLAMA_CPP}{bundle / FILES[options.engine]}"], options.depth + PILOT)
+        (peer,) = read_peers([f"{LLAMA_CPP}{bundle / str(row_of(options.engine).file)}"], options.depth + PILOT)
         return cls(peer, options.depth)
 
     def choice(self, threads: int, progress: Progress | None) -> str | None:

@@ -1,6 +1,6 @@
 """The process that times a few stacks against each other: ``python -m bench.costs.worker``, JSON in, one JSON line out.
 
-Several decoders live side by side and take turns of some steps each, forwards and backwards, so that whatever slows
+Several stacks live side by side and take turns of some steps each, forwards and backwards, so that whatever slows
 the machine for a second slows all of them. The first step of a turn finds the caches as another stack left them and
 is thrown away. Where the kernel tells how long the main thread waited for its core, that is kept beside each step: on
 a busy machine it is most of the noise, and no cost of the operators.
@@ -18,11 +18,11 @@ from typing import Protocol
 
 import numpy as np
 
-from bench.measure.cores import pin
-from export.engine.llama_cpp import LlamaCppDecoder
-from export.engine.onnxruntime import Logits, OrtDecoder
-from export.engine.table import FILES, ONNXRUNTIME
+from export.engine.onnxruntime import OnnxRuntimeEngine
+from export.engine.protocol import Engine, EngineOptions, Logits
+from export.engine.table import ONNXRUNTIME, row_of
 from saap.base.child import job_and_tell
+from saap.base.cores import pin
 
 # Steps of a turn that count, and steps before them. Short, for a clock that moves within a tenth of a second.
 TURN, SKIPPED = 3, 1
@@ -45,17 +45,17 @@ class CostsJob:
     choice: str | None = None  # of the engine's own settings
 
 
-class Placed(Protocol):
-    """A decoder that can be told how much of its cache is filled."""
+class Stack(Protocol):
+    """A model whose cache can be filled up to a position."""
 
     def place(self, length: int) -> None:
-        """So many positions are in use."""
+        """Let so many positions be in use."""
 
     def step(self, token_id: int) -> Logits:
         """Append one token."""
 
 
-class PlacedDecoder(OrtDecoder):
+class UnfilledStack(OnnxRuntimeEngine):
     """A bundle whose cache counts as filled without a prefill: attention takes its time over zeros too."""
 
     def place(self, length: int) -> None:
@@ -64,51 +64,53 @@ class PlacedDecoder(OrtDecoder):
             self._sliding.skip(length)
 
 
-class PlacedLlamaCpp(LlamaCppDecoder):
-    """A file in llama.cpp whose cache is filled once, and cut back for each turn."""
+class FilledStack:
+    """A model in another engine, whose cache is filled once and cut back for each turn."""
 
-    _filled = 0
+    def __init__(self, engine: Engine) -> None:
+        self._engine, self._filled = engine, 0
+        self.step = engine.step
 
     def place(self, length: int) -> None:
         if self._filled < length:
-            self.reset()
-            self.prefill(np.zeros(length, np.int64))
+            self._engine.rewind(0)
+            self._engine.prefill(np.zeros(length, np.int64))
             self._filled = length
-        self.rewind(length)
+        self._engine.rewind(length)
 
 
-def take_turns(
-    decoders: Sequence[Placed],
+def steps_in_turns(
+    stacks: Sequence[Stack],
     depth: int,
     seconds: float,
     clock: Callable[[], int] = time.perf_counter_ns,
     waited: Callable[[], int] = lambda: 0,
 ) -> list[list[list[Step]]]:
-    """Every step that counts: [decoder][turn][step].
+    """Every step that counts: [stack][turn][step].
 
     Args:
         depth: positions in use before the first step of a turn that counts.
-        seconds: no turn begins after so many, but each decoder has at least a few.
+        seconds: no turn begins after so many, but each stack has at least a few.
         clock: nanoseconds.
         waited: nanoseconds that this thread has waited for its core so far.
     """
-    steps: list[list[list[Step]]] = [[] for _ in decoders]
+    steps: list[list[list[Step]]] = [[] for _ in stacks]
     end = clock() + round(seconds * 1e9)
     turn = 0
     while turn < LEAST_TURNS or clock() < end:
-        order = list(range(len(decoders)))
+        order = list(range(len(stacks)))
         for index in reversed(order) if turn % 2 else order:
-            steps[index].append(_turn(decoders[index], depth, clock, waited))
+            steps[index].append(_turn(stacks[index], depth, clock, waited))
         turn += 1
     return steps
 
 
-def _turn(decoder: Placed, depth: int, clock: Callable[[], int], waited: Callable[[], int]) -> list[Step]:
-    decoder.place(depth - SKIPPED)
+def _turn(stack: Stack, depth: int, clock: Callable[[], int], waited: Callable[[], int]) -> list[Step]:
+    stack.place(depth - SKIPPED)
     token, steps = 0, []
     for _ in range(SKIPPED + TURN):
         start, before = clock(), waited()  # so that no wait is counted that the time does not hold
-        token = int(np.argmax(decoder.step(token)))
+        token = int(np.argmax(stack.step(token)))
         after, end = waited(), clock()
         steps.append((end - start, after - before))
     return steps[SKIPPED:]
@@ -128,21 +130,22 @@ def waiting_clock(path: Path = SCHEDSTAT) -> Iterator[Callable[[], int]]:
         os.close(file)
 
 
-def _loaded(bundle: Path, job: CostsJob) -> Placed:
-    positions = job.depth + TURN
+def _loaded(bundle: Path, job: CostsJob) -> Stack:
+    options = EngineOptions(job.threads, job.depth + TURN, choice=job.choice)
     if job.engine == ONNXRUNTIME:
-        return PlacedDecoder(bundle, job.threads, positions, verify=False)
-    return PlacedLlamaCpp(bundle / FILES[job.engine], job.threads, positions, job.choice, huge_pages=True)
+        return UnfilledStack(bundle, options)
+    row = row_of(job.engine)
+    return FilledStack(row.open(bundle / row.file if row.file else bundle, options))
 
 
 def main() -> None:
     """Read a ``CostsJob`` from stdin, write the nanoseconds of every step to stdout."""
     job, tell = job_and_tell(CostsJob)
     pin(job.cpus)
-    decoders = [_loaded(Path(path), job) for path in job.paths]
-    take_turns(decoders, job.depth, 0)  # warm-up
+    stacks = [_loaded(Path(path), job) for path in job.paths]
+    steps_in_turns(stacks, job.depth, 0)  # warm-up
     with waiting_clock() as waited:
-        steps = np.array(take_turns(decoders, job.depth, job.seconds, waited=waited))
+        steps = np.array(steps_in_turns(stacks, job.depth, job.seconds, waited=waited))
     tell({"samples_ns": steps[..., 0].tolist(), "waited_ns": steps[..., 1].tolist()})
 
 

@@ -1,7 +1,6 @@
 """A model's answer beside its speed: greedy tokens after a fixed text, and the text's negative log-likelihood.
 
-``python -m bench.measure.answers`` is the process that asks one bundle, job as JSON on stdin, the answer as one line
-of JSON. The text is token ids, so that a board needs neither tokenizer nor file, and a changed tokenizer is no excuse.
+The text is token ids, so that a board needs neither tokenizer nor file, and a changed tokenizer is no excuse.
 Results differ between instruction sets (int8 kernels sum in another order), so answers compare within one device.
 """
 
@@ -9,19 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from importlib import import_module
-from pathlib import Path
+from dataclasses import dataclass, field
 
 import msgspec
-import numpy as np
 
-from bench.measure.cores import choose_cores, pin
 from bench.measure.options import BenchOptions
 from bench.measure.result import Json, Result
 from bench.runtimes.peers import Peer
-from export.engine.onnxruntime import Decoder, Logits
-from saap.base.child import ChildFailedError, call, job_and_tell
+from export.engine.process import EngineProcess
+from saap.base.child import ChildFailedError
 from saap.base.progress import Progress
 
 NLL_TOLERANCE = 0.02  # nats per token: what other kernels of the same precision move it by
@@ -34,18 +29,6 @@ class Answer:
     tokens: list[int] = field(default_factory=list)
     nll: float = math.nan
     error: str | None = None
-
-
-@dataclass(frozen=True)
-class _Job:
-    path: str
-    ids: list[int]
-    greedy: int
-    threads: int
-    cpus: list[int]
-    provider: str
-    runtime: str | None = None  # module of another engine; None: ONNX Runtime
-    choice: str | None = None  # of that engine's own settings
 
 
 def ask_all(peers: Sequence[Peer], plan: BenchOptions, threads: int, progress: Progress | None) -> Json:
@@ -64,12 +47,12 @@ def ask(peer: Peer, plan: BenchOptions, threads: int) -> Json:
         ``{"tokens": [plan.greedy ids], "nll": nats per token}``, or ``{"error": why}``. A likelihood that is no number
         is None, which JSON can hold: a board's result has to arrive to be called worse.
     """
-    if peer.kind not in ("onnx", "llama.cpp", "openvino"):
+    if not peer.row.of_bundles:
         return {"error": f"{peer.kind} is not asked: give a bundle"}
-    cpus = choose_cores(threads)
-    job = _Job(str(peer.path), list(plan.text), plan.greedy, threads, cpus, plan.provider, peer.runtime, peer.choice)
+    job = peer.job(threads, len(plan.text) + plan.greedy, plan.provider)
     try:
-        return call("bench.measure.answers", asdict(job), plan.timeout_s, peer.environment(threads), peer.python)
+        with EngineProcess(job, peer.python, peer.environment(threads), plan.timeout_s) as process:
+            return process.text(list(plan.text), plan.greedy)
     except ChildFailedError as error:
         return {"error": str(error)}
 
@@ -83,53 +66,3 @@ def answer_of(result: Result) -> Answer:
 def read_answer(answer: Json) -> Answer:
     """Read the result of ``ask``; a likelihood of None is NaN."""
     return msgspec.convert({key: value for key, value in answer.items() if value is not None}, Answer)
-
-
-def answers(decoder: Decoder, ids: list[int], greedy: int) -> Json:
-    """Ask a decoder that holds ``len(ids) + greedy`` positions.
-
-    The likelihood is taken step by step and the tokens after one prefill, so both paths are looked at.
-
-    Args:
-        ids: at least two.
-    """
-    decoder.reset()
-    logits = decoder.prefill(np.asarray(ids[:1], np.int64))
-    losses = []
-    for token in ids[1:]:
-        losses.append(_loss(logits, token))
-        logits = decoder.step(token)
-    decoder.reset()
-    logits = decoder.prefill(np.asarray(ids, np.int64))
-    tokens: list[int] = []
-    while len(tokens) < greedy:
-        tokens.append(int(np.argmax(logits)))
-        if len(tokens) < greedy:
-            logits = decoder.step(tokens[-1])
-    nll = float(np.mean(losses))
-    return {"tokens": tokens, "nll": nll if math.isfinite(nll) else None}
-
-
-def _loss(logits: Logits, token: int) -> float:
-    """-log softmax, in float64 so that the sum over the vocabulary adds no error of its own."""
-    row = np.asarray(logits, np.float64)
-    top = row.max()
-    return float(top + np.log(np.exp(row - top).sum()) - row[token])
-
-
-def main() -> None:
-    job, tell = job_and_tell(_Job)
-    pin(job.cpus)
-    length = len(job.ids) + job.greedy
-    if job.runtime is None:
-        from bench.runtimes.decoders import make_decoder
-
-        decoder = make_decoder(job.path, job.threads, length, job.provider)
-    else:
-        choice = {} if job.choice is None else {"choice": job.choice}
-        decoder = import_module(job.runtime).load(Path(job.path), job.threads, length, **choice)
-    tell(answers(decoder, job.ids, job.greedy))
-
-
-if __name__ == "__main__":
-    main()

@@ -11,7 +11,6 @@ shares (memory, vector units, a second hardware thread). It allocates nothing.
 from __future__ import annotations
 
 import math
-import os
 import re
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -22,28 +21,7 @@ import numpy as np
 
 from devices.probe.cpu import CPU
 from devices.probe.throttling import coolers, firmware_bits, over_current, throttle_count, zones
-from saap.base.cores import CPUS, allowed_cores, siblings
 from saap.base.tree import number, text
-
-
-def choose_cores(threads: int, cpus: list[int] | None = None, root: Path = CPUS) -> list[int]:
-    """The ``threads`` logical CPUs to pin to: highest capacity first, SMT siblings last, then lowest number."""
-    cpus = allowed_cores() if cpus is None else cpus
-    ranks: dict[str, int] = {}
-    keys = {}
-    for cpu in cpus:
-        core = siblings(cpu, root)
-        capacity = number(root / f"cpu{cpu}/cpu_capacity") or 0  # kernels that do not tell have equal cores
-        keys[cpu] = (ranks.get(core, 0), -capacity, cpu)
-        ranks[core] = ranks.get(core, 0) + 1
-    return sorted(sorted(cpus, key=keys.__getitem__)[:threads])
-
-
-def pin(cpus: list[int]) -> None:
-    """Keep this process, and the threads that it starts, on these CPUs; a system without affinity is left alone."""
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, cpus)
-
 
 FIXED_GOVERNORS = ("performance", "userspace")
 MIXED_BELOW = 0.9  # capacity of the slowest chosen core over that of the fastest; favoured cores differ by less

@@ -61,19 +61,19 @@ def at_their_best(
     Raises UserError: no runtime has it.
     """
     chosen, pilots = [], []
-    if options.choice is not None and not any(options.choice in peer.choices for peer in peers):
-        known = ", ".join(dict.fromkeys(each for peer in peers for each in peer.choices)) or "none here"
+    if options.choice is not None and not any(options.choice in peer.row.choices for peer in peers):
+        known = ", ".join(dict.fromkeys(each for peer in peers for each in peer.row.choices)) or "none here"
         raise UserError(f"choice {options.choice!r} is no setting of what is measured: {known}")
     for peer in peers:
-        if len(peer.choices) < 2:
+        if len(peer.row.choices) < 2:
             chosen.append(peer)
             continue
         if options.choice is not None:
-            chosen.append(replace(peer, choice=options.choice if options.choice in peer.choices else None))
+            chosen.append(replace(peer, choice=options.choice if options.choice in peer.row.choices else None))
             continue
         mine = [pilot_of(peer, setting, options, progress) for setting in longest(options.settings())]
         pilots += mine
-        best = list(dict.fromkeys(setting for pilot in mine for setting in pilot.best)) or [peer.choices[0]]
+        best = list(dict.fromkeys(setting for pilot in mine for setting in pilot.best)) or [peer.row.choices[0]]
         chosen.append(replace(peer, choice=best[0]))
         chosen += [replace(peer, choice=each, name=f"{peer.name}, {each}") for each in best[1:]]
     return chosen, pilots
@@ -91,15 +91,15 @@ def longest(settings: Sequence[Setting]) -> list[Setting]:
 
 def pilot_of(peer: Peer, setting: Setting, options: BenchOptions, progress: Progress | None) -> Pilot:
     """Time each of a peer's settings, in turns."""
-    from bench.measure.bursts import take_turns
+    from bench.measure.bursts import take_bursts
 
     if peer.path.is_file():  # a first load from storage is no pilot
         with peer.path.open("rb") as file:
             while file.read(READ):
                 pass
-    players = [replace(peer, choice=each, name=each) for each in peer.choices]
+    players = [replace(peer, choice=each, name=each) for each in peer.row.choices]
     report = None if progress is None else _named(progress, peer.name)
-    turns = take_turns(players, setting, replace(options, ratio_time_s=PILOT_S), report, load_s=LOAD_S)
+    turns = take_bursts(players, setting, replace(options, ratio_time_s=PILOT_S), report, load_s=LOAD_S)
     decode, prefill = _medians(turns, "token_s"), _medians(turns, "prefill_s")
     return Pilot(peer.name, setting.threads, decode, prefill, turns.failure)
 

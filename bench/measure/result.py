@@ -24,12 +24,13 @@ from bench.measure.options import Provider
 from bench.measure.statistics import Ratio, Summary, middle, ratio_of_loads, summarize
 from bench.power.sensors import Energy as Energy
 from export.engine.facts import ModelFacts as ModelFacts
+from export.engine.turns import LEAST_LOADS as LEAST_LOADS
+from export.engine.turns import Load as Load
 from saap.base.documents import Document, unknown_fields
 from saap.base.errors import UserError
 
 SCHEMA = 2
 OK, WARN, INVALID = "OK", "WARN", "INVALID"
-LEAST_LOADS = 4  # for an interval of a ratio: two of each order
 CACHE_FACTOR = 2  # a model within this many last-level caches may run from cache
 
 Json = dict[str, Any]  # as it was read
@@ -211,15 +212,6 @@ class Settings(TypedDict, total=False):
     text: list[int]
     answers: dict[str, Answered] | None
     on: str | None
-
-
-@dataclass(frozen=True)
-class Load:
-    """All models loaded once, and the turns that they took; what stands at one place was measured in one turn."""
-
-    order: list[int]  # in which they were loaded, by index
-    prefill_s: list[list[float]]  # [model][turn], of the prompt
-    token_s: list[list[float]]  # [model][turn], mean of a burst's decode steps
 
 
 @dataclass(frozen=True)

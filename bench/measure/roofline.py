@@ -19,9 +19,9 @@ import numpy as np
 import psutil
 from numpy.typing import NDArray
 
-from bench.measure.cores import pin
 from bench.measure.result import Bandwidth
 from saap.base.child import ChildFailedError, call, job_and_tell
+from saap.base.cores import pin
 
 BUFFER = 256 << 20
 PASSES = 5

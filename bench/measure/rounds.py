@@ -9,15 +9,15 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import msgspec
-import numpy as np
 
-from bench.measure.cores import CoolDown, choose_cores
+from bench.measure.cores import CoolDown
 from bench.measure.options import KNOWN_ROUNDS, LEAST_ROUNDS, BenchOptions, Setting
 from bench.measure.result import ModelFacts, Sample
 from bench.measure.statistics import relative_half_width, typical
-from bench.measure.worker import ColdLoad, Job, Measured
+from bench.measure.worker import ColdLoad, Measured, Repetition
 from bench.power.energy import Recorder
 from bench.runtimes.peers import Peer
+from export.engine.turns import random_tokens, turn
 from saap.base.cgroup import available
 from saap.base.child import ChildFailedError, call
 from saap.base.progress import Progress
@@ -115,7 +115,7 @@ class Rounds:
             job = replace(job, spawned_at=time.monotonic(), available_before=available(self.plan.root))
             try:
                 answer = call(
-                    WORKER, asdict(job), self.plan.timeout_s, peer.environment(job.threads), peer.python,
+                    WORKER, asdict(job), self.plan.timeout_s, peer.environment(job.options.threads), peer.python,
                     lambda note: self._say(outcome, f"round {self._round + 1}, {_rate(note)}"),
                 )  # fmt: skip
             except ChildFailedError as error:
@@ -128,12 +128,12 @@ class Rounds:
         energy, why = self.recorder.energy(*answer.window, idle=self._idle)
         unknown = answer.sample.unknown | ({} if energy else {"energy": why or "no decode window"})
         outcome.samples.append(replace(answer.sample, energy=energy, unknown=unknown))
-        if answer.facts.model is not None:
+        if answer.model is not None:
             spelling = outcome.peer.model.spelling
-            outcome.model = replace(answer.facts.model, vocab_size=outcome.peer.vocab_size, spelling=spelling)
-        outcome.versions |= answer.facts.versions
+            outcome.model = replace(answer.model, vocab_size=outcome.peer.vocab_size, spelling=spelling)
+        outcome.versions |= answer.versions
 
-    def _job(self, outcome: Outcome) -> Job:
+    def _job(self, outcome: Outcome) -> Repetition:
         return replace(job_of(outcome.peer, outcome.setting, self.plan, self._vocab), order=self._order)
 
     def _estimate(self, widths: dict[Setting, float], begun: float, now: float) -> None:
@@ -157,33 +157,17 @@ class Rounds:
             self._progress(f"bench (runs), {outcome.peer.name}: {what}", self._order, max(self._total, self._order + 1))
 
 
-def job_of(peer: Peer, setting: Setting, plan: BenchOptions, vocab_size: int) -> Job:
+def job_of(peer: Peer, setting: Setting, plan: BenchOptions, vocab_size: int) -> Repetition:
     """Make a worker's job for one model; all models get tokens that each of them knows."""
-    tokens = prompt_tokens(setting.context + setting.prompt, vocab_size, plan.seed)
-    return Job(
-        path=str(peer.path),
+    tokens = random_tokens(setting.context + setting.prompt, vocab_size, plan.seed)
+    job = replace(
+        peer.job(setting.threads, setting.positions, plan.provider),
+        context=tokens[: setting.context],
         prompt=tokens[setting.context :],
         n_gen=setting.generate,
         warmup=plan.warmup,
-        threads=setting.threads,
-        cpus=choose_cores(setting.threads),
-        order=0,
-        context=tokens[: setting.context],
-        provider=plan.provider,
-        runtime=peer.runtime,
-        choice=peer.choice,
-        root=str(plan.root),
     )
-
-
-def turn(count: int, repetition: int) -> list[int]:
-    """Indices of the specs in the order a round runs them: forwards and backwards in turn.
-
-    With more than two specs the start also moves on, so that none is always in the middle.
-    """
-    shift = repetition // 2 % count
-    order = [*range(shift, count), *range(shift)]
-    return order[::-1] if repetition % 2 else order
+    return Repetition(**vars(job), root=str(plan.root))
 
 
 def half_width(outcomes: Sequence[Outcome]) -> float:
@@ -194,18 +178,13 @@ def half_width(outcomes: Sequence[Outcome]) -> float:
     return max(relative_half_width(base, other, paired=True) for other in others)
 
 
-def prompt_tokens(count: int, vocab_size: int, seed: int) -> list[int]:
-    """Token ids, uniform over the vocabulary, the same for the same arguments."""
-    return [int(i) for i in np.random.default_rng(seed).integers(vocab_size, size=count)]
-
-
-def cold_load(peer: Peer, job: Job, timeout_s: float) -> tuple[float | None, str | None]:
+def cold_load(peer: Peer, job: Repetition, timeout_s: float) -> tuple[float | None, str | None]:
     """Seconds of a load from storage, or None and why it is not known."""
     files = [peer.path] if peer.path.is_file() else [f for f in peer.path.rglob("*") if f.is_file()]
     total = sum(drop_from_cache(file) for file in files)
     try:
         answer = call(
-            WORKER, asdict(replace(job, only_load=True)), timeout_s, peer.environment(job.threads), peer.python
+            WORKER, asdict(replace(job, only_load=True)), timeout_s, peer.environment(job.options.threads), peer.python
         )
     except ChildFailedError as error:
         return None, str(error)

@@ -12,8 +12,7 @@ from dataclasses import asdict, replace
 from datetime import datetime, timezone
 
 from bench.measure.answers import ask_all
-from bench.measure.bursts import take_turns
-from bench.measure.cores import choose_cores
+from bench.measure.bursts import take_bursts
 from bench.measure.options import BenchOptions
 from bench.measure.pilots import at_their_best
 from bench.measure.result import INVALID, Bandwidth, Bursts, Measurement, Result, command_line, package_versions
@@ -23,7 +22,8 @@ from bench.measure.validity import judge
 from bench.power.energy import Recorder
 from bench.runtimes.peers import check_memory, read_peers
 from devices.probe.host import probe
-from export.engine.onnxruntime import check_threads
+from export.engine.protocol import check_threads
+from saap.base.cores import choose_cores
 from saap.base.progress import Progress
 
 RECORDED = ("seed", "repetitions", "precision", "max_time_s", "ratio_time_s", "warmup", "timeout_s", "cool_down_s")
@@ -52,7 +52,7 @@ def measure(
     settings = options.settings()
     for threads in {setting.threads for setting in settings}:
         check_threads(threads)
-    peers = read_peers(specs, options.positions, names, options.provider)
+    peers = read_peers(specs, options.positions, names, options.provider, progress)
     check_memory(peers, options.positions, options.root)
     peers, pilots = at_their_best(peers, options, progress)
     device = probe()
@@ -108,7 +108,7 @@ def _turns(rounds: Rounds, options: BenchOptions, progress: Progress | None) -> 
     for setting, outcomes in rounds.outcomes.items():
         peers = [outcome.peer for outcome in outcomes if outcome.failure is None]
         if len(peers) > 1 and options.turns_s:
-            bursts.append(take_turns(peers, setting, options, progress))
+            bursts.append(take_bursts(peers, setting, options, progress))
     return bursts
 
 

@@ -12,9 +12,9 @@ from bench.remote.options import BoardOptions
 from bench.runtimes.peers import OTHER_RUNTIMES, bundle_facts, memory_needs, refuse_removed
 from devices.transport import BoardError
 from export.bundle.manifest import MANIFEST, BundleManifest, verify_files
-from export.engine.onnxruntime import check_context
-from export.engine.table import FASTEST, Placed
-from export.engine.table import REQUIREMENTS as OF_ENGINES
+from export.engine.protocol import check_context
+from export.engine.spec import BundleSpec
+from export.engine.table import FASTEST, row_of
 from saap.base.files import sha256_file
 
 PACKAGES = Path(__file__).resolve().parents[2]
@@ -86,7 +86,7 @@ def pack(specs: Sequence[str], positions: int, options: BoardOptions | None = No
         positions: that each bundle's cache must hold.
 
     Raises:
-        BundleError, DecoderError: a bundle that cannot be used or does not hold the asked positions.
+        BundleError, EngineError: a bundle that cannot be used or does not hold the asked positions.
         BoardError: another runtime than bundles, or no wheels.
     """
     options = options or BoardOptions()
@@ -95,8 +95,8 @@ def pack(specs: Sequence[str], positions: int, options: BoardOptions | None = No
     packed = [_bundle(spec, positions, sources) for spec in specs]
     content = _code()
     sources[code := hashlib.sha256(content).hexdigest()] = content
-    asked = {one.engine for one in packed}
-    requirements = [*REQUIREMENTS, *(package for engine, package in OF_ENGINES.items() if engine in asked)]
+    engines = sorted({one.engine for one in packed if one.engine is not None})
+    requirements = [*REQUIREMENTS, *(row.requirement for row in map(row_of, engines) if row.requirement)]
     named = None if options.wheels is None else _wheels(options.wheels, requirements, sources)
     text = json.dumps([code, requirements, own, sorted((named or {}).items())])
     key = hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -107,17 +107,17 @@ def _bundle(spec: str, positions: int, sources: dict[str, Source]) -> Packed:
     if spec.startswith(OTHER_RUNTIMES):
         raise BoardError(f"{spec} cannot be measured on a board: --on takes bundles and BUNDLE@ENGINE")
     refuse_removed(spec)
-    placed = Placed.of(spec)
-    if placed.engine == FASTEST:
+    named = BundleSpec.of(spec)
+    if named.engine == FASTEST:
         raise BoardError(f"{spec}: the fastest is known for this host alone: name the engines, and see which one is")
-    placed.file()  # for what it refuses
-    path = placed.bundle.resolve()
+    path = named.bundle.resolve()
     manifest = verify_files(path)
+    named.source(manifest)  # for what it refuses
     check_context(manifest, positions, spec)
     files = {name: entry.sha256 for name, entry in manifest.files.items()}
     files[MANIFEST] = sha256_file(path / MANIFEST)
     sources.update({sha: path / name for name, sha in files.items()})
-    return Packed(spec, path.name, placed.engine, manifest, files)
+    return Packed(spec, path.name, named.engine, manifest, files)
 
 
 def _code() -> bytes:

@@ -1,57 +1,49 @@
-"""The runtime of ``optimum:DIR``: optimum-onnx's ``ORTModelForCausalLM`` with IO binding, greedy, token by token."""
+"""The engine of ``optimum:DIR``: optimum-onnx's ``ORTModelForCausalLM`` with IO binding, greedy, token by token."""
 
 from __future__ import annotations
 
 from importlib import metadata
 from pathlib import Path
 
-from export.bundle.graph_check import check_graph
+from export.bundle import foreign_graph
 from export.bundle.manifest import DECODE_GRAPH, MANIFEST
-from export.engine.facts import PeerFacts, file_facts
-from export.engine.onnxruntime import Decoder
-from export.engine.torch import TorchDecoder
-
-PACKAGES = ("optimum.onnxruntime",)
+from export.engine.facts import ModelFacts, file_facts
+from export.engine.protocol import EngineOptions
+from export.engine.torch import TorchEngine
 
 
-class OptimumDecoder(TorchDecoder):
-    """A directory with ``model.onnx`` and ``config.json`` behind the ``Decoder`` protocol.
+class OptimumEngine(TorchEngine):
+    """A directory with ``model.onnx`` and ``config.json``; optimum grows its cache with every token."""
 
-    Args:
-        max_length: positions that will be asked for; optimum grows its cache with every token.
-    """
-
-    def __init__(self, path: Path, threads: int, max_length: int) -> None:
+    def __init__(self, source: Path, options: EngineOptions) -> None:
         import onnxruntime
         import torch
         from optimum.onnxruntime import ORTModelForCausalLM
 
-        self.files = [path / DECODE_GRAPH, *check_graph(path / DECODE_GRAPH, nested=True)]
-        torch.set_num_threads(threads)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
+        self.files = foreign_graph(source / DECODE_GRAPH)
+        torch.set_num_threads(options.threads)
+        session = onnxruntime.SessionOptions()
+        session.intra_op_num_threads = options.threads
         model = ORTModelForCausalLM.from_pretrained(
-            path,
+            source,
             file_name=DECODE_GRAPH,
-            session_options=options,
+            session_options=session,
             provider="CPUExecutionProvider",
             use_cache=True,
             use_io_binding=True,
             local_files_only=True,
         )
-        super().__init__(model, path, max_length)
-        self._mask = torch.ones(1, max_length, dtype=torch.int64)
+        super().__init__(model, source, options)
+        self._mask = torch.ones(1, options.max_length, dtype=torch.int64)
 
-    def _given(self, length: int) -> dict[str, object]:
+    def _inputs(self, length: int) -> dict[str, object]:
         return {"attention_mask": self._mask[:, :length]}
 
+    def versions(self) -> dict[str, str]:
+        return {name: metadata.version(name) for name in ("optimum-onnx", "transformers", "torch")}
 
-load = OptimumDecoder
+    def facts(self) -> ModelFacts | None:
+        return None if (self.path / MANIFEST).is_file() else file_facts(*self.files)
 
 
-def facts(decoder: Decoder) -> PeerFacts:
-    """Versions, and sizes in bytes unless the directory is a bundle of ours, whose manifest has them."""
-    assert isinstance(decoder, OptimumDecoder)
-    versions = {name: metadata.version(name) for name in ("optimum-onnx", "transformers", "torch")}
-    ours = (decoder.path / MANIFEST).is_file()
-    return PeerFacts(versions, None if ours else file_facts(*decoder.files))
+open = OptimumEngine

@@ -1,4 +1,4 @@
-"""What can be measured, each in a process of its own: a bundle, or a model in another runtime.
+"""What can be measured, each in a process of its own: a bundle in one of its engines, or a model in another runtime.
 
 A plain path is a bundle, ``BUNDLE@ENGINE`` one in another engine. The peers are ``torch:DIR``, a model directory in
 transformers, ``llama.cpp:FILE.gguf``, ``genai:DIR``, ``optimum:DIR`` and ``openvino:DIR``, a directory of
@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from itertools import chain, count
 from pathlib import Path
 from typing import TypeVar
@@ -29,24 +28,22 @@ from export.bundle.manifest import (
 )
 from export.engine.facts import SIZES, ModelFacts
 from export.engine.genai import model_of
-from export.engine.llama_cpp import FLASH_ATTENTION
-from export.engine.onnxruntime import check_context
 from export.engine.openvino import IR
+from export.engine.protocol import EngineOptions, check_context
 from export.engine.session import check_provider
-from export.engine.table import EXTRAS, FASTEST, PACKAGES, Placed
-from export.engine.table import LLAMA_CPP as LLAMA_CPP_ENGINE
-from export.engine.table import OPENVINO as OPENVINO_ENGINE
-from export.engine.worker import process_environment
+from export.engine.spec import resolve
+from export.engine.table import ONNXRUNTIME, QUIET, Row, row_of
+from export.engine.worker import Job
 from saap.base.caches import GROWING
 from saap.base.cgroup import available
+from saap.base.cores import choose_cores
 from saap.base.errors import UserError
 from saap.base.files import parse_json
 from saap.base.gguf_header import read_header
-from saap.base.interpreters import python_with
+from saap.base.progress import Progress
 
 TORCH, LLAMA_CPP, GENAI, OPTIMUM, OPENVINO = "torch:", "llama.cpp:", "genai:", "optimum:", "openvino:"
 OTHER_RUNTIMES = (TORCH, LLAMA_CPP, GENAI, OPTIMUM, OPENVINO)
-PREPACKED = "prepacked:"
 FORMS = "a bundle's path, BUNDLE@ENGINE, torch:DIR, llama.cpp:FILE.gguf, genai:DIR, optimum:DIR or openvino:DIR"
 T = TypeVar("T")
 RUNTIME_BYTES = {"torch": 350 << 20, "optimum": 400 << 20}  # interpreter and libraries, resident; ours is smaller
@@ -58,6 +55,12 @@ class _Config(msgspec.Struct):
 
     vocab_size: int
     max_position_embeddings: int | None = None
+
+
+OPTIMUM_ROW = Row(
+    "optimum", "bench.runtimes.optimum", ("optimum.onnxruntime", "torch"), "'saap[optimum]'", environment=QUIET,
+    of_bundles=False,
+)  # fmt: skip
 
 
 class PeerError(UserError):
@@ -72,25 +75,23 @@ class Peer:
     spec: str
     kind: str  # onnx | torch | llama.cpp | genai | optimum | openvino
     path: Path
-    runtime: str | None  # module that loads it in the worker's process; None: a bundle in ONNX Runtime
+    row: Row  # of what runs it
     vocab_size: int
     bundle_hash: str | None
     model: ModelFacts
     unknown: dict[str, str]
     python: str = sys.executable  # interpreter of the worker
-    choices: tuple[str, ...] = ()  # of the runtime, that its users make for speed; the first is its default
-    choice: str | None = None  # which is made; None: its default
+    choice: str | None = None  # one of the row's; None: its default
+    huge_pages: bool = True  # as in generation; a peer gets none that its own users do not have
 
     def environment(self, threads: int) -> dict[str, str]:
-        """Variables of the worker's process.
+        """Variables of the worker's process."""
+        return self.row.process_environment(threads)
 
-        PyTorch's OpenMP threads that spin while idle slow their neighbours. llama.cpp computes with OpenMP's, so their
-        waiting is left as its builders chose it.
-        """
-        if self.kind in ("torch", "optimum"):
-            quiet = {"TRANSFORMERS_VERBOSITY": "error", "TRANSFORMERS_OFFLINE": "1"}
-            return {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive", **quiet}
-        return process_environment(threads)
+    def job(self, threads: int, positions: int, provider: str = "cpu") -> Job:
+        """What a worker opens."""
+        options = EngineOptions(threads, positions, provider=provider, choice=self.choice, huge_pages=self.huge_pages)
+        return Job(self.row.module, str(self.path), options, list(self.row.packages), choose_cores(threads))
 
 
 def read_peers(
@@ -98,6 +99,7 @@ def read_peers(
     length: int,
     names: Sequence[str] | None = None,
     provider: str = "cpu",
+    progress: Progress | None = None,
 ) -> list[Peer]:
     """Check every spec before anything is measured.
 
@@ -105,15 +107,16 @@ def read_peers(
         length: positions that each must hold.
         names: one per spec; by default the name of the file or directory, with the runtime's where it is another.
         provider: of ONNX Runtime, which only plain bundles take.
+        progress: told what ``BUNDLE@fastest`` measures.
 
     Raises:
         UserError: naming the spec and what to do.
     """
     if not specs:
         raise PeerError(f"nothing to measure: give {FORMS}")
-    peers = [_reader(spec)(spec, length) for spec in specs]
+    peers = [_read(spec, length, progress) for spec in specs]
     for peer in peers:
-        if peer.runtime is None:
+        if peer.kind == "onnx":
             check_provider(read_manifest(peer.path), provider, peer.spec)
         elif provider != "cpu":
             raise PeerError(f"{peer.spec} runs on the CPU only: leave --provider out, or give a bundle")
@@ -123,47 +126,34 @@ def read_peers(
     return [replace(peer, name=name) for peer, name in zip(peers, chosen, strict=True)]
 
 
-def _reader(spec: str) -> Callable[[str, int], Peer]:
-    readers = {
-        TORCH: _torch, LLAMA_CPP: _llama_cpp, GENAI: genai_peer, OPTIMUM: _optimum, OPENVINO: _openvino,
-    }  # fmt: skip
-    return next((read for prefix, read in readers.items() if spec.startswith(prefix)), _bundle)
+def _read(spec: str, length: int, progress: Progress | None) -> Peer:
+    readers = {TORCH: _torch, LLAMA_CPP: _llama_cpp, GENAI: genai_peer, OPTIMUM: _optimum, OPENVINO: _openvino}
+    for prefix, read in readers.items():
+        if spec.startswith(prefix):
+            return read(spec, length)
+    return _bundle(spec, length, progress)
 
 
 def refuse_removed(spec: str) -> None:
-    """Raise PeerError for a spec of a kind that went."""
+    """Raise PeerError for a spec of a kind that was removed."""
     if spec.startswith("prepacked:"):
         raise PeerError(f"{spec}: prepacked: was removed: give the bundle without it, which needs as much memory")
 
 
-def _bundle(spec: str, length: int) -> Peer:
+def _bundle(spec: str, length: int, progress: Progress | None) -> Peer:
+    """A bundle in ONNX Runtime, or in the engine that is named with it."""
     refuse_removed(spec)
-    placed = Placed.of(spec)
-    if placed.engine == LLAMA_CPP_ENGINE:
-        manifest = verify_files(placed.bundle)
-        peer = _llama_cpp(f"{LLAMA_CPP}{placed.file()}", length)
-        name = f"{placed.bundle.resolve().name}@{placed.engine}"
-        model = replace(peer.model, spelling=manifest.spelling)
-        peer = replace(peer, runtime="bench.runtimes.bundle_in_llama_cpp", unknown={}, model=model)
-        return replace(peer, name=name, spec=spec, bundle_hash=manifest.content_hash)
-    if placed.engine == OPENVINO_ENGINE:
-        path = placed.file().resolve()
-        manifest = verify_files(path)
-        check_context(manifest, length, spec)
-        python = python_with(PACKAGES[OPENVINO_ENGINE], spec, EXTRAS[OPENVINO_ENGINE])
-        peer = _peer(spec, OPENVINO_ENGINE, path, manifest.vocab_size, manifest, python)
-        return replace(peer, name=f"{path.name}@{placed.engine}")
-    if placed.engine == FASTEST:
-        raise PeerError(f"{spec}: which engine is fastest is asked by `saap bench`, `eval` and `generate` here")
-    spec = str(placed.bundle)
+    named = resolve(spec, progress)
     prefix = spec.split(":", 1)[0] if ":" in spec else ""
-    if prefix and not Path(spec).exists() and os.sep not in prefix:
+    if prefix and not named.bundle.exists() and os.sep not in prefix:
         raise PeerError(f"{spec}: there is no runtime {prefix!r}; give {FORMS}")
-    path = Path(spec).resolve()
-    manifest = verify_files(path)
+    manifest = verify_files(named.bundle)
+    source = named.source(manifest).resolve()
     check_context(manifest, length, spec)
-    peer = _peer(spec, "onnx", path, manifest.vocab_size, manifest)
-    return replace(peer, name=path.name, runtime=None)
+    row = named.row
+    kind = "onnx" if named.engine in (None, ONNXRUNTIME) else row.name
+    peer = _peer(str(named), kind, source, manifest.vocab_size, row, manifest)
+    return replace(peer, name=named.bundle.resolve().name + (f"@{named.engine}" if kind != "onnx" else ""))
 
 
 def _torch(spec: str, length: int) -> Peer:
@@ -171,11 +161,9 @@ def _torch(spec: str, length: int) -> Peer:
     if (path / MANIFEST).is_file():
         raise PeerError(f"{spec}: {path} is a bundle; leave torch: out, or give the model that it was made from")
     otherwise = "is damaged or names no vocab_size; get the model again"
-    config = _read(spec, path / "config.json", _Config, "torch: a Hugging Face model directory", otherwise)
-    if not (find_spec("torch") and find_spec("transformers")):
-        raise PeerError(f"{spec} needs PyTorch and transformers, which are not installed: pip install 'saap[prune]'")
+    config = _read_config(spec, path / "config.json", _Config, "torch: a Hugging Face model directory", otherwise)
     _check_context(spec, length, config.max_position_embeddings)
-    peer = _peer(spec, "torch", path, config.vocab_size)
+    peer = _peer(spec, "torch", path, config.vocab_size, row_of("torch"))
     return replace(peer, unknown={"bundle_hash": "a model directory is not a bundle"})
 
 
@@ -185,9 +173,7 @@ def _llama_cpp(spec: str, length: int) -> Peer:
     if not header.vocab_size or not header.context_length:
         raise PeerError(f"{spec}: the header names no vocabulary or no context length; get a complete GGUF model")
     _check_context(spec, length, header.context_length)
-    python = python_with(["llama_cpp"], spec, "llama-cpp-python")
-    peer = _peer(spec, "llama.cpp", path, header.vocab_size, python=python)
-    return replace(peer, choices=tuple(FLASH_ATTENTION))
+    return replace(_peer(spec, "llama.cpp", path, header.vocab_size, row_of("llama.cpp")), huge_pages=False)
 
 
 def genai_peer(spec: str, length: int) -> Peer:
@@ -202,8 +188,7 @@ def genai_peer(spec: str, length: int) -> Peer:
     except BundleError as error:
         raise PeerError(f"{spec}: {error}") from None
     _check_context(spec, length + 1, model.context_length)  # genai counts the token that is drawn last, too
-    python = python_with(["onnxruntime_genai"], spec, "onnxruntime-genai")
-    return _peer(spec, "genai", path, model.vocab_size, _manifest(path), python)
+    return _peer(spec, "genai", path, model.vocab_size, row_of("genai"), _manifest(path))
 
 
 def _optimum(spec: str, length: int) -> Peer:
@@ -212,10 +197,9 @@ def _optimum(spec: str, length: int) -> Peer:
     if not (path / DECODE_GRAPH).is_file():
         raise PeerError(f"{spec}: there is no {DECODE_GRAPH} in {path}; make one with `saap export --target portable`")
     wanted = "a directory of `saap export --target portable` or of optimum"
-    config = _read(spec, path / "config.json", _Config, wanted, "names no vocab_size; export the model again")
+    config = _read_config(spec, path / "config.json", _Config, wanted, "names no vocab_size; export the model again")
     _check_context(spec, length, config.max_position_embeddings)
-    python = python_with(["optimum.onnxruntime", "torch"], spec, "'saap[optimum]'")
-    return _peer(spec, "optimum", path, config.vocab_size, _manifest(path), python)
+    return _peer(spec, "optimum", path, config.vocab_size, OPTIMUM_ROW, _manifest(path))
 
 
 def _openvino(spec: str, length: int) -> Peer:
@@ -223,15 +207,12 @@ def _openvino(spec: str, length: int) -> Peer:
     path = _path(spec)
     if not (path / IR).is_file():
         raise PeerError(f"{spec}: there is no {IR} in {path}; give a directory of optimum-intel, or BUNDLE@openvino")
-    config = _read(spec, path / "config.json", _Config, "a directory of optimum-intel", "names no vocab_size")
+    config = _read_config(spec, path / "config.json", _Config, "a directory of optimum-intel", "names no vocab_size")
     _check_context(spec, length, config.max_position_embeddings)
-    python = python_with(PACKAGES[OPENVINO_ENGINE], spec, EXTRAS[OPENVINO_ENGINE])
-    return _peer(spec, OPENVINO_ENGINE, path, config.vocab_size, None, python)
+    return _peer(spec, "openvino", path, config.vocab_size, row_of("openvino"))
 
 
-def _peer(
-    spec: str, kind: str, path: Path, vocab: int, manifest: BundleManifest | None = None, python: str = sys.executable
-) -> Peer:
+def _peer(spec: str, kind: str, path: Path, vocab: int, row: Row, manifest: BundleManifest | None = None) -> Peer:
     """With the facts of the manifest where there is one, else those that the worker will tell."""
     model = ModelFacts(vocab_size=vocab, unknown=dict.fromkeys(SIZES, "the worker gave no answer"))
     if manifest:
@@ -243,12 +224,12 @@ def _peer(
         spec=spec,
         kind=kind,
         path=path,
-        runtime=f"{'export.engine' if kind in ('torch', 'genai') else 'bench.runtimes'}.{kind.replace('.', '_')}",
+        row=row,
         vocab_size=vocab,
         bundle_hash=manifest.content_hash if manifest else None,
         model=model,
         unknown={} if manifest else {"bundle_hash": "it is not a bundle"},
-        python=python,
+        python=row.python(spec),
     )
 
 
@@ -321,7 +302,7 @@ def _check_context(spec: str, length: int, context: int | None) -> None:
         raise PeerError(f"{length} tokens of context do not fit {spec}: give 1 to {context}")
 
 
-def _read(spec: str, path: Path, kind: type[T], wanted: str, otherwise: str) -> T:
+def _read_config(spec: str, path: Path, kind: type[T], wanted: str, otherwise: str) -> T:
     """A JSON file of this type; ``otherwise`` is said of one that has another shape."""
     if not path.is_file():
         raise PeerError(f"{spec}: no {path.name} in {path.parent}; give {wanted}")

@@ -27,14 +27,6 @@ class ModelFacts:
 SIZES = ("parameters", "model_bytes", "weight_bytes_per_token", "kv_bytes_per_token", "bits")
 
 
-@dataclass(frozen=True)
-class PeerFacts:
-    """What a worker knows of the model that it ran; ``model`` is None where a manifest has its sizes."""
-
-    versions: dict[str, str] = field(default_factory=dict)
-    model: ModelFacts | None = None
-
-
 def file_facts(*files: Path) -> ModelFacts:
     """Facts of a model that is no bundle of ours: the size of its files."""
     unknown = {name: "the graph is not unpacked to count it" for name in SIZES if name != "model_bytes"}

@@ -1,4 +1,4 @@
-"""The runtime of ``genai:DIR``: onnxruntime-genai's own loop, greedy, token by token.
+"""The engine of ``genai:DIR``: onnxruntime-genai's own loop, greedy, token by token.
 
 genai samples in its own code, so a step is ``generate_next_token`` and the logits never come to Python. It stops at an
 end-of-text token by its own rules; a smallest length equal to the largest one keeps it going for an exact count.
@@ -14,46 +14,51 @@ from pathlib import Path
 
 import numpy as np
 
+from export.bundle import foreign_graph
 from export.bundle.genai import GENAI_CONFIG, Model, genai_document, genai_model, read_genai_model, shares_cache
 from export.bundle.graph_check import check_graph
 from export.bundle.manifest import MANIFEST, read_manifest
-from export.engine.facts import PeerFacts, file_facts
-from export.engine.onnxruntime import Decoder, Ids, Logits
+from export.engine.facts import ModelFacts, file_facts
+from export.engine.protocol import Engine, EngineOptions, Ids, Logits
 
-PACKAGES = ("onnxruntime_genai",)
 _NOT_HERE: Logits = np.empty(0, np.float32)
 
 
-class GenaiDecoder:
+class GenaiEngine(Engine):
     """A bundle, or a directory with somebody else's ``genai_config.json``; it continues with the token it has drawn."""
 
-    def __init__(self, path: Path, threads: int, max_length: int) -> None:
+    hands_out_logits = False
+
+    def __init__(self, source: Path, options: EngineOptions) -> None:
         import onnxruntime_genai as genai
 
-        self.path, self.max_length = path, max_length
+        self.path, self.max_length = source, options.max_length
+        session = {"intra_op_num_threads": options.threads}
         with tempfile.TemporaryDirectory(prefix="saap-genai-") as folder:
-            _ours(path, Path(folder))
+            _ours(source, Path(folder))
             config = genai.Config(folder)
-            config.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}))
+            config.overlay(json.dumps({"model": {"decoder": {"session_options": session}}}))
             self._model = genai.Model(config)
-        options = genai.GeneratorParams(self._model)
-        total = max_length + 1  # the last token that is drawn takes no position of the cache
-        options.set_search_options(
+        search = genai.GeneratorParams(self._model)
+        total = options.max_length + 1  # the last token that is drawn takes no position of the cache
+        search.set_search_options(
             do_sample=False, num_beams=1, repetition_penalty=1.0, min_length=total, max_length=total
         )
-        self._made = partial(genai.Generator, self._model, options)
-        self._generator = self._made()
+        self._new_generator = partial(genai.Generator, self._model, search)
+        self._generator = self._new_generator()
         self._drawn = False
 
-    def reset(self) -> None:
-        """Forget the sequence; the buffers stay, but where a model has states, which genai cannot take back."""
+    def rewind(self, length: int) -> int:
+        """Forget all but the first ``length`` positions; none is kept of a model with states."""
         try:
-            self._generator.rewind_to(0)
-        except RuntimeError:
-            self._generator = self._made()
+            self._generator.rewind_to(length)
+        except RuntimeError:  # genai cannot take states back
+            self._generator, length = self._new_generator(), 0
+        self._drawn = False
+        return length
 
     def prefill(self, ids: Ids) -> Logits:
-        """Append ``ids`` [n] in one call; nothing is handed out, ``draw`` knows the token."""
+        """Append ``ids`` [n] in one call; nothing is handed out, ``next_token`` knows the token."""
         self._generator.append_tokens(np.ascontiguousarray(ids, np.int32).reshape(1, -1))
         self._drawn = False
         return _NOT_HERE
@@ -64,15 +69,20 @@ class GenaiDecoder:
         self._drawn = True
         return _NOT_HERE
 
-    def draw(self) -> int:
-        """The next token. After a prompt it still has to be drawn, after a step it has been."""
+    def next_token(self, logits: Logits) -> int:
+        """Choose the next token. After a prompt it still has to be drawn, after a step it has been."""
         if not self._drawn:
             self._generator.generate_next_token()
             self._drawn = True
         return int(self._generator.get_next_tokens()[0])
 
+    def versions(self) -> dict[str, str]:
+        return {"onnxruntime-genai": metadata.version("onnxruntime-genai")}
 
-load = GenaiDecoder
+    def facts(self) -> ModelFacts | None:
+        if (self.path / MANIFEST).is_file():
+            return None
+        return file_facts(*foreign_graph(self.path / read_genai_model(self.path).decoder.filename))
 
 
 def model_of(path: Path) -> Model:
@@ -100,11 +110,4 @@ def _ours(path: Path, folder: Path) -> None:
     (folder / GENAI_CONFIG).write_text(json.dumps(genai_document(model, shared=shared)), encoding="utf-8")
 
 
-def facts(decoder: Decoder) -> PeerFacts:
-    """Versions, and sizes in bytes unless the directory is a bundle of ours, whose manifest has them."""
-    assert isinstance(decoder, GenaiDecoder)
-    versions = {"onnxruntime-genai": metadata.version("onnxruntime-genai")}
-    if (decoder.path / MANIFEST).is_file():
-        return PeerFacts(versions)
-    graph = decoder.path / read_genai_model(decoder.path).decoder.filename
-    return PeerFacts(versions, file_facts(graph, *check_graph(graph, nested=True)))
+open = GenaiEngine

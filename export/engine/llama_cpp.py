@@ -9,65 +9,59 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
+from export.engine.facts import SIZES, ModelFacts
 from export.engine.huge_pages import with_huge_pages
-from export.engine.onnxruntime import Ids, Logits
+from export.engine.protocol import Engine, EngineOptions, Ids, Logits
+from export.engine.table import FLASH_ATTENTION
+from saap.base.gguf_header import read_header
 
 if TYPE_CHECKING:
     from llama_cpp.llama_cpp import llama_batch, llama_context_params
 
 T = TypeVar("T")
 _ERROR = 4  # GGML_LOG_LEVEL_ERROR
-FLASH_ATTENTION = {"flash attention on": 1, "flash attention off": 0}  # the default first; llama_flash_attn_type
+_KV_BYTES = {0: 4, 1: 2}  # ggml types of the cache: F32, F16
 
 
-class LlamaCppDecoder:
-    """A GGUF file in llama.cpp behind the ``Decoder`` protocol.
+class LlamaCppEngine(Engine):
+    """A GGUF file whose header was checked; llama.cpp rounds the positions of its cache up to its own granularity."""
 
-    Args:
-        max_length: positions of the cache; llama.cpp rounds them up to its own granularity.
-        choice: of ``FLASH_ATTENTION``; None is the library's own, which is on for a CPU.
-        huge_pages: move the weights there, as llama.cpp does not.
-    """
-
-    def __init__(
-        self, path: Path, threads: int, max_length: int, choice: str | None = None, *, huge_pages: bool = False
-    ) -> None:
+    def __init__(self, source: Path, options: EngineOptions) -> None:
         from llama_cpp import llama_cpp
 
         self.lib: ModuleType = llama_cpp
-        self.path, self.max_length = path, max_length
+        self.path, self.max_length = source, options.max_length
         self._errors: list[str] = []
         self._callback = _listen(llama_cpp, self._errors)  # the library calls it as long as we decode
         llama_cpp.llama_backend_init()
         on_cpu = llama_cpp.llama_model_default_params()
         on_cpu.n_gpu_layers = 0
         self.model, self.huge_page_bytes = with_huge_pages(
-            lambda: self._checked(llama_cpp.llama_model_load_from_file(str(path).encode(), on_cpu)),
-            path.stat().st_size if huge_pages else 0,
+            lambda: self._checked(llama_cpp.llama_model_load_from_file(str(source).encode(), on_cpu)),
+            source.stat().st_size if options.huge_pages else 0,
         )
-        self.options = self._context_options(threads, max_length)
-        if choice is not None:
-            self.options.flash_attn_type = FLASH_ATTENTION[choice]
+        self.options = self._context_options(options.threads, options.max_length)
+        if options.choice is not None:
+            self.options.flash_attn_type = FLASH_ATTENTION[options.choice]
         self.context = self._checked(llama_cpp.llama_init_from_model(self.model, self.options))
         self.vocab_size = int(llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model)))
         self._token = (llama_cpp.llama_token * 1)()
         self._one = llama_cpp.llama_batch_get_one(self._token, 1)
         self._address, self._logits = 0, np.empty(0, np.float32)
 
-    def reset(self) -> None:
-        self.lib.llama_memory_clear(self.lib.llama_get_memory(self.context), False)
-
     def rewind(self, length: int) -> int:
         """Forget all but the first ``length`` positions; how many are kept, none where llama.cpp cannot go back."""
-        if self.lib.llama_memory_seq_rm(self.lib.llama_get_memory(self.context), -1, length, -1):
+        memory = self.lib.llama_get_memory(self.context)
+        if length and self.lib.llama_memory_seq_rm(memory, -1, length, -1):
             return length
-        self.reset()
+        self.lib.llama_memory_clear(memory, False)
         return 0
 
     def prefill(self, ids: Ids) -> Logits:
@@ -79,9 +73,12 @@ class LlamaCppDecoder:
         self._token[0] = token_id
         return self._decode(self._one)
 
-    def logits(self, ids: Ids) -> Logits:
-        """After each of ``ids`` [n], the first of an empty cache: [n, vocab], a view until the next call."""
-        self.reset()
+    def logits(self, rows: Ids) -> Logits:
+        return np.stack([self._row(ids) for ids in rows])
+
+    def _row(self, ids: Ids) -> Logits:
+        """Logits [n, vocab] after each of ``ids`` [n], the first of an empty cache."""
+        self.rewind(0)
         batch = self.lib.llama_batch_init(len(ids), 0, 1)
         try:
             batch.n_tokens = len(ids)
@@ -91,8 +88,42 @@ class LlamaCppDecoder:
             self._run(batch)
         finally:
             self.lib.llama_batch_free(batch)
-        found: Logits = np.ctypeslib.as_array(self.lib.llama_get_logits(self.context), (len(ids), self.vocab_size))
-        return found
+        logits: Logits = np.ctypeslib.as_array(self.lib.llama_get_logits(self.context), (len(ids), self.vocab_size))
+        return np.array(logits)
+
+    def versions(self) -> dict[str, str]:
+        """Its version, llama.cpp's system line and the options that matter."""
+        import llama_cpp
+
+        lib, options = self.lib, self.options
+        context = (
+            f"n_ctx {lib.llama_n_ctx(self.context)}, n_batch {options.n_batch}, n_ubatch {options.n_ubatch}, "
+            f"type_k {options.type_k}, type_v {options.type_v}"
+        )
+        return {
+            "llama-cpp-python": llama_cpp.__version__,
+            "llama.cpp system": lib.llama_print_system_info().decode().strip(),
+            "llama.cpp options": context,
+        }
+
+    def facts(self) -> ModelFacts:
+        header, options = read_header(self.path), self.options
+        per_value = _KV_BYTES.get(options.type_k) if options.type_k == options.type_v else None
+        model = ModelFacts(
+            parameters=int(self.lib.llama_model_n_params(self.model)),
+            model_bytes=self.path.stat().st_size,
+            weight_bytes_per_token=header.weight_bytes_per_token,
+            kv_bytes_per_token=header.kv_bytes_per_token(per_value) if per_value else None,
+            bits=header.bits,
+        )
+        return replace(
+            model, unknown={name: "the header does not tell" for name in SIZES if getattr(model, name) is None}
+        )
+
+    def close(self) -> None:
+        self.lib.llama_free(self.context)
+        self.lib.llama_model_free(self.model)
+        super().close()
 
     def _run(self, batch: llama_batch) -> None:
         failed = self.lib.llama_decode(self.context, batch)
@@ -135,3 +166,6 @@ def _listen(lib: ModuleType, errors: list[str]) -> object:
     callback = lib.llama_log_callback(note)
     lib.llama_log_set(callback, ctypes.c_void_p(0))
     return callback
+
+
+open = LlamaCppEngine

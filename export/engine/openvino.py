@@ -15,58 +15,52 @@ import numpy as np
 
 from export.bundle.graph_check import check_graph
 from export.bundle.manifest import DECODE_GRAPH, SCORING_GRAPH, CachePart, read_manifest
-from export.engine.onnxruntime import Ids, Logits, check_threads, with_room
+from export.engine.facts import SIZES, ModelFacts
+from export.engine.protocol import Engine, EngineOptions, Ids, Logits, check_room, check_threads
 
 if TYPE_CHECKING:
     from openvino import CompiledModel, Model
 
 IR = "openvino_model.xml"
-OPTIONS = {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1, "ENABLE_HYPER_THREADING": False}
+PROPERTIES = {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1, "ENABLE_HYPER_THREADING": False}
 
 
-class OpenVinoDecoder:
-    """A model in OpenVINO behind the ``Decoder`` protocol.
+class OpenVinoEngine(Engine):
+    """A bundle of the cpu target with a float cache, or a directory with ``openvino_model.xml``.
 
-    Args:
-        path: a bundle of the cpu target with a float cache, or a directory with ``openvino_model.xml``.
-        graph: of the bundle; the scoring graph answers for every token.
-        max_length: positions that may be used; OpenVINO's cache grows by itself, the rotary tables do not.
+    OpenVINO's cache grows by itself; the rotary tables do not.
     """
 
-    def __init__(self, path: Path, threads: int, max_length: int, graph: str = DECODE_GRAPH) -> None:
+    def __init__(self, source: Path, options: EngineOptions) -> None:
         import openvino
 
-        check_threads(threads)
-        self.path, self.max_length, self.length = path, max_length, 0
-        self.can_forget = True
-        options = {**OPTIONS, "INFERENCE_NUM_THREADS": threads}
+        check_threads(options.threads)
+        self.path, self.max_length, self.length = source, options.max_length, 0
+        properties = {**PROPERTIES, "INFERENCE_NUM_THREADS": options.threads}
         core = openvino.Core()
-        if (path / IR).is_file():
-            model = core.read_model(path / IR)
+        if (source / IR).is_file():
+            model = core.read_model(source / IR)
         else:
-            check_graph(path / graph)
-            manifest = read_manifest(path)
-            self.can_forget = manifest.can_forget
+            graph = source / (SCORING_GRAPH if options.scoring else DECODE_GRAPH)
+            check_graph(graph)
+            manifest = read_manifest(source)
+            self.can_rewind = manifest.can_forget
             if manifest.bits == 32:  # where a CPU has bfloat16, OpenVINO computes in it by default
-                options["INFERENCE_PRECISION_HINT"] = "f32"
-            model = _with_state(core.read_model(path / graph), manifest.cache)
-        self.compiled: CompiledModel = core.compile_model(model, "CPU", options)
+                properties["INFERENCE_PRECISION_HINT"] = "f32"
+            model = _with_state(core.read_model(graph), manifest.cache)
+        self.compiled: CompiledModel = core.compile_model(model, "CPU", properties)
         self._inputs = {name for given in self.compiled.inputs for name in given.names}
         self._request = self.compiled.create_infer_request()
-
-    def reset(self) -> None:
-        self._request.reset_state()
-        self.length = 0
 
     def rewind(self, length: int) -> int:
         """Forget all but the first ``length`` positions; how many are kept."""
         import openvino
 
-        if length < self.length and not self.can_forget:
-            self.reset()
-            return 0
-        for state in self._request.query_state():
-            if self.can_forget:
+        if not length or (length < self.length and not self.can_rewind):
+            self._request.reset_state()
+            length = 0
+        elif length < self.length:
+            for state in self._request.query_state():
                 state.state = openvino.Tensor(np.ascontiguousarray(state.state.data[:, :, :length]))
         self.length = length
         return length
@@ -79,13 +73,31 @@ class OpenVinoDecoder:
     def step(self, token_id: int) -> Logits:
         return self.prefill(np.array([token_id]))
 
-    def logits(self, ids: Ids) -> Logits:
-        """After each of ``ids`` [n], the first of an empty cache: [n, vocab]; of the scoring graph."""
-        self.reset()
-        return self._append(ids)
+    def logits(self, rows: Ids) -> Logits:
+        return np.stack([self._row(ids) for ids in rows])
+
+    def _row(self, ids: Ids) -> Logits:
+        self.rewind(0)
+        logits: Logits = self._append(ids).copy()
+        return logits
+
+    def versions(self) -> dict[str, str]:
+        """Its version, and what it computes and keeps the cache in."""
+        import openvino
+
+        names = ("INFERENCE_PRECISION_HINT", "KV_CACHE_PRECISION", "DYNAMIC_QUANTIZATION_GROUP_SIZE")
+        properties = ", ".join(f"{name} {_type_name(self.compiled.get_property(name))}" for name in names)
+        return {"openvino": openvino.__version__, "openvino options": properties}
+
+    def facts(self) -> ModelFacts | None:
+        if not (self.path / IR).is_file():
+            return None
+        files = (self.path / IR, (self.path / IR).with_suffix(".bin"))
+        unknown = {name: "an IR is not unpacked" for name in SIZES if name != "model_bytes"}
+        return ModelFacts(model_bytes=sum(file.stat().st_size for file in files), unknown=unknown)
 
     def _append(self, ids: Ids) -> Logits:
-        before, self.length = self.length, with_room(self.length + len(ids), self.max_length)
+        before, self.length = self.length, check_room(self.length + len(ids), self.max_length)
         feed = {
             "input_ids": ids[None].astype(np.int64),
             "attention_mask": np.ones((1, self.length), np.int64),
@@ -95,11 +107,6 @@ class OpenVinoDecoder:
         found = self._request.infer({name: value for name, value in feed.items() if name in self._inputs})
         logits: Logits = found["logits"][0]
         return logits
-
-
-def scorer(path: Path, threads: int, max_length: int) -> OpenVinoDecoder:
-    """A bundle's scoring graph."""
-    return OpenVinoDecoder(path, threads, max_length, SCORING_GRAPH)
 
 
 def _with_state(model: Model, cache: Sequence[CachePart]) -> Model:
@@ -112,3 +119,16 @@ def _with_state(model: Model, cache: Sequence[CachePart]) -> Model:
     model.reshape(shapes)
     apply_make_stateful_transformation(model, {part.past: part.present for part in cache})
     return model
+
+
+def _type_name(value: object) -> str:
+    """A type by its name, as OpenVINO's own tools print it."""
+    return str(getattr(value, "to_string", lambda: value)())
+
+
+open = OpenVinoEngine
+
+
+def OpenVinoDecoder(path: Path, threads: int, max_length: int) -> OpenVinoEngine:  # noqa: N802  its earlier name
+    """Open a bundle as earlier releases did."""
+    return OpenVinoEngine(path, EngineOptions(threads, max_length))

@@ -1,4 +1,4 @@
-"""The log-probabilities that a bundle gives to a text. No torch and no transformers."""
+"""ONNX Runtime with the logits of every position, and log-probabilities from them. No torch and no transformers."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.bundle.manifest import FIRST_LOGIT, SCORING_GRAPH, BundleManifest, read_manifest, too_old
-from export.bundle.tokenizer import RunError
-from export.engine.onnxruntime import Logits, check_ids
+from export.engine.protocol import Engine, EngineError, Ids, Logits, check_ids, check_room
 from export.engine.session import open_session
 from saap.base.errors import first_line
 
@@ -34,32 +33,52 @@ def next_token_logprobs(logits: np.ndarray, ids: np.ndarray) -> NDArray[np.float
     return difference
 
 
-class BundleScorer:
+class BundleScorer(Engine):
     """The scoring graph of a bundle: logits of every position, from an empty cache.
 
     ``graph``: file name; of the decode graph only the last position's logits come back.
 
     Raises:
         BundleError: no bundle there.
-        RunError: the bundle has no such graph, or this ONNX Runtime is too old for it.
+        EngineError: the bundle has no such graph, or this ONNX Runtime is too old for it.
     """
 
     def __init__(self, directory: str | Path, threads: int = 1, graph: str = SCORING_GRAPH) -> None:
         import onnxruntime
 
         self.manifest = read_manifest(directory)
+        self.max_length, self.can_rewind = self.manifest.context_length, self.manifest.can_forget
+        self._length, self._cache = 0, empty_past(self.manifest, 1)
         if why := too_old(self.manifest, onnxruntime.__version__):
-            raise RunError(f"{directory} {why}")
+            raise EngineError(f"{directory} {why}")
         path = Path(directory) / graph
         if not path.is_file():
-            raise RunError(f"{directory} has no {graph}: export it again with this saap")
+            raise EngineError(f"{directory} has no {graph}: export it again with this saap")
         self._session = open_session(path, threads, self.manifest)
         # Bundles of earlier versions, and those that optimum wrote, have no such input.
         self._may_skip = any(given.name == FIRST_LOGIT for given in self._session.get_overridable_initializers())
 
-    def logits(self, ids: np.ndarray) -> Logits:
-        """Logits [b, s, vocab] float32 of rows ``ids`` [b, s] that all have the same length."""
-        return self._run(ids, empty_past(self.manifest, len(ids)), ["logits"])[0]
+    def prefill(self, ids: Ids) -> Logits:
+        self._length = check_room(self._length + len(ids), self.max_length)
+        logits, self._cache = self.read(ids[None], self._cache, last=True)
+        last: Logits = logits[0, -1]
+        return last
+
+    def step(self, token_id: int) -> Logits:
+        return self.prefill(np.array([token_id], np.int64))
+
+    def rewind(self, length: int) -> int:
+        if length and not self.can_rewind:
+            length = length if length == self._length else 0
+        parts = {part.past: part for part in self.manifest.cache}
+        fresh = empty_past(self.manifest, 1) if not length else self._cache
+        self._cache = {name: value[:, :, :length] if parts[name].grows else value for name, value in fresh.items()}
+        self._length = length
+        return length
+
+    def logits(self, rows: Ids) -> Logits:
+        """Logits [b, s, vocab] of rows [b, s], each from an empty cache."""
+        return self._run(rows, empty_past(self.manifest, len(rows)), ["logits"])[0]
 
     def read(self, ids: np.ndarray, cache: Cache | None = None, last: bool = False) -> tuple[Logits, Cache]:
         """Logits [1, s, vocab] of one row ``ids`` [1, s] after what ``cache`` holds, and the cache after it.
@@ -83,7 +102,7 @@ class BundleScorer:
         try:
             logits, *rest = self._session.run(wanted, feed)
         except Exception as error:  # as in make_session
-            raise RunError(f"the graph cannot be run: {first_line(error)}; export the bundle again") from None
+            raise EngineError(f"the graph cannot be run: {first_line(error)}; export the bundle again") from None
         return [np.asarray(logits, dtype=np.float32), *rest]
 
     def logprobs(self, ids: np.ndarray) -> NDArray[np.float64]:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from export.bundle.graph_check import check_graph
 from export.bundle.manifest import BundleError, BundleManifest, too_old
-from saap.base.errors import UserError, first_line
+from export.engine.protocol import EngineError
+from saap.base.errors import first_line
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession, SessionOptions
@@ -18,16 +19,12 @@ EXECUTION = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 TARGETS = {"cpu": ("cpu", "portable"), "cuda": ("cuda",)}  # attention of the cuda target is float16
 
 
-class DecoderError(UserError):
-    """The bundle, the context or the threads that were asked for cannot be run here."""
-
-
 def open_session(graph: Path, threads: int, manifest: BundleManifest | None = None) -> InferenceSession:
     """A session on the CPU; threads spin between operators, since a decode step has hundreds of short ones.
 
     Raises:
         BundleError: a graph that must not be loaded, or that is not what its manifest says.
-        DecoderError: ONNX Runtime refuses the graph.
+        EngineError: ONNX Runtime refuses the graph.
     """
     check_graph(graph)
     session = make_session(graph, session_options(threads, {}))
@@ -61,14 +58,14 @@ def session_options(threads: int, entries: dict[str, str], runtime: ModuleType |
 def make_session(graph: Path, options: SessionOptions) -> InferenceSession:
     """A session on the CPU with these options, over data files that were checked.
 
-    Raises DecoderError: ONNX Runtime refuses the graph.
+    Raises EngineError: ONNX Runtime refuses the graph.
     """
     import onnxruntime as ort
 
     try:
         return ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
-        raise DecoderError(f"ONNX Runtime {ort.__version__} cannot load {graph}: {first_line(error)}") from error
+        raise EngineError(f"ONNX Runtime {ort.__version__} cannot load {graph}: {first_line(error)}") from error
 
 
 TENSORS = {"float32": "tensor(float)", "float16": "tensor(float16)", "int8": "tensor(int8)"}
@@ -113,18 +110,18 @@ def check_provider(manifest: BundleManifest, provider: str, where: str, *, runti
         runtime: the onnxruntime module, or another one in its place.
     """
     if provider not in EXECUTION:
-        raise DecoderError(f"there is no provider {provider!r}: give {', '.join(EXECUTION)}")
+        raise EngineError(f"there is no provider {provider!r}: give {', '.join(EXECUTION)}")
     if manifest.target not in TARGETS[provider]:
         fit = [name for name, targets in TARGETS.items() if manifest.target in targets]
         instead = f"run it with `saap bench --provider {' or '.join(fit)}`, or " if fit else ""
-        raise DecoderError(
+        raise EngineError(
             f"{where} is a bundle for {manifest.target}, which the provider {provider} does not run: {instead}"
             f"make another with `saap export MODEL -o BUNDLE --target {TARGETS[provider][0]}`"
         )
     if runtime is None:
         runtime = import_module("onnxruntime")
     if refusal := too_old(manifest, runtime.__version__):
-        raise DecoderError(f"{where} {refusal}")
+        raise EngineError(f"{where} {refusal}")
     if provider != "cpu":
         _check_installed(provider, runtime)
 
@@ -133,7 +130,7 @@ def _check_installed(provider: str, runtime: ModuleType) -> None:
     available = runtime.get_available_providers()
     if EXECUTION[provider] in available:
         return
-    raise DecoderError(
+    raise EngineError(
         f"the provider {provider} needs {EXECUTION[provider]}, and this ONNX Runtime {runtime.__version__} has only "
         f"{', '.join(available)}: pip uninstall onnxruntime, then pip install 'onnxruntime-gpu[cuda,cudnn]'; a Jetson "
         "needs NVIDIA's own build, since the aarch64 wheel has no kernels for Orin or Thor"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from export.bundle.tokenizer import BundleTokenizer, RunError, TextStream
-from export.generate.loop import DEFAULTS, AnswerSettings, Decoder, Generation, HeldSequence, check_request
+from export.engine.protocol import Engine
+from export.generate.loop import DEFAULTS, AnswerSettings, CachedSequence, Generation, check_request
 
 
 class Conversation:
@@ -14,7 +15,7 @@ class Conversation:
     that only appends, that is all but the new turn; one that rewrites earlier turns costs as much as it rewrites.
 
     Args:
-        decoder: the model; it is reset first.
+        engine: the model; its cache is emptied first.
         tokenizer: the bundle's; it must have a chat template.
         settings: of every answer; the draws of all turns come from one seed.
         system: what the model is told first; None leaves it to the template.
@@ -26,7 +27,7 @@ class Conversation:
 
     def __init__(
         self,
-        decoder: Decoder,
+        engine: Engine,
         tokenizer: BundleTokenizer,
         settings: AnswerSettings = DEFAULTS,
         *,
@@ -34,7 +35,7 @@ class Conversation:
     ) -> None:
         if not tokenizer.has_chat_template:
             raise RunError(f"{tokenizer.directory} has no chat template: give a prompt to continue instead of a chat")
-        self._sequence, self._tokenizer, self._system = HeldSequence(decoder), tokenizer, system
+        self._sequence, self._tokenizer, self._system = CachedSequence(engine), tokenizer, system
         self._settings, self._draw = settings, settings.sampling.sampler()
         self.reset()
 
@@ -59,7 +60,7 @@ class Conversation:
             self._answer = None
         turns = [*self.messages, {"role": "user", "content": text}]
         ids = self._tokenizer.encode(self._tokenizer.render_chat(turns), add_special_tokens=False)
-        room = self._sequence.decoder.max_length
+        room = self._sequence.engine.max_length
         if len(ids) > room:
             raise RunError(
                 f"the context is full: the conversation has {len(ids)} tokens with this turn and {room} fit; "

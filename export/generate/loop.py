@@ -1,18 +1,16 @@
-"""Text from a prompt, by any :class:`Decoder`. No torch, no transformers."""
+"""Text from a prompt, by any engine. No torch, no transformers."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
 from export.bundle.manifest import PREFILL_CHUNK
 from export.bundle.tokenizer import BundleTokenizer, RunError, TextStream
-from export.engine.onnxruntime import Decoder as ForwardDecoder
-from export.engine.onnxruntime import Logits
+from export.engine.protocol import Engine, Logits
 from export.generate.sampling import GREEDY, Draw, Sampling
 
 
@@ -29,22 +27,15 @@ class AnswerSettings:
 DEFAULTS = AnswerSettings()
 
 
-class Decoder(ForwardDecoder, Protocol):
-    """A decoder that can also go back in its sequence."""
-
-    def rewind(self, length: int) -> int:
-        """Forget all but the first ``length`` positions, or more where it must; how many are kept."""
-
-
-class HeldSequence:
-    """A decoder and the ids that its cache holds, so that a longer text costs only what is new in it.
+class CachedSequence:
+    """An engine and the ids that its cache holds, so that a longer text costs only what is new in it.
 
     ``ids``: what the cache holds.
     """
 
-    def __init__(self, decoder: Decoder) -> None:
-        decoder.reset()
-        self.decoder = decoder
+    def __init__(self, engine: Engine) -> None:
+        engine.rewind(0)
+        self.engine = engine
         self.ids: list[int] = []
 
     def continue_to(self, ids: Sequence[int], stopped: Callable[[], bool]) -> tuple[Logits | None, int]:
@@ -56,19 +47,19 @@ class HeldSequence:
         # The logits after the last id come only from reading it.
         kept = min(_common_prefix(self.ids, ids), len(ids) - 1)
         if kept < len(self.ids):
-            kept = self.decoder.rewind(kept)
+            kept = self.engine.rewind(kept)
             del self.ids[kept:]
         logits = None
         for start in range(kept, len(ids), PREFILL_CHUNK):
             if stopped():
                 return None, start - kept
             piece = ids[start : start + PREFILL_CHUNK]
-            logits = self.decoder.prefill(np.asarray(piece, dtype=np.int64))
+            logits = self.engine.prefill(np.asarray(piece, dtype=np.int64))
             self.ids += piece
         return logits, len(ids) - kept
 
     def step(self, token: int) -> Logits:
-        logits = self.decoder.step(token)
+        logits = self.engine.step(token)
         self.ids.append(token)
         return logits
 
@@ -88,7 +79,7 @@ class Generation:
     """
 
     def __init__(
-        self, sequence: HeldSequence, ids: list[int], stream: TextStream, draw: Draw, settings: AnswerSettings
+        self, sequence: CachedSequence, ids: list[int], stream: TextStream, draw: Draw, settings: AnswerSettings
     ) -> None:
         self._sequence, self._stream, self._draw = sequence, stream, draw
         self._stop_ids = stream.end_ids if settings.stop_ids is None else frozenset(settings.stop_ids)
@@ -152,13 +143,13 @@ class Generation:
         if len(self.drawn) >= self._max_tokens:
             return "length"
         # The drawn token would need a place in the cache before it can be followed by another.
-        if len(self.prompt_ids) + len(self.drawn) > self._sequence.decoder.max_length:
+        if len(self.prompt_ids) + len(self.drawn) > self._sequence.engine.max_length:
             return "context"
         return None
 
 
 def begin_text(
-    decoder: Decoder, tokenizer: BundleTokenizer, prompt: str, settings: AnswerSettings = DEFAULTS, *, chat: bool = True
+    engine: Engine, tokenizer: BundleTokenizer, prompt: str, settings: AnswerSettings = DEFAULTS, *, chat: bool = True
 ) -> Generation:
     """Text that follows ``prompt``, in pieces that never split a character.
 
@@ -170,10 +161,10 @@ def begin_text(
     """
     check_request(prompt, settings.max_tokens)
     ids = tokenizer.encode_chat(prompt) if chat else tokenizer.encode(prompt)
-    check_length(ids, decoder)
+    check_length(ids, engine)
     # A continuation keeps the space that its first word needs; an answer starts a text of its own.
     stream = TextStream(tokenizer, () if chat else ids)
-    return Generation(HeldSequence(decoder), ids, stream, settings.sampling.sampler(), settings)
+    return Generation(CachedSequence(engine), ids, stream, settings.sampling.sampler(), settings)
 
 
 def check_request(prompt: str, max_tokens: int) -> None:
@@ -184,12 +175,12 @@ def check_request(prompt: str, max_tokens: int) -> None:
         raise RunError("the prompt is empty: give some text")
 
 
-def check_length(ids: Sequence[int], decoder: Decoder) -> None:
+def check_length(ids: Sequence[int], engine: Engine) -> None:
     """Refuse a prompt that is longer than the cache, or that has no tokens."""
     if not ids:
         raise RunError("the prompt is empty: give some text")
-    if len(ids) > decoder.max_length:
-        raise RunError(f"the prompt has {len(ids)} tokens, the context holds {decoder.max_length}: shorten it")
+    if len(ids) > engine.max_length:
+        raise RunError(f"the prompt has {len(ids)} tokens, the context holds {engine.max_length}: shorten it")
 
 
 def _common_prefix(left: Sequence[int], right: Sequence[int]) -> int:

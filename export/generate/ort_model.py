@@ -18,7 +18,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from export.bundle.manifest import DECODE_GRAPH, BundleManifest, CachePart, read_manifest, verify_files
 from export.bundle.tokenizer import RunError
-from export.engine.onnxruntime import check_threads
+from export.engine.protocol import check_threads
 from export.engine.session import open_session
 
 CAPACITY_STEP = 256  # positions; the cache doubles from here, so that growing it is rare
@@ -121,7 +121,7 @@ class BundleForCausalLM(PreTrainedModel, GenerationMixin):
 
         Raises:
             BundleError: no bundle there, or one that does not verify.
-            DecoderError: more threads than cores, or a graph that this ONNX Runtime cannot load.
+            EngineError: more threads than cores, or a graph that this ONNX Runtime cannot load.
         """
         directory = Path(directory)
         manifest = verify_files(directory) if verify else read_manifest(directory)

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.bundle.tokenizer import RunError
-from export.engine.onnxruntime import Logits
+from export.engine.protocol import Logits
 
 Draw = Callable[[Logits, Sequence[int]], int]
 

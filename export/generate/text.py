@@ -12,19 +12,16 @@ import msgspec
 from export.bundle.manifest import BundleManifest, read_manifest, verify_files
 from export.bundle.small_files import SmallFiles
 from export.bundle.tokenizer import BundleTokenizer, read_json
-from export.engine.llama_cpp import LlamaCppDecoder
-from export.engine.onnxruntime import OrtDecoder, check_threads
-from export.engine.openvino import OpenVinoDecoder
-from export.engine.table import EXTRAS, OPENVINO, PACKAGES, Placed
+from export.engine.protocol import EngineOptions
+from export.engine.spec import resolve
 from export.generate.chat import Conversation
-from export.generate.loop import AnswerSettings, Decoder, Generation, begin_text
+from export.generate.loop import AnswerSettings, Generation, begin_text
 from export.generate.options import GenerateOptions
 from export.generate.sampling import Sampling
-from saap.base.child import absent
 from saap.base.cores import physical_cores
 from saap.base.errors import UserError
-from saap.base.gguf_header import read_header
 from saap.base.options import refuse_unused
+from saap.base.progress import Progress
 
 CHAT_CONTEXT = 4096  # positions of a conversation's cache where no context is given
 
@@ -75,14 +72,17 @@ def generate(
     options: GenerateOptions | None = None,
     *,
     on_text: Callable[[str], object] | None = None,
+    progress: Progress | None = None,
 ) -> GenerateResult:
     """Answer a prompt, or continue it where the model has no chat template.
 
-    ``on_text``: is given each piece of the text as it is written; pieces never split a character.
+    Args:
+        bundle: ``BUNDLE``, ``BUNDLE@llama.cpp``, or ``BUNDLE@fastest``, which measures where the answer is not known.
+        on_text: is given each piece of the text as it is written; pieces never split a character.
 
     Raises UserError: no bundle, an empty prompt, an option out of range, or a context that is too small.
     """
-    generation = open_bundle(bundle, options or GenerateOptions(), prompt).ask(prompt)
+    generation = open_bundle(bundle, options or GenerateOptions(), prompt, progress).ask(prompt)
     for piece in generation:
         if on_text is not None:
             on_text(piece)
@@ -103,14 +103,17 @@ def result_of(prompt: str, generation: Generation) -> GenerateResult:
     )
 
 
-def open_bundle(bundle: str | Path, options: GenerateOptions, prompt: str | None = None) -> OpenBundle:
+def open_bundle(
+    bundle: str | Path, options: GenerateOptions, prompt: str | None = None, progress: Progress | None = None
+) -> OpenBundle:
     """Load a bundle with a cache that one prompt needs or, without a prompt, a conversation may.
 
     Raises UserError: no bundle, options that do not go together, or a context that is too small.
     """
-    placed = Placed.of(bundle)
-    directory, file = placed.bundle, placed.file()
+    named = resolve(bundle, progress, here=True)
+    directory = named.bundle
     manifest = read_manifest(directory)
+    source = named.source(manifest)
     tokenizer = BundleTokenizer(directory, manifest)
     templated = tokenizer.has_chat_template if options.chat is None else options.chat
     if prompt is None and not templated:
@@ -127,31 +130,17 @@ def open_bundle(bundle: str | Path, options: GenerateOptions, prompt: str | None
     context = max(1, min(manifest.context_length, needed)) if options.context is None else options.context
     threads = physical_cores() if options.threads is None else options.threads
     verify_files(directory, manifest, tokenizer.files.hashed)
-    decoder: Decoder
-    if placed.engine in PACKAGES:
-        decoder = decoder_of(placed.engine, file, threads, context)
-    else:
-        decoder = OrtDecoder(directory, threads, context, verify=False, manifest=manifest)
+    named.row.check_here()
+    engine = named.row.open(source, EngineOptions(threads, context))
     settings = AnswerSettings(options.max_tokens, sampling)
-    talk = Conversation(decoder, tokenizer, settings, system=options.system) if templated else None
+    talk = Conversation(engine, tokenizer, settings, system=options.system) if templated else None
 
     def ask(text: str) -> Generation:
         if talk is not None:
             return talk.ask(text)
-        return begin_text(decoder, tokenizer, text, settings, chat=False)
+        return begin_text(engine, tokenizer, text, settings, chat=False)
 
     return OpenBundle(manifest, sampling, threads, context, ask, talk)
-
-
-def decoder_of(engine: str, file: Path, threads: int, context: int) -> Decoder:
-    """Another engine than ONNX Runtime. Raises UserError: it is not in this Python, or cannot load the file."""
-    if absent(PACKAGES[engine]):
-        raise UserError(f"{engine} is not in this Python, and generating needs it here: pip install {EXTRAS[engine]}")
-    check_threads(threads)
-    if engine == OPENVINO:
-        return OpenVinoDecoder(file, threads, context)
-    read_header(file)  # llama.cpp ends the process over a header that makes no sense
-    return LlamaCppDecoder(file, threads, context, huge_pages=True)
 
 
 def chosen_sampling(files: SmallFiles, options: GenerateOptions) -> Sampling:

@@ -111,7 +111,8 @@ def bench(specs: tuple[str, ...], json_path: Path | None, options: BenchCommand)
     quality, plan = read_quality(options.quality), options.options
     with Console() as console, ended_as_by_a_person():
         if options.board_url is None:
-            result = measure(specs_here(options.specs(specs), console), plan, progress=console.report)
+            verify_models(specs)
+            result = measure(options.specs(specs), plan, progress=console)
         else:
             board = target(options.board_url, options.board, console.say)
             result = board.bench(options.specs(specs), plan, progress=console.report)
@@ -144,16 +145,7 @@ def _show(result: Result, command: BenchCommand) -> None:
         show_result(result, noise_floor=command.noise_floor)
 
 
-def specs_here(specs: Sequence[str], console: Console) -> list[str]:
-    """Specs as this host measures them: with the engine that is fastest here, and models checked."""
-    from saap.cli.engines import on_fastest
-
-    specs = [on_fastest(spec, console.report) for spec in specs]
-    verify_models(specs)
-    return specs
-
-
-def verify_models(specs: list[str]) -> None:
+def verify_models(specs: Sequence[str]) -> None:
     """Hold the files of directories for torch against their hashes: within a run that would count as loading."""
     from saap.models.integrity import check_directory
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from bench.runtimes.peers import Peer
     from export.bundle.manifest import BundleManifest
     from export.engine.scoring import BundleScorer
+    from export.engine.table import Row
     from saap.base.gguf_header import GgufHeader
     from saap.evaluate.answers import Writer
     from saap.evaluate.continuations import Scorer
@@ -65,26 +66,26 @@ def evaluate(paths: tuple[Path, ...], json_path: Path | None, options: EvalComma
       saap eval out/slim out/bundle --tasks piqa,arc_easy --task-dir tasks/ --json quality.json
       saap eval out/slim --reference smollm2-135m --answers 32
     """
-    from export.engine.table import PACKAGES, Placed
+    from export.engine.spec import BundleSpec, resolve
+    from export.engine.table import ONNXRUNTIME
     from saap.base.outputs import QUALITY as OF_EVAL
     from saap.base.outputs import check_place
-    from saap.cli.engines import on_fastest
     from saap.models.resolve import kind_of
 
-    paths = tuple(Path(on_fastest(path)) for path in paths)
+    console = Console.of_command()
+    paths = tuple(path if is_for_llama_cpp(path) else Path(str(resolve(path, console))) for path in paths)
     for each in filter(None, (*paths, options.reference)):
         if not is_for_llama_cpp(each):
-            kind_of(Placed.of(each).bundle)  # before what takes seconds to import
+            kind_of(BundleSpec.of(each).bundle)  # before what takes seconds to import
     on_text = options.text is not None or not (options.options.tasks or options.options.answers)
     check_options(options.options, on_text=on_text)
     check_place(json_path, OF_EVAL, *paths, options.reference, options.text)
     asked = [name for name in ("tasks", "answers") if getattr(options.options, name)]
     if asked and (
-        peers := [str(path) for path in paths if is_for_llama_cpp(path) or Placed.of(path).engine in PACKAGES]
+        peers := [str(path) for path in paths if is_for_llama_cpp(path) or BundleSpec.of(path).row.name != ONNXRUNTIME]
     ):
         what = {"tasks": "asked zero-shot tasks", "answers": "given prompts"}[asked[0]]
         raise UserError(f"{peers[0]}: only ONNX Runtime is {what}: leave --{asked[0]} out, or give a bundle")
-    console = Console.of_command()
     console.report(LOADING, 0, 0)
     from saap.evaluate.evaluation import evaluate as evaluate_subjects
     from saap.evaluate.evaluation import subjects_of, windows_for
@@ -129,16 +130,17 @@ def is_for_llama_cpp(path: Path) -> bool:
 
 def subject_of(path: Path, name: str = "") -> Path | Subject:
     """A bundle in one of its engines, a GGUF file in llama.cpp, or a model by its directory or name."""
-    from export.engine.table import LLAMA_CPP, OPENVINO, Placed
+    from export.bundle.manifest import read_manifest
+    from export.engine.spec import BundleSpec
+    from export.engine.table import ONNXRUNTIME
 
     if is_for_llama_cpp(path):
         return GGUFInLlamaCpp.of(path, name)
-    placed = Placed.of(path)
-    if placed.engine == LLAMA_CPP:
-        return GGUFInLlamaCpp.of(f"llama.cpp:{placed.file()}", name or str(path), placed.bundle)
-    if placed.engine == OPENVINO:
-        return BundleInOpenVino(name or str(path), placed.file())
-    path, name = placed.bundle, name or (str(path) if placed.engine else "")
+    named = BundleSpec.of(path)
+    if named.row.name != ONNXRUNTIME:
+        named.source(read_manifest(named.bundle))  # before what takes long
+        return BundleInEngine(name or str(path), named.bundle, row=named.row)
+    path, name = named.bundle, name or (str(path) if named.engine else "")
     if (path / "bundle.json").is_file():
         return Bundle(name or str(path), path)
     if not name:
@@ -204,25 +206,31 @@ class Bundle:
 
 
 @dataclass(frozen=True)
-class BundleInOpenVino(Bundle):
-    """A bundle whose graph OpenVINO runs, in a process of its own."""
+class BundleInEngine(Bundle):
+    """A bundle in another engine, in a process of its own."""
+
+    row: Row = field(kw_only=True)
+
+    def size(self) -> tuple[int, int]:
+        """Parameters, and bytes of what the engine reads."""
+        parameters, size = super().size()
+        return parameters, self.manifest.files[self.row.file].bytes if self.row.file else size
 
     def scorer(self, device: torch.device) -> Score:
         import torch
 
-        from bench.runtimes.peers import read_peers
-        from export.engine.table import OPENVINO
-        from export.engine.worker import logits_of
+        from export.bundle.manifest import verify_files
+        from export.engine.opening import logits_in_process
 
-        (peer,) = read_peers([f"{self.path}@{OPENVINO}"], 1)
-        threads = torch.get_num_threads()
-        return lambda ids: torch.from_numpy(logits_of(OPENVINO, peer.path, peer.python, ids.cpu().numpy(), threads))
+        source = self.row.source(self.path, verify_files(self.path))
+        logits = logits_in_process(self.row, source, torch.get_num_threads())
+        return lambda ids: torch.from_numpy(logits(ids.cpu().numpy()))
 
     def continuations(self, device: torch.device) -> tuple[Scorer, int]:
-        raise NotImplementedError("zero-shot tasks are not asked of OpenVINO")
+        raise NotImplementedError(f"zero-shot tasks are not asked of {self.row.name}")
 
     def writer(self, device: torch.device, stops: Sequence[int]) -> Writer:
-        raise NotImplementedError("OpenVINO is given no prompts")
+        raise NotImplementedError(f"{self.row.name} is given no prompts")
 
 
 @dataclass(frozen=True)
@@ -267,11 +275,10 @@ class GGUFInLlamaCpp:
     def scorer(self, device: torch.device) -> Score:
         import torch
 
-        from export.engine.table import LLAMA_CPP
-        from export.engine.worker import logits_of
+        from export.engine.opening import logits_in_process
 
-        threads, path, python = torch.get_num_threads(), self.peer.path, self.peer.python
-        return lambda ids: torch.from_numpy(logits_of(LLAMA_CPP, path, python, ids.cpu().numpy(), threads))
+        logits = logits_in_process(self.peer.row, self.peer.path, torch.get_num_threads())
+        return lambda ids: torch.from_numpy(logits(ids.cpu().numpy()))
 
     def continuations(self, device: torch.device) -> tuple[Scorer, int]:
         raise NotImplementedError("zero-shot tasks are not asked of llama.cpp")

@@ -20,6 +20,7 @@ import click
 from export.generate.options import GenerateOptions
 from saap.base.errors import UserError
 from saap.base.wording import counted
+from saap.cli.console import Console
 from saap.cli.options import OptionsCommand, options_of
 from saap.cli.types import directory
 
@@ -50,7 +51,6 @@ def generate(bundle: Path, prompt: str | None, as_json: bool, options: GenerateO
       saap generate out/demo/slim-int4 --system "Be brief." --temperature 0.7 --top-p 0.9
     """
     from export.generate.text import open_bundle
-    from saap.cli.engines import on_fastest
 
     interactive = prompt is None and sys.stdin.isatty()
     if prompt is None and not interactive and not options.chat:
@@ -58,7 +58,7 @@ def generate(bundle: Path, prompt: str | None, as_json: bool, options: GenerateO
     if interactive and as_json:
         raise UserError("--json is no conversation at a terminal: give a prompt, or --chat and turns on standard input")
     text = prompt if prompt != "-" else _decoded(sys.stdin.buffer.read())
-    opened = open_bundle(on_fastest(bundle, own=True), options, text)
+    opened = open_bundle(bundle, options, text, Console.of_command())
     if not as_json:
         turns = _typed() if interactive else _lines() if text is None else iter([text])
         _hold(opened.ask, opened.conversation if text is None else None, turns)

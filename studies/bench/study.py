@@ -49,7 +49,7 @@ def records(path: Path) -> list[dict[str, Any]]:
 def overhead(out: Path, bundle: str, rounds: int) -> None:
     """Interleaved fresh processes of both."""
     from bench.measure import BenchOptions, measure
-    from bench.measure.cores import choose_cores
+    from saap.base.cores import choose_cores
 
     cpus = choose_cores(1)
     for index in range(len(records(out / "overhead.jsonl")), rounds):
@@ -71,7 +71,7 @@ def overhead(out: Path, bundle: str, rounds: int) -> None:
 
 def llama(out: Path, gguf: str, binary: str, rounds: int) -> None:
     from bench.measure import BenchOptions, measure
-    from bench.measure.cores import choose_cores
+    from saap.base.cores import choose_cores
 
     cpus = ",".join(map(str, choose_cores(1)))
     for index in range(len(records(out / "llama.jsonl")), rounds):
@@ -95,11 +95,13 @@ def llama(out: Path, gguf: str, binary: str, rounds: int) -> None:
 
 IN_A_GROUP = """
 import dataclasses, json, sys
-from bench.measure.cores import choose_cores
-from bench.measure.worker import Job, load_bundle, sample
-job = Job(sys.argv[1], list(range(128)), 128, None, 1, choose_cores(1), 0)
-taken, _, decoder = sample(job, load_bundle)
-print(json.dumps(dataclasses.asdict(taken)), flush=True)
+from saap.base.cores import choose_cores
+from bench.measure.worker import Repetition, sample
+from export.engine.protocol import EngineOptions
+job = Repetition("export.engine.onnxruntime", sys.argv[1], EngineOptions(1, 256), ["onnxruntime"], choose_cores(1),
+                 prompt=list(range(128)), n_gen=128)
+job.prepare()
+print(json.dumps(dataclasses.asdict(sample(job).sample)), flush=True)
 sys.stdin.read()
 """
 

@@ -134,7 +134,6 @@ def _bundles(place: Path) -> Iterator[Target]:
     import torch
 
     from bench.measure.worker import timed_pass
-    from bench.runtimes.decoders import make_decoder
     from bench.runtimes.peers import read_peers
     from export.engine import huge_pages
     from saap.cli.eval import Bundle
@@ -150,7 +149,7 @@ def _bundles(place: Path) -> Iterator[Target]:
 
     def bench() -> None:
         (peer,) = read_peers([str(bundle)], 16)
-        timed_pass(make_decoder(peer.path, 1, 16), np.arange(4), 2, lambda: 0.0)
+        timed_pass(peer.job(1, 16).open(), np.arange(4), 2, lambda: 0.0)
 
     def score() -> None:
         scored = Bundle("a", bundle)

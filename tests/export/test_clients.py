@@ -13,7 +13,8 @@ from export.bundle.genai import genai_config
 from export.bundle.manifest import DECODE_GRAPH, LayerSizes, read_manifest
 from export.bundle.tokenizer import BundleTokenizer
 from export.clients import genai_tokenizer_note, optimum_config, write_client_files
-from export.engine.onnxruntime import OrtDecoder
+from export.engine.onnxruntime import OnnxRuntimeEngine
+from export.engine.protocol import EngineOptions
 from export.generate.loop import AnswerSettings, begin_text
 from saap.models.checkpoint import load_model, read_config
 from saap.prune.plan import LayerPlan, PrunePlan
@@ -68,7 +69,8 @@ def test_onnxruntime_genai_streams_what_our_decoder_draws(tiny_model, tmp_path, 
         slim = trim(slim, HALF, tmp_path / "trimmed")
     export_bundle(slim, directory, target=target)
     tokenizer = BundleTokenizer(directory)
-    ours = begin_text(OrtDecoder(directory, 1, 64), tokenizer, "The quick brown fox", AnswerSettings(24, stop_ids=()))
+    engine = OnnxRuntimeEngine(directory, EngineOptions(1, 64))
+    ours = begin_text(engine, tokenizer, "The quick brown fox", AnswerSettings(24, stop_ids=()))
     assert "".join(ours)
     ids = tokenizer.encode_chat("The quick brown fox")
     model = og.Model(str(directory))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import namedtuple
 
 import numpy as np
 import pytest
@@ -14,15 +13,14 @@ from support.export_cases import IDS, UNEVEN
 
 from bench.runtimes.peers import read_peers
 from export.bundle.manifest import BundleError, read_manifest, verify_files
+from export.engine.opening import logits_in_process
 from export.engine.scoring import BundleScorer
-from export.engine.table import Placed, engines_in
-from export.engine.worker import logits_of
+from export.engine.spec import BundleSpec
+from export.engine.table import engines_in, row_of
 from export.options import ExportOptions
 from export.write import export
 from saap.base.errors import UserError
 from saap.base.interpreters import PEER_PYTHON, python_with
-from saap.cli import engines as module
-from saap.cli.engines import on_fastest
 from saap.prune.plan import PrunePlan
 from saap.prune.vocabulary import Chosen, trim
 from saap.text.closed_words import forest_of
@@ -66,7 +64,10 @@ def test_llama_cpp_and_onnxruntime_say_the_same(bundle, llama_cpp):
     told = read_manifest(bundle)
     assert told.lineage["engines"]["llama.cpp"]["nll"] == pytest.approx(told.parity.nll_graph, abs=0.02)
     rows = IDS.numpy()
-    theirs, ours = logits_of("llama.cpp", bundle / "model.gguf", llama_cpp, rows, 1), BundleScorer(bundle).logits(rows)
+    theirs, ours = (
+        logits_in_process(row_of("llama.cpp"), bundle / "model.gguf", 1)(rows),
+        BundleScorer(bundle).logits(rows),
+    )
     assert np.abs(theirs - ours).max() < 0.2 * ours.std()
 
 
@@ -127,16 +128,16 @@ def tiny_bundle(tiny_model, tmp_path, text):
 
 
 def test_generate_needs_the_engine_in_its_own_python(bundle, monkeypatch):
-    monkeypatch.setattr("export.generate.text.absent", list)
+    monkeypatch.setattr("export.engine.table.absent", list)
     told = refused("generate", f"{bundle}@llama.cpp", "hello")
-    assert "llama.cpp is not in this Python, and generating needs it here: pip install 'saap[llama-cpp]'" in told
+    assert "llama.cpp is not in this Python, and it is needed here: pip install 'saap[llama-cpp]'" in told
 
 
 def test_a_path_may_have_an_at_of_its_own(tmp_path):
     (tmp_path / "me@home").mkdir()
-    assert Placed.of(tmp_path / "me@home") == Placed(tmp_path / "me@home", None)
-    assert Placed.of(f"{tmp_path}/me@home@fastest") == Placed(tmp_path / "me@home", "fastest")
-    assert Placed.of("user@host:there").engine is None
+    assert BundleSpec.of(tmp_path / "me@home") == BundleSpec(tmp_path / "me@home", None)
+    assert BundleSpec.of(f"{tmp_path}/me@home@fastest") == BundleSpec(tmp_path / "me@home", "fastest")
+    assert BundleSpec.of("user@host:there").engine is None
 
 
 def test_what_llama_cpp_cannot_hold_is_refused_before_integers_are_chosen(tiny_family, tmp_path):
@@ -152,7 +153,10 @@ def test_what_llama_cpp_cannot_hold_is_refused_before_integers_are_chosen(tiny_f
         ("--engines llama.cpp", "a bundle is made for onnxruntime, too: add it to --engines"),
         ("--engines onnxruntime,llama.cpp --integers nearest", "leave --integers nearest out"),
         ("--engines onnxruntime,llama.cpp --target portable", "--engines is for --target cpu"),
-        ("--engines onnxruntime,openvino --kv 8", "openvino does not read an int8 cache: leave --kv 8 or openvino out"),
+        (
+            "--engines onnxruntime,openvino --kv 8",
+            "has an int8 cache (--kv 8), and openvino does not read that: leave openvino out",
+        ),
     ],
 )
 def test_engines_that_do_not_go_with_the_rest_are_refused(tiny_model, tmp_path, words, said):
@@ -160,8 +164,8 @@ def test_engines_that_do_not_go_with_the_rest_are_refused(tiny_model, tmp_path, 
 
 
 def test_auto_takes_the_engines_that_are_here_and_hold_the_model(tiny_model, tiny_family, tmp_path, text, monkeypatch):
-    monkeypatch.setattr("export.engines.python_with", lambda *_: "python")
-    monkeypatch.setattr("export.engines.logits_of", lambda *_: torch.zeros(4, 256, 320).numpy())
+    monkeypatch.setattr("export.engine.table.python_with", lambda *_: "python")
+    monkeypatch.setattr("export.engines.logits_in_process", lambda *_: lambda _: torch.zeros(4, 256, 320).numpy())
     options = ExportOptions(engines=("auto",), text=str(text), parity="none")
     for model, expected in ((tiny_model(), [*BOTH, "openvino"]), (tiny_family("phi3"), ["onnxruntime", "openvino"])):
         made = export(model, options, output=tmp_path / f"out-{len(expected)}")
@@ -169,63 +173,11 @@ def test_auto_takes_the_engines_that_are_here_and_hold_the_model(tiny_model, tin
 
 
 def test_a_file_that_computes_something_else_is_not_exported(tiny_model, tmp_path, text, monkeypatch):
-    monkeypatch.setattr("export.engines.python_with", lambda *_: "python")
-    monkeypatch.setattr("export.engines.logits_of", lambda *_: torch.zeros(4, 256, 320).numpy())
+    monkeypatch.setattr("export.engine.table.python_with", lambda *_: "python")
+    monkeypatch.setattr("export.engines.logits_in_process", lambda *_: lambda _: torch.zeros(4, 256, 320).numpy())
     told = refused("export", tiny_model(), "-o", tmp_path / "out", "--engines", ",".join(BOTH), "--text", text)
     assert "llama.cpp computes something else than the graph (NLL 5.7683 instead of" in told
     assert not (tmp_path / "out").exists()
-
-
-def test_the_fastest_engine_is_measured_once(bundle, monkeypatch, capsys):
-    asked = []
-
-    def measured(path, engines, progress):
-        asked.append(engines)
-        return {"onnxruntime": 0.02, "llama.cpp": 0.01}
-
-    monkeypatch.setattr(module, "measured", measured)
-    monkeypatch.setattr(module, "is_here", lambda engine, own: True)
-    assert [on_fastest(f"{bundle}@fastest") for _ in range(2)] == [f"{bundle}@llama.cpp"] * 2
-    assert asked == [list(BOTH)]
-    assert "decodes fastest in llama.cpp here (tokens per second: llama.cpp 100.0, onnxruntime 50.0)" in (
-        capsys.readouterr().err.replace("\n", " ")
-    )
-    monkeypatch.setattr(module, "is_here", lambda engine, own: False)
-    assert on_fastest(f"{bundle}@fastest") == f"{bundle}@onnxruntime" and on_fastest(str(bundle)) == str(bundle)
-
-
-def test_what_is_found_beside_other_work_is_not_kept(bundle, monkeypatch, capsys):
-    asked = []
-    monkeypatch.setattr(module, "measured", lambda *_: asked.append(1) or {"onnxruntime": 0.01, "llama.cpp": 0.3})
-    monkeypatch.setattr(module, "is_here", lambda engine, own: True)
-    monkeypatch.setattr(module, "time_of_others", lambda: lambda: 0.47)
-    assert [on_fastest(f"{bundle}@fastest") for _ in range(2)] == [f"{bundle}@onnxruntime"] * 2
-    assert len(asked) == 2
-    assert "other processes took 47% of the cores meanwhile, so the answer is not kept" in (
-        capsys.readouterr().err.replace("\n", " ")
-    )
-
-
-def test_others_are_told_from_ourselves_and_our_children(monkeypatch):
-    """Two cores, ten seconds: six of them are ours and our children's, four those of others."""
-    core = namedtuple("core", "user nice system idle")
-    now = {"cores": [core(1, 0, 1, 5)] * 2, "ours": (1.0, 1.0, 0.0, 0.0, 0.0), "clock": 100.0}
-    monkeypatch.setattr("psutil.cpu_times", lambda percpu: now["cores"])
-    monkeypatch.setattr(module, "allowed_cores", lambda: [0, 1])
-    monkeypatch.setattr(module.os, "times", lambda: now["ours"])
-    monkeypatch.setattr(module.time, "monotonic", lambda: now["clock"])
-    share = module.time_of_others()
-    now.update(cores=[core(4, 1, 2, 9), core(3, 0, 3, 9)], ours=(2.0, 1.0, 4.0, 1.0, 0.0), clock=110.0)
-    assert share() == pytest.approx((9 - 6) / 20)
-    now["clock"] = 100.1
-    assert share() == pytest.approx(3)  # never more than what a second would make of it
-
-
-def test_the_fastest_engine_by_turns(bundle, llama_cpp, monkeypatch):
-    monkeypatch.setattr(module, "TURNS_S", 1.0)
-    monkeypatch.setattr("bench.measure.pilots.PILOT_S", 1.0)
-    monkeypatch.setenv(PEER_PYTHON, llama_cpp)
-    assert on_fastest(f"{bundle}@fastest") in {f"{bundle}@{engine}" for engine in BOTH}
 
 
 @pytest.mark.parametrize("words", ["all", "fewer"])

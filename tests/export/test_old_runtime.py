@@ -12,7 +12,8 @@ from support.cuts import cut
 from support.export_cases import IDS, UNEVEN
 from support.exported import export_bundle
 
-from export.engine.onnxruntime import OrtDecoder
+from export.engine.onnxruntime import OnnxRuntimeEngine
+from export.engine.protocol import EngineOptions
 from export.graph.targets import ONNXRUNTIME_INT8_CACHE, ONNXRUNTIME_MIN, ONNXRUNTIME_WINDOWS
 from saap.prune.plan import PrunePlan
 
@@ -20,8 +21,10 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = """
 import json, sys
 import numpy as np, onnxruntime
-from export.engine.onnxruntime import OrtDecoder
-decoder = OrtDecoder(sys.argv[1], 1, 32)
+from pathlib import Path
+from export.engine.onnxruntime import OnnxRuntimeEngine
+from export.engine.protocol import EngineOptions
+decoder = OnnxRuntimeEngine(Path(sys.argv[1]), EngineOptions(1, 32))
 rows = [decoder.prefill(np.array(json.loads(sys.argv[2])))]
 rows += [decoder.step(token) for token in (3, 1, 4)]
 print(json.dumps({"version": onnxruntime.__version__, "logits": [row.tolist() for row in rows[-1:]]}))
@@ -64,7 +67,7 @@ def test_windows_in_the_oldest_runtime_that_has_them_right(tiny_family, tmp_path
 def compare_with(version, manifest, tmp_path):
     assert manifest.onnxruntime_min == version
     prompt = IDS[0, :9].tolist()
-    decoder = OrtDecoder(tmp_path / "bundle", 1, 32)
+    decoder = OnnxRuntimeEngine(tmp_path / "bundle", EngineOptions(1, 32))
     decoder.prefill(np.array(prompt))
     for token in (3, 1, 4):
         expected = decoder.step(token)

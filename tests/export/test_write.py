@@ -27,7 +27,8 @@ from support.exported import export_bundle
 from support.references import reference_model
 
 from export.bundle.manifest import BundleError, read_manifest, verify_files
-from export.engine.onnxruntime import OrtDecoder
+from export.engine.onnxruntime import OnnxRuntimeEngine
+from export.engine.protocol import EngineOptions
 from export.engine.scoring import BundleScorer
 from export.graph.targets import ONNXRUNTIME_INT8_CACHE
 from export.options import ExportOptions
@@ -179,7 +180,7 @@ def test_an_int8_cache_is_close_to_a_float_one(tiny_model, tmp_path):
     expected = BundleScorer(tmp_path / "plain").logits(IDS.numpy())
     spread = expected.std()
     assert 0 < np.abs(found - expected).max() < 0.2 * spread
-    stepwise = OrtDecoder(tmp_path / "int8", 1, 32)
+    stepwise = OnnxRuntimeEngine(tmp_path / "int8", EngineOptions(1, 32))
     rows = [stepwise.prefill(IDS[0, :9].numpy()), *(stepwise.step(int(t)).copy() for t in IDS[0, 9:12])]
     assert np.abs(rows[-1] - found[0, 11]).max() < 1e-3
 
@@ -209,7 +210,7 @@ def test_sliding_windows_need_a_newer_runtime_to_write_and_to_load(tiny_family, 
     assert export_bundle(whole, tmp_path / "wide", onnxruntime="1.23").onnxruntime_min == "1.23"
     monkeypatch.setattr("onnxruntime.__version__", "1.23.2")
     said = r"needs ONNX Runtime 1\.24 or newer, and 1\.23\.2 is installed"
-    for load in (lambda: BundleScorer(bundle), lambda: OrtDecoder(bundle, 1, 32)):
+    for load in (lambda: BundleScorer(bundle), lambda: OnnxRuntimeEngine(bundle, EngineOptions(1, 32))):
         with pytest.raises(ValueError, match=said):
             load()
     assert re.search(said, refused("export", path, "-o", tmp_path / "again"))

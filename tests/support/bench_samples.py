@@ -10,7 +10,6 @@ import pytest
 
 from bench.measure.result import OK, Bandwidth, Measurement, ModelFacts, Result, Sample
 from bench.measure.worker import ColdLoad, Measured
-from export.engine.facts import PeerFacts
 
 FACTS = ModelFacts(
     parameters=1000, model_bytes=3_000_000, weight_bytes_per_token=2_000_000, kv_bytes_per_token=1000, bits=4
@@ -73,7 +72,7 @@ def instant_workers(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         if job["only_load"]:
             return asdict(ColdLoad(1.0, 1 << 40))
         taken = sample([0.01 + 1e-6 * job["order"]] * job["n_gen"], job["order"])
-        return asdict(Measured(taken, (0.0, 1.0), PeerFacts()))
+        return asdict(Measured(taken, (0.0, 1.0)))
 
     monkeypatch.setattr("bench.measure.rounds.call", answer)
     return jobs

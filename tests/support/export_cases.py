@@ -10,7 +10,8 @@ import onnx_ir as ir
 import torch
 from support.cuts import cut
 
-from export.engine.onnxruntime import OrtDecoder
+from export.engine.onnxruntime import OnnxRuntimeEngine
+from export.engine.protocol import EngineOptions
 from export.engine.scoring import BundleScorer, empty_past
 from saap.models.checkpoint import load_model
 from saap.prune.plan import LayerPlan, PrunePlan
@@ -124,12 +125,12 @@ def largest_differences(bundle, expected):
     """Of a whole prefill, of one in pieces, of one token after the other."""
     yield np.abs(BundleScorer(bundle).logits(IDS.numpy()) - expected).max()
     row, position = IDS[0].numpy(), 0
-    decoder, found = OrtDecoder(bundle, 1, 48), []
+    decoder, found = OnnxRuntimeEngine(bundle, EngineOptions(1, 48)), []
     for length in PIECES:
         position += length
         found.append(decoder.prefill(row[position - length : position]) - expected[0, position - 1])
     yield np.abs(found).max()
-    decoder.reset()
+    decoder.rewind(0)
     decoder.prefill(row[:1])
     yield max(np.abs(decoder.step(int(row[i])) - expected[0, i]).max() for i in range(1, len(row)))
 

@@ -7,6 +7,8 @@ import json
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from export.engine.protocol import Engine
+
 TEXTS = [
     "The quick brown fox jumps over the lazy dog.",
     "  two spaces, a tab\tand\n\na blank line ",
@@ -16,18 +18,17 @@ TEXTS = [
 ]
 
 
-class ScriptedDecoder:
+class ScriptedDecoder(Engine):
     """Says the ids of a script, whatever it is given: the protocol is what is under test, not a model."""
 
     def __init__(self, script, vocab, max_length=64):
         self.script, self.vocab, self.max_length = list(script), vocab, max_length
         self.seen, self.resets = [], 0
 
-    def reset(self):
-        self.seen, self.at, self.resets = [], 0, self.resets + 1
-
     def rewind(self, length):
         assert length <= len(self.seen)
+        if not length:
+            self.at, self.resets = 0, self.resets + 1
         del self.seen[length:]
         return length
 

@@ -11,7 +11,7 @@ import click
 
 from bench.costs.options import CostsOptions
 from bench.remote.options import BoardOptions
-from export.engine.table import FILES, ONNXRUNTIME
+from export.engine.table import ONNXRUNTIME, row_of
 from saap.base.files import calling
 from saap.base.options import Option, refuse_unused
 from saap.base.progress import Progress
@@ -105,7 +105,7 @@ def probe_costs(
         stacks = write_probe_stacks(source, Path(work), needed, progress)
         if command.options.engine != ONNXRUNTIME:
             for stack, of in zip(stacks, needed, strict=True):
-                write_probe_gguf(source, of, stack / FILES[command.options.engine])
+                write_probe_gguf(source, of, stack / str(row_of(command.options.engine).file))
         return device.costs(stacks, command.options, progress=progress)
 
 

@@ -69,9 +69,8 @@ class Speed(TypedDict, total=False):
 
 def read_bandwidth(cache_bytes: int | None) -> list[Speed]:
     """Read memory with 1, 2, 4, ... threads and with all cores, one thread each."""
-    from bench.measure.cores import choose_cores
     from bench.measure.roofline import probe_bandwidth
-    from saap.base.cores import physical_cores
+    from saap.base.cores import choose_cores, physical_cores
 
     most = physical_cores()
     counts = sorted({most, *(1 << power for power in range(most.bit_length()) if 1 << power <= most)})

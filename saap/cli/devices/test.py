@@ -12,7 +12,7 @@ from msgspec import Meta
 
 from bench.measure.options import Provider
 from bench.remote.options import BoardOptions
-from export.engine.table import Placed
+from export.engine.spec import BundleSpec
 from saap.base.errors import UserError
 from saap.base.options import THREADS, Option
 from saap.base.values import parse_duration
@@ -232,8 +232,8 @@ def measuring(device: Target, bundle: str, name: str, console: Console) -> Measu
 
 
 def name_of(bundle: str, name: str | None) -> str:
-    placed = Placed.of(bundle)
-    return name or placed.bundle.resolve().name + (f"-{placed.engine}" if placed.engine else "")
+    named = BundleSpec.of(bundle)
+    return name or named.bundle.resolve().name + (f"-{named.engine}" if named.engine else "")
 
 
 def text_ids(bundle: Path, text: Path | None = None) -> tuple[int, ...]:
@@ -241,14 +241,14 @@ def text_ids(bundle: Path, text: Path | None = None) -> tuple[int, ...]:
 
     Random ids, always the same, where a bundle has no tokenizer.
     """
-    from bench.measure.rounds import prompt_tokens
     from export.bundle.manifest import read_manifest
     from export.bundle.tokenizer import BundleTokenizer
+    from export.engine.turns import random_tokens
 
     manifest = read_manifest(bundle)
     most = min(MOST_TEXT, manifest.context_length - GREEDY)
     if text is None and not (bundle / "tokenizer.json").is_file():
-        return tuple(prompt_tokens(most, manifest.vocab_size, seed=0))
+        return tuple(random_tokens(most, manifest.vocab_size, seed=0))
     try:
         words = TEXT if text is None else text.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -259,11 +259,11 @@ def text_ids(bundle: Path, text: Path | None = None) -> tuple[int, ...]:
 
 def fastest_setting(device: Target, bundle: str, plan: BenchOptions, console: Console) -> str | None:
     """The setting that a baseline keeps of a bundle's engine: the one that is fastest in decode; None: it has none."""
-    if Placed.of(bundle).engine is None:
+    if BundleSpec.of(bundle).engine is None:
         return None
     tried = device.bench([bundle], replace(plan, repetitions=1, greedy=0), progress=console.report)
     return tried.measurements[0].choice
 
 
 def _path(bundle: str) -> Path:
-    return Placed.of(bundle).bundle
+    return BundleSpec.of(bundle).bundle

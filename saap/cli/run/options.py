@@ -137,7 +137,7 @@ class RunOptions:
         """Refuse what some step's options, this machine, its packages or the device do not allow."""
         from importlib.util import find_spec
 
-        from export.engine.onnxruntime import check_threads
+        from export.engine.protocol import check_threads
 
         self.prune.options.check()
         self.prune.options.check_used()

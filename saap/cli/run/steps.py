@@ -267,14 +267,13 @@ class Peer(Step):
     def work(self) -> RunFile:
         import numpy as np
 
-        from bench.runtimes.peers import LLAMA_CPP, read_peers
-        from export.engine.table import LLAMA_CPP as ENGINE
-        from export.engine.worker import logits_of
+        from export.engine.opening import logits_in_process
+        from export.engine.table import LLAMA_CPP, row_of
         from saap.cli.export import export_model
 
         export_model(self.run.source, self.file, self.options, self.run.console)
-        (peer,) = read_peers([f"{LLAMA_CPP}{self.file}"], 1)
-        logits_of(ENGINE, peer.path, peer.python, np.zeros((1, 1), np.int64), 1)  # fails before anything rests on it
+        logits = logits_in_process(row_of(LLAMA_CPP), self.file, 1)
+        logits(np.zeros((1, 1), np.int64))  # fails before anything rests on it
         return {}
 
     @property
@@ -391,12 +390,13 @@ class Bench(Step):
     def work(self) -> RunFile:
         from bench.measure import measure
         from saap.base.interrupt import ended_as_by_a_person
-        from saap.cli.bench import keep, specs_here
+        from saap.cli.bench import keep, verify_models
 
         console = self.run.console
-        paths = specs_here([*self.specs.values()], console)
+        paths = [*self.specs.values()]
+        verify_models(paths)
         with ended_as_by_a_person():
-            keep(measure(paths, self.options, names=[*self.specs], progress=console.report), self.result)
+            keep(measure(paths, self.options, names=[*self.specs], progress=console), self.result)
         console.finish()
         return {}
 
@@ -415,7 +415,8 @@ class Texts(Step):
         import torch
 
         from export.bundle.tokenizer import BundleTokenizer
-        from export.engine.onnxruntime import OrtDecoder
+        from export.engine.opening import open_engine
+        from export.engine.protocol import EngineOptions
         from export.generate.loop import AnswerSettings, begin_text
 
         bundles, report = [export.bundle for export in self.exports], self.run.console.report
@@ -423,10 +424,10 @@ class Texts(Step):
         count, settings = len(bundles) * len(answers), AnswerSettings(ANSWER_TOKENS)
         for number, bundle in enumerate(bundles):
             tokenizer = BundleTokenizer(bundle)
-            decoder = OrtDecoder(bundle, torch.get_num_threads(), 256)
+            engine = open_engine(bundle, EngineOptions(torch.get_num_threads(), 256))
             for index, (prompt, texts) in enumerate(answers.items()):
                 report("writing texts (answers)", number * len(answers) + index, count)
-                pieces = begin_text(decoder, tokenizer, prompt, settings, chat=tokenizer.has_chat_template)
+                pieces = begin_text(engine, tokenizer, prompt, settings, chat=tokenizer.has_chat_template)
                 texts[bundle.name] = "".join(pieces)
         report("writing texts (answers)", count, count)
         return {"texts": [{"prompt": prompt, "outputs": texts} for prompt, texts in answers.items()]}

@@ -14,7 +14,7 @@ from bench.costs import measure as costs
 from bench.costs.fit import CostProcess, Stack, costs_from, fit_ratios, read_stacks
 from bench.costs.measure import COSTS, CostsError, measure_costs, schedule, write_costs
 from bench.costs.options import CostsOptions
-from bench.costs.worker import LEAST_TURNS, SKIPPED, TURN, take_turns, waiting_clock
+from bench.costs.worker import LEAST_TURNS, SKIPPED, TURN, steps_in_turns, waiting_clock
 from bench.measure.result import Bandwidth
 from export.bundle.manifest import LayerSizes, read_manifest
 from saap.base.errors import UserError
@@ -152,12 +152,12 @@ class World:
 def test_decoders_take_turns_forwards_and_backwards_at_one_depth() -> None:
     world = World()
     pair = [world.decoder("a", 100), world.decoder("b", 70)]
-    taken = take_turns(pair, 50, 0.0, lambda: world.now, lambda: world.waited)
+    taken = steps_in_turns(pair, 50, 0.0, lambda: world.now, lambda: world.waited)
     assert taken[0] == [[(100, 10)] * TURN] * LEAST_TURNS
     assert taken[1] == [[(70, 7)] * TURN] * LEAST_TURNS
     assert [name for name, _ in world.log] == ["a", "b", "b", "a"] * (LEAST_TURNS // 2)
     assert {length for _, length in world.log} == {50 - SKIPPED}
-    taken = take_turns([world.decoder("a", 1000)], 50, 100e-6, lambda: world.now)
+    taken = steps_in_turns([world.decoder("a", 1000)], 50, 100e-6, lambda: world.now)
     assert len(taken[0]) == 25  # of 4 us each, until the time is up
     assert taken[0][0][0] == (1000, 0)
 

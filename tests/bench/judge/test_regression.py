@@ -29,14 +29,15 @@ from bench.judge.regression import (
     visible_changes,
 )
 from bench.judge.verdict import CANNOT_TELL, NOT_COMPARABLE, SAME, UNKNOWN, WORSE
-from bench.measure.answers import answers
 from bench.measure.options import BenchOptions
 from bench.measure.result import INVALID, Bursts, Energy, Load, Result, write_result
 from bench.measure.run import measure
 from bench.report.verdicts import device_junit
 from export.bundle.manifest import read_manifest
-from export.engine.onnxruntime import OrtDecoder
+from export.engine.onnxruntime import OnnxRuntimeEngine
+from export.engine.protocol import Engine, EngineOptions
 from export.engine.scoring import BundleScorer
+from export.engine.worker import continued
 
 TEXT = tuple(range(3, 23))
 PLAN = BenchOptions(prompt=8, generate=4, threads=1, text=TEXT)
@@ -466,8 +467,8 @@ def test_junit_counts_what_went_wrong(tmp_path: Path) -> None:
 
 
 def test_answers_are_those_of_a_decoder_that_is_asked_by_hand(tmp_path: Path) -> None:
-    decoder = OrtDecoder(tiny_bundle(tmp_path / "tiny"), 1, 40)
-    told = answers(decoder, list(TEXT), 5)
+    decoder = OnnxRuntimeEngine(tiny_bundle(tmp_path / "tiny"), EngineOptions(1, 40))
+    told = continued(decoder, list(TEXT), 5)
     whole = BundleScorer(tmp_path / "tiny", 1)
     rows = whole.logits(np.array([TEXT]))[0].astype(np.float64)
     expected = np.mean([np.log(np.exp(row).sum()) - row[i] for row, i in zip(rows, TEXT[1:], strict=False)])
@@ -479,15 +480,16 @@ def test_answers_are_those_of_a_decoder_that_is_asked_by_hand(tmp_path: Path) ->
 
 
 def test_a_likelihood_that_is_no_number_fits_into_json() -> None:
-    class Broken:
-        def reset(self) -> None: ...
+    class Broken(Engine):
+        def rewind(self, length: int) -> int:
+            return 0
 
         def prefill(self, ids: Any) -> Any:
             return np.full(8, np.nan, np.float32)
 
         step = prefill
 
-    assert answers(Broken(), [1, 2, 3], 2)["nll"] is None  # type: ignore[arg-type]
+    assert continued(Broken(), [1, 2, 3], 2)["nll"] is None
 
 
 def test_a_run_asks_each_model(tmp_path: Path) -> None:

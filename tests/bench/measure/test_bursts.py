@@ -18,15 +18,16 @@ import pytest
 from support.tiny_graphs import tiny_bundle
 
 from bench.judge.comparison import compare_within
-from bench.measure import bursts
 from bench.measure import run as bench_run
-from bench.measure.bursts import WORKER, take_turns
+from bench.measure.bursts import take_bursts
 from bench.measure.options import BenchOptions
 from bench.measure.result import INVALID, LEAST_LOADS, Bursts, Load, read_result, write_result
 from bench.measure.rounds import job_of
 from bench.measure.run import measure
 from bench.measure.statistics import ratio_of_loads
 from bench.runtimes.peers import read_peers
+from export.engine import turns
+from export.engine.process import WORKER
 from saap.base.child import ChildFailedError, Resident
 
 PLAN = BenchOptions(threads=1, prompt=4, generate=12, warmup=2, repetitions=3, cold=False, ratio_time_s=60)
@@ -40,9 +41,9 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.fixture(autouse=True)
 def short_loads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bursts, "LOAD_S", 0.05)
-    monkeypatch.setattr(bursts, "BURST_S", 0.001)
-    monkeypatch.setattr(bursts, "MOST_LOADS", 4)
+    monkeypatch.setattr(turns, "LOAD_S", 0.05)
+    monkeypatch.setattr(turns, "BURST_S", 0.001)
+    monkeypatch.setattr(turns, "MOST_LOADS", 4)
 
 
 def test_all_take_the_same_turns_and_their_ratio_stands_where_a_measurement_is_invalid(
@@ -53,8 +54,8 @@ def test_all_take_the_same_turns_and_their_ratio_stands_where_a_measurement_is_i
     assert found.failure is None and found.names == ["a", "b"]
     assert [load.order for load in found.loads] == [[0, 1], [1, 0], [1, 0], [0, 1]]
     for load in found.loads:
-        turns = {len(seconds) for seconds in load.token_s}
-        assert len(turns) == 1 and turns.pop() >= 2 and len(load.prefill_s[0]) == len(load.prefill_s[1]) >= 1
+        counts = {len(seconds) for seconds in load.token_s}
+        assert len(counts) == 1 and counts.pop() >= 2 and len(load.prefill_s[0]) == len(load.prefill_s[1]) >= 1
     write_result(tmp_path / "r.json", result)
     again = read_result(tmp_path / "r.json")
     assert again == result
@@ -92,7 +93,7 @@ def test_a_worker_that_ends_is_told_and_none_is_left(bundles: list[str], monkeyp
         return ask(self, document)
 
     monkeypatch.setattr(Resident, "ask", note)
-    found = take_turns(peers, PLAN.settings()[0], PLAN)
+    found = take_bursts(peers, PLAN.settings()[0], PLAN)
     assert found.failure and "SIGKILL" in found.failure and found.ratio("a", "b", "decode") is None
     assert not [pid for pid in set(began) if Path(f"/proc/{pid}").exists()]
 
@@ -125,23 +126,23 @@ def test_what_is_too_large_or_too_slow_for_turns_says_so(
     peers, (setting,) = read_peers(bundles, PLAN.positions), PLAN.settings()
     (tmp_path / "proc").mkdir()
     (tmp_path / "proc/meminfo").write_text("MemTotal: 200000 kB\nMemAvailable: 100000 kB\n")
-    found = take_turns(peers, setting, replace(PLAN, root=tmp_path))
+    found = take_bursts(peers, setting, replace(PLAN, root=tmp_path))
     assert not found.loads and "all at once need about" in str(found.failure)
-    found = take_turns(peers, setting, replace(PLAN, ratio_time_s=0.01))
+    found = take_bursts(peers, setting, replace(PLAN, ratio_time_s=0.01))
     assert "give --ratio-time" in str(found.failure) and found.ratio("a", "b", "decode") is None
-    monkeypatch.setattr(bench_run, "take_turns", lambda *_: pytest.fail("none were asked for"))
+    monkeypatch.setattr(bench_run, "take_bursts", lambda *_: pytest.fail("none were asked for"))
     assert measure(bundles, replace(PLAN, ratio_time_s=None)).bursts == []
 
 
 def test_there_are_enough_loads_for_an_interval(bundles: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Two loads filled the time that a quick look had: no ratio came of them."""
     clock = itertools.count(0, 3)
-    monkeypatch.setattr(bursts, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
-    monkeypatch.setattr(bursts, "MOST_LOADS", 60)
-    monkeypatch.setattr(bursts._Table, "load", lambda table, order: Load(order, [[], []], [[], []]))
+    monkeypatch.setattr(turns, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
+    monkeypatch.setattr(turns, "MOST_LOADS", 60)
+    monkeypatch.setattr(turns, "one_load", lambda _, order, *__: Load(order, [[], []], [[], []]))
     peers, (setting,) = read_peers(bundles, PLAN.positions), PLAN.settings()
-    assert len(take_turns(peers, setting, replace(PLAN, ratio_time_s=10)).loads) == LEAST_LOADS
-    assert len(take_turns(peers, setting, replace(PLAN, ratio_time_s=60)).loads) > LEAST_LOADS
+    assert len(take_bursts(peers, setting, replace(PLAN, ratio_time_s=10)).loads) == LEAST_LOADS
+    assert len(take_bursts(peers, setting, replace(PLAN, ratio_time_s=60)).loads) > LEAST_LOADS
 
 
 def test_being_loaded_later_cancels_and_the_interval_holds_the_truth() -> None:

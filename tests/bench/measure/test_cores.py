@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from support.fake_trees import CPU, capacities, plant, zones
 
-from bench.measure.cores import IDLE_PROBES, CoolDown, board_state, choose_cores, drift, level, probe_clock, temperature
+from bench.measure.cores import IDLE_PROBES, CoolDown, board_state, drift, level, probe_clock, temperature
 from bench.measure.host_state import counters, snapshot
 from devices.probe.host import nobody
 from devices.probe.state import throttling
-from saap.base.cores import allowed_cores, physical_cores
+from saap.base.cores import allowed_cores, choose_cores, physical_cores
 
 PAIRS, SIX = ["0-1", "0-1", "2-3", "2-3"], [str(cpu) for cpu in range(6)]
 

@@ -15,7 +15,7 @@ from bench.measure.pilots import LEAST_GAIN, Pilot, at_their_best, fastest, sent
 from bench.measure.result import Bursts, Load, ModelFacts, read_result, write_result
 from bench.report.tables import peer_notes
 from bench.runtimes.peers import Peer
-from export.engine.llama_cpp import FLASH_ATTENTION
+from export.engine.table import FLASH_ATTENTION, row_of
 from saap.base.errors import UserError
 
 ON, OFF = FLASH_ATTENTION
@@ -25,9 +25,8 @@ ON, OFF = FLASH_ATTENTION
 def peers():
     spec = "llama.cpp:tiny.gguf"
     return [
-        Peer("tiny (llama.cpp)", spec, "llama.cpp", Path("tiny.gguf"), None, 320, None, ModelFacts(), {},
-             choices=tuple(FLASH_ATTENTION)),
-    ]  # fmt: skip
+        Peer("tiny (llama.cpp)", spec, "llama.cpp", Path("tiny.gguf"), row_of("llama.cpp"), 320, None, ModelFacts(), {})
+    ]
 
 
 @pytest.fixture
@@ -44,7 +43,7 @@ def turns(monkeypatch):
         tokens, prompts = ([[seconds[name]] * 3 for name in names] for seconds in known[setting.threads])
         return Bursts(names, 1, 1, 0, setting.threads, [Load([0, 1], prompts, tokens)] * 4)
 
-    monkeypatch.setattr(bursts, "take_turns", take)
+    monkeypatch.setattr(bursts, "take_bursts", take)
     return known, asked
 
 
@@ -93,7 +92,7 @@ def test_a_choice_that_is_made_is_not_tried(peers, turns):
 
 
 def test_only_runtimes_with_a_choice_are_piloted(peers, turns):
-    plain = [replace(peers[0], choices=())]
+    plain = [replace(peers[0], row=row_of("openvino"))]
     assert at_their_best(plain, BenchOptions(threads=1)) == (plain, [])
 
 

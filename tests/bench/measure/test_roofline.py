@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from bench.measure.cores import choose_cores
 from bench.measure.result import Bandwidth
 from bench.measure.roofline import READERS, joined, probe_bandwidth, read_passes
+from saap.base.cores import choose_cores
 
 
 def test_bytes_over_the_best_reader() -> None:

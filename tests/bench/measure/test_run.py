@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,15 @@ from support.bench_samples import instant_workers
 from support.tiny_graphs import CONTEXT, VOCAB, tiny_bundle
 
 from bench.measure import run as bench_run
-from bench.measure.cores import choose_cores
 from bench.measure.options import BenchOptions
 from bench.measure.result import INVALID, Result, read_result, write_result
-from bench.measure.rounds import prompt_tokens, turn
 from bench.measure.run import measure
+from bench.measure.worker import Repetition
 from bench.runtimes.peers import PeerError
 from export.bundle.manifest import BundleError
-from export.engine.onnxruntime import DecoderError
+from export.engine.protocol import EngineError, EngineOptions
+from export.engine.turns import random_tokens, turn
+from saap.base.cores import choose_cores
 from saap.base.errors import UserError
 from saap.base.progress import Label
 
@@ -88,7 +89,7 @@ def test_a_sweep_has_one_measurement_per_spec_and_setting(bundles: list[Path], j
     assert len({m.key for m in result.measurements}) == 12
     lengths = [(len(job["context"]), len(job["prompt"]), job["n_gen"]) for job in jobs[::2]]
     assert lengths == [(1, 0, 3), (0, 4, 3), (0, 7, 0), (5, 0, 3), (5, 4, 3), (5, 7, 0)]
-    with pytest.raises(DecoderError, match="do not fit"):
+    with pytest.raises(EngineError, match="do not fit"):
         measure([str(bundles[0])], replace(plan, depth=CONTEXT - 5))
 
 
@@ -160,8 +161,8 @@ def test_schedule_is_balanced() -> None:
 
 
 def test_prompt_is_deterministic_and_in_the_vocabulary() -> None:
-    tokens = prompt_tokens(500, 96, 7)
-    assert tokens == prompt_tokens(500, 96, 7) != prompt_tokens(500, 96, 8)
+    tokens = random_tokens(500, 96, 7)
+    assert tokens == random_tokens(500, 96, 7) != random_tokens(500, 96, 8)
     assert min(tokens) >= 0 and max(tokens) < 96
 
 
@@ -176,12 +177,12 @@ def test_prompt_is_deterministic_and_in_the_vocabulary() -> None:
         (["{b}"], {"precision": 2.0}, UserError, "--precision 2.0"),
         (["{b}"], {"max_time_s": 0.0}, UserError, "--max-time 0.0"),
         (["{b}"], {"warmup": -1}, UserError, "warmup -1 is not allowed"),
-        (["{b}"], {"provider": "cuda"}, DecoderError, "cuda"),
+        (["{b}"], {"provider": "cuda"}, EngineError, "cuda"),
         (["{b}"], {"repetitions": 0}, UserError, "--repetitions 0"),
         (["{b}"], {"timeout_s": float("nan")}, UserError, "--time-limit nan"),
-        (["{b}"], {"generate": CONTEXT}, DecoderError, "tokens of context do not fit"),
+        (["{b}"], {"generate": CONTEXT}, EngineError, "tokens of context do not fit"),
         (["{b}"], {"threads": 0}, UserError, "--threads 0 is not allowed: give a number from 1"),
-        (["{b}"], {"threads": 1024}, DecoderError, "1024 threads"),
+        (["{b}"], {"threads": 1024}, EngineError, "1024 threads"),
         (["{b}", "{b}"], {"names": ["a"]}, PeerError, "2 specs need as many different names"),
         (["{b}", "{b}"], {"names": ["a", "a"]}, PeerError, "different names"),
         (["/nowhere"], {}, BundleError, "not a bundle"),
@@ -217,37 +218,33 @@ def test_slim_directory_in_torch(tiny_model: Callable[..., Path], tmp_path: Path
     from safetensors.numpy import load_file
     from support.cuts import cut
 
-    from export.engine.torch import facts, load
+    from export.engine.torch import open as open_torch
     from saap.prune.plan import LayerPlan, PrunePlan
 
     layers = LayerPlan((), (), tuple(range(32))), LayerPlan((0, 1), (0,), tuple(range(48)))
     slim = cut(tiny_model(num_hidden_layers=2), tmp_path / "slim", PrunePlan(layers))
-    decoder = load(slim, 1, 16)
+    decoder = open_torch(slim, EngineOptions(1, 16))
     decoder.prefill(np.array([3, 1, 4]))
-    model = facts(decoder).model
+    model = decoder.facts()
     assert model.parameters == sum(weight.size for weight in load_file(slim / "model.safetensors").values())
     assert model.kv_bytes_per_token == 2 * 1 * 16 * 4
 
 
 NOISY = """
 import os
-from export.engine.facts import PeerFacts
-from export.engine.onnxruntime import OrtDecoder
-PACKAGES = ()
-def load(path, threads, positions):
+from export.engine.onnxruntime import OnnxRuntimeEngine
+def open(source, options):
     print("noise"); os.system("echo noise")
-    return OrtDecoder(path, threads, positions, verify=False)
-def facts(decoder):
-    return PeerFacts()
+    return OnnxRuntimeEngine(source, options)
 """
 
 
 def test_what_libraries_print_is_not_taken_for_the_answer(bundles: list[Path], tmp_path: Path) -> None:
     (tmp_path / "noisy.py").write_text(NOISY)
-    job = {"path": str(bundles[0]), "prompt": [1, 2], "n_gen": 2, "warmup": 0, "threads": 1, "order": 0}
+    job = Repetition("noisy", str(bundles[0]), EngineOptions(1, 4), cpus=choose_cores(1), prompt=[1, 2], n_gen=2)
     done = subprocess.run(
         [sys.executable, "-m", "bench.measure.worker"],
-        input=json.dumps({**job, "cpus": choose_cores(1), "runtime": "noisy"}),
+        input=json.dumps(asdict(replace(job, warmup=0))),
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
         capture_output=True,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from bench.measure.worker import timed_pass, warm_up
+from bench.measure.worker import timed_pass
+from export.engine.protocol import Engine
+from export.engine.worker import warm_up
 
 
 class Clock:
@@ -16,7 +18,7 @@ class Clock:
         return self.now
 
 
-class CountingDecoder:
+class CountingDecoder(Engine):
     """Answers with the id after the last one; prefill takes 10 s per token, a step 1 s more each time."""
 
     max_length = 100
@@ -24,8 +26,10 @@ class CountingDecoder:
     def __init__(self, clock: Clock) -> None:
         self.clock, self.fed, self.resets = clock, [], 0
 
-    def reset(self) -> None:
+    def rewind(self, length: int) -> int:
+        assert not length
         self.fed, self.resets = [], self.resets + 1
+        return 0
 
     def prefill(self, ids: np.ndarray) -> np.ndarray:
         self.fed.extend(ids.tolist())

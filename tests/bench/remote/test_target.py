@@ -47,8 +47,7 @@ from bench.remote.target import Target, measure_on
 from devices.agent.home import Lock
 from devices.transport import BoardError, Local, open_transport
 from export.bundle.manifest import BundleError
-from export.engine.table import OPENVINO
-from export.engine.table import REQUIREMENTS as OF_ENGINES
+from export.engine.table import OPENVINO, row_of
 from saap.base.interrupt import ask_to_end, ended_as_by_a_person
 
 
@@ -141,7 +140,7 @@ def test_local_measures_with_what_a_board_gets(bundles, tmp_path, monkeypatch):
 def test_an_engine_is_sent_as_a_requirement(bundles):
     plain, with_engine = pack(bundles[:1], 10), pack([bundles[0], f"{bundles[0]}@openvino"], 10)
     assert plain.install()["requirements"] == list(REQUIREMENTS)
-    assert with_engine.install()["requirements"] == [*REQUIREMENTS, OF_ENGINES[OPENVINO]]
+    assert with_engine.install()["requirements"] == [*REQUIREMENTS, row_of(OPENVINO).requirement]
     assert with_engine.key != plain.key and with_engine.agent_bytes > plain.agent_bytes
     assert with_engine.sources.keys() == plain.sources.keys()  # one bundle's files, once
 

@@ -9,7 +9,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -18,18 +17,21 @@ import pytest
 from support.fake_trees import plant
 from support.tiny_graphs import CONTEXT, HIDDEN, VOCAB, tiny_bundle
 
-from bench.measure import bursts
+from bench.measure.bursts import take_bursts
 from bench.measure.options import BenchOptions
 from bench.measure.result import INVALID, Bursts
-from bench.measure.rounds import prompt_tokens
 from bench.measure.run import measure
-from bench.measure.worker import timed_pass, warm_up
-from bench.runtimes.peers import PeerError, read_peers
+from bench.measure.worker import timed_pass
+from bench.runtimes.peers import read_peers
 from export.bundle.genai import genai_config
 from export.bundle.manifest import DECODE_GRAPH, BundleManifest, read_manifest, write_manifest
+from export.engine import turns
 from export.engine.facts import file_facts
-from export.engine.onnxruntime import OrtDecoder
-from export.engine.worker import logits_of
+from export.engine.onnxruntime import OnnxRuntimeEngine
+from export.engine.opening import logits_in_process
+from export.engine.protocol import EngineOptions
+from export.engine.turns import random_tokens
+from export.engine.worker import warm_up
 from saap.base.errors import UserError
 from saap.base.gguf_header import GgufHeaderError, read_header
 from saap.base.interpreters import PEER_PYTHON, python_with
@@ -101,9 +103,9 @@ def genai_form(directory: Path, eos: list[int]) -> Path:
 
 def take_short_turns(specs: list[str], monkeypatch: pytest.MonkeyPatch) -> Bursts:
     for name, value in (("LOAD_S", 0.05), ("BURST_S", 0.001), ("MOST_LOADS", 4)):
-        monkeypatch.setattr(bursts, name, value)
+        monkeypatch.setattr(turns, name, value)
     plan = BenchOptions(threads=1, prompt=4, generate=12, warmup=2, ratio_time_s=60)
-    return bursts.take_turns(read_peers(specs, plan.positions, names=["a", "b"]), plan.settings()[0], plan)
+    return take_bursts(read_peers(specs, plan.positions, names=["a", "b"]), plan.settings()[0], plan)
 
 
 def test_genai_takes_turns_with_a_bundle(genai_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,15 +203,15 @@ def test_llama_cpp_steps_as_it_prefills(tmp_path: Path, llama_cpp_python: str) -
     code = f"""
 import json, itertools, numpy as np
 from pathlib import Path
-from export.engine.llama_cpp import LlamaCppDecoder
+from export.engine.llama_cpp import LlamaCppEngine
 from bench.measure.worker import timed_pass
 clock = map(float, itertools.count()).__next__
-decoder = LlamaCppDecoder(Path({str(path)!r}), 1, 40)
+decoder = LlamaCppEngine(Path({str(path)!r}), EngineOptions(1, 40))
 prompt = np.array([1, 5, 9, 7])
 stepped = [timed_pass(decoder, prompt, 12, clock).tokens for _ in range(2)]
 whole = []
 for n in range(13):
-    decoder.reset()
+    decoder.rewind(0)
     whole.append(int(np.argmax(decoder.prefill(np.array([1, 5, 9, 7, *whole])))))
 print(json.dumps([*stepped, whole, decoder.prefill(prompt).shape]))
 """
@@ -223,15 +225,15 @@ def test_logits_of_llama_cpp_are_those_of_its_steps(tmp_path: Path, llama_cpp_py
     path = tiny_gguf(tmp_path / "tiny.gguf")
     (peer,) = read_peers([f"llama.cpp:{path}"], 1)
     rows = np.array([[1, 5, 9, 7], [3, 3, 8, 2]])
-    found = logits_of("llama.cpp", peer.path, peer.python, rows, 1)
+    found = logits_in_process(peer.row, peer.path, 1)(rows)
     code = f"""
 import json, numpy as np
 from pathlib import Path
-from export.engine.llama_cpp import LlamaCppDecoder
-decoder = LlamaCppDecoder(Path({str(path)!r}), 1, 8)
+from export.engine.llama_cpp import LlamaCppEngine
+decoder = LlamaCppEngine(Path({str(path)!r}), EngineOptions(1, 8))
 told = []
 for row in {rows.tolist()!r}:
-    decoder.reset()
+    decoder.rewind(0)
     told.append([decoder.prefill(np.array(row[:1])).tolist(), *(decoder.step(token).tolist() for token in row[1:])])
 print(json.dumps(told))
 """
@@ -240,8 +242,8 @@ print(json.dumps(told))
     assert np.abs(found - np.array(json.loads(done.stdout))).max() < 0.02 * found.std()
     odd = tiny_gguf(tmp_path / "odd.gguf", architecture="nothing")
     (broken,) = read_peers([f"llama.cpp:{odd}"], 1)
-    with pytest.raises(UserError, match=r"gives no logits in llama.cpp: .*cannot load"):
-        logits_of("llama.cpp", broken.path, broken.python, rows, 1)
+    with pytest.raises(UserError, match=r"cannot be opened in llama.cpp: .*cannot load"):
+        logits_in_process(broken.row, broken.path, 1)(rows)
 
 
 def test_llama_cpp_beside_a_bundle(tmp_path: Path, llama_cpp_python: str) -> None:
@@ -260,24 +262,24 @@ def test_llama_cpp_beside_a_bundle(tmp_path: Path, llama_cpp_python: str) -> Non
 
 def test_genai_draws_what_the_graph_says_and_goes_on_past_an_end_of_text(genai_bundle: Path) -> None:
     pytest.importorskip("onnxruntime_genai")
-    from export.engine.genai import GenaiDecoder
+    from export.engine.genai import GenaiEngine
 
-    prompt = np.array(prompt_tokens(6, VOCAB, 0))
-    ours = timed_pass(OrtDecoder(genai_bundle, 1, 26, verify=False), prompt, 20, tick).tokens
+    prompt = np.array(random_tokens(6, VOCAB, 0))
+    ours = timed_pass(OnnxRuntimeEngine(genai_bundle, EngineOptions(1, 26)), prompt, 20, tick).tokens
     assert VOCAB - 1 not in ours  # genai would have suppressed it
-    decoder = GenaiDecoder(genai_bundle, 1, 26)
+    decoder = GenaiEngine(genai_bundle, EngineOptions(1, 26))
     warm_up(decoder, prompt, 4, tick)
     theirs = [timed_pass(decoder, prompt, 20, tick) for _ in range(2)]
     assert [done.tokens for done in theirs] == [ours] * 2 and len(theirs[0].token_s) == 20
     genai_form(genai_bundle, eos=ours[:1])
-    done = timed_pass(GenaiDecoder(genai_bundle, 1, 18), prompt, 12, tick)
+    done = timed_pass(GenaiEngine(genai_bundle, EngineOptions(1, 18)), prompt, 12, tick)
     assert len(done.tokens) == 13 and ours[0] not in done.tokens
 
 
 def test_genai_is_given_nothing_that_we_did_not_write(genai_bundle: Path) -> None:
     """A library that the configuration names would be loaded; it is not there, so genai would say so."""
     pytest.importorskip("onnxruntime_genai")
-    from export.engine.genai import GenaiDecoder
+    from export.engine.genai import GenaiEngine
 
     path = genai_bundle / "genai_config.json"
     config = json.loads(path.read_text())
@@ -285,10 +287,10 @@ def test_genai_is_given_nothing_that_we_did_not_write(genai_bundle: Path) -> Non
     path.write_text(json.dumps(config))
     write_manifest(genai_bundle, read_manifest(genai_bundle))
     prompt = np.arange(3)
-    ours = timed_pass(OrtDecoder(genai_bundle, 1, 18), prompt, 12, tick).tokens
-    assert timed_pass(GenaiDecoder(genai_bundle, 1, 18), prompt, 12, tick).tokens == ours
+    ours = timed_pass(OnnxRuntimeEngine(genai_bundle, EngineOptions(1, 18)), prompt, 12, tick).tokens
+    assert timed_pass(GenaiEngine(genai_bundle, EngineOptions(1, 18)), prompt, 12, tick).tokens == ours
     (genai_bundle / "bundle.json").unlink()  # now it is the folder of somebody's model builder
-    assert timed_pass(GenaiDecoder(genai_bundle, 1, 18), prompt, 12, tick).tokens == ours
+    assert timed_pass(GenaiEngine(genai_bundle, EngineOptions(1, 18)), prompt, 12, tick).tokens == ours
 
 
 def test_genai_of_a_bundle_has_the_manifest_s_facts(genai_bundle: Path) -> None:
@@ -323,7 +325,7 @@ def test_peers_decode_like_generate(kind: str, tiny_model: Callable[..., Path], 
         shutil.copy(model / "config.json", path)
     (peer,) = read_peers([f"{kind}:{path}"], 12)
     assert (peer.kind, peer.vocab_size, peer.bundle_hash is None) == (kind, 320, kind == "torch")
-    decoder, prompt = import_module(peer.runtime).load(peer.path, 1, 32), np.array([3, 1, 4, 1, 5])
+    decoder, prompt = peer.job(1, 32).open(), np.array([3, 1, 4, 1, 5])
     done = [timed_pass(decoder, prompt, 7, tick).tokens for _ in range(2)]
     expected = AutoModelForCausalLM.from_pretrained(model).generate(
         torch.from_numpy(prompt)[None], max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0
@@ -353,8 +355,8 @@ def test_same_directory_twice_gets_two_names(tmp_path: Path) -> None:
 
 def test_torch_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 8}))
-    monkeypatch.setattr("bench.runtimes.peers.find_spec", lambda name: None)
-    with pytest.raises(PeerError, match=r"pip install 'saap\[prune\]'"):
+    monkeypatch.setattr("export.engine.table.absent", list)
+    with pytest.raises(UserError, match=r"pip install 'saap\[prune\]'"):
         read_peers([f"torch:{tmp_path}"], 8)
 
 

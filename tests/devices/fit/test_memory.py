@@ -47,12 +47,13 @@ def test_memory_against_what_was_measured(model: Model, filled: int, private: fl
 
 
 RESIDENT = """
-import sys, numpy
+import pathlib, sys, numpy
 from bench.measure.memory import resident_split
-from export.engine.onnxruntime import OrtDecoder
+from export.engine.onnxruntime import OnnxRuntimeEngine
+from export.engine.protocol import EngineOptions
 import onnxruntime
 libraries = resident_split().file
-decoder = OrtDecoder(sys.argv[1], 1, int(sys.argv[2]), verify=False)
+decoder = OnnxRuntimeEngine(pathlib.Path(sys.argv[1]), EngineOptions(1, int(sys.argv[2])))
 decoder.prefill(numpy.arange(int(sys.argv[3])) % 1000 + 5)
 for _ in range(8):
     decoder.step(7)

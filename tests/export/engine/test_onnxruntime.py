@@ -11,8 +11,9 @@ from support.edited import edited
 from support.tiny_graphs import CONTEXT, VOCAB, tiny_bundle
 
 from export.bundle.manifest import BundleError
-from export.bundle.tokenizer import RunError
-from export.engine.onnxruntime import DecoderError, OrtDecoder
+from export.engine.onnxruntime import OnnxRuntimeEngine
+from export.engine.opening import open_engine
+from export.engine.protocol import EngineError, EngineOptions
 from export.engine.scoring import BundleScorer, next_token_logprobs
 
 IDS = np.random.default_rng(3).integers(VOCAB, size=20)
@@ -24,8 +25,8 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_prefills_and_steps_equal_one_longer_prefill(bundle: Path) -> None:
-    whole = OrtDecoder(bundle, 1, 32, verify=False).prefill(IDS).copy()
-    stepped = OrtDecoder(bundle, 1, 64)
+    whole = OnnxRuntimeEngine(bundle, EngineOptions(1, 32)).prefill(IDS).copy()
+    stepped = OnnxRuntimeEngine(bundle, EngineOptions(1, 64))
     stepped.prefill(IDS[:7])
     stepped.prefill(IDS[7:12])
     for token in IDS[12:]:
@@ -37,16 +38,16 @@ def test_prefills_and_steps_equal_one_longer_prefill(bundle: Path) -> None:
 
 @pytest.mark.parametrize("piece", [1, 7, 10, 19, 20, 21])
 def test_a_long_prompt_is_read_in_pieces(bundle: Path, monkeypatch: pytest.MonkeyPatch, piece: int) -> None:
-    decoder = OrtDecoder(bundle, 1, 32, verify=False)
+    decoder = OnnxRuntimeEngine(bundle, EngineOptions(1, 32))
     whole = decoder.prefill(IDS).copy()
     runs = []
     run = decoder._run
     monkeypatch.setattr("export.engine.onnxruntime.PREFILL_CHUNK", piece)
     monkeypatch.setattr(decoder, "_run", lambda ids: runs.append(ids.shape[1]) or run(ids))
-    decoder.reset()
+    decoder.rewind(0)
     np.testing.assert_allclose(decoder.prefill(IDS), whole, atol=2e-5)
     assert sum(runs) == len(IDS) == decoder.length and max(runs) == min(piece, len(IDS))
-    with pytest.raises(DecoderError, match="holds 32 positions and 40 are needed"):
+    with pytest.raises(EngineError, match="holds 32 positions and 40 are needed"):
         decoder.prefill(IDS)
     assert decoder.length == len(IDS)  # no piece of a prompt that does not fit was read
 
@@ -60,16 +61,16 @@ def test_scoring_gives_every_position(bundle: Path, tmp_path: Path) -> None:
     np.testing.assert_allclose(scorer.logits(rows)[0], every, atol=2e-5)
     shutil.copytree(bundle, tmp_path, dirs_exist_ok=True)
     (tmp_path / "scoring.onnx").unlink()
-    with pytest.raises(RunError, match=r"no scoring\.onnx"):
+    with pytest.raises(EngineError, match=r"no scoring\.onnx"):
         BundleScorer(tmp_path)
-    decoder = OrtDecoder(bundle, 1, 32, verify=False)
+    decoder = OnnxRuntimeEngine(bundle, EngineOptions(1, 32))
     for i in (1, 9, 20):
-        decoder.reset()
+        decoder.rewind(0)
         np.testing.assert_allclose(every[i - 1], decoder.prefill(IDS[:i]), atol=2e-5)
 
 
 def test_past_and_present_share_one_buffer(bundle: Path) -> None:
-    decoder = OrtDecoder(bundle, 1, 32, verify=False)
+    decoder = OnnxRuntimeEngine(bundle, EngineOptions(1, 32))
     assert decoder._session.get_session_options().intra_op_num_threads == 1
     decoder.prefill(IDS)
     cache = {part.past: value for part, value in decoder._kv}
@@ -84,10 +85,10 @@ def test_a_rewound_sequence_continues_as_if_nothing_had_followed(bundle: Path, t
     """A portable bundle cannot write into its past; the tiny graph can be run that way too."""
     shutil.copytree(bundle, tmp_path, dirs_exist_ok=True)
     edited(tmp_path / "bundle.json", target=target)
-    decoder, shared = OrtDecoder(tmp_path, 1, 32), OrtDecoder(bundle, 1, 32)
+    decoder, shared = OnnxRuntimeEngine(tmp_path, EngineOptions(1, 32)), OnnxRuntimeEngine(bundle, EngineOptions(1, 32))
     whole = decoder.prefill(IDS).copy()  # of a fresh cache; all later ones find an old sequence in it
     for kept in (7, 0):
-        decoder.reset()
+        decoder.rewind(0)
         decoder.prefill(IDS[:7])
         decoder.prefill(IDS[10:15])
         decoder.step(3)
@@ -97,7 +98,7 @@ def test_a_rewound_sequence_continues_as_if_nothing_had_followed(bundle: Path, t
     shared.prefill(IDS)
     np.testing.assert_allclose(decoder.step(5), shared.step(5), atol=2e-5)
     decoder.rewind(20)
-    with pytest.raises(DecoderError, match="21 positions cannot be kept: give 0 to 20, which are in use"):
+    with pytest.raises(EngineError, match="21 positions cannot be kept: give 0 to 20, which are in use"):
         decoder.rewind(21)
 
 
@@ -115,14 +116,14 @@ CORES = len(os.sched_getaffinity(0))
     ],
 )
 def test_context_and_threads_are_refused(bundle: Path, threads: int, length: int, message: str) -> None:
-    with pytest.raises(DecoderError, match=message):
-        OrtDecoder(bundle, threads, length)
+    with pytest.raises(EngineError, match=message):
+        OnnxRuntimeEngine(bundle, EngineOptions(threads, length))
 
 
 def test_full_cache_is_refused(bundle: Path) -> None:
-    decoder = OrtDecoder(bundle, 1, 4, verify=False)
+    decoder = OnnxRuntimeEngine(bundle, EngineOptions(1, 4))
     decoder.prefill(IDS[:4])
-    with pytest.raises(DecoderError, match="holds 4 positions and 5 are needed"):
+    with pytest.raises(EngineError, match="holds 4 positions and 5 are needed"):
         decoder.step(1)
 
 
@@ -132,17 +133,17 @@ def test_changed_weights_broken_graphs_and_other_targets_are_refused(bundle: Pat
     kept = weights.read_bytes()
     weights.write_bytes(b"\x01" + kept[1:])
     with pytest.raises(BundleError, match=r"model\.onnx\.data does not match"):
-        OrtDecoder(tmp_path, 1, 8)
+        open_engine(tmp_path, EngineOptions(1, 8))
     weights.write_bytes(kept)
     graph.write_bytes(b"not a graph")
     with pytest.raises(BundleError, match="is not an ONNX file"):
-        OrtDecoder(tmp_path, 1, 8, verify=False)
+        OnnxRuntimeEngine(tmp_path, EngineOptions(1, 8))
     model = onnx.load(bundle / "model.onnx", load_external_data=False)
     model.graph.node[0].op_type = "NoSuchOperator"
     onnx.save(model, graph)
-    with pytest.raises(DecoderError, match="cannot load") as caught:
-        OrtDecoder(tmp_path, 1, 8, verify=False)
+    with pytest.raises(EngineError, match="cannot load") as caught:
+        OnnxRuntimeEngine(tmp_path, EngineOptions(1, 8))
     assert "\n" not in str(caught.value)
     edited(tmp_path / "bundle.json", target="cuda")
-    with pytest.raises(DecoderError, match="bundle for cuda"):
-        OrtDecoder(tmp_path, 1, 8, verify=False)
+    with pytest.raises(EngineError, match="bundle for cuda"):
+        OnnxRuntimeEngine(tmp_path, EngineOptions(1, 8))

@@ -6,14 +6,13 @@ from support.cuts import cut
 from support.export_cases import IDS, UNEVEN
 from support.exported import export_bundle, export_portable
 
-from bench.runtimes import openvino as runtime
 from bench.runtimes.peers import PeerError, read_peers
 from export.bundle.manifest import BundleError, read_manifest, verify_files
-from export.engine.onnxruntime import OrtDecoder
+from export.engine.onnxruntime import OnnxRuntimeEngine
+from export.engine.opening import logits_in_process
+from export.engine.protocol import EngineError, EngineOptions
 from export.engine.scoring import BundleScorer
-from export.engine.session import DecoderError
-from export.engine.table import Placed
-from export.engine.worker import logits_of
+from export.engine.spec import BundleSpec
 from saap.prune.plan import PrunePlan
 
 openvino = pytest.importorskip("openvino")
@@ -33,7 +32,8 @@ def greedy(decoder, count):
 def test_every_family_in_float32_says_what_onnxruntime_says(family, tiny_family, tmp_path):
     export_bundle(tiny_family(family), tmp_path / "bundle", bits=32)
     (theirs, last), (ours, expected) = (
-        greedy(kind(tmp_path / "bundle", 1, 48), 32) for kind in (module.OpenVinoDecoder, OrtDecoder)
+        greedy(kind(tmp_path / "bundle", EngineOptions(1, 48)), 32)
+        for kind in (module.OpenVinoEngine, OnnxRuntimeEngine)
     )
     assert theirs == ours
     assert np.abs(last - expected).max() <= 1e-3
@@ -42,7 +42,8 @@ def test_every_family_in_float32_says_what_onnxruntime_says(family, tiny_family,
 def test_a_window_slides_in_openvino_too(tiny_family, tmp_path):
     export_bundle(tiny_family("mistral", sliding_window=6), tmp_path / "bundle", bits=32)
     (theirs, last), (ours, expected) = (
-        greedy(kind(tmp_path / "bundle", 1, 48), 32) for kind in (module.OpenVinoDecoder, OrtDecoder)
+        greedy(kind(tmp_path / "bundle", EngineOptions(1, 48)), 32)
+        for kind in (module.OpenVinoEngine, OnnxRuntimeEngine)
     )
     assert theirs == ours and np.abs(last - expected).max() <= 1e-3
 
@@ -66,10 +67,10 @@ def test_uneven_integers_mean_the_same(uneven):
     assert (peer.kind, peer.name) == ("openvino", "uneven@openvino")
     assert peer.bundle_hash == verify_files(uneven).content_hash
     rows = IDS.numpy()
-    theirs = logits_of("openvino", peer.path, peer.python, rows, 1)
+    theirs = logits_in_process(peer.row, peer.path, 1)(rows)
     ours = BundleScorer(uneven).logits(rows)
     assert theirs.shape == ours.shape and nll(theirs, rows) == pytest.approx(nll(ours, rows), rel=0.01)
-    decoder = module.OpenVinoDecoder(uneven, 1, 64)
+    decoder = module.OpenVinoEngine(uneven, EngineOptions(1, 64))
     last = [decoder.prefill(rows[0, :5])] and decoder.prefill(rows[0, 5:])  # a prompt in two pieces
     assert np.abs(last - theirs[0, -1]).max() <= rounding(decoder)
 
@@ -80,21 +81,22 @@ def rounding(decoder):
 
 
 def test_the_cache_goes_back_and_starts_again(uneven):
-    decoder, prompt = module.OpenVinoDecoder(uneven, 2, 64), IDS[0].numpy()
+    decoder, prompt = module.OpenVinoEngine(uneven, EngineOptions(2, 64)), IDS[0].numpy()
     expected = np.array(decoder.prefill(prompt))
     decoder.step(3)
     decoder.rewind(10)
     assert np.abs(decoder.prefill(prompt[10:]) - expected).max() <= rounding(decoder)
-    decoder.reset()
+    decoder.rewind(0)
     assert np.abs(decoder.prefill(prompt) - expected).max() <= rounding(decoder)
-    with pytest.raises(DecoderError, match="the cache holds 64 positions and 65 are needed"):
+    with pytest.raises(EngineError, match="the cache holds 64 positions and 65 are needed"):
         decoder.prefill(np.arange(65 - len(prompt)))
 
 
 def test_its_facts_are_told(uneven):
-    told = runtime.facts(module.OpenVinoDecoder(uneven, 1, 64))
-    assert told.versions["openvino"].startswith("20") and "KV_CACHE_PRECISION" in told.versions["openvino options"]
-    assert told.model.bits == 4 and told.model.kv_bytes_per_token == verify_files(uneven).kv_bytes_per_token
+    engine = module.OpenVinoEngine(uneven, EngineOptions(1, 64))
+    versions = engine.versions()
+    assert versions["openvino"].startswith("20") and "KV_CACHE_PRECISION" in versions["openvino options"]
+    assert engine.facts() is None  # the manifest has them
 
 
 def test_a_directory_of_openvino_s_own_format_is_a_peer(uneven, tiny_model, tmp_path):
@@ -110,11 +112,11 @@ def test_a_directory_of_openvino_s_own_format_is_a_peer(uneven, tiny_model, tmp_
     (place / "config.json").write_text('{"vocab_size": 320, "max_position_embeddings": 64}')
     (peer,) = read_peers([f"openvino:{place}"], 32)
     assert peer.name == "ir (openvino)"
-    own = OrtDecoder(tmp_path / "plain", 1, 64).prefill(IDS[0].numpy())
-    ir = module.OpenVinoDecoder(peer.path, 1, 64)
+    own = OnnxRuntimeEngine(tmp_path / "plain", EngineOptions(1, 64)).prefill(IDS[0].numpy())
+    ir = module.OpenVinoEngine(peer.path, EngineOptions(1, 64))
     most = max(1e-2 * own.std(), rounding(ir))  # floats of an IR are stored as float16
     assert np.abs(ir.prefill(IDS[0].numpy()) - own).max() <= most
-    assert runtime.facts(ir).model.model_bytes > 10_000
+    assert ir.facts().model_bytes > 10_000
     with pytest.raises(PeerError, match="65 tokens of context do not fit"):
         read_peers([f"openvino:{place}"], 65)
     with pytest.raises(PeerError, match=r"there is no openvino_model\.xml in .*uneven; give .* BUNDLE@openvino"):
@@ -124,6 +126,9 @@ def test_a_directory_of_openvino_s_own_format_is_a_peer(uneven, tiny_model, tmp_
 def test_what_openvino_does_not_read_is_refused(tiny_model, tmp_path):
     export_bundle(tiny_model(), tmp_path / "int8", ids=IDS, kv_bits=8)
     export_bundle(tiny_model(), tmp_path / "cuda", target="cuda")
-    for name, made in (("int8", "cpu with a int8 cache"), ("cuda", "cuda with a float16 cache")):
-        with pytest.raises(BundleError, match=f"is for {made}; OpenVINO reads bundles of --target cpu with --kv 32"):
-            Placed.of(f"{tmp_path / name}@openvino").file()
+    for name, reason in (
+        ("int8", r"has an int8 cache \(--kv 8\), and openvino does not read that: leave openvino out"),
+        ("cuda", "is for cuda: openvino reads bundles of --target cpu"),
+    ):
+        with pytest.raises(BundleError, match=reason):
+            BundleSpec.of(f"{tmp_path / name}@openvino").source(read_manifest(tmp_path / name))

@@ -17,12 +17,13 @@ WIDEST, LAYERS = 2048, 8
 TOKENS = 4 * PREFILL_CHUNK
 TENSOR = 4 * PREFILL_CHUNK * WIDEST  # bytes of gate or up of the widest layer, of one piece
 OURS = """
-import sys, numpy, psutil
-from export.engine.onnxruntime import OrtDecoder
-decoder = OrtDecoder(sys.argv[1], 1, int(sys.argv[2]) + 8)
+import pathlib, sys, numpy, psutil
+from export.engine.onnxruntime import OnnxRuntimeEngine
+from export.engine.protocol import EngineOptions
+decoder = OnnxRuntimeEngine(pathlib.Path(sys.argv[1]), EngineOptions(1, int(sys.argv[2]) + 8))
 before = psutil.Process().memory_info().rss
 for _ in range(3):
-    decoder.reset()
+    decoder.rewind(0)
     decoder.prefill(numpy.arange(int(sys.argv[2])) % 200)
     decoder.step(1)
 print(psutil.Process().memory_info().rss - before)

@@ -7,7 +7,8 @@ import pytest
 from support.tiny_graphs import tiny_bundle
 
 from export.bundle.manifest import BundleError
-from export.engine.onnxruntime import OrtDecoder
+from export.engine.onnxruntime import OnnxRuntimeEngine
+from export.engine.protocol import EngineOptions
 
 
 def test_weights_outside_the_folder_are_refused_before_a_session_is_made(tmp_path):
@@ -17,4 +18,4 @@ def test_weights_outside_the_folder_are_refused_before_a_session_is_made(tmp_pat
     shutil.move(data, outside)
     Path(data).symlink_to(outside)
     with pytest.raises(BundleError, match="outside"):
-        OrtDecoder(bundle, 1, 16, verify=False)
+        OnnxRuntimeEngine(bundle, EngineOptions(1, 16))

@@ -7,7 +7,8 @@ from support.exported import export_bundle
 from support.scripted_decoder import ScriptedDecoder, bpe_directory
 
 from export.bundle.tokenizer import BundleTokenizer, RunError
-from export.engine.onnxruntime import OrtDecoder
+from export.engine.onnxruntime import OnnxRuntimeEngine
+from export.engine.protocol import EngineOptions
 from export.generate.chat import Conversation
 from export.generate.loop import AnswerSettings
 
@@ -61,7 +62,7 @@ def test_only_the_new_turn_is_read(tmp_path):
     assert talk.held_ids == [*whole(tokenizer, expected), *drawn]  # the end-of-text id was drawn, not read
     # The first turn and its answer were in the cache; its end-of-text id is the first that was not.
     assert second.read_tokens == second.prompt_tokens - first.prompt_tokens - (first.tokens - 1)
-    assert talk._sequence.decoder.read == [first.prompt_tokens, second.read_tokens]
+    assert talk._sequence.engine.read == [first.prompt_tokens, second.read_tokens]
 
 
 def test_a_template_that_rewrites_is_read_again_from_where_it_differs(tmp_path):
@@ -71,7 +72,7 @@ def test_a_template_that_rewrites_is_read_again_from_where_it_differs(tmp_path):
     list(second)
     assert second.prompt_ids == whole(tokenizer, talk.messages)
     length = second.prompt_tokens
-    assert talk.held_ids[:length] == second.prompt_ids == talk._sequence.decoder.seen[:length]
+    assert talk.held_ids[:length] == second.prompt_ids == talk._sequence.engine.seen[:length]
     assert second.read_tokens > second.prompt_tokens // 2
 
 
@@ -84,9 +85,9 @@ def test_the_answer_after_two_turns_is_that_of_a_fresh_prompt(tiny_model, tmp_pa
         return ["".join(talk.ask(turn)) for turn in turns]
 
     turns = ["The fox", "And the dog?", "Why"]
-    talk = Conversation(OrtDecoder(tmp_path / "bundle", 1, 256), tokenizer, AnswerSettings(9))
+    talk = Conversation(OnnxRuntimeEngine(tmp_path / "bundle", EngineOptions(1, 256)), tokenizer, AnswerSettings(9))
     found = answers(talk, turns)
-    fresh = Conversation(OrtDecoder(tmp_path / "bundle", 1, 256), tokenizer, AnswerSettings(9))
+    fresh = Conversation(OnnxRuntimeEngine(tmp_path / "bundle", EngineOptions(1, 256)), tokenizer, AnswerSettings(9))
     fresh.messages = talk.messages[:-1]
     last = fresh.ask(turns[-1])
     assert "".join(last) == found[-1]
@@ -110,7 +111,7 @@ def test_reset_keeps_the_system_prompt_in_the_cache(tmp_path):
 def test_an_answer_is_stopped_while_a_long_turn_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr("export.generate.loop.PREFILL_CHUNK", 4)
     tokenizer, talk = conversation(tmp_path, APPENDS, ["The quick brown fox", "x"])
-    decoder, reads = talk._sequence.decoder, []
+    decoder, reads = talk._sequence.engine, []
     read = decoder.prefill
 
     def stopped(ids):

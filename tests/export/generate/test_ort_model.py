@@ -7,8 +7,8 @@ from support.exported import export_bundle, export_portable
 
 from export.bundle.manifest import BundleError
 from export.bundle.tokenizer import RunError
-from export.engine.onnxruntime import OrtDecoder
-from export.engine.session import DecoderError
+from export.engine.onnxruntime import OnnxRuntimeEngine
+from export.engine.protocol import EngineError, EngineOptions
 from export.generate.ort_model import CACHE, CAPACITY_STEP, BundleForCausalLM
 from saap.models.checkpoint import load_model
 from saap.prune.plan import LayerPlan, PrunePlan
@@ -132,7 +132,7 @@ def test_no_bundle_and_a_damaged_one_are_refused(slim, tmp_path):
         BundleForCausalLM.from_bundle(tmp_path / "bundle")
     with pytest.raises(BundleError, match="is not an ONNX file"):
         BundleForCausalLM.from_bundle(tmp_path / "bundle", verify=False)
-    with pytest.raises(DecoderError, match="10000 threads cannot be used: this process has"):
+    with pytest.raises(EngineError, match="10000 threads cannot be used: this process has"):
         BundleForCausalLM.from_bundle(tmp_path / "bundle", threads=10_000, verify=False)
 
 
@@ -148,7 +148,7 @@ def test_text_generation_pipeline(pair, tiny_tokenizer):
 
 def test_four_bits_draw_what_the_decoder_that_is_measured_draws(slim, tmp_path):
     export_bundle(slim, tmp_path / "bundle")
-    decoder, ours = OrtDecoder(tmp_path / "bundle", 1, 64), []
+    decoder, ours = OnnxRuntimeEngine(tmp_path / "bundle", EngineOptions(1, 64)), []
     logits = decoder.prefill(IDS[0].numpy())
     for _ in range(16):
         ours.append(int(logits.argmax()))

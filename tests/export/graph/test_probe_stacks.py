@@ -12,8 +12,9 @@ pytest.importorskip("onnx_ir")
 
 from support.exported import export_bundle
 
-from bench.costs.worker import PlacedDecoder
+from bench.costs.worker import UnfilledStack
 from export.bundle.manifest import WEIGHTS, BundleError, read_manifest
+from export.engine.protocol import EngineOptions
 from export.graph.probe_model import LEAST_LAYERS, read_probe_model
 from export.graph.probe_stacks import ProbeStack, stack_layers, stacks_of, write_probe_stacks
 from saap.base.errors import UserError
@@ -114,7 +115,7 @@ def test_every_stack_runs_and_all_share_one_file(tmp_path: Path) -> None:
     assert len(stacks) == len(stacks_of(source)) == seen[-1][0] == seen[-1][1]
     heads = []
     for path in stacks:
-        decoder = PlacedDecoder(path, 1, 40)  # checks the hashes too
+        decoder = UnfilledStack(path, EngineOptions(1, 40))
         decoder.place(31)
         logits = decoder.step(5)
         said = logits[logits > -1000]

@@ -7,8 +7,9 @@ from support.exported import export_bundle
 from support.family_cuts import cut
 from support.genai_run import greedy
 
-from export.engine.onnxruntime import OrtDecoder
-from export.generate.loop import HeldSequence
+from export.engine.onnxruntime import OnnxRuntimeEngine
+from export.engine.protocol import EngineOptions
+from export.generate.loop import CachedSequence
 from export.generate.ort_model import BundleForCausalLM
 from saap.models.architectures import shape_of
 from saap.models.checkpoint import load_model, read_config
@@ -34,8 +35,8 @@ def slim(tiny_family, tmp_path):
 
 
 def test_a_conversation_goes_on_where_it_was_and_can_go_back(slim):
-    model, decoder = load_model(slim[0]), OrtDecoder(slim[1], 1, 256)
-    held, ids = HeldSequence(decoder), [5, 6, 7, 8]
+    model, decoder = load_model(slim[0]), OnnxRuntimeEngine(slim[1], EngineOptions(1, 256))
+    held, ids = CachedSequence(decoder), [5, 6, 7, 8]
     for turn in range(3):  # the third is beyond the window
         logits, read = held.continue_to(ids, lambda: False)
         assert read == (4 if turn == 0 else 3)

@@ -12,8 +12,9 @@ from support.genai_run import greedy
 
 from bench.costs.fit import read_stacks
 from export.bundle.manifest import read_manifest
-from export.engine.onnxruntime import OrtDecoder
-from export.generate.loop import HeldSequence
+from export.engine.onnxruntime import OnnxRuntimeEngine
+from export.engine.protocol import EngineOptions
+from export.generate.loop import CachedSequence
 from export.generate.ort_model import BundleForCausalLM
 from export.graph.probe_model import read_probe_model
 from export.graph.probe_stacks import write_probe_stacks
@@ -55,8 +56,8 @@ def slim(request, dense, family, tmp_path):
 
 def test_a_conversation_goes_on_where_it_was_and_another_starts_anew(slim):
     """Three turns, each longer than the last; then one that differs early, which no state can go back to."""
-    model, decoder = load_model(slim[0]), OrtDecoder(slim[1], 1, 256)
-    held, ids = HeldSequence(decoder), [5, 6, 7, 8]
+    model, decoder = load_model(slim[0]), OnnxRuntimeEngine(slim[1], EngineOptions(1, 256))
+    held, ids = CachedSequence(decoder), [5, 6, 7, 8]
     for turn in range(3):
         logits, read = held.continue_to(ids, lambda: False)
         assert read == (4 if turn == 0 else 3)
@@ -110,6 +111,6 @@ def test_stacks_for_costs_have_other_mixers_in_the_place_of_attention(dense, fam
     assert (options[0].query_heads, sizes[0]) == (3, 0)
     assert [size for size in sizes if size] == ([32, 64, 96] if field == "conv" else [1, 2, 3])
     for stack, option in zip(stacks, options, strict=True):
-        decoder = OrtDecoder(stack, 1, 16)
+        decoder = OnnxRuntimeEngine(stack, EngineOptions(1, 16))
         assert np.isfinite(decoder.prefill(np.array([3, 4]))).all(), option
         assert np.isfinite(decoder.step(5)).all(), option

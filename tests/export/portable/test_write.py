@@ -28,7 +28,8 @@ from support.references import reference_model, streamed_logits
 from support.slim_integers import with_zero_points
 
 from export.bundle.manifest import read_manifest
-from export.engine.onnxruntime import OrtDecoder
+from export.engine.onnxruntime import OnnxRuntimeEngine
+from export.engine.protocol import EngineOptions
 from export.engine.scoring import BundleScorer, empty_past
 from export.source import Precision
 from saap.base.errors import UserError
@@ -177,7 +178,7 @@ def test_optimum_where_it_can(tiny_model, tmp_path):
     assert manifest.lineage["graph_writer"] == "optimum"
     assert {n.domain for n in onnx.load(tmp_path / "bundle/model.onnx").graph.node} <= {"", "ai.onnx"}
     expected = logits_of(load_model(path), IDS)
-    decoder, row = OrtDecoder(tmp_path / "bundle", 1, 48), IDS[0].numpy()
+    decoder, row = OnnxRuntimeEngine(tmp_path / "bundle", EngineOptions(1, 48)), IDS[0].numpy()
     assert np.abs(decoder.prefill(row[:17]) - expected[0, 16]).max() <= 1e-3
     for position in range(17, 24):
         assert np.abs(decoder.step(int(row[position])) - expected[0, position]).max() <= 1e-3

@@ -9,7 +9,8 @@ import torch
 from support import llama_cpp_run
 from support.exported import export_bundle
 
-from export.engine.onnxruntime import OrtDecoder
+from export.engine.onnxruntime import OnnxRuntimeEngine
+from export.engine.protocol import EngineOptions
 from export.gguf.write import export_gguf
 from export.write import SPELT
 from saap.base.errors import UserError
@@ -70,7 +71,8 @@ def test_it_is_a_plain_model_of_the_kept_words(models_of, chosen, tmp_path):
         expected = load_model(dense)(input_ids=torch.tensor(words)[rows]).logits[..., words]
     assert torch.equal(found, expected)
     manifest = export_bundle(slim, tmp_path / "bundle", bits=32, ids=rows)
-    assert np.abs(OrtDecoder(tmp_path / "bundle", 1, 64).prefill(rows[0].numpy()) - found[0, -1].numpy()).max() < 1e-4
+    logits = OnnxRuntimeEngine(tmp_path / "bundle", EngineOptions(1, 64)).prefill(rows[0].numpy())
+    assert np.abs(logits - found[0, -1].numpy()).max() < 1e-4
     assert manifest.vocab_size == len(words) and not manifest.words
     export_bundle(slim, tmp_path / "portable", bits=32, target="portable", ids=rows)
     export_gguf(slim, tmp_path / "model.gguf", kind="F32")

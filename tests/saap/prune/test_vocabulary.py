@@ -10,7 +10,8 @@ import torch
 from support.exported import export_bundle
 from support.unicode_texts import texts
 
-from export.engine.onnxruntime import OrtDecoder
+from export.engine.onnxruntime import OnnxRuntimeEngine
+from export.engine.protocol import EngineOptions
 from export.engine.scoring import BundleScorer
 from export.generate.ort_model import BundleForCausalLM
 from export.gguf.write import export_gguf
@@ -68,7 +69,7 @@ def test_logits_of_kept_words_are_those_of_the_dense_model(models_of):
     assert (found[..., gone] == GONE).all()
     by_graph = BundleScorer(bundle).logits(IDS.numpy())
     assert np.abs(by_graph - found.numpy()).max() <= 1e-4
-    decoder = OrtDecoder(bundle, 1, 64)
+    decoder = OnnxRuntimeEngine(bundle, EngineOptions(1, 64))
     assert np.abs(decoder.prefill(IDS[0].numpy()) - found[0, -1].numpy()).max() <= 1e-4
 
 

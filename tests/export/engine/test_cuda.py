@@ -13,11 +13,12 @@ from support.fake_gpu import CPU, CUDA, Machine
 from support.tiny_graphs import CONTEXT, VOCAB, tiny_bundle
 
 from bench.measure.worker import timed_pass
-from bench.runtimes.cuda import CudaDecoder, gpu_session
-from bench.runtimes.decoders import make_decoder
 from export.bundle.manifest import BundleError, read_manifest
-from export.engine.onnxruntime import OrtDecoder
-from export.engine.session import DecoderError, check_provider
+from export.engine import onnxruntime as module
+from export.engine.cuda import CudaEngine, gpu_session
+from export.engine.onnxruntime import OnnxRuntimeEngine
+from export.engine.protocol import EngineError, EngineOptions
+from export.engine.session import check_provider
 
 IDS = np.random.default_rng(3).integers(VOCAB, size=20)
 
@@ -34,17 +35,17 @@ def bundle(tmp_path: Path) -> Callable[[str], Path]:
     return make
 
 
-def gpu_decoder(path: Path, length: int = 32, machine: Machine | None = None) -> tuple[CudaDecoder, Machine]:
+def gpu_decoder(path: Path, length: int = 32, machine: Machine | None = None) -> tuple[CudaEngine, Machine]:
     machine = machine or Machine()
-    return CudaDecoder(path, 1, length, runtime=machine), machine
+    return CudaEngine(path, EngineOptions(1, length), machine), machine
 
 
 def test_cuda_computes_what_the_cpu_does(bundle) -> None:
-    reference = OrtDecoder(bundle("cpu"), 1, 32)
+    reference = OnnxRuntimeEngine(bundle("cpu"), EngineOptions(1, 32))
     decoder, _ = gpu_decoder(bundle("cuda"))
     for prompt in (IDS[5:17], IDS[:7]):
-        reference.reset()
-        decoder.reset()
+        reference.rewind(0)
+        decoder.rewind(0)
         np.testing.assert_allclose(decoder.prefill(prompt), reference.prefill(prompt), atol=2e-5)
         np.testing.assert_allclose(decoder.prefill(IDS[:3]), reference.prefill(IDS[:3]), atol=2e-5)
         for token in (5, 17, 90, 2):
@@ -94,11 +95,11 @@ def test_the_gpu_is_waited_for_before_the_clock_is_read(bundle) -> None:
 def test_full_cache_and_empty_prompt_are_refused(bundle) -> None:
     decoder, _ = gpu_decoder(bundle("cuda"), length=4)
     decoder.prefill(IDS[:4])
-    with pytest.raises(DecoderError, match="holds 4 positions and 5 are needed"):
+    with pytest.raises(EngineError, match="holds 4 positions and 5 are needed"):
         decoder.step(1)
-    with pytest.raises(DecoderError, match="an empty prompt"):
+    with pytest.raises(EngineError, match="an empty prompt"):
         decoder.prefill(IDS[:0])
-    with pytest.raises(DecoderError, match=f"1 to {CONTEXT}"):
+    with pytest.raises(EngineError, match=f"1 to {CONTEXT}"):
         gpu_decoder(bundle("cuda"), length=CONTEXT + 1)
 
 
@@ -114,47 +115,47 @@ def test_what_the_gpu_refuses_is_one_line(bundle, monkeypatch) -> None:
     decoder, _ = gpu_decoder(path, machine=machine)
     monkeypatch.setattr(machine.sessions[0], "run_with_iobinding", refuse("CUDA failure 209: no kernel image"))
     with pytest.raises(
-        DecoderError, match=r"provider cuda failed: CUDA failure 209: no kernel image; .*Jetson"
+        EngineError, match=r"provider cuda failed: CUDA failure 209: no kernel image; .*Jetson"
     ) as caught:
         decoder.prefill(IDS[:3])
     assert "\n" not in str(caught.value)
     monkeypatch.setattr(machine, "put", refuse("CUDA failure 2: out of memory"))
-    with pytest.raises(DecoderError, match=r"cache of 32 positions cannot be made on the GPU \(.*out of memory\)"):
+    with pytest.raises(EngineError, match=r"cache of 32 positions cannot be made on the GPU \(.*out of memory\)"):
         gpu_decoder(path, machine=machine)
 
 
 def test_a_bundle_for_the_cpu_is_refused(bundle) -> None:
-    with pytest.raises(DecoderError, match="bundle for cpu, which the provider cuda does not run") as caught:
-        make_decoder(bundle("cpu"), 1, 16, "cuda")
+    with pytest.raises(EngineError, match="bundle for cpu, which the provider cuda does not run") as caught:
+        module.open(bundle("cpu"), EngineOptions(1, 16, provider="cuda"))
     assert "\n" not in str(caught.value)
 
 
 def test_the_cpu_has_its_own_decoder_and_a_gpu_another(bundle, monkeypatch) -> None:
-    decoder = make_decoder(bundle("cpu"), 1, 16)
-    assert type(decoder) is OrtDecoder and decoder.prefill(IDS[:3]).shape == (VOCAB,)
-    monkeypatch.setattr("bench.runtimes.cuda.gpu_runtime", Machine)
-    assert type(make_decoder(bundle("cuda"), 1, 16, "cuda")) is CudaDecoder
+    decoder = module.open(bundle("cpu"), EngineOptions(1, 16))
+    assert type(decoder) is OnnxRuntimeEngine and decoder.prefill(IDS[:3]).shape == (VOCAB,)
+    monkeypatch.setattr("export.engine.cuda.gpu_runtime", Machine)
+    assert type(module.open(bundle("cuda"), EngineOptions(1, 16, provider="cuda"))) is CudaEngine
 
 
 def test_a_session_without_its_provider_is_refused(bundle) -> None:
-    with pytest.raises(DecoderError, match=rf"could not start {CUDA} and would run .* on {CPU}") as caught:
+    with pytest.raises(EngineError, match=rf"could not start {CUDA} and would run .* on {CPU}") as caught:
         gpu_decoder(bundle("cuda"), machine=Machine(starts=False))
     assert "\n" not in str(caught.value)
     broken = Machine(fails={CUDA: "out of memory\nat line 3"})
-    with pytest.raises(DecoderError, match=rf"1\.99\.0 cannot run .*model\.onnx on {CUDA}: out of memory$"):
+    with pytest.raises(EngineError, match=rf"1\.99\.0 cannot run .*model\.onnx on {CUDA}: out of memory$"):
         gpu_decoder(bundle("cuda"), machine=broken)
 
 
 def test_a_provider_that_is_not_installed_is_refused_before_anything_is_loaded(bundle) -> None:
     manifest = read_manifest(bundle("cuda"))
-    with pytest.raises(DecoderError, match=rf"needs {CUDA}, .* has only {CPU}: .*onnxruntime-gpu.*Jetson") as caught:
+    with pytest.raises(EngineError, match=rf"needs {CUDA}, .* has only {CPU}: .*onnxruntime-gpu.*Jetson") as caught:
         check_provider(manifest, "cuda", "B", runtime=Machine(available=(CPU,)))
     assert "\n" not in str(caught.value)
     check_provider(manifest, "cuda", "B", runtime=Machine(available=(CUDA, CPU)))
     if CUDA not in ort.get_available_providers():  # the real one
-        with pytest.raises(DecoderError, match=f"this ONNX Runtime {ort.__version__} has only"):
+        with pytest.raises(EngineError, match=f"this ONNX Runtime {ort.__version__} has only"):
             check_provider(manifest, "cuda", "B")
-    with pytest.raises(DecoderError, match="no provider 'rocm': give cpu, cuda"):
+    with pytest.raises(EngineError, match="no provider 'rocm': give cpu, cuda"):
         check_provider(manifest, "rocm", "B")
 
 

@@ -27,53 +27,52 @@ from numpy.typing import NDArray
 
 from export.bundle.graph_check import check_graph
 from export.bundle.manifest import DECODE_GRAPH, read_manifest
-from export.engine.onnxruntime import BundleDecoder, Ids, Logits, as_prompt
-from export.engine.session import EXECUTION, DecoderError, check_provider, check_signature, session_options
+from export.engine.bound import BoundEngine, as_prompt, zeros
+from export.engine.protocol import EngineError, EngineOptions, Ids, Logits
+from export.engine.session import EXECUTION, check_provider, check_signature, session_options
 from saap.base.errors import first_line
 
 if TYPE_CHECKING:
     import onnxruntime as ort
 
 
-class CudaDecoder(BundleDecoder):
-    """A decoder on the GPU.
+class CudaEngine(BoundEngine):
+    """A bundle on the GPU; the threads are those of the host, which computes shapes only.
 
-    Args:
-        threads: of ONNX Runtime on the host, which computes shapes only.
-        runtime: the onnxruntime module, or another one in its place.
+    ``runtime``: the onnxruntime module, or another one in its place.
 
     Raises:
-        BundleError: the bundle does not verify.
-        DecoderError: not a bundle for cuda, context, threads, or a session that is not on the GPU.
+        BundleError: a graph that is not what its manifest says.
+        EngineError: not a bundle for cuda, context, threads, or a session that is not on the GPU.
     """
 
     device = "cuda"
 
-    def __init__(
-        self, bundle_dir: str | Path, threads: int, max_length: int, *, runtime: ModuleType | None = None
-    ) -> None:
-        directory = Path(bundle_dir)
-        manifest = read_manifest(directory)
+    def __init__(self, source: Path, options: EngineOptions, runtime: ModuleType | None = None) -> None:
+        manifest = read_manifest(source)
         self._ort = runtime or gpu_runtime()
-        check_provider(manifest, "cuda", str(directory), runtime=self._ort)
-        super().__init__(manifest, directory, threads, max_length)
-        self._session = gpu_session(directory / DECODE_GRAPH, threads, self._ort)
-        check_signature(self._session, manifest, directory / DECODE_GRAPH)
+        check_provider(manifest, "cuda", str(source), runtime=self._ort)
+        super().__init__(manifest, source, options)
+        self._session = gpu_session(source / DECODE_GRAPH, options.threads, self._ort)
+        check_signature(self._session, manifest, source / DECODE_GRAPH)
         self._bind(self._session)
         try:
             self._allocate()
         except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
-            raise DecoderError(
-                f"a cache of {max_length} positions cannot be made on the GPU ({first_line(error)}): ask for less"
+            raise EngineError(
+                f"a cache of {self.max_length} positions cannot be made on the GPU ({first_line(error)}): ask for less"
             ) from error
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget the sequence; stale positions are never attended to, so the buffer is not cleared."""
-        self.length = 0
-        self._stepping = False
         self._bind_cache(self._cache)
         self._binding.bind_ortvalue_output("logits", self._logits)
+        self._stepping = False
+
+    def rewind(self, length: int) -> int:
+        """Forget all but the first ``length`` positions; stale ones are never attended to, so nothing is cleared."""
+        self.length = min(length, self.length)
+        return self.length
+
+    def versions(self) -> dict[str, str]:
+        return {"provider": self._session.get_providers()[0]}
 
     def prefill(self, ids: Ids) -> Logits:
         """Append ``ids`` [n] in one call; the logits [vocab] after the last of them."""
@@ -102,7 +101,7 @@ class CudaDecoder(BundleDecoder):
             self._session.run_with_iobinding(self._binding)
             self._binding.synchronize_outputs()
         except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
-            raise DecoderError(f"the provider cuda failed: {first_line(error)}{_hint(error)}") from error
+            raise EngineError(f"the provider cuda failed: {first_line(error)}{_hint(error)}") from error
         self.length = total
         logits: Logits = self._logits.numpy()[0, 0]
         return logits
@@ -112,7 +111,7 @@ class CudaDecoder(BundleDecoder):
         self._position = self._on_device(np.zeros((1, 1), np.int64))
         self._mask = self._on_device(np.ones((1, self.max_length), np.int64))
         self._logits = self._on_device(np.zeros((1, 1, self.manifest.vocab_size), np.float32))
-        self._cache = self._zero_cache(self.max_length, self._on_device)
+        self._cache = [(part, self._on_device(zeros(part, self.max_length))) for part in self.manifest.cache]
 
     def _on_device(self, values: NDArray[np.generic]) -> ort.OrtValue:
         return self._ort.OrtValue.ortvalue_from_numpy(values, self.device, 0)
@@ -142,7 +141,7 @@ def gpu_session(graph: Path, threads: int, runtime: ModuleType) -> ort.Inference
 
     Raises:
         BundleError: weights outside the graph's folder, or none there.
-        DecoderError: ONNX Runtime refuses the graph, or would run it on the CPU.
+        EngineError: ONNX Runtime refuses the graph, or would run it on the CPU.
     """
     check_graph(graph)
     cuda = EXECUTION["cuda"]
@@ -153,12 +152,12 @@ def gpu_session(graph: Path, threads: int, runtime: ModuleType) -> ort.Inference
             str(graph), options, providers=[(cuda, {"device_id": "0"})], enable_fallback=0
         )
     except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
-        raise DecoderError(
+        raise EngineError(
             f"ONNX Runtime {runtime.__version__} cannot run {graph} on {cuda}: {first_line(error)}"
         ) from error
     first = session.get_providers()[0]
     if first != cuda:
-        raise DecoderError(
+        raise EngineError(
             f"ONNX Runtime {runtime.__version__} could not start {cuda} and would run {graph} on {first}: its "
             "libraries (CUDA, cuDNN) are missing or of another version, or there is no GPU; see what ONNX Runtime "
             "wrote before this"
