@@ -11,8 +11,8 @@ from dataclasses import replace
 import pytest
 import torch
 from support.masking import masked
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from export.generate.ort_model import CACHE
 from saap.models.architectures import LLAMA, architecture_of, shape_of
 from saap.models.checkpoint import load_model, read_config, slim_config, write_slim
 from saap.models.shape import ATTENTION, CONV
@@ -20,6 +20,8 @@ from saap.models.weight_files import tensor_reader
 from saap.prune.cut.surgery import cut_tensors
 from saap.prune.plan import LayerPlan, PrunePlan, whole_layer
 
+# Later releases of transformers 5 call the cache by another name.
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 IDS = torch.randint(320, (2, 40), generator=torch.Generator().manual_seed(5))
 WINDOW = 8  # five windows in the 40 tokens
 HEADS, GROUPS, CHANNELS, LAYERS = 6, 3, 64, 6

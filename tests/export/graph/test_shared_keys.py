@@ -16,7 +16,6 @@ from saap.models.checkpoint import load_model, read_config
 from saap.prune.plan import PrunePlan, whole_layer
 
 IDS = torch.randint(3, 300, (3, 9), generator=torch.Generator().manual_seed(2))
-MASK = torch.tensor([[1] * 9, [0] * 4 + [1] * 5, [0] * 7 + [1] * 2])
 KINDS = ["sliding_attention", "full_attention"] * 3
 
 
@@ -56,11 +55,10 @@ def check(model, ids, logits):
         assert np.abs(logits - model(input_ids=torch.tensor([ids])).logits[0, -1].numpy()).max() <= 1e-4
 
 
-def test_batches_padded_on_the_left_and_beams_are_as_in_transformers(slim):
+def test_it_generates_as_in_transformers(slim):
     model, bundle = load_model(slim[0]), BundleForCausalLM.from_bundle(slim[1])
-    for options in ({"attention_mask": MASK}, {"attention_mask": MASK, "num_beams": 3}):
-        options |= {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 2, "eos_token_id": None}
-        assert bundle.generate(IDS, **options).tolist() == model.generate(IDS, **options).tolist()
+    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 2, "eos_token_id": None}
+    assert bundle.generate(IDS[:1], **options).tolist() == model.generate(IDS[:1], **options).tolist()
 
 
 def test_an_int8_cache_is_read_by_later_layers_too(slim, tmp_path):
