@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -113,3 +114,12 @@ def check_ids(ids: Ids, manifest: BundleManifest) -> None:
         raise EngineError(
             f"token {wrong} is not in the vocabulary of {manifest.vocab_size}: the tokenizer belongs to another model"
         )
+
+
+def greedy(engine: Engine, prompt: Sequence[int], count: int, stops: Sequence[int] = ()) -> list[int]:
+    """Continue a prompt with the likeliest tokens: ``count`` of them, or up to one of ``stops``."""
+    engine.rewind(0)
+    tokens = [engine.next_token(engine.prefill(np.asarray(prompt, np.int64)))]
+    while len(tokens) < count and tokens[-1] not in stops:
+        tokens.append(engine.next_token(engine.step(tokens[-1])))
+    return tokens

@@ -22,7 +22,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from export.engine.protocol import Engine, EngineOptions, Ids, Logits
+from export.engine.protocol import Engine, EngineOptions, Ids, Logits, greedy
 from saap.base.cores import pin
 
 Clock = Callable[[], float]
@@ -169,7 +169,7 @@ class Worker:
         return seconds
 
 
-def continued(engine: Engine, ids: list[int], greedy: int) -> Answer:
+def continued(engine: Engine, ids: list[int], count: int) -> Answer:
     """Greedy tokens after a text of two tokens or more, and the text's likelihood.
 
     The likelihood is taken step by step and the tokens after one prefill, so both paths are looked at. A likelihood
@@ -183,15 +183,8 @@ def continued(engine: Engine, ids: list[int], greedy: int) -> Answer:
     for token in ids[1:]:
         losses.append(_loss(logits, token))
         logits = engine.step(token)
-    engine.rewind(0)
-    logits = engine.prefill(np.asarray(ids, np.int64))
-    tokens: list[int] = []
-    while len(tokens) < greedy:
-        tokens.append(engine.next_token(logits))
-        if len(tokens) < greedy:
-            logits = engine.step(tokens[-1])
     nll = float(np.mean(losses))
-    return {"tokens": tokens, "nll": nll if math.isfinite(nll) else None}
+    return {"tokens": greedy(engine, ids, count)[:count], "nll": nll if math.isfinite(nll) else None}
 
 
 def _loss(logits: Logits, token: int) -> float:

@@ -3,34 +3,33 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 
+from export.engine.table import ONNXRUNTIME, TORCH
 from saap.base.errors import UserError
 from saap.base.needs import check_memory, fits
-from saap.base.progress import Progress
+from saap.base.progress import Progress, note
 from saap.base.quality import Answers, ModelQuality, Quality
-from saap.evaluate.answers import Writer, read_prompts, score_answers, stop_ids, torch_writer
-from saap.evaluate.continuations import Scorer, torch_continuations
+from saap.evaluate.answers import read_prompts, score_answers, stop_ids
 from saap.evaluate.options import EvalOptions, check_options
-from saap.evaluate.perplexity import Score, score_models, torch_scorer
-from saap.models.architectures import positions_of, shape_of
+from saap.evaluate.perplexity import score_models
+from saap.evaluate.subjects import Directory, Model, Subject, subject_of
+from saap.models.architectures import shape_of
 from saap.models.checkpoint import read_config
 from saap.models.needs import eval_needs
-from saap.models.record import read_record
-from saap.models.resolve import load_tokenizer, resolve
-from saap.models.streaming import open_model, whole_needs
-from saap.models.weight_files import weights_bytes
+from saap.models.resolve import load_tokenizer
+from saap.models.streaming import whole_needs
 from saap.system.device_names import device_of
 from saap.system.gpu import CPU, out_of_memory
 from saap.system.precision import fast_float32
 from saap.text.documents import SELF, documents_of
-from saap.text.encoding import check_ids, head_words_of, writing_tokenizer
+from saap.text.encoding import check_ids, head_words_of, long_spelling, writing_tokenizer
 from saap.text.overlap import refuse_trained_on
 from saap.text.windows import Windows, evaluation_windows, tokenizer_hash
 
@@ -38,76 +37,6 @@ if TYPE_CHECKING:
     from saap.evaluate.tasks import ContinuationModel
 
 STREAMED_TOKENS = 4096  # of one pass over a model that is read layer by layer
-
-
-class Subject(Protocol):
-    """What is evaluated: a model directory, or what another house runs, such as a bundle."""
-
-    @property
-    def name(self) -> str:
-        """In the result."""
-
-    @property
-    def path(self) -> Path:
-        """A directory with the tokenizer."""
-
-    @property
-    def writes(self) -> bool:
-        """Whether it can write a text of its own."""
-
-    def size(self) -> tuple[int, int]:
-        """Parameters, and bytes of the weights files."""
-
-    def positions(self) -> int:
-        """Tokens that it reads at most."""
-
-    def lineage(self) -> Mapping[str, object]:
-        """What it was calibrated and tuned on."""
-
-    def scorer(self, device: torch.device) -> Score:
-        """Logits of ids, computed there where it can be."""
-
-    def continuations(self, device: torch.device) -> tuple[Scorer, int]:
-        """Likelihoods of continuations, and the tokens of its context."""
-
-    def writer(self, device: torch.device, stops: Sequence[int]) -> Writer:
-        """What answers prompts, up to one of the tokens that end an answer. Raises UserError: it cannot."""
-
-
-@dataclass(frozen=True)
-class Directory:
-    """A model directory as what is evaluated."""
-
-    name: str
-    path: Path
-    writes: bool = True
-
-    def size(self) -> tuple[int, int]:
-        return shape_of(read_config(self.path)).parameters, weights_bytes(self.path)
-
-    def positions(self) -> int:
-        return positions_of(read_config(self.path))
-
-    def lineage(self) -> Mapping[str, object]:
-        record = read_record(self.path)
-        return {**record.get("lineage", {}), "tuning": record.get("tuning", {}).get("text")}
-
-    def scorer(self, device: torch.device) -> Score:
-        return torch_scorer(open_model(self.path, device))
-
-    def continuations(self, device: torch.device) -> tuple[Scorer, int]:
-        model = open_model(self.path, device)
-        return torch_continuations(model), int(model.config.max_position_embeddings)
-
-    def writer(self, device: torch.device, stops: Sequence[int]) -> Writer:
-        if not fits(whole_needs(self.path)):
-            raise UserError(
-                f"{self.name} does not fit into memory as a whole, so it answers nothing: leave --answers out"
-            )
-        return torch_writer(open_model(self.path, device), stops)
-
-
-Model = str | Path | Subject
 
 
 def evaluate(
@@ -137,6 +66,7 @@ def evaluate(
     on_text = text is not None or not (options.tasks or options.answers)
     check_options(options, on_text=on_text)
     base, subjects = subjects_of(models, reference, progress)
+    check_engines(subjects, options)
     quality = Quality(None, base.name if base else None, tuple(ModelQuality(s.name, *s.size()) for s in subjects))
     if on_text:
         windows = text if isinstance(text, Windows) else windows_for(subjects, options, text, progress)
@@ -151,26 +81,28 @@ def evaluate(
 def subjects_of(
     models: Model | Sequence[Model], reference: Model | None, progress: Progress | None
 ) -> tuple[Subject | None, list[Subject]]:
-    """The reference, and all that is evaluated: the reference first, nothing twice."""
+    """Recognise the reference, and all that is evaluated: the reference first, nothing twice."""
     several = [models] if isinstance(models, str | Path) or not isinstance(models, Sequence) else models
-    base = None if reference is None else _subject(reference, progress)
-    found: dict[str, Subject] = {base.name: base} if base else {}
+    base = None if reference is None else subject_of(reference, progress=progress)
+    subjects: dict[str, Subject] = {base.name: base} if base else {}
     for model in several:
-        subject = _subject(model, progress)
-        found.setdefault(subject.name, subject)
-    return base, list(found.values())
+        subject = subject_of(model, progress=progress)
+        subjects.setdefault(subject.name, subject)
+    return base, list(subjects.values())
 
 
-def _subject(model: Model, progress: Progress | None) -> Subject:
-    if not isinstance(model, str | Path):
-        return model
-    return Directory(str(model), resolve(model, progress=progress))
+def check_engines(subjects: Sequence[Subject], options: EvalOptions) -> None:
+    """Refuse tasks and prompts for what only gives logits of rows."""
+    for option, refusal in (("tasks", "asked zero-shot tasks"), ("answers", "given prompts")):
+        others = [each.name for each in subjects if each.engine not in (TORCH, ONNXRUNTIME)]
+        if getattr(options, option) and others:
+            raise UserError(f"{others[0]}: only ONNX Runtime is {refusal}: leave --{option} out, or give a bundle")
 
 
 def windows_for(
     subjects: Sequence[Subject], options: EvalOptions, text: str | Path | None, progress: Progress | None = None
 ) -> Windows:
-    """The text that all models read.
+    """Cut the text that all models read, and note what it is.
 
     Raises:
         UserError: no text, one that a model was calibrated or tuned on, or one that a model cannot read.
@@ -194,6 +126,10 @@ def windows_for(
         positions, tokens = subject.positions(), windows.ids.shape[1]
         if tokens > positions:
             raise UserError(f"{subject.name} holds {positions} tokens, a window has {tokens}: give a smaller --chunk")
+    note(progress, f"evaluation text: {windows.protocol.text}")
+    for subject in subjects:
+        if warning := long_spelling(subject.path, windows.ids.flatten().tolist()):
+            note(progress, warning)
     return windows
 
 
@@ -213,12 +149,12 @@ def _on_text(
             progress("loading (models)", number, len(subjects))
         scorers[subject.name] = subject.scorer(device)
     with out_of_memory("give a smaller --chunk, fewer models, or --device cpu"):
-        found = score_models(
+        scores_of = score_models(
             scorers, windows.ids.to(device), windows.counted.to(device), reference=quality.reference, batch=batch,
             progress=progress,
         )  # fmt: skip
     rows = []
-    for row, scores in zip(quality.rows, found, strict=True):
+    for row, scores in zip(quality.rows, scores_of, strict=True):
         row = replace(row, kl=scores.kl, top1=scores.top1)
         if not windows.protocol.self_written:  # a model's own text says nothing about how well it models language
             row = replace(row, nll=scores.nll, perplexity=scores.perplexity, window_nll=scores.window_nll)
@@ -233,7 +169,7 @@ def _on_text(
 def _on_prompts(
     subjects: Sequence[Subject], options: EvalOptions, quality: Quality, progress: Progress | None
 ) -> Quality:
-    """All models answer the same prompts, in the first one's words."""
+    """Let all models answer the same prompts, in the first one's words."""
     prompts = read_prompts(options.prompts, options.answers or 0)
     documents = documents_of(prompts.texts, prompts.source)
     tokenizer, device = load_tokenizer(subjects[0].path), device_of(options.device)
@@ -244,8 +180,8 @@ def _on_prompts(
             raise UserError(f"{subject.name} has another tokenizer than {subjects[0].name}: leave --answers out")
         if max(map(len, ids)) + options.answer_tokens > subject.positions():
             raise UserError(f"{subject.name} holds {subject.positions()} tokens: give a smaller --answer-tokens")
-    stops = stop_ids(subjects[0].path, tokenizer)
-    models = {each.name: (each.writer(device, stops), each.scorer(device)) for each in subjects}
+    stops, longest = stop_ids(subjects[0].path, tokenizer), max(map(len, ids)) + options.answer_tokens
+    models = {each.name: (each.writer(device, stops, longest), each.scorer(device)) for each in subjects}
     scores = score_answers(models, ids, options.answer_tokens, quality.reference, progress)
     about = (prompts.source, prompts.sha256, len(ids), options.answer_tokens)
     return replace(quality, answers=Answers(*about, tuple(scores)))
@@ -264,6 +200,8 @@ def _on_tasks(
     task_files(options)  # what is wrong with a file or a tokenizer is said before a model is loaded
     for subject in subjects:
         load_tokenizer(subject.path)
+        if head_words_of(subject.path) is not None:
+            note(progress, f"{subject.name}: questions are read in all words, answers weighed in those it writes")
     quality = replace(quality, task_seed=options.seed, max_examples=options.max_examples)
     for subject in subjects:
         report = progress and (progress if len(subjects) == 1 else partial(_of_model, progress, subject.name))
@@ -275,7 +213,7 @@ def _on_tasks(
 
 
 def continuation_model(subject: Subject, device: torch.device = CPU) -> Callable[[Progress | None], ContinuationModel]:
-    """What makes the harness's model; it is loaded when the tasks are known to be good."""
+    """Return what makes the harness's model; it is loaded when the tasks are known to be good."""
     from saap.evaluate.tasks import ContinuationModel
 
     def make(progress: Progress | None) -> ContinuationModel:

@@ -136,7 +136,7 @@ def _bundles(place: Path) -> Iterator[Target]:
     from bench.measure.worker import timed_pass
     from bench.runtimes.peers import read_peers
     from export.engine import huge_pages
-    from saap.cli.eval import Bundle
+    from saap.evaluate.subjects import Bundle
 
     bundle = place / "bundle"
     huge_pages.collapse = lambda: 0  # moves all of this process's memory to huge pages, for every document

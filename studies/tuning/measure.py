@@ -121,7 +121,7 @@ def nll_of(directory: Path, slim: Path, variant: Variant, ids: torch.Tensor) -> 
     if integers is None:
         return mean_nll(load_model(directory), ids)
     from export import ExportOptions, export
-    from saap.cli.eval import Bundle
+    from saap.evaluate.subjects import Bundle
 
     source, bundle = directory, OUT / f"bundle-{slug(variant)}"
     if not bundle.is_dir():

@@ -26,7 +26,6 @@ from saap.system.device_names import AUTO
 from saap.text.documents import SELF
 
 if TYPE_CHECKING:
-    from saap.evaluate.evaluation import Subject
     from saap.text.windows import Windows
 
 SLIM, TUNED, DENSE_TUNED = "slim", "tuned", "dense-tuned"  # directories
@@ -334,19 +333,18 @@ class Evaluate(Step):
         self.run.console.say_text("evaluation", self.windows.protocol.text)
 
     def work(self) -> RunFile:
-        from saap.cli.eval import GGUFInLlamaCpp, is_for_llama_cpp, subject_of
         from saap.evaluate.evaluation import evaluate
         from saap.evaluate.options import EvalOptions
+        from saap.evaluate.subjects import GgufFile, subject_of
 
         source, out = self.run.source, self.run.out
         paths = {"dense fp32": source, "slim fp32, untuned": out / SLIM}
         paths |= {export.bundle.name: export.bundle for export in self.exports}
-        subjects: list[Path | Subject] = [subject_of(path, name) for name, path in paths.items()]
-        for name, spec in self.peer.specs.items():
-            gguf = is_for_llama_cpp(Path(spec))
-            subjects.append(GGUFInLlamaCpp.of(spec, name, source) if gguf else subject_of(Path(spec), name))
-        options, report = EvalOptions(device=self.run.options.pruning.options.device), self.run.console.report
-        quality = evaluate(subjects, options, reference=subjects[0], text=self.windows, progress=report)
+        models: dict[str, str | Path] = {**paths, **self.peer.specs}
+        subjects = [subject_of(model, name) for name, model in models.items()]
+        subjects = [replace(each, tokenizer=source) if isinstance(each, GgufFile) else each for each in subjects]
+        options = EvalOptions(device=self.run.options.pruning.options.device)
+        quality = evaluate(subjects, options, reference=subjects[0], text=self.windows, progress=self.run.console)
         return {"quality": asdict(quality)}
 
 

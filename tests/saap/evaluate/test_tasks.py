@@ -55,9 +55,7 @@ def run(path, options):
 
 
 def model_of(path):
-    from saap.cli.eval import subject_of
-
-    (_, [subject]) = subjects_of([subject_of(path)], None, None)
+    (_, [subject]) = subjects_of([path], None, None)
     return continuation_model(subject)
 
 

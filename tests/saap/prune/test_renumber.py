@@ -14,9 +14,9 @@ from export.engine.protocol import EngineOptions
 from export.gguf.write import export_gguf
 from export.write import SPELT
 from saap.base.errors import UserError
-from saap.cli.eval import Bundle
 from saap.evaluate.evaluation import evaluate
 from saap.evaluate.options import EvalOptions
+from saap.evaluate.subjects import Bundle
 from saap.models.architectures import shape_of
 from saap.models.checkpoint import load_model, read_config
 from saap.models.modeling_slim import unpacked_words

@@ -16,7 +16,8 @@ from export.engine.scoring import BundleScorer
 from export.generate.ort_model import BundleForCausalLM
 from export.gguf.write import export_gguf
 from saap.base.errors import UserError
-from saap.evaluate.evaluation import Directory, continuation_model
+from saap.evaluate.evaluation import continuation_model
+from saap.evaluate.subjects import Directory
 from saap.models.architectures import said_words, shape_of
 from saap.models.checkpoint import load_model, read_config
 from saap.models.modeling_slim import GONE, packed_words, unpacked_words
