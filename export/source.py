@@ -25,12 +25,10 @@ from saap.models.architectures import (
     shape_of,
     traits_of,
 )
-from saap.models.checkpoint import read_config, transformers_config
+from saap.models.checkpoint import Model, transformers_config
 from saap.models.modeling_slim import unpack_zero_points, unpacked_words
-from saap.models.record import read_record
 from saap.models.shape import ModelShape
 from saap.models.slim_quant import MatrixForm, module_form, quant_of, stacked_form
-from saap.models.weight_files import tensor_reader
 from saap.quantize.groups import QuantMatrix, check_groups, quantize
 
 
@@ -123,11 +121,11 @@ class ModelSource:
     """A dense, slim or tuned directory, as a :class:`WeightSource`."""
 
     def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self.config = read_config(directory)
+        model = Model.open(directory, verify=False)  # its tensors are checked below
+        self.directory, self.config, self.record = directory, model.config, model.record
         self.architecture: Architecture = architecture_of(self.config)
         self.shape: ModelShape = shape_of(self.config)
-        self.names, self.read = tensor_reader(directory)
+        self.names, self.read = model.tensors()
         self.quant = quant_of(self.config)
 
     @cached_property
@@ -167,8 +165,7 @@ class ModelSource:
             raise UserError(f"{bits} bits are not supported; allowed: 4, 8, 32")
         if bits == 32:
             return Precision(bits, 0, 32)
-        record = read_record(self.directory)
-        planned = record.get("plan", {}).get("bundle", {})
+        planned = self.record.get("plan", {}).get("bundle", {})
         if group_size is not None or head_bits is not None or bits != planned.get("bits"):
             return Precision(bits, group_size or 32, head_bits or bits)
         return Precision(

@@ -13,6 +13,7 @@ import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ from saap.models.modeling_slim import GroupQuantTable, ScaledEmbedding, TiedHead
 from saap.models.record import DOCUMENT, Record, read_record
 from saap.models.shape import MIXERS, ModelShape
 from saap.models.slim_quant import SlimQuant, quant_of
-from saap.models.weight_files import NOT_NEEDED, check_finite, read_tensors, write_shards
+from saap.models.weight_files import NOT_NEEDED, check_finite, read_tensors, tensor_reader, write_shards
 
 for _row in FAMILIES.values():
     if (_classes := slim_classes(_row.family)) is not None:
@@ -53,6 +54,33 @@ for _row in FAMILIES.values():
         _classes.model.register_for_auto_class("AutoModelForCausalLM")
 
 KERNELS = "transformers.integrations.hub_kernels"  # which speaks of optional ones
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model directory that was checked, and what it hands out."""
+
+    directory: Path
+    config: dict[str, Any]
+    record: Record
+
+    @classmethod
+    def open(cls, path: str | Path, *, verify: bool = True) -> Model:
+        """Check a directory's files, config, family and record, and its hashes if ``verify``.
+
+        Raises UserError: no model there, of an architecture or format that is not supported, or damaged.
+        """
+        directory = Path(path)
+        config = read_config(directory)
+        architecture_of(config)
+        record = read_record(directory)
+        if verify:
+            check_directory(directory)
+        return cls(directory, config, record)
+
+    def tensors(self) -> tuple[list[str], Callable[[str], torch.Tensor]]:
+        """Names of the tensors, and a function that reads one."""
+        return tensor_reader(self.directory)
 
 
 def load_model(
@@ -67,12 +95,7 @@ def load_model(
 
     Raises UserError: no model there, of an architecture or format that is not supported.
     """
-    directory = Path(path)
-    config = read_config(directory)
-    architecture_of(config)
-    read_record(directory)
-    if verify:
-        check_directory(directory)
+    directory = Model.open(path, verify=verify).directory
     model = built_model(directory, dtype)
     for name, tensor in model.state_dict().items():
         check_finite(directory, name, tensor)

@@ -20,9 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from saap.base.errors import UserError
 from saap.base.needs import PROCESS, Needs, available_memory, fits, gigabytes
 from saap.models.architectures import architecture_of, shape_of
-from saap.models.checkpoint import load_model, loading, read_config, transformers_config
-from saap.models.record import read_record
-from saap.models.weight_files import tensor_reader
+from saap.models.checkpoint import Model, load_model, loading, read_config, transformers_config
 from saap.system.gpu import CPU, fits_device
 
 Read = Callable[[str], torch.Tensor]
@@ -84,13 +82,11 @@ def load_streamed(
 
     Raises UserError: no model there, of an architecture or format that is not supported, or one that holds integers.
     """
-    directory = Path(path)
-    config = read_config(directory)
-    architecture = architecture_of(config)
-    read_record(directory)
-    if config.get("slim_quant"):
+    opened = Model.open(path, verify=False)  # its tensors are checked below
+    directory, architecture = opened.directory, architecture_of(opened.config)
+    if opened.config.get("slim_quant"):
         raise UserError(f"{directory} holds tuned integers, which are not streamed: load it as a whole")
-    names, read = tensor_reader(directory)
+    names, read = opened.tensors()
     with loading(directory), empty_parameters():
         model = AutoModelForCausalLM.from_config(transformers_config(directory), dtype=dtype)
     prefix = architecture.layers + "."
