@@ -183,7 +183,7 @@ def test_caches_are_made_anew(tiny_model, tmp_path, monkeypatch):
 
         def compute():
             calls.append("scores")
-            return scores_of(load_model(path), shape_of(read_config(path)), IDS, AdaptiveOptions(c=1.0))
+            return scores_of(load_model(path), shape_of(read_config(path)), IDS, AdaptiveOptions())
 
         place = scores_path("w", IDS, {})
         if (found := read_scores(place)) is None:

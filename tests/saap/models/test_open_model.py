@@ -76,7 +76,7 @@ def test_tuning_from_files_gives_the_same_integers(integers, family, tiny_family
     seen = []
     load = tuning.load_streamed
     monkeypatch.setattr(tuning, "load_streamed", lambda source, **given: seen.append(source) or load(source, **given))
-    monkeypatch.setattr(tuning, "fits", lambda needs: False)
+    monkeypatch.setattr("saap.tune.needs.fits", lambda needs: False)
     tune(path, options, output=tmp_path / "layers", data=IDS)
     assert seen == [path]
     whole, layers = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "layers"))
