@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -27,22 +28,33 @@ from saap.text.closed_words import forest_of
 from saap.tune import TuneOptions, tune
 
 BOTH = ("onnxruntime", "llama.cpp")
+TEXT = "the quick brown fox jumps over the lazy dog\n" * 400
 
 
 @pytest.fixture
 def text(tmp_path):
     path = tmp_path / "learn.txt"
-    path.write_text("the quick brown fox jumps over the lazy dog\n" * 400)
+    path.write_text(TEXT)
     return path
 
 
+@pytest.fixture(scope="module")
+def tuned_bundle(llama, tmp_path_factory):
+    """A bundle of a pruned and tuned model, for both engines."""
+    home = tmp_path_factory.mktemp("engines")
+    text = home / "learn.txt"
+    text.write_text(TEXT)
+    slim = cut(llama(home / "tiny"), home / "slim", PrunePlan(UNEVEN))
+    tune(slim, TuneOptions(learning_rate=2e-2), output=home / "tuned", data=IDS.repeat(4, 1))
+    export(home / "tuned", ExportOptions(engines=BOTH, text=str(text)), output=home / "bundle")
+    return home / "bundle"
+
+
 @pytest.fixture
-def bundle(tiny_model, tmp_path, text):
-    """Of a pruned and tuned model, for both engines."""
-    slim = cut(tiny_model(), tmp_path / "slim", PrunePlan(UNEVEN))
-    tune(slim, TuneOptions(learning_rate=2e-2), output=tmp_path / "tuned", data=IDS.repeat(4, 1))
-    export(tmp_path / "tuned", ExportOptions(engines=BOTH, text=str(text)), output=tmp_path / "bundle")
-    return tmp_path / "bundle"
+def bundle(tuned_bundle, tmp_path, monkeypatch):
+    """A copy of that bundle, which a test may change, and a cache of its own."""
+    monkeypatch.setenv("SAAP_CACHE", str(tmp_path / "cache"))
+    return shutil.copytree(tuned_bundle, tmp_path / "bundle")
 
 
 @pytest.fixture
