@@ -30,7 +30,7 @@ from support.slim_integers import WIDE
 from support.sshd import Sshd
 
 from bench.measure.result import read_result
-from export.bundle.manifest import verify_files
+from export.bundle import Bundle
 from export.gguf.write import export_gguf
 from saap.base.gguf_header import read_header
 from saap.models.checkpoint import load_model
@@ -178,7 +178,7 @@ def test_tune(tiny_model, tmp_path, text):
 
 def test_export(tiny_model, tmp_path, text):
     command = ("export", tiny_model(**WIDE), "--text", text, "-o", tmp_path / "of/bundle")
-    torment(Case(command, tmp_path / "of/bundle", verify_files, kills=15))
+    torment(Case(command, tmp_path / "of/bundle", lambda path: Bundle.open(path).check(), kills=15))
 
 
 def gguf_is_whole(out: Path) -> None:
@@ -198,7 +198,7 @@ def run_is_whole(out: Path) -> None:
             slim_is_whole(out / name)
     for name in ("dense-int4", "slim-int4"):
         if (out / name).exists():
-            verify_files(out / name)
+            Bundle.open(out / name).check()
 
 
 def run_is_there(out: Path) -> None:

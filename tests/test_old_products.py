@@ -27,7 +27,7 @@ from bench.judge.baselines import read_baselines
 from bench.judge.regression import DeviceTest, retest
 from bench.judge.verdict import CANNOT_TELL
 from bench.measure.result import Result, read_result
-from export.bundle.manifest import verify_files
+from export.bundle import Bundle
 from saap.models.architectures import shape_of
 from saap.models.checkpoint import load_model, read_config
 from saap.models.shape import LayerSizes
@@ -78,7 +78,7 @@ def test_an_old_directory_loads_and_runs(name: str, products: Path) -> None:
 
 
 def test_an_old_bundle_is_whole_and_speaks(products: Path) -> None:
-    verify_files(products / "bundle")
+    Bundle.open(products / "bundle").check()
     answer = here("generate", products / "bundle", "The river", "--max-tokens", 8, "--json")
     assert "river" in answer.stdout and json.loads(answer.stdout)
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from bench.remote.options import BoardOptions
 from bench.runtimes.peers import OTHER_RUNTIMES, bundle_facts, memory_needs, refuse_removed
 from devices.transport import BoardError
-from export.bundle.manifest import MANIFEST, BundleManifest, verify_files
+from export.bundle import Bundle
+from export.bundle.manifest import BundleManifest
 from export.engine.protocol import check_context
 from export.engine.spec import BundleSpec
 from export.engine.table import FASTEST, row_of
@@ -111,11 +112,11 @@ def _bundle(spec: str, positions: int, sources: dict[str, Source]) -> Packed:
     if named.engine == FASTEST:
         raise BoardError(f"{spec}: the fastest is known for this host alone: name the engines, and see which one is")
     path = named.bundle.resolve()
-    manifest = verify_files(path)
-    named.source(manifest)  # for what it refuses
+    bundle = Bundle.open(path).check()
+    manifest = bundle.manifest
+    named.source(bundle)  # for what it refuses
     check_context(manifest, positions, spec)
-    files = {name: entry.sha256 for name, entry in manifest.files.items()}
-    files[MANIFEST] = sha256_file(path / MANIFEST)
+    files = bundle.hashes
     sources.update({sha: path / name for name, sha in files.items()})
     return Packed(spec, path.name, named.engine, manifest, files)
 

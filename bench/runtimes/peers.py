@@ -17,6 +17,7 @@ from typing import TypeVar
 
 import msgspec
 
+from export.bundle import Bundle
 from export.bundle.manifest import (
     DECODE_GRAPH,
     MANIFEST,
@@ -24,7 +25,6 @@ from export.bundle.manifest import (
     BundleError,
     BundleManifest,
     read_manifest,
-    verify_files,
 )
 from export.engine.facts import SIZES, ModelFacts
 from export.engine.genai import model_of
@@ -147,8 +147,8 @@ def _bundle(spec: str, length: int, progress: Progress | None) -> Peer:
     prefix = spec.split(":", 1)[0] if ":" in spec else ""
     if prefix and not named.bundle.exists() and os.sep not in prefix:
         raise PeerError(f"{spec}: there is no runtime {prefix!r}; give {FORMS}")
-    manifest = verify_files(named.bundle)
-    source = named.source(manifest).resolve()
+    bundle = Bundle.open(named.bundle).check()
+    manifest, source = bundle.manifest, named.source(bundle).resolve()
     check_context(manifest, length, spec)
     row = named.row
     kind = "onnx" if named.engine in (None, ONNXRUNTIME) else row.name
@@ -234,7 +234,7 @@ def _peer(spec: str, kind: str, path: Path, vocab: int, row: Row, manifest: Bund
 
 
 def _manifest(path: Path) -> BundleManifest | None:
-    return verify_files(path) if (path / MANIFEST).is_file() else None
+    return Bundle.open(path).check().manifest if (path / MANIFEST).is_file() else None
 
 
 def _distinct(names: list[str]) -> list[str]:

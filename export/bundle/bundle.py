@@ -93,13 +93,23 @@ class Bundle:
 
         Raises BundleError: names the first file that is missing, differs, or is not listed.
         """
+        self.refuse_unlisted()
+        for name in self.manifest.files:
+            self.file(name)
+        return self
+
+    def refuse_unlisted(self) -> None:
+        """Raise BundleError for a file, a link or a device that the manifest does not list."""
         for path in sorted(self.path.rglob("[!.]*")):
             name = path.relative_to(self.path).as_posix()
             if name != MANIFEST and (path.is_symlink() or not path.is_dir()):
                 self._entry(name)
-        for name in self.manifest.files:
-            self.file(name)
-        return self
+
+    @property
+    def hashes(self) -> dict[str, str]:
+        """The sha256 of every file, the manifest included, as listed."""
+        listed = {name: entry.sha256 for name, entry in self.manifest.files.items()}
+        return {**listed, MANIFEST: known_sha256(self.path / MANIFEST)}
 
     def _entry(self, name: str) -> FileEntry:
         if name not in self.manifest.files:

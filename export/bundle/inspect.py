@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
 
-from export.bundle.manifest import BundleManifest, FileEntry, LayerSizes, read_manifest
-from saap.base.files import sha256_file
+from export.bundle.bundle import Bundle
+from export.bundle.manifest import BundleError, BundleManifest, LayerSizes, is_there
 
 UNVERIFIED = (
     "UNVERIFIED: nobody has compared this graph with its model; export again without --parity none before you trust it"
@@ -103,21 +103,23 @@ def inspect_bundle(path: str | Path) -> Inspection:
 
     Raises BundleError: no bundle, or a manifest that is damaged or names files outside the bundle.
     """
-    directory = Path(path)
-    manifest = read_manifest(directory)
-    files = [FileState(name, e.bytes, _state(directory / name, e)) for name, e in sorted(manifest.files.items())]
-    return Inspection(directory, manifest, files)
+    bundle = Bundle.open(path)
+    files = [FileState(name, e.bytes, _state(bundle, name)) for name, e in sorted(bundle.manifest.files.items())]
+    return Inspection(bundle.path, bundle.manifest, files)
 
 
 def _fields(of: object, *names: str) -> dict[str, object]:
     return {name: getattr(of, name) for name in names}
 
 
-def _state(path: Path, entry: FileEntry) -> str:
-    if not path.is_file():
+def _state(bundle: Bundle, name: str) -> str:
+    if not is_there(bundle.path / name):
         return "missing"
-    same = path.stat().st_size == entry.bytes and sha256_file(path) == entry.sha256
-    return "ok" if same else "differs from its hash"
+    try:
+        bundle.file(name)
+    except BundleError:
+        return "differs from its hash"
+    return "ok"
 
 
 def _provenance_lines(manifest: BundleManifest) -> list[str]:

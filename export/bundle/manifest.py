@@ -21,7 +21,6 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path, PurePosixPath
@@ -35,7 +34,7 @@ from saap.base.blocks import LayerSizes as LayerSizes
 from saap.base.caches import GROWING, Sliding
 from saap.base.documents import Document
 from saap.base.errors import UserError
-from saap.base.files import sha256_file
+from saap.base.hashing import known_sha256
 
 FORMAT = 1
 MANIFEST = "bundle.json"
@@ -302,7 +301,7 @@ def write_manifest(directory: Path, manifest: BundleManifest) -> BundleManifest:
     """Hash every file of ``directory`` and write ``bundle.json`` beside them, last and by rename."""
     names = sorted(p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_file())
     files = {
-        name: FileEntry((directory / name).stat().st_size, sha256_file(directory / name))
+        name: FileEntry((directory / name).stat().st_size, known_sha256(directory / name))
         for name in names
         if name != MANIFEST
     }
@@ -339,30 +338,6 @@ def read_manifest(directory: str | Path) -> BundleManifest:
     for name in manifest.files:
         if inside(directory, name) is None:
             raise BundleError(f"{path} names {name!r}, which lies outside the bundle: do not use it")
-    return manifest
-
-
-def verify_files(
-    directory: str | Path, manifest: BundleManifest | None = None, hashed: Collection[str] = ()
-) -> BundleManifest:
-    """Check every file's size and sha256 against the manifest, and that there is no other file.
-
-    ``hashed``: names of files whose content was read and hashed by now, and is not read again.
-
-    Raises BundleError: naming the first file that is missing, differs, or is not listed.
-    """
-    directory = Path(directory)
-    manifest = manifest or read_manifest(directory)
-    for path in sorted(directory.rglob("[!.]*")):
-        name = path.relative_to(directory).as_posix()
-        if name != MANIFEST and name not in manifest.files and (path.is_symlink() or not path.is_dir()):
-            raise BundleError(f"{path} is not listed in {MANIFEST}: remove it, or export the bundle again")
-    for name, entry in manifest.files.items():
-        path = directory / name
-        if not is_there(path):
-            raise BundleError(f"{path} is missing: export the bundle again")
-        if path.stat().st_size != entry.bytes or (name not in hashed and sha256_file(path) != entry.sha256):
-            raise BundleError(f"{path} does not match the hash in {MANIFEST}: export the bundle again")
     return manifest
 
 

@@ -25,8 +25,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from export.bundle.graph_check import check_graph
-from export.bundle.manifest import DECODE_GRAPH, read_manifest
+from export.bundle import Bundle
 from export.engine.bound import BoundEngine, as_prompt, zeros
 from export.engine.protocol import EngineError, EngineOptions, Ids, Logits
 from export.engine.session import EXECUTION, check_provider, check_signature, session_options
@@ -49,12 +48,13 @@ class CudaEngine(BoundEngine):
     device = "cuda"
 
     def __init__(self, source: Path, options: EngineOptions, runtime: ModuleType | None = None) -> None:
-        manifest = read_manifest(source)
+        bundle = Bundle.open(source)
+        manifest = bundle.manifest
         self._ort = runtime or gpu_runtime()
         check_provider(manifest, "cuda", str(source), runtime=self._ort)
         super().__init__(manifest, source, options)
-        self._session = gpu_session(source / DECODE_GRAPH, options.threads, self._ort)
-        check_signature(self._session, manifest, source / DECODE_GRAPH)
+        self._session = gpu_session(bundle.graph(), options.threads, self._ort)
+        check_signature(self._session, manifest, bundle.graph())
         self._bind(self._session)
         try:
             self._allocate()
@@ -137,13 +137,10 @@ def gpu_runtime() -> ModuleType:
 
 
 def gpu_session(graph: Path, threads: int, runtime: ModuleType) -> ort.InferenceSession:
-    """A session on the GPU.
+    """Open a graph that was checked on the GPU.
 
-    Raises:
-        BundleError: weights outside the graph's folder, or none there.
-        EngineError: ONNX Runtime refuses the graph, or would run it on the CPU.
+    Raises EngineError: ONNX Runtime refuses the graph, or would run it on the CPU.
     """
-    check_graph(graph)
     cuda = EXECUTION["cuda"]
     options = session_options(threads, {}, runtime)
     try:

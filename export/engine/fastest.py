@@ -13,7 +13,8 @@ from pathlib import Path
 from statistics import median
 
 from devices.probe.host import probe
-from export.bundle.manifest import BundleManifest, read_manifest, verify_files
+from export.bundle import Bundle
+from export.bundle.manifest import BundleManifest, read_manifest
 from export.engine.protocol import EngineOptions
 from export.engine.table import FASTEST, ONNXRUNTIME, Row, engines_in, row_of
 from export.engine.turns import Contender, random_tokens, take_turns
@@ -85,12 +86,13 @@ def seconds_per_token(bundle: Path, rows: Sequence[Row], progress: Progress | No
 
     Raises UserError: an engine that cannot run the bundle, or too little memory for all at once.
     """
-    manifest, threads = verify_files(bundle), physical_cores()
+    checked, threads = Bundle.open(bundle).check(), physical_cores()
+    manifest = checked.manifest
     length = min(PROMPT + GENERATE, manifest.context_length)
     prompt = random_tokens(max(1, length - GENERATE), manifest.vocab_size, 0)
     contenders = []
     for row in rows:
-        source = row.source(bundle, manifest)
+        source = row.source(checked)
         for choice in row.choices or (None,):
             options = EngineOptions(threads, len(prompt) + GENERATE, choice=choice)
             job = Job(

@@ -14,9 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from export.bundle import foreign_graph
+from export.bundle import Bundle, foreign_graph
 from export.bundle.genai import GENAI_CONFIG, Model, genai_document, genai_model, read_genai_model, shares_cache
-from export.bundle.graph_check import check_graph
 from export.bundle.manifest import MANIFEST, read_manifest
 from export.engine.facts import ModelFacts, file_facts
 from export.engine.protocol import Engine, EngineOptions, Ids, Logits
@@ -101,12 +100,13 @@ def _ours(path: Path, folder: Path) -> None:
         BundleError: as of :func:`model_of`, or data outside of the directory.
     """
     model, path = model_of(path), path.resolve()
-    graph = path / model.decoder.filename
-    for file in (graph, *check_graph(graph, nested=not (path / MANIFEST).is_file())):
+    bundle = Bundle.open(path) if (path / MANIFEST).is_file() else None
+    graph = model.decoder.filename
+    for file in foreign_graph(path / graph) if bundle is None else bundle.graph_files(graph):
         link = folder / file.relative_to(path)
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(file)
-    shared = not (path / MANIFEST).is_file() or shares_cache(read_manifest(path))
+    shared = bundle is None or shares_cache(bundle.manifest)
     (folder / GENAI_CONFIG).write_text(json.dumps(genai_document(model, shared=shared)), encoding="utf-8")
 
 

@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from export.bundle import Bundle
 from export.bundle.manifest import (
-    DECODE_GRAPH,
     PREFILL_CHUNK,
     WINDOW_START,
     CachePart,
-    read_manifest,
 )
 from export.engine.bound import BoundEngine, as_prompt, zeros
 from export.engine.cuda import CudaEngine
@@ -51,13 +50,14 @@ class OnnxRuntimeEngine(BoundEngine):
     def __init__(self, source: Path, options: EngineOptions) -> None:
         from onnxruntime import OrtValue
 
-        manifest = read_manifest(source)
+        bundle = Bundle.open(source)
+        manifest = bundle.manifest
         check_provider(manifest, "cpu", str(source))
         super().__init__(manifest, source, options)
         max_length = options.max_length
         # Before the KV buffers exist, whose pages are touched as they fill.
         self._session, self.huge_page_bytes = with_huge_pages(
-            lambda: open_session(source / DECODE_GRAPH, options.threads, manifest), manifest.weight_bytes_per_token
+            lambda: open_session(bundle, options.threads), manifest.weight_bytes_per_token
         )
         self._bind(self._session)
         # Standard operators concatenate the cache; only GroupQueryAttention writes into the past buffer.
@@ -147,7 +147,7 @@ class OnnxRuntimeEngine(BoundEngine):
             self._free_outputs()
         try:
             self._session.run_with_iobinding(binding)
-        except Exception as error:  # as in make_session
+        except Exception as error:  # as in own_session
             raise EngineError(f"the graph cannot be run: {first_line(error)}; export the bundle again") from None
         self.length = total
         if not self._shared:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from export.bundle.manifest import verify_files
+from export.bundle import Bundle
 from export.engine.process import EngineProcess
 from export.engine.protocol import Engine, EngineOptions, Ids, Logits
 from export.engine.spec import resolve
@@ -17,7 +17,7 @@ from saap.base.progress import Progress
 
 
 def open_engine(spec: str | Path, options: EngineOptions | None = None, *, progress: Progress | None = None) -> Engine:
-    """Open a bundle in this process, once its files are checked.
+    """Open a bundle in this process.
 
     Args:
         spec: ``BUNDLE``, ``BUNDLE@NAME``, or ``BUNDLE@fastest``, which measures where the answer is not known yet.
@@ -25,7 +25,7 @@ def open_engine(spec: str | Path, options: EngineOptions | None = None, *, progr
     Raises UserError: no bundle, or an engine that does not run it or is not in this Python.
     """
     named = resolve(spec, progress, here=True)
-    source = named.source(verify_files(named.bundle))
+    source = named.source(Bundle.open(named.bundle))
     named.row.check_here()
     return named.row.open(source, options or EngineOptions())
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from export.bundle.graph_check import check_graph
-from export.bundle.manifest import DECODE_GRAPH, SCORING_GRAPH, CachePart, read_manifest
+from export.bundle import Bundle
+from export.bundle.manifest import DECODE_GRAPH, SCORING_GRAPH, CachePart
 from export.engine.facts import SIZES, ModelFacts
 from export.engine.protocol import Engine, EngineOptions, Ids, Logits, check_room, check_threads
 
@@ -41,9 +41,8 @@ class OpenVinoEngine(Engine):
         if (source / IR).is_file():
             model = core.read_model(source / IR)
         else:
-            graph = source / (SCORING_GRAPH if options.scoring else DECODE_GRAPH)
-            check_graph(graph)
-            manifest = read_manifest(source)
+            bundle = Bundle.open(source)
+            manifest, graph = bundle.manifest, bundle.graph(SCORING_GRAPH if options.scoring else DECODE_GRAPH)
             self.can_rewind = manifest.can_forget
             if manifest.bits == 32:  # where a CPU has bfloat16, OpenVINO computes in it by default
                 properties["INFERENCE_PRECISION_HINT"] = "f32"

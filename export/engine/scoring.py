@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from export.bundle.manifest import FIRST_LOGIT, SCORING_GRAPH, BundleManifest, read_manifest, too_old
+from export.bundle import Bundle
+from export.bundle.manifest import FIRST_LOGIT, SCORING_GRAPH, BundleManifest, too_old
 from export.engine.protocol import Engine, EngineError, Ids, Logits, check_ids, check_room
 from export.engine.session import open_session
 from saap.base.errors import first_line
@@ -46,15 +47,15 @@ class BundleScorer(Engine):
     def __init__(self, directory: str | Path, threads: int = 1, graph: str = SCORING_GRAPH) -> None:
         import onnxruntime
 
-        self.manifest = read_manifest(directory)
+        bundle = Bundle.open(directory)
+        self.manifest = bundle.manifest
         self.max_length, self.can_rewind = self.manifest.context_length, self.manifest.can_forget
         self._length, self._cache = 0, empty_past(self.manifest, 1)
         if why := too_old(self.manifest, onnxruntime.__version__):
             raise EngineError(f"{directory} {why}")
-        path = Path(directory) / graph
-        if not path.is_file():
+        if graph not in self.manifest.files:
             raise EngineError(f"{directory} has no {graph}: export it again with this saap")
-        self._session = open_session(path, threads, self.manifest)
+        self._session = open_session(bundle, threads, graph)
         # Bundles of earlier versions, and those that optimum wrote, have no such input.
         self._may_skip = any(given.name == FIRST_LOGIT for given in self._session.get_overridable_initializers())
 
@@ -101,7 +102,7 @@ class BundleScorer(Engine):
             feed[FIRST_LOGIT] = np.array([-1])
         try:
             logits, *rest = self._session.run(wanted, feed)
-        except Exception as error:  # as in make_session
+        except Exception as error:  # as in own_session
             raise EngineError(f"the graph cannot be run: {first_line(error)}; export the bundle again") from None
         return [np.asarray(logits, dtype=np.float32), *rest]
 

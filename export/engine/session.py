@@ -7,8 +7,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from export.bundle.graph_check import check_graph
-from export.bundle.manifest import BundleError, BundleManifest, too_old
+from export.bundle import Bundle
+from export.bundle.manifest import DECODE_GRAPH, BundleError, BundleManifest, too_old
 from export.engine.protocol import EngineError
 from saap.base.errors import first_line
 
@@ -19,18 +19,30 @@ EXECUTION = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 TARGETS = {"cpu": ("cpu", "portable"), "cuda": ("cuda",)}  # attention of the cuda target is float16
 
 
-def open_session(graph: Path, threads: int, manifest: BundleManifest | None = None) -> InferenceSession:
-    """A session on the CPU; threads spin between operators, since a decode step has hundreds of short ones.
+def open_session(bundle: Bundle, threads: int, graph: str = DECODE_GRAPH) -> InferenceSession:
+    """Open a graph of a bundle on the CPU.
 
     Raises:
         BundleError: a graph that must not be loaded, or that is not what its manifest says.
         EngineError: ONNX Runtime refuses the graph.
     """
-    check_graph(graph)
-    session = make_session(graph, session_options(threads, {}))
-    if manifest is not None:
-        check_signature(session, manifest, graph)
+    path = bundle.graph(graph)
+    session = own_session(path, threads)
+    check_signature(session, bundle.manifest, path)
     return session
+
+
+def own_session(graph: Path, threads: int) -> InferenceSession:
+    """Open a graph that we wrote just now, or that was checked, on the CPU.
+
+    Raises EngineError: ONNX Runtime refuses the graph.
+    """
+    import onnxruntime as ort
+
+    try:
+        return ort.InferenceSession(str(graph), session_options(threads, {}), providers=[EXECUTION["cpu"]])
+    except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
+        raise EngineError(f"ONNX Runtime {ort.__version__} cannot load {graph}: {first_line(error)}") from error
 
 
 def session_options(threads: int, entries: dict[str, str], runtime: ModuleType | None = None) -> SessionOptions:
@@ -53,19 +65,6 @@ def session_options(threads: int, entries: dict[str, str], runtime: ModuleType |
     for key, value in {"session.intra_op.allow_spinning": "1" if threads > 1 else "0", **entries}.items():
         options.add_session_config_entry(key, value)
     return options
-
-
-def make_session(graph: Path, options: SessionOptions) -> InferenceSession:
-    """A session on the CPU with these options, over data files that were checked.
-
-    Raises EngineError: ONNX Runtime refuses the graph.
-    """
-    import onnxruntime as ort
-
-    try:
-        return ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
-        raise EngineError(f"ONNX Runtime {ort.__version__} cannot load {graph}: {first_line(error)}") from error
 
 
 TENSORS = {"float32": "tensor(float)", "float16": "tensor(float16)", "int8": "tensor(int8)"}

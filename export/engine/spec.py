@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from export.bundle.manifest import BundleError, BundleManifest
+from export.bundle import Bundle
+from export.bundle.manifest import BundleError
 from export.engine.table import FASTEST, ONNXRUNTIME, Row, bundle_engines, row_of
 from saap.base.progress import Progress
 
@@ -40,9 +41,9 @@ class BundleSpec:
         """The engine; ONNX Runtime where none is named."""
         return row_of(self.engine or ONNXRUNTIME)
 
-    def source(self, manifest: BundleManifest) -> Path:
-        """What the engine reads of the bundle. Raises BundleError: it does not run this bundle."""
-        return self.row.source(self.bundle, manifest)
+    def source(self, bundle: Bundle) -> Path:
+        """What the engine reads of the bundle, opened. Raises BundleError: it does not run this bundle."""
+        return self.row.source(bundle)
 
 
 def resolve(spec: str | Path, progress: Progress | None = None, *, here: bool = False) -> BundleSpec:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
+from export.bundle import Bundle
 from export.bundle.manifest import BundleError, BundleManifest
 from export.engine.protocol import Engine, EngineOptions
 from saap.base.child import absent
@@ -42,14 +43,15 @@ class Row:
     anywhere: bool = True  # whether another Python may run it, where SAAP_PEER_PYTHON names one
     of_bundles: bool = True  # whether BUNDLE@NAME runs in it; else its models come as NAME:DIR to the bench
 
-    def source(self, bundle: Path, manifest: BundleManifest) -> Path:
-        """What it reads of a bundle: the directory, or its file there.
+    def source(self, bundle: Bundle) -> Path:
+        """What it reads of a bundle: the directory, whose graph it opens by itself, or its file there, checked.
 
         Raises BundleError: it does not run this bundle.
         """
         if self.name != ONNXRUNTIME:
-            self._check(manifest, str(bundle))
-        source = bundle / self.file if self.file else bundle
+            self._check(bundle.manifest, str(bundle.path))
+        bundle.refuse_unlisted()
+        source = bundle.file(self.file) if self.file else bundle.path
         if self.inspect is not None:
             self.inspect(source)
         return source

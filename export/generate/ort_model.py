@@ -11,10 +11,12 @@ import torch
 from transformers import GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from export.bundle.manifest import BundleManifest, read_manifest
+from export.bundle import Bundle
+from export.bundle.manifest import BundleManifest
 from export.bundle.tokenizer import RunError
 from export.engine.opening import open_engine
 from export.engine.protocol import Engine, EngineOptions
+from export.engine.spec import BundleSpec
 from export.generate.loop import CachedSequence
 
 
@@ -65,12 +67,13 @@ class BundleForCausalLM(PreTrainedModel, GenerationMixin):
             BundleError: no bundle there, or one that does not verify.
             EngineError: more threads than cores, or a graph that this ONNX Runtime cannot load.
         """
-        directory = Path(directory)
-        manifest = read_manifest(directory)
+        bundle = Bundle.open(BundleSpec.of(directory).bundle)
+        manifest = bundle.manifest
         engine = open_engine(directory, EngineOptions(threads, manifest.context_length))
         model = cls(BundleConfig.of(manifest), engine, manifest)
-        if (directory / "generation_config.json").is_file():
-            model.generation_config = GenerationConfig.from_pretrained(directory, local_files_only=True)
+        if "generation_config.json" in manifest.files:
+            path = bundle.file("generation_config.json")
+            model.generation_config = GenerationConfig.from_pretrained(path.parent, local_files_only=True)
             model.generation_config.eos_token_id = model.config.eos_token_id
         model.eval()
         return model

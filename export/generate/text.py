@@ -9,7 +9,8 @@ from typing import TypedDict
 
 import msgspec
 
-from export.bundle.manifest import BundleManifest, read_manifest, verify_files
+from export.bundle import Bundle
+from export.bundle.manifest import BundleManifest
 from export.bundle.small_files import SmallFiles
 from export.bundle.tokenizer import BundleTokenizer, read_json
 from export.engine.protocol import EngineOptions
@@ -111,10 +112,8 @@ def open_bundle(
     Raises UserError: no bundle, options that do not go together, or a context that is too small.
     """
     named = resolve(bundle, progress, here=True)
-    directory = named.bundle
-    manifest = read_manifest(directory)
-    source = named.source(manifest)
-    tokenizer = BundleTokenizer(directory, manifest)
+    opened = Bundle.open(named.bundle)
+    source, manifest, tokenizer = named.source(opened), opened.manifest, opened.tokenizer
     templated = tokenizer.has_chat_template if options.chat is None else options.chat
     if prompt is None and not templated:
         raise UserError("a conversation needs the model's chat template: give a prompt to continue")
@@ -123,13 +122,12 @@ def open_bundle(
         raise UserError(f"--system needs the model's chat template: put it into the prompt{instead}")
     if templated:
         tokenizer.prepare_chat()
-    sampling = chosen_sampling(tokenizer.files, options)
+    sampling = chosen_sampling(opened.small_files, options)
     for text in (prompt, options.system):
         check_text(text)
     needed = CHAT_CONTEXT if prompt is None else options.max_tokens + _length(tokenizer, prompt, templated, options)
     context = max(1, min(manifest.context_length, needed)) if options.context is None else options.context
     threads = physical_cores() if options.threads is None else options.threads
-    verify_files(directory, manifest, tokenizer.files.hashed)
     named.row.check_here()
     engine = named.row.open(source, EngineOptions(threads, context))
     settings = AnswerSettings(options.max_tokens, sampling)

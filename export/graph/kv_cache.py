@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from export.bundle.manifest import BundleManifest
-from export.engine.session import open_session
+from export.engine.session import own_session
 from saap.base.errors import UserError
 
 LARGEST = 127
@@ -31,7 +31,7 @@ def cache_scales(graph: Path, manifest: BundleManifest, ids: np.ndarray) -> dict
 
     Raises UserError: a cache that is not finite.
     """
-    session = open_session(graph, os.cpu_count() or 1)
+    session = own_session(graph, os.cpu_count() or 1)
     names = [part.present for part in manifest.cache if part.grows]
     ranges = {name: np.zeros(1, np.float32) for name in names}
     empty = {part.past: np.zeros(part.sized(1, 0), np.float32) for part in manifest.cache}

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx
 
-from export.engine.session import open_session
+from export.engine.session import own_session
 from export.needs import PIECE_BYTES
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def _session(graph: Path, piece: onnx.ModelProto, threads: int) -> InferenceSess
     file = graph.with_name(PIECE)
     try:
         onnx.save(piece, file)
-        return open_session(file, threads)
+        return own_session(file, threads)
     finally:
         file.unlink(missing_ok=True)
 

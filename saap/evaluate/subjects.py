@@ -11,7 +11,8 @@ from typing import Protocol
 
 import torch
 
-from export.bundle.manifest import MANIFEST, BundleManifest, read_manifest, verify_files
+from export import bundle as bundles
+from export.bundle.manifest import MANIFEST, BundleManifest, read_manifest
 from export.engine.opening import logits_in_process, open_engine
 from export.engine.protocol import EngineOptions, Ids, Logits, greedy
 from export.engine.scoring import BundleScorer
@@ -147,7 +148,7 @@ class Bundle:
         if self.engine == ONNXRUNTIME:
             logits = self._scorer(threads).logits
         else:
-            logits = logits_in_process(self.row, self.row.source(self.path, verify_files(self.path)), threads)
+            logits = logits_in_process(self.row, self.row.source(self._checked()), threads)
         return lambda ids: torch.from_numpy(logits(ids.cpu().numpy()))
 
     def continuations(self, device: torch.device) -> tuple[Scorer, int]:
@@ -159,8 +160,11 @@ class Bundle:
         return lambda prompt, tokens: greedy(engine, prompt, tokens, stops)
 
     def _scorer(self, threads: int) -> BundleScorer:
-        verify_files(self.path)
-        return BundleScorer(self.path, threads)
+        return BundleScorer(self._checked().path, threads)
+
+    def _checked(self) -> bundles.Bundle:
+        """Open the bundle, every file of it checked: the tokenizer is read by transformers."""
+        return bundles.Bundle.open(self.path).check()
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,7 @@ def _documents(place: Path) -> Iterator[Target]:
     from bench.measure.result import read_result
     from bench.runtimes.peers import genai_peer
     from devices.profiles.profile import PROFILES, read_profile
-    from export.bundle.manifest import read_manifest, verify_files
+    from export.bundle import Bundle
     from export.bundle.tokenizer import BundleTokenizer
     from saap.base.quality import QUALITY
     from saap.cli.report import make_report
@@ -99,7 +99,7 @@ def _documents(place: Path) -> Iterator[Target]:
     here = place / "bundle"
     yield Target(
         "bundle.json",
-        _from_file(here / "bundle.json", lambda: (read_manifest(here), verify_files(here))),
+        _from_file(here / "bundle.json", lambda: Bundle.open(here).check()),
         _json(seeds.MANIFEST),
     )
     here2 = place / "slim"
@@ -235,7 +235,7 @@ def _lines(place: Path) -> Iterator[Target]:
 
 def _binaries(place: Path) -> Iterator[Target]:
     """ONNX, GGUF and safetensors."""
-    from export.bundle.graph_check import check_graph
+    from export.bundle import foreign_graph
     from saap.base.gguf_header import read_header
     from saap.models.gguf import read_tokenizer_fields
     from saap.models.weight_files import tensor_reader
@@ -248,7 +248,7 @@ def _binaries(place: Path) -> Iterator[Target]:
         "GGUF tokenizer", _from_file(gguf, lambda: read_tokenizer_fields(gguf)), seeds.gguf(place), kind="bytes"
     )
     graph = place / "graph/model.onnx"
-    yield Target("ONNX data files", _from_file(graph, lambda: check_graph(graph)), seeds.onnx_graphs(), kind="bytes")
+    yield Target("ONNX data files", _from_file(graph, lambda: foreign_graph(graph)), seeds.onnx_graphs(), kind="bytes")
     (graph.parent / "w.data").write_bytes(bytes(8))
     weights = place / "weights/model.safetensors"
 

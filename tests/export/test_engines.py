@@ -13,7 +13,8 @@ from support.cuts import cut
 from support.export_cases import IDS, UNEVEN
 
 from bench.runtimes.peers import read_peers
-from export.bundle.manifest import BundleError, read_manifest, verify_files
+from export.bundle import Bundle
+from export.bundle.manifest import BundleError, read_manifest
 from export.engine.opening import logits_in_process
 from export.engine.scoring import BundleScorer
 from export.engine.spec import BundleSpec
@@ -66,7 +67,7 @@ def llama_cpp():
 
 
 def test_a_bundle_holds_the_same_integers_for_llama_cpp(bundle):
-    manifest = verify_files(bundle)
+    manifest = Bundle.open(bundle).check().manifest
     assert engines_in(manifest) == list(BOTH) and "model.gguf" in manifest.files
     assert manifest.lineage["engines"]["llama.cpp"]["exact"] is True
     assert engines_in(read_manifest(bundle)) == list(BOTH)

@@ -26,7 +26,8 @@ from support.export_cases import (
 from support.exported import export_bundle
 from support.references import reference_model
 
-from export.bundle.manifest import BundleError, read_manifest, verify_files
+from export.bundle import Bundle
+from export.bundle.manifest import BundleError, read_manifest
 from export.engine.onnxruntime import OnnxRuntimeEngine
 from export.engine.protocol import EngineOptions
 from export.engine.scoring import BundleScorer
@@ -124,7 +125,7 @@ def test_ends_of_text_are_told_and_damage_is_found(tiny_model, tmp_path):
     data[12345] ^= 1
     (bundle / "model.onnx.data").write_bytes(data)
     with pytest.raises(BundleError, match=r"model\.onnx\.data does not match the hash"):
-        verify_files(bundle)
+        Bundle.open(bundle).check()
     files = json.loads((bundle / "bundle.json").read_text())["files"]
     for name in ("../tiny/config.json", "/etc/hostname", "model\0.onnx"):
         edited(bundle / "bundle.json", files={**files, name: {"bytes": 1, "sha256": "0"}})

@@ -15,7 +15,7 @@ from support.tiny_graphs import CONTEXT, VOCAB, tiny_bundle
 from bench.measure.worker import timed_pass
 from export.bundle.manifest import BundleError, read_manifest
 from export.engine import onnxruntime as module
-from export.engine.cuda import CudaEngine, gpu_session
+from export.engine.cuda import CudaEngine
 from export.engine.onnxruntime import OnnxRuntimeEngine
 from export.engine.protocol import EngineError, EngineOptions
 from export.engine.session import check_provider
@@ -163,6 +163,6 @@ def test_weights_outside_the_folder_are_refused_before_a_session_is_made(bundle,
     path, machine = bundle("cuda"), Machine()
     (path / "model.onnx.data").rename(tmp_path / "data")
     (path / "model.onnx.data").symlink_to(tmp_path / "data")
-    with pytest.raises(BundleError, match="outside the bundle's folder"):
-        gpu_session(path / "model.onnx", 1, machine)
+    with pytest.raises(BundleError, match="outside the bundle"):
+        CudaEngine(path, EngineOptions(1, 16), machine)
     assert machine.sessions == []

@@ -10,7 +10,7 @@ import pytest
 from support.edited import edited
 from support.tiny_graphs import CONTEXT, VOCAB, tiny_bundle
 
-from export.bundle.manifest import BundleError
+from export.bundle.manifest import BundleError, read_manifest, write_manifest
 from export.engine.onnxruntime import OnnxRuntimeEngine
 from export.engine.opening import open_engine
 from export.engine.protocol import EngineError, EngineOptions
@@ -61,6 +61,7 @@ def test_scoring_gives_every_position(bundle: Path, tmp_path: Path) -> None:
     np.testing.assert_allclose(scorer.logits(rows)[0], every, atol=2e-5)
     shutil.copytree(bundle, tmp_path, dirs_exist_ok=True)
     (tmp_path / "scoring.onnx").unlink()
+    write_manifest(tmp_path, read_manifest(tmp_path))
     with pytest.raises(EngineError, match=r"no scoring\.onnx"):
         BundleScorer(tmp_path)
     decoder = OnnxRuntimeEngine(bundle, EngineOptions(1, 32))
@@ -136,11 +137,13 @@ def test_changed_weights_broken_graphs_and_other_targets_are_refused(bundle: Pat
         open_engine(tmp_path, EngineOptions(1, 8))
     weights.write_bytes(kept)
     graph.write_bytes(b"not a graph")
+    write_manifest(tmp_path, read_manifest(tmp_path))
     with pytest.raises(BundleError, match="is not an ONNX file"):
         OnnxRuntimeEngine(tmp_path, EngineOptions(1, 8))
     model = onnx.load(bundle / "model.onnx", load_external_data=False)
     model.graph.node[0].op_type = "NoSuchOperator"
     onnx.save(model, graph)
+    write_manifest(tmp_path, read_manifest(tmp_path))
     with pytest.raises(EngineError, match="cannot load") as caught:
         OnnxRuntimeEngine(tmp_path, EngineOptions(1, 8))
     assert "\n" not in str(caught.value)

@@ -7,7 +7,8 @@ from support.export_cases import IDS, UNEVEN
 from support.exported import export_bundle, export_portable
 
 from bench.runtimes.peers import PeerError, read_peers
-from export.bundle.manifest import BundleError, read_manifest, verify_files
+from export.bundle import Bundle
+from export.bundle.manifest import BundleError, read_manifest
 from export.engine.onnxruntime import OnnxRuntimeEngine
 from export.engine.opening import logits_in_process
 from export.engine.protocol import EngineError, EngineOptions
@@ -65,7 +66,7 @@ def nll(logits, ids):
 def test_uneven_integers_mean_the_same(uneven):
     (peer,) = read_peers([f"{uneven}@openvino"], 64)
     assert (peer.kind, peer.name) == ("openvino", "uneven@openvino")
-    assert peer.bundle_hash == verify_files(uneven).content_hash
+    assert peer.bundle_hash == Bundle.open(uneven).check().manifest.content_hash
     rows = IDS.numpy()
     theirs = logits_in_process(peer.row, peer.path, 1)(rows)
     ours = BundleScorer(uneven).logits(rows)
@@ -131,4 +132,4 @@ def test_what_openvino_does_not_read_is_refused(tiny_model, tmp_path):
         ("cuda", "is for cuda: openvino reads bundles of --target cpu"),
     ):
         with pytest.raises(BundleError, match=reason):
-            BundleSpec.of(f"{tmp_path / name}@openvino").source(read_manifest(tmp_path / name))
+            BundleSpec.of(f"{tmp_path / name}@openvino").source(Bundle.open(tmp_path / name))

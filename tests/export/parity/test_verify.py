@@ -14,7 +14,8 @@ from support.references import reference_model, streamed_logits
 import export.parity.pieces
 import export.parity.streamed
 import export.parity.verify
-from export.engine.session import open_session
+from export.bundle.manifest import read_manifest, write_manifest
+from export.engine.session import own_session
 from export.parity.streamed import StreamedModel
 from export.parity.verify import check_parity
 from export.source import ModelSource, Precision
@@ -74,6 +75,7 @@ def test_one_wrong_weight_is_noticed(tiny_model, tmp_path):
     value = numpy_helper.to_array(onnx.TensorProto(data_type=1, dims=[1], raw_data=bytes(data[offset : offset + 4])))
     data[offset : offset + 4] = (value * 1.5).tobytes()
     (tmp_path / "bundle/model.onnx.data").write_bytes(data)
+    write_manifest(tmp_path / "bundle", read_manifest(tmp_path / "bundle"))
     with pytest.raises(UserError, match=r"parity failed .*max_abs_logit_difference"):
         check_parity(tmp_path / "bundle", path, IDS, "dice")
 
@@ -92,7 +94,7 @@ def test_a_large_bundle_is_run_in_pieces(tiny_model, tmp_path, monkeypatch, writ
     sessions = []
     monkeypatch.setattr(export.parity.verify, "WHOLE_BYTES", 0)
     monkeypatch.setattr(
-        export.parity.pieces, "open_session", lambda *a: sessions.append(open_session(*a)) or sessions[-1]
+        export.parity.pieces, "own_session", lambda *a: sessions.append(own_session(*a)) or sessions[-1]
     )
     # The portable graph's nodes are fused by ONNX Runtime, and other ones where a cut lies between them.
     near = {"abs": 1e-6} if write is export_bundle else {"rel": 2e-2, "abs": 1e-5}

@@ -197,10 +197,10 @@ cli.main()
 
 
 def test_export_takes_what_prune_takes(tiny_model, tmp_path):
-    from export.bundle.manifest import verify_files
+    from export.bundle import Bundle
     from export.gguf.write import export_gguf
 
     export_gguf(tiny_model(vocab_size=320), tmp_path / "model.gguf", kind="F32")
     here("export", tmp_path / "model.gguf", "-o", tmp_path / "bundle", "--parity", "none")
-    verify_files(tmp_path / "bundle")
+    Bundle.open(tmp_path / "bundle").check()
     assert "no model 'smollm3'" in refused("export", "smollm3", "-o", tmp_path / "none")

@@ -20,7 +20,8 @@ from support.slim_integers import WIDE
 from bench.judge.baselines import Baseline, RegressionError, read_baselines, write_baseline
 from bench.judge.quality import QualityError, read_quality
 from bench.measure.result import ResultError, read_result, write_result
-from export.bundle.manifest import BundleError, verify_files
+from export.bundle import Bundle
+from export.bundle.manifest import BundleError
 from saap.base.errors import UserError
 from saap.base.quality import QUALITY
 from saap.base.writing import read_object, write_document
@@ -140,8 +141,8 @@ def test_a_bundle(tiny_model, tmp_path):
     export_bundle(tiny_model(**WIDE), tmp_path / "bundle")
     files = sorted(p for p in (tmp_path / "bundle").iterdir() if p.name != "bundle.json")
     for file in files:
-        assert holds(file, lambda: verify_files(tmp_path / "bundle"), times=5) == 5
-    assert holds(tmp_path / "bundle/bundle.json", lambda: verify_files(tmp_path / "bundle")) > 30
+        assert holds(file, lambda: Bundle.open(tmp_path / "bundle").check(), times=5) == 5
+    assert holds(tmp_path / "bundle/bundle.json", lambda: Bundle.open(tmp_path / "bundle").check()) > 30
 
 
 def test_results_and_other_documents(tmp_path):
