@@ -8,15 +8,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from export.bundle import Bundle
 from export.bundle.manifest import BundleError, BundleManifest
-from export.engine.protocol import Engine, EngineOptions
 from saap.base.child import absent
 from saap.base.errors import UserError
 from saap.base.gguf_header import read_header
 from saap.base.interpreters import python_with
 from saap.base.tree import text
+
+if TYPE_CHECKING:
+    from export.engine.protocol import Engine, EngineOptions  # numpy, which options do without
 
 ONNXRUNTIME, LLAMA_CPP, OPENVINO, GENAI, TORCH = "onnxruntime", "llama.cpp", "openvino", "genai", "torch"
 FLASH_ATTENTION = {"flash attention on": 1, "flash attention off": 0}  # the default first; llama_flash_attn_type

@@ -133,6 +133,7 @@ class Bundle:
         """Count parameters, and bytes of what the engine reads."""
         manifest = self.manifest
         if self.row.file:
+            self.row.source(bundles.Bundle.open(self.path))  # refuses a bundle without the file
             return manifest.parameters, manifest.files[self.row.file].bytes
         return manifest.parameters, sum(entry.bytes for name, entry in manifest.files.items() if ".onnx" in name)
 

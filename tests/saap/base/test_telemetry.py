@@ -27,7 +27,7 @@ def test_libraries_are_told_before_they_are_loaded():
 def test_openvino_goes_without_its_reporter(tmp_path):
     if importlib.util.find_spec("openvino") is None:
         pytest.skip("openvino is an extra of its own")
-    script = "import devices, openvino; openvino.Core()"
+    script = "import saap, openvino; openvino.Core()"
     env = {k: v for k, v in os.environ.items() if k != "SAAP_TELEMETRY"} | {"HOME": str(tmp_path)}
     subprocess.run([sys.executable, "-c", script], env=env, cwd=ROOT, capture_output=True, check=True)
     assert not list(tmp_path.iterdir())

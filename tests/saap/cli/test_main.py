@@ -38,7 +38,6 @@ REFUSED_AT_ONCE = {
     "run m -o o --ratio 2": "--ratio 2.0 is not allowed",
     "run no-such-model -o o": "no model 'no-such-model'",
     "tune m -o o --tokens 1": "--tokens 1 is less than a step needs, 1024",
-    "tune m -o o --teacher no-such-model": "no model 'no-such-model'",
     "eval m --seed 3": "--seed is for --tasks",
     "export m -o o --type Q4_0": "--type is for --target gguf",
 }

@@ -150,7 +150,7 @@ WRONG = {
     "export --inspect result.json": "is not a bundle: it is a file; give the directory that `saap export` wrote",
     "export bundle -o o": "bundle is an exported bundle, not a model",
     "generate smollm2-135m hi": "there is no such directory; make one with `saap export MODEL -o BUNDLE`",
-    "bench dense.gguf": "and `saap bench llama.cpp:/",
+    "bench dense.gguf": "and `saap bench llama.cpp:dense.gguf` measures it",
     "bench torch:bundle": "is a bundle; leave torch: out, or give the model that it was made from",
     "bench torch:empty": "give torch: a Hugging Face model directory",
     "bench llama.cpp:long.txt": "is no GGUF file: give one that llama.cpp reads",

@@ -123,7 +123,7 @@ def test_both_forms_of_the_regression_agree():
     for form in (wide, long):
         form.add(x[:5], r[:5])
         form.add(x[5:], r[5:])
-        extra = type(form)(20, 7)
+        extra = Rows() if form is wide else Products(20, 7)
         extra.add(more, r[:4])
         form.more = form.plus(extra)
     for damping in (0.1, 3.0):

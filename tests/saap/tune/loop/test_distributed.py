@@ -129,5 +129,5 @@ def test_processes_that_did_not_meet_are_refused(monkeypatch):
     """Each would take itself for the main one and write over the other's files."""
     join_processes()  # alone, which accelerate remembers
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="2 processes were started and 1 met"):
+    with pytest.raises(UserError, match="2 processes were started and 1 joined"):
         join_processes()
