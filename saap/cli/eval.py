@@ -13,7 +13,7 @@ from saap.base.quality import QUALITY, Answers, Quality, TaskScore
 from saap.cli.console import LOADING, Console, print_table
 from saap.cli.options import OptionsCommand, options_of
 from saap.cli.types import directory, force
-from saap.evaluate.options import EvalOptions
+from saap.evaluate.options import EvalOptions, check_options
 
 _TEXT = "Perplexity"
 
@@ -53,6 +53,7 @@ def evaluate(paths: tuple[Path, ...], json_path: Path | None, options: EvalComma
     from saap.base.outputs import QUALITY as OF_EVAL
     from saap.base.outputs import check_place
 
+    check_options(options.options)  # a wrong option is refused before torch is loaded
     check_place(json_path, OF_EVAL, *paths, options.reference, options.text)
     console = Console.of_command()
     console.report(LOADING, 0, 0)
