@@ -44,7 +44,7 @@ class Device:
         return self.target.url
 
     def measure(self, bundle: str | Path, **options: Any) -> Result:
-        """A bench run of one bundle; ``options`` are fields of ``bench.measure.BenchOptions``.
+        """Measure one bundle; ``options`` are fields of ``bench.measure.BenchOptions``.
 
         Raises:
             AssertionError: the result is INVALID, so nothing can be said of it.
@@ -117,7 +117,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def saap_device(request: pytest.FixtureRequest) -> Device:
-    """The device that ``--saap-device`` names."""
+    """Return the device that ``--saap-device`` names."""
     from bench.judge.baselines import DEFAULT
 
     url = request.config.getoption("--saap-device")
@@ -129,7 +129,7 @@ def saap_device(request: pytest.FixtureRequest) -> Device:
 
 
 def _target(url: str | None) -> Target:
-    """The device; a URL that names none is refused before anything is measured."""
+    """Return the device; a URL that names none is refused before anything is measured."""
     from bench.remote.target import target
     from devices.transport import BoardError
 

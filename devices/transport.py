@@ -40,7 +40,7 @@ class Transport:
     name: str  # as a person wrote it
 
     def argv(self, command: str) -> list[str]:
-        """The process that runs ``command``, a fixed line, by a shell on the board."""
+        """Return the process that runs ``command``, a fixed line, by a shell on the board."""
         raise NotImplementedError
 
     def failure(self, code: int, stderr: str) -> BoardError:
@@ -170,7 +170,7 @@ class Adb(Transport):
 
 
 def open_transport(url: str, options: Sequence[str] = ()) -> Transport:
-    """The way that ``url`` names, which is not of a farm; nothing is connected yet.
+    """Open the transport that ``url`` names, which is not of a farm; nothing is connected yet.
 
     Args:
         options: as those of :class:`Ssh`.

@@ -99,7 +99,7 @@ def read_stacks(manifests: Sequence[BundleManifest]) -> list[Stack]:
 def costs_from(
     stacks: Sequence[Stack], processes: Sequence[CostProcess], cpus: list[int], bandwidth: Bandwidth
 ) -> MeasuredCosts:
-    """The costs that raw steps amount to.
+    """Compute costs from the raw steps of probe stacks.
 
     Args:
         stacks: the base first; one of them without attention, one without FFN.

@@ -140,12 +140,12 @@ class Runner:
 
     @classmethod
     def of(cls, bundle: Path, options: CostsOptions) -> Runner:
-        """Raises UserError: the engine is not installed, or cannot hold the stack."""
+        """Open the engine's peer. Raises UserError: the engine is not installed, or cannot hold the stack."""
         (peer,) = read_peers([f"{LLAMA_CPP}{bundle / str(row_of(options.engine).file)}"], options.depth + PILOT)
         return cls(peer, options.depth)
 
     def choice(self, threads: int, progress: Progress | None) -> str | None:
-        """The setting of the engine's own that is fastest in decode at this depth."""
+        """Return the engine's own setting that is fastest in decode at this depth."""
         plan = BenchOptions(prompt=self.depth, generate=PILOT, threads=threads)
         return at_their_best([self.peer], plan, progress)[0][0].choice
 

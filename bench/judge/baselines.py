@@ -62,7 +62,7 @@ class Baseline:
 
 
 def checked_folder(folder: Path, installed: Sequence[Path] | None = None) -> Path:
-    """A folder for baselines, made when it is written to.
+    """Return a folder for baselines, which is created when it is first written to.
 
     Args:
         installed: folders of installed packages; those of this Python where not given.
@@ -82,7 +82,7 @@ def checked_folder(folder: Path, installed: Sequence[Path] | None = None) -> Pat
 
 
 def writable_folder(folder: Path, name: str) -> Path:
-    """A folder for baselines of ``name``, checked now: minutes of measuring come before it is needed.
+    """Check now that ``folder`` takes baselines of ``name``: minutes of measuring come before it is needed.
 
     Raises UserError: as ``checked_folder``, nothing can be written there, or a file of that name is no baseline.
     """
@@ -105,7 +105,7 @@ def write_baseline(folder: Path, baseline: Baseline) -> Path:
 
 
 def read_baselines(folder: Path, name: str) -> list[Baseline]:
-    """The baselines of one model, of all devices. Raises RegressionError: one is damaged; NoBaselineError: none."""
+    """Read one model's baselines, of all devices. Raises RegressionError: one is damaged; NoBaselineError: none."""
     stems = {_stem(name), _older_stem(name)}
     files = sorted(path for stem in stems for path in checked_folder(folder).glob(f"{stem}.*.json"))
     baselines = [b for b in map(BASELINE.read, files) if b.name == name]
@@ -119,7 +119,7 @@ def read_baselines(folder: Path, name: str) -> list[Baseline]:
 
 
 def _names(folder: Path) -> Iterator[str]:
-    """The names of all baselines; other files are ignored."""
+    """Yield the names of all baselines; other files are ignored."""
     for path in folder.glob("*.json"):
         with contextlib.suppress(RegressionError):
             yield BASELINE.read(path).name

@@ -101,7 +101,7 @@ def compare(old: Runs, new: Runs, min_effect: float = 0.02) -> Comparison:
 
 
 def runs_of(side: Runs) -> list[Result]:
-    """The runs that a side of a comparison stands for, in the order of time.
+    """Return the runs that a side of a comparison stands for, in the order of time.
 
     Raises ResultError: a file is no result, or a folder holds none.
     """
@@ -163,7 +163,7 @@ def noise_floor(result: Result, name: str, again: str) -> float:
 
 
 def confirm(first: Comparison, second: Comparison) -> Comparison:
-    """The first comparison, in which only those changes are left that a second, fresh one of the same things says."""
+    """Keep only those changes of the first comparison that a second, fresh one of the same things shows too."""
     fresh = {(row.name, row.setting, row.n_threads): row for row in second.rows}
     rows = []
     for row in first.rows:
@@ -175,7 +175,7 @@ def confirm(first: Comparison, second: Comparison) -> Comparison:
 def judge(
     old: Sequence[Measurement], new: Sequence[Measurement], min_effect: float, obstacle: str | None = None
 ) -> Verdict:
-    """The verdict of one setting from its runs; those that do not compare are left out where others do.
+    """Judge one setting from its runs; those that do not compare are left out where others do.
 
     Args:
         obstacle: a reason of the caller's not to compare them.

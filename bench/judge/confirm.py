@@ -90,7 +90,7 @@ def confirm_files(comparison: Comparison, old: Runs, new: Runs, plan: BenchOptio
 
 
 def _behind(row: Verdict, name: str, runs: Sequence[Result]) -> list[Result]:
-    """The runs that a row rests on, each with its one measurement."""
+    """Return the runs that a row rests on, each with its one measurement."""
     results = []
     for run in runs:
         some = [m for m in run.of(name) if (m.test, m.n_threads) == (row.setting, row.n_threads)]

@@ -11,7 +11,7 @@ from export.engine.table import ONNXRUNTIME
 
 
 def planned_speed(plan: Mapping[str, object], result: Result) -> str | None:
-    """The plan's speed-up beside the measured one; None where the plan has no times, or others than were measured.
+    """Put the plan's speed-up beside the measured one; None where the plan has no times, or others than were measured.
 
     Args:
         plan: as ``saap.json`` and ``saap run`` record it.

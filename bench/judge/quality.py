@@ -122,7 +122,7 @@ def _alone(pairs: Sequence[Pair], *documents: Quality) -> list[Verdict]:
 
 
 def _names(document: Quality) -> list[str]:
-    """The models that are judged; the reference is what they are held against."""
+    """Return the names of the judged models; the reference is what they are compared with."""
     return [row.name for row in document.rows if row.name != document.reference]
 
 

@@ -367,7 +367,7 @@ def _judge(series: _Series, before: Sequence[Measurement], now: Sequence[Measure
 
 
 def _waited(measurements: Sequence[Measurement]) -> float:
-    """The share of the time in which processes that could run had no core: the median of the sessions' medians."""
+    """Return the share of time in which runnable processes had no core: the median of the sessions' medians."""
     shares = [[s.counters.get("wait_share") or 0.0 for s in m.samples] for m in measurements]
     return float(np.median([float(np.median(some)) for some in shares if some] or [0.0]))
 

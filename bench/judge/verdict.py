@@ -62,7 +62,7 @@ class Verdict:
 
 
 def judge_pairs(of: Verdict, a: Sequence[float], b: Sequence[float], min_effect: float) -> Verdict:
-    """The verdict with what interleaved processes say: two series of positive values, of which less is better."""
+    """Judge interleaved processes: two series of positive values, of which less is better."""
     ratio, low, high = bootstrap_ratio(a, b, paired=True)
     p, test = difference_p_value(a, b, paired=True)
     of = replace(of, ratio=ratio, low=low, high=high, p_value=p, test=test)
@@ -76,14 +76,14 @@ def judge_pairs(of: Verdict, a: Sequence[float], b: Sequence[float], min_effect:
 
 
 def judge_runs(of: Verdict, a: Sequence[Sequence[float]], b: Sequence[Sequence[float]], min_effect: float) -> Verdict:
-    """The verdict with what runs then and now say, each a series of positive values of its processes."""
+    """Judge runs then and now, each a series of positive values of its processes."""
     ratio = ratio_of_runs(a, b)
     of = replace(of, test="runs", visible=ratio.visible(ALPHA / 2))
     return _by_interval(of, ratio, min_effect, "compare folders of more runs, or bundles that can be measured together")
 
 
 def judge_sessions(of: Verdict, old: Sequence[float], new: Sequence[float], min_effect: float) -> Verdict:
-    """The verdict with what sessions then and now say, each one positive value, of which less is better.
+    """Judge sessions then and now, each one positive value, of which less is better.
 
     Worse needs an effect that matters and a p-value below ``SESSION_ALPHA``; the same, that such an effect is excluded.
     What lies between cannot be told.
@@ -102,7 +102,7 @@ def judge_sessions(of: Verdict, old: Sequence[float], new: Sequence[float], min_
 
 
 def judge_ratio(of: Verdict, ratio: Ratio, min_effect: float) -> Verdict:
-    """The verdict with what a ratio by turns in bursts says (:mod:`bench.measure.bursts`)."""
+    """Judge a ratio of models that took turns (:mod:`bench.measure.bursts`)."""
     return _by_interval(replace(of, test="bursts"), ratio, min_effect, "give turns more time (--ratio-time)")
 
 

@@ -18,7 +18,7 @@ def threads(count: int) -> str:
 
 
 def command_line(command: object) -> str | None:
-    """A command as it is typed in a shell; a list of arguments is quoted."""
+    """Spell a command as it is typed in a shell; a list of arguments is quoted."""
     if isinstance(command, list | tuple):
         return shlex.join(map(str, command))
     return None if command is None else str(command)
@@ -39,7 +39,7 @@ def plain(value: object) -> str:
 
 
 def as_float(value: object) -> float | None:
-    """A finite number, else None."""
+    """Return a finite number as float, anything else as None."""
     if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
         return None
     return float(value)
@@ -50,7 +50,7 @@ def number(value: object, digits: int = 1) -> str:
 
 
 def millions(value: object) -> str:
-    """A count in millions, such as ``134.5 M``."""
+    """Show a count in millions, such as ``134.5 M``."""
     return UNKNOWN if (known := as_float(value)) is None else f"{known / 1e6:.1f} M"
 
 

@@ -32,7 +32,7 @@ class Answer:
 
 
 def ask_all(peers: Sequence[Peer], plan: BenchOptions, threads: int, progress: Progress | None) -> Json:
-    """The text of the options and each model's answer to it, as a result records them; empty without a text."""
+    """Return the text of the options and each model's answer to it, as a result records them; empty without a text."""
     if not plan.text:
         return {}
     if progress:
@@ -58,7 +58,7 @@ def ask(peer: Peer, plan: BenchOptions, threads: int) -> Json:
 
 
 def answer_of(result: Result) -> Answer:
-    """The answer of a result's only model."""
+    """Return the answer of a result's only model."""
     answers = result.settings.get("answers") or {}
     return read_answer(next(iter(answers.values()), {"error": "the run did not ask the model"}))
 

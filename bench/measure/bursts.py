@@ -41,7 +41,7 @@ def take_bursts(
 
 
 def _too_large(peers: Sequence[Peer], setting: Setting, plan: BenchOptions) -> str | None:
-    """Why they cannot all be loaded at once."""
+    """Say why they cannot all be loaded at once; None: they can."""
     needs = [memory_needs(peer.kind, peer.model, setting.positions, peer.path) for peer in peers]
     needed, left = sum(sum(parts.values()) for parts in needs), available(plan.root)
     if left is None or needed <= left:

@@ -28,7 +28,7 @@ Answer = TypeVar("Answer")
 
 
 def open_nvml() -> ModuleType | None:
-    """The NVML module (pip install nvidia-ml-py), ready to be asked; None without it or without NVIDIA's driver."""
+    """Return the initialised NVML module (pip install nvidia-ml-py); None without it or without NVIDIA's driver."""
     try:
         import pynvml
     except ImportError:
@@ -123,7 +123,7 @@ class GpuWatch:
         return self._ask(lambda nvml, device: float(nvml.nvmlDeviceGetUtilizationRates(device).gpu / 100))
 
     def _ask(self, question: Callable[[ModuleType, object], Answer]) -> Answer | None:
-        """The answer for the GPU that CUDA takes first, None where NVML has none."""
+        """Ask about the GPU that CUDA takes first; None where NVML has no answer."""
         if (nvml := self._nvml) is None:
             return None
         first = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0].strip()

@@ -37,7 +37,7 @@ def reset_peak(process: Path = SELF) -> bool:
 
 
 def resident_split(process: Path = SELF) -> Split:
-    """The present resident set split with ``smaps_rollup``; shared memory counts as anonymous, it cannot be dropped."""
+    """Split the present resident set by ``smaps_rollup``; shared memory counts as anonymous, it cannot be dropped."""
     rollup = process / "smaps_rollup"
     rss, anonymous = field(rollup, "Rss"), field(rollup, "Anonymous")
     if rss is None or anonymous is None:

@@ -54,7 +54,7 @@ def fastest(times: dict[str, float]) -> str:
 def at_their_best(
     peers: Sequence[Peer], options: BenchOptions, progress: Progress | None = None
 ) -> tuple[list[Peer], list[Pilot]]:
-    """The peers with the settings that are fastest here, one or two for each, and what the pilots told.
+    """Return the peers with the settings that are fastest here, one or two for each, and the pilots' results.
 
     ``options.choice`` is taken as it is where a runtime has it.
 

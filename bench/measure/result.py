@@ -37,7 +37,7 @@ Json = dict[str, Any]  # as it was read
 
 
 def command_line() -> list[str]:
-    """The command of this process as it was typed: the program without its folder, which tells of a person's files."""
+    """Return the command of this process as it was typed, without the program's folder, which can name a person."""
     return [*(Path(word).name for word in sys.argv[:1]), *sys.argv[1:]]  # a program that embeds Python may have none
 
 
@@ -283,7 +283,7 @@ class ResultError(UserError):
 
 
 def result_text(result: Result) -> str:
-    """The document as one line of JSON."""
+    """Write the document as one line of JSON."""
     return RESULT.text(result, indent=None)
 
 

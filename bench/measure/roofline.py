@@ -56,7 +56,7 @@ def probe_bandwidth(cpus: Sequence[int], cache_bytes: int | None) -> Bandwidth:
 
 
 def joined(first: Bandwidth, second: Bandwidth) -> Bandwidth:
-    """The samples of two probes of the same threads, e.g. before and after a run."""
+    """Join the samples of two probes of the same threads, e.g. before and after a run."""
     samples = [*first.samples, *second.samples]
     return replace(first, samples=samples, unknown={} if samples else {**second.unknown, **first.unknown})
 

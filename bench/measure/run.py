@@ -103,7 +103,7 @@ def _bandwidths(widths: Sequence[int], cache_bytes: int | None, progress: Progre
 
 
 def _turns(rounds: Rounds, options: BenchOptions, progress: Progress | None) -> list[Bursts]:
-    """The ratios of those that could be measured, setting by setting."""
+    """Return the ratios of the peers that could be measured, setting by setting."""
     bursts = []
     for setting, outcomes in rounds.outcomes.items():
         peers = [outcome.peer for outcome in outcomes if outcome.failure is None]

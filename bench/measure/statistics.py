@@ -61,7 +61,7 @@ def relative_slope(values: Sequence[float]) -> float | None:
 
 
 def typical(step_s: Sequence[float]) -> float:
-    """The value by which one process is compared with others, from the seconds of its steps (at least one)."""
+    """Return the value by which one process is compared with others, from the seconds of its steps (at least one)."""
     return float(np.percentile(np.asarray(step_s, dtype=np.float64), TYPICAL_PERCENT))
 
 
@@ -126,7 +126,7 @@ def difference_p_value(old: Sequence[float], new: Sequence[float], paired: bool)
 
 
 def least_p_value(old: int, new: int, paired: bool) -> float:
-    """The smallest p-value that so many values can give: with fewer than 6 pairs it stays above 0.05."""
+    """Return the smallest p-value that so many values can give: with fewer than 6 pairs it stays above 0.05."""
     return 2 * 0.5**old if paired and old == new else 2 / math.comb(old + new, old)
 
 
@@ -185,12 +185,12 @@ class Ratio:
         return float(2 * stdtr(self.freedom, -abs(self.log) / self.error)) if self.error else float(self.log == 0)
 
     def bound(self, probability: float) -> float:
-        """The value below which the ratio is with this probability."""
+        """Return the value below which the ratio is with this probability."""
         reach = self._quantile(probability) * self.error
         return math.exp(self.log + reach) if math.isfinite(reach) else (math.inf if reach > 0 else 0.0)
 
     def visible(self, alpha: float, power: float = 0.8) -> float:
-        """The smallest relative increase that a one-sided test at ``alpha`` would find with this probability."""
+        """Return the smallest relative increase that a one-sided test at ``alpha`` would find with this probability."""
         reach = (self._quantile(1 - alpha) + self._quantile(power)) * self.error
         return math.expm1(reach) if reach < 700 else math.inf
 
@@ -201,7 +201,7 @@ class Ratio:
 
 
 def middle(values: Floats) -> float:
-    """The Hodges-Lehmann estimate: as robust as it needs to be, and nearly as precise as a mean."""
+    """Return the Hodges-Lehmann estimate: as robust as it needs to be, and nearly as precise as a mean."""
     return float(_hodges_lehmann(values[None])[0])
 
 

@@ -77,7 +77,7 @@ NOT_LINUX = "this kernel does not tell"
 
 @dataclass(frozen=True)
 class Repetition(Job):
-    """What one worker measures."""
+    """The measurement of one worker."""
 
     order: int = 0
     only_load: bool = False  # time the load and end
@@ -88,7 +88,7 @@ class Repetition(Job):
 
 @dataclass(frozen=True)
 class Measured:
-    """What a worker says last; ``window`` is decode's (start, end) on time.monotonic."""
+    """The last line of a worker; ``window`` is decode's (start, end) on time.monotonic."""
 
     sample: Sample
     window: tuple[float, float]
@@ -98,7 +98,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class ColdLoad:
-    """What a worker says that only loads; ``read_bytes`` came from storage."""
+    """The answer of a worker that only loads; ``read_bytes`` came from storage."""
 
     load_s: float
     read_bytes: int | None
@@ -152,7 +152,7 @@ def sample(job: Repetition, live: Live | None = None) -> Measured:
 
 
 def _unknown(result: Sample, no_gpu: str | None) -> dict[str, str]:
-    """Why memory and counters are null."""
+    """Say why memory and counters are null."""
     unknown = {name: NOT_LINUX for name in _MEMORY if getattr(result, name) is None}
     unknown |= {f"counters.{k}": f"{NOT_LINUX}, or it was too short" for k, v in result.counters.items() if v is None}
     return unknown if no_gpu is None else {**unknown, "gpu_bytes": no_gpu}

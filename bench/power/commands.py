@@ -50,7 +50,7 @@ class Commands:
         return text
 
     def start(self, command: Sequence[str]) -> subprocess.Popen[bytes]:
-        """A program whose lines are read while it runs."""
+        """Start a program whose lines are read while it runs."""
         nothing = subprocess.DEVNULL
         return subprocess.Popen(command, stdin=nothing, stdout=subprocess.PIPE, stderr=nothing, start_new_session=True)
 
@@ -95,7 +95,7 @@ class TegrastatsStream:
 
 
 def pmic(commands: Commands) -> Lookup:
-    """The rails of a Raspberry Pi 5's power chip, whose input current is not measured."""
+    """Read the rails of a Raspberry Pi 5's power chip, whose input current is not measured."""
     program = commands.find("vcgencmd")
     if program is None:
         return None, None
@@ -139,7 +139,7 @@ def _lines(process: subprocess.Popen[bytes]) -> Generator[bytes, None, None]:
 
 
 def _labels(process: subprocess.Popen[bytes]) -> list[str]:
-    """The rails that a starting tegrastats prints, of which those that count; empty: none in time. It is ended.
+    """Return those rails of a starting tegrastats that count; empty: it printed none in time. The process is ended.
 
     Thor leaves its input rail out of some lines: one without it is not the last word.
     """

@@ -24,7 +24,7 @@ SILENT_SHARE = 0.1  # ... where it is also more than this share of the window
 
 
 def find_sensor(root: Path = Path("/"), commands: Commands | None = None) -> Lookup:
-    """The most trusted sensor below ``root`` that can be read, or None and why.
+    """Return the most trusted sensor below ``root`` that can be read, or None and why.
 
     Args:
         root: holds the /sys that is read.

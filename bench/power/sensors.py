@@ -153,7 +153,7 @@ def _hwmon(root: Path) -> Iterator[tuple[str, Reading]]:
 
 
 def _ina238(root: Path) -> Iterator[tuple[str, Reading]]:
-    """The input of Thor's board, in microwatts (kernel documentation of hwmon/ina238); only beside an INA3221."""
+    """Yield the input of Thor's board, in microwatts (kernel documentation of hwmon/ina238); only beside an INA3221."""
     beside = next(root.glob("sys/bus/i2c/drivers/ina3221/*/hwmon"), None)
     power = next(root.glob("sys/bus/i2c/drivers/ina238/*/hwmon/hwmon*/power1_input"), None)
     if beside is not None and power is not None:
@@ -161,7 +161,7 @@ def _ina238(root: Path) -> Iterator[tuple[str, Reading]]:
 
 
 def _iio(root: Path) -> Iterator[tuple[str, Reading]]:
-    """The same as JetPack 4 shows them: milliwatts."""
+    """Yield the rails as JetPack 4 shows them, in milliwatts."""
     for named in sorted(root.glob("sys/bus/i2c/drivers/ina3221x/*/iio:device*/rail_name_*")):
         label, power = text(named), named.with_name(f"in_power{named.name.rpartition('_')[2]}_input")
         if label is not None and _connected(label) and power.exists():

@@ -170,7 +170,7 @@ class Board:
             raise self.garbage(str(error)) from None
 
     def insist(self, do: str, notify: Tell | None = None, more: Callable[[], Reply] = dict) -> Reply:
-        """A request that may be made twice, made until it is answered.
+        """Repeat a request, which may be made twice, until it is answered.
 
         Args:
             more: the rest of the request, asked for anew at every try.
@@ -284,7 +284,7 @@ def size_of(source: Path | bytes) -> int:
 
 
 def whole(some: Iterable[bytes], size: int, broken: list[str]) -> Iterator[bytes]:
-    """The pieces; if they end early, the reason is added to ``broken``."""
+    """Yield the pieces; if they end early, the reason is added to ``broken``."""
     try:
         for piece in some:
             yield piece

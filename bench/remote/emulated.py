@@ -1,4 +1,4 @@
-"""Does a bundle say the same on aarch64? The real agent, worker and wheel, on an emulated CPU, against this host.
+"""Compare a bundle's answers on aarch64 with this host's: the real agent, worker and wheel, emulated.
 
 Kernels differ by instruction set: fp32 sums in another order, int4 with activations in int8 even rounds otherwise (a
 CPU without dotprod computes them in fp32). So greedy tokens must be the same for a bundle of 32 bits, and for others
@@ -106,7 +106,7 @@ def emulate(
 
 
 def judged(answer: Answer, reference: Answer, manifest: BundleManifest) -> Answer:
-    """The answer with its differences from this host's, and those that are faults."""
+    """Add an answer's differences from this host's, and those that are faults."""
     pairs = list(zip(answer.tokens, reference.tokens, strict=False))
     same = next((n for n, (a, b) in enumerate(pairs) if a != b), len(pairs))
     moved = answer.nll - reference.nll

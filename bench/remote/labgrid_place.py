@@ -77,7 +77,7 @@ def is_place(url: str) -> bool:
 
 
 def open_place(url: str) -> Transport:
-    """The way to the board of a place; nothing is connected yet.
+    """Open a transport to the board of a place; nothing is connected yet.
 
     Raises BoardError: the URL names no place, labgrid is not installed, no coordinator answers, or the place is not
     acquired by this user on this host or has no ssh.
@@ -96,7 +96,7 @@ def open_place(url: str) -> Transport:
 
 
 def _parts(url: str) -> tuple[str, str]:
-    """The place and, where the URL names it, the coordinator."""
+    """Split a URL into the place and, where it names one, the coordinator."""
     try:
         parts = urlsplit(url)
     except ValueError:
@@ -160,7 +160,7 @@ async def service_of(question: Question) -> Service:
 
 
 def _place(session: ClientSession, name: str) -> Place:
-    """The place of a whole name or alias. A part of one, which labgrid-client takes, could be another board."""
+    """Return the place of a full name or alias. Part of a name, which labgrid-client takes, could be another board."""
     if name in session.places:
         return session.places[name]
     for place in session.places.values():
@@ -170,7 +170,7 @@ def _place(session: ClientSession, name: str) -> Place:
 
 
 def _service(session: ClientSession, place: Place) -> Service:
-    """The only NetworkService of a place that this user acquired on this host, or was allowed to use."""
+    """Return the only NetworkService of a place that this user acquired on this host, or was allowed to use."""
     acquire = f"`labgrid-client -p {place.name} acquire`"
     if not place.acquired:
         raise BoardError(f"{place.name} is not acquired: {acquire} first (`labgrid-client reserve` queues for it)")

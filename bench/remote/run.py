@@ -56,7 +56,7 @@ class Task(Generic[T]):
 
 
 def open_board(url: str) -> Transport:
-    """The way to the board of a URL; nothing is connected yet.
+    """Open a transport to the board of a URL; nothing is connected yet.
 
     Raises BoardError: it names no board, what it needs here is not installed, or the place of a farm is not acquired.
     """
@@ -114,7 +114,7 @@ def run_on(board: Board, shipment: Shipment, task: Task[T], progress: Progress |
 
 
 def own_version() -> dict[str, str]:
-    """The version of saap here, whose code ran there."""
+    """Return the version of saap here, whose code ran there."""
     try:
         return {"saap": metadata.version("saap")}
     except metadata.PackageNotFoundError:
@@ -210,7 +210,7 @@ def _check_end(board: Board, done: Reply) -> None:
 
 
 def _fetched(board: Board, fetched: Reply, task: Task[T]) -> T:
-    """The complete document of what was asked for."""
+    """Return the complete document of a task."""
     try:
         text = str(fetched["result"])
         if hashlib.sha256(text.encode()).hexdigest() != fetched["sha256"]:
@@ -236,7 +236,7 @@ class _Note(msgspec.Struct):
 
 @contextlib.contextmanager
 def noted_run(board: Board) -> Iterator[str]:
-    """The id of a new run, noted as this process's until the block ends; what was left on the board is ended first."""
+    """Note a new run as this process's until the block ends, and yield its id; first end what was left on the board."""
     for old in left(board.name):
         board.clean(old)
     run = secrets.token_hex(8)
@@ -251,7 +251,7 @@ def noted_run(board: Board) -> Iterator[str]:
 
 
 def left(board: str) -> list[str]:
-    """Runs that ended processes of this computer left on a board; this call forgets them."""
+    """Return runs that ended processes of this computer left on a board, and forget them."""
     runs = []
     for note in sorted(_folder(board).glob("*.json")):
         try:

@@ -75,7 +75,7 @@ class Target:
 
 
 def target(url: str | None, options: BoardOptions | None = None, say: Say | None = None) -> Target:
-    """This host, or a board under its full name.
+    """Return this host, or a board under its full name.
 
     Args:
         url: None for this host, else ``ssh://user@host[:port]``, ``adb://[serial]``, ``labgrid://PLACE`` or
@@ -105,7 +105,7 @@ def _bench_task(shipment: Shipment, options: BenchOptions, names: Sequence[str] 
 
 
 def _result(board: str, document: object, packed: Sequence[Packed]) -> Result:
-    """The complete result of what was asked for, under this side's names."""
+    """Read and check a board's result, under this side's names."""
     result = RESULT.convert(document)
     rounds, left = divmod(len(result.measurements), len(packed))
     if left or not rounds:
@@ -130,7 +130,7 @@ def _readable(m: Measurement, spec: str) -> Measurement:
 
 
 def _costs(board: str, document: object, base: BundleManifest, threads: Sequence[int] | None) -> Costs:
-    """The costs of the model that was sent, as asked for."""
+    """Read and check the costs that a board measured of the model that was sent."""
     costs = COSTS.convert(document)
     if costs.model != described(base):
         raise ValueError("costs of another model")

@@ -86,7 +86,7 @@ def pair_of(entries: Sequence[Entry]) -> tuple[Entry, Entry] | None:
 
 
 def beside(pair: tuple[Entry, Entry] | None, entries: Sequence[Entry]) -> list[tuple[Entry, Entry]]:
-    """The candidate, in each of its engines, against what a user would otherwise take: another runtime's own."""
+    """Pair the candidate, in each of its engines, with what a user would otherwise take: another runtime's own."""
     if pair is None or pair[1].measurement.kind != "onnx":
         return []
     mine, others = pair[1].measurement.bundle_hash, list[Entry]()

@@ -106,7 +106,7 @@ def series(folder: Path, progress: Progress | None = None) -> list[Series]:
 
 
 def change_points(values: Sequence[float]) -> list[int]:
-    """Indices at which the level of a series changes; each is the first value of a new level.
+    """Return the indices at which the level of a series changes; each is the first value of a new level.
 
     The logarithms are cut where squared distances from the levels are least, with a penalty of 3 log n per cut
     (modified BIC, Zhang and Siegmund 2007), in units of the noise, which is told from neighbours' differences. Outliers
@@ -129,7 +129,7 @@ def change_points(values: Sequence[float]) -> list[int]:
 
 
 def best_cuts(values: Array, penalty: float) -> list[int]:
-    """The cuts for which squared distances from the levels' means, and a penalty per cut, sum to the least.
+    """Return the cuts with the smallest sum of squared distances from the levels' means and a penalty per cut.
 
     Optimal partitioning (Jackson et al. 2005): the best cuts of a beginning are its last cut and the best cuts before.
     No level is shorter than ``LEAST_SEGMENT``.
@@ -151,7 +151,7 @@ def best_cuts(values: Array, penalty: float) -> list[int]:
 
 
 def _holding(logs: Array, cuts: list[int]) -> list[int]:
-    """The cuts without those whose levels do not differ, the weakest first, since its neighbours then grow."""
+    """Drop cuts whose levels do not differ, the weakest first, since its neighbours then grow."""
     from scipy.stats import mannwhitneyu
 
     alpha = min(0.01, 0.5 / len(logs))  # longer series offer more cuts to be wrong about

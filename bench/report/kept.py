@@ -32,7 +32,7 @@ class Kept:
 
 
 def kept_of(plan: Mapping[str, object]) -> Kept | None:
-    """The shares of a plan as ``saap run`` records it; None where the record lacks the dense model's sizes."""
+    """Read the shares of a plan as ``saap run`` records it; None where the record lacks the dense model's sizes."""
     layers, dense = ([as_dict(layer) for layer in as_list(plan.get(key))] for key in ("layers", "dense_layers"))
     if not layers or len(layers) != len(dense):
         return None

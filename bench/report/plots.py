@@ -46,7 +46,7 @@ class Figure:
 
 
 def series_colour(index: int) -> str:
-    """Placeholder of the ``index``-th series colour, from 0; they repeat after ``SERIES``."""
+    """Return the placeholder of the ``index``-th series colour, from 0; they repeat after ``SERIES``."""
     return f"#0a0b{index % SERIES + 1:02x}"
 
 
@@ -82,7 +82,7 @@ def decode_rates(measurements: Sequence[Measurement], ceilings: Sequence[float |
 
 
 def label(name: str, most: int = 34) -> str:
-    """A name that a plot can hold: printable, and shortened in the middle, since both ends tell models apart."""
+    """Make a name fit a plot: printable, and shortened in the middle, since both ends tell models apart."""
     text = "".join(character if character.isprintable() else "?" for character in name)
     return text if len(text) <= most else f"{text[: most // 2 - 1]}…{text[-(most // 2) :]}"
 
@@ -131,7 +131,7 @@ def _for_the_page(svg: str) -> str:
 
 
 def _restyled(tag: re.Match[str]) -> str:
-    """A tag with the page's colours and without matplotlib's list of fonts, which would win over the page's family."""
+    """Give a tag the page's colours, without matplotlib's list of fonts, which would win over the page's family."""
     text = tag[0]
     for placeholder, variable in _COLOURS.items():
         text = text.replace(placeholder, f"var({variable})")

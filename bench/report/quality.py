@@ -208,7 +208,7 @@ class Point:
 
 
 def pareto_front(points: Sequence[Point], less: bool) -> list[Point]:
-    """The points that no other equals or beats in both while beating in one, from the cheapest up.
+    """Return the points that no other equals or beats in both while beating in one, from the cheapest up.
 
     Args:
         points: any.
@@ -223,7 +223,7 @@ def pareto_front(points: Sequence[Point], less: bool) -> list[Point]:
 
 
 def pareto_plot(points: Sequence[Point], price: str, quality: str, less: bool) -> Markup:
-    """A dot per model with its name, filled on the front, and the front as steps."""
+    """Draw a dot per model with its name, filled on the front, and the front as steps."""
     front = pareto_front(points, less)
 
     def draw(axes: Axes) -> None:

@@ -70,7 +70,7 @@ def main_table(result: Result) -> Table:
 
 
 def detail_table(result: Result) -> Table:
-    """Loads, percentiles of single steps, bandwidth, and where the memory is."""
+    """Return loads, percentiles of single steps, bandwidth, and where the memory is."""
     rows = table_rows(result)
     columns = [
         _name,
@@ -140,7 +140,7 @@ def built_without(result: Result) -> str | None:
 
 
 def formatted(result: Result, form: str) -> str:
-    """The result in one of ``FORMATS``, ending with a newline.
+    """Format the result in one of ``FORMATS``, ending with a newline.
 
     ``md`` holds both tables; ``csv`` one line per measurement in base units.
     """
@@ -150,7 +150,7 @@ def formatted(result: Result, form: str) -> str:
 
 
 def markdown(table: Table) -> str:
-    """A table of GitHub's Markdown, in which every cell is plain text."""
+    """Write a table of GitHub's Markdown, in which every cell is plain text."""
     lines = [table.header, ["---"] * len(table.header), *([markdown_cell(c) for c in row] for row in table.rows)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 

@@ -75,7 +75,7 @@ SUMMARY = ("verdict", "name", "test", "of", "ratio", "95 %", "p", "reason")
 
 
 def verdict_table(verdicts: Sequence[Verdict], columns: Sequence[str]) -> Table:
-    """A row for each; ``columns`` is ``SPEED``, ``DEVICE``, ``QUALITY`` or ``SUMMARY``."""
+    """Make a row of each; ``columns`` is ``SPEED``, ``DEVICE``, ``QUALITY`` or ``SUMMARY``."""
     return Table(list(columns), [[_COLUMNS[column](v) for column in columns] for v in verdicts])
 
 
@@ -94,7 +94,7 @@ def sentence(v: Verdict) -> str:
 
 
 def comparison_json(comparison: Comparison) -> dict[str, object]:
-    """The document of ``saap compare --json`` for two results or two bundles."""
+    """Return the document of ``saap compare --json`` for two results or two bundles."""
     rows = [
         {
             "name": v.label, "n_threads": v.n_threads, "verdict": v.verdict, "setting": v.setting,
@@ -107,7 +107,7 @@ def comparison_json(comparison: Comparison) -> dict[str, object]:
 
 
 def quality_json(verdicts: Sequence[Verdict]) -> dict[str, object]:
-    """The document of ``saap compare --json`` for two documents of ``saap eval``."""
+    """Return the document of ``saap compare --json`` for two documents of ``saap eval``."""
     rows = [
         {
             "models": [v.against or v.name, v.name], "measure": v.what, "verdict": v.verdict, "old": v.old,
@@ -165,7 +165,7 @@ def _for_xml(text: str) -> str:
 
 
 def step_summary(comparison: Comparison) -> str:
-    """A table for the file that ``GITHUB_STEP_SUMMARY`` names, which is appended to; slower rows come first."""
+    """Write a table for the file that ``GITHUB_STEP_SUMMARY`` names, which is appended to; slower rows come first."""
     order = sorted(comparison.rows, key=lambda v: (v.verdict != SLOWER, v.verdict != NOT_COMPARABLE))
     verdicts = [v.verdict for v in comparison.rows]
     counted = [f"{verdicts.count(verdict)} {verdict}" for verdict in dict.fromkeys(verdicts)]

@@ -1,4 +1,4 @@
-"""What can be measured, each in a process of its own: a bundle in one of its engines, or a model in another runtime.
+"""Subjects of a measurement, each in a process of its own: a bundle in one of its engines, or another runtime's model.
 
 A plain path is a bundle, ``BUNDLE@ENGINE`` one in another engine. The peers are ``torch:DIR``, a model directory in
 transformers, ``llama.cpp:FILE.gguf``, ``genai:DIR``, ``optimum:DIR`` and ``openvino:DIR``, a directory of
@@ -51,7 +51,7 @@ ONNXRUNTIME_BYTES = 64 << 20
 
 
 class _Config(msgspec.Struct):
-    """What is read from a ``config.json``."""
+    """The fields of a ``config.json`` that are read."""
 
     vocab_size: int
     max_position_embeddings: int | None = None
@@ -89,7 +89,7 @@ class Peer:
         return self.row.process_environment(threads)
 
     def job(self, threads: int, positions: int, provider: str = "cpu") -> Job:
-        """What a worker opens."""
+        """Return the job of a worker that opens this peer."""
         options = EngineOptions(threads, positions, provider=provider, choice=self.choice, huge_pages=self.huge_pages)
         return Job(self.row.module, str(self.path), options, list(self.row.packages), choose_cores(threads))
 
@@ -141,7 +141,7 @@ def refuse_removed(spec: str) -> None:
 
 
 def _bundle(spec: str, length: int, progress: Progress | None) -> Peer:
-    """A bundle in ONNX Runtime, or in the engine that is named with it."""
+    """Read a bundle, which runs in ONNX Runtime or in the engine that is named with it."""
     refuse_removed(spec)
     named = resolve(spec, progress)
     prefix = spec.split(":", 1)[0] if ":" in spec else ""
@@ -177,7 +177,7 @@ def _llama_cpp(spec: str, length: int) -> Peer:
 
 
 def genai_peer(spec: str, length: int) -> Peer:
-    """A bundle, or a directory of genai's own model builder, in onnxruntime-genai.
+    """Read a bundle, or a directory of genai's own model builder, to run in onnxruntime-genai.
 
     Raises:
         PeerError, BundleError: no ``genai_config.json``, too short a context, onnxruntime-genai not installed.
@@ -192,18 +192,18 @@ def genai_peer(spec: str, length: int) -> Peer:
 
 
 def _optimum(spec: str, length: int) -> Peer:
-    """A portable bundle of uniform sizes, or optimum's own export, in optimum-onnx."""
+    """Read a portable bundle of uniform sizes, or optimum's own export, to run in optimum-onnx."""
     path = _path(spec)
     if not (path / DECODE_GRAPH).is_file():
         raise PeerError(f"{spec}: there is no {DECODE_GRAPH} in {path}; make one with `saap export --target portable`")
-    wanted = "a directory of `saap export --target portable` or of optimum"
-    config = _read_config(spec, path / "config.json", _Config, wanted, "names no vocab_size; export the model again")
+    allowed = "a directory of `saap export --target portable` or of optimum"
+    config = _read_config(spec, path / "config.json", _Config, allowed, "names no vocab_size; export the model again")
     _check_context(spec, length, config.max_position_embeddings)
     return _peer(spec, "optimum", path, config.vocab_size, OPTIMUM_ROW, _manifest(path))
 
 
 def _openvino(spec: str, length: int) -> Peer:
-    """A directory of optimum-intel, ``optimum-cli export openvino`` for one."""
+    """Read a directory of optimum-intel, ``optimum-cli export openvino`` for one."""
     path = _path(spec)
     if not (path / IR).is_file():
         raise PeerError(f"{spec}: there is no {IR} in {path}; give a directory of optimum-intel, or BUNDLE@openvino")
@@ -213,7 +213,7 @@ def _openvino(spec: str, length: int) -> Peer:
 
 
 def _peer(spec: str, kind: str, path: Path, vocab: int, row: Row, manifest: BundleManifest | None = None) -> Peer:
-    """With the facts of the manifest where there is one, else those that the worker will tell."""
+    """Make a peer with the facts of the manifest where there is one, else those that the worker will tell."""
     model = ModelFacts(vocab_size=vocab, unknown=dict.fromkeys(SIZES, "the worker gave no answer"))
     if manifest:
         model = bundle_facts(manifest)
@@ -302,14 +302,14 @@ def _check_context(spec: str, length: int, context: int | None) -> None:
         raise PeerError(f"{length} tokens of context do not fit {spec}: give 1 to {context}")
 
 
-def _read_config(spec: str, path: Path, kind: type[T], wanted: str, otherwise: str) -> T:
-    """A JSON file of this type; ``otherwise`` is said of one that has another shape."""
+def _read_config(spec: str, path: Path, kind: type[T], allowed: str, otherwise: str) -> T:
+    """Read a JSON file of this type; ``otherwise`` is the message for one that has another shape."""
     if not path.is_file():
-        raise PeerError(f"{spec}: no {path.name} in {path.parent}; give {wanted}")
+        raise PeerError(f"{spec}: no {path.name} in {path.parent}; give {allowed}")
     try:
         document = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        raise PeerError(f"{spec}: {path} is damaged; give {wanted}") from None
+        raise PeerError(f"{spec}: {path} is damaged; give {allowed}") from None
     try:
         return msgspec.convert(document, kind)
     except ValueError:

@@ -128,7 +128,7 @@ class Store:
 
 
 def inside(name: object) -> Path:
-    """A relative path that stays where it is put. Raises AgentError: it is absolute, climbs, or is no path."""
+    """Check that a relative path stays below. Raises AgentError: it is absolute, climbs, or is no path."""
     path = PurePosixPath(name) if isinstance(name, str) and name and "\0" not in name else PurePosixPath("/")
     if path.is_absolute() or ".." in path.parts or not path.parts:
         raise AgentError(f"{name!r} leaves the folder that it belongs to")

@@ -28,7 +28,7 @@ class AgentError(Exception):
 
 
 def home() -> Path:
-    """The folder, made where it is missing. Raises AgentError: it cannot be written."""
+    """Return the folder, which is made where it is missing. Raises AgentError: it cannot be written."""
     places = [Path("/data/local/tmp/saap")]  # Android's
     with contextlib.suppress(RuntimeError):  # no home
         places.insert(0, Path.home() / ".cache/saap")
@@ -45,7 +45,7 @@ def home() -> Path:
 
 
 def boot_id(root: str) -> str:
-    """Changes with every boot; empty where the kernel has none. ``root`` is that of /proc."""
+    """Return a value that changes with every boot; empty where the kernel has none. ``root`` is that of /proc."""
     try:
         return (Path(root) / "proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:
@@ -53,7 +53,7 @@ def boot_id(root: str) -> str:
 
 
 def _stat(pid: int) -> list[str]:
-    """The fields of a process from its state on (proc(5), stat); empty where there is none."""
+    """Return the fields of a process from its state on (proc(5), stat); empty where there is none."""
     try:
         return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
     except OSError:
@@ -96,7 +96,7 @@ def write_json(path: Path, document: object) -> None:
 
 
 def read_json(path: Path) -> dict[str, object]:
-    """An object, empty where there is none that can be read."""
+    """Read an object; empty where there is none that can be read."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

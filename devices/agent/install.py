@@ -55,7 +55,7 @@ def ready(folder: Path, key: str, beat: Callable[[], None]) -> Installation | No
 
 
 def install(folder: Path, request: InstallRequest, beat: Callable[[], None]) -> Installation:
-    """The installation of a key, made where it is missing; an unfinished one is made anew.
+    """Install what a key names, unless it is there; an unfinished installation is made anew.
 
     Raises AgentError: no venv module, no index and no wheels, or a package that is not there.
     """
@@ -165,6 +165,6 @@ def _run(
 
 
 def _last(text: str) -> str:
-    """The last line that is not pip's advice."""
+    """Return the last line that is not pip's advice."""
     lines = [line.strip() for line in text.splitlines() if line.strip() and "[notice]" not in line]
     return lines[-1][:300] if lines else "it said nothing"

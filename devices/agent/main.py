@@ -71,7 +71,7 @@ def hello(folder: Path, request: Request, tell: Tell, beat: Beat) -> HelloAnswer
 
 
 def take(folder: Path, request: TakeRequest, tell: Tell, beat: Beat) -> TakeAnswer:
-    """The lock; then which files are missing (sha256 -> bytes that are here), and whether the agent is installed.
+    """Take the lock; tell which files are missing (sha256 -> bytes that are here), and whether the agent is installed.
 
     Raises AgentError: another run measures, or what is missing does not fit.
     """
@@ -97,7 +97,7 @@ def take(folder: Path, request: TakeRequest, tell: Tell, beat: Beat) -> TakeAnsw
 
 
 def put(folder: Path, request: PutRequest, tell: Tell, beat: Beat) -> dict[str, bool]:
-    """A file, or the rest of one.
+    """Receive a file, or the rest of one.
 
     A computer that lost its network says nothing, and sshd may wait for it for hours: whoever waits for its bytes ends
     before, so that the file is free when it comes back.
@@ -178,7 +178,7 @@ def _why(error: OSError) -> str:
 
 
 def _beat(lock: Lock, run: str | None, tell: Tell) -> Beat:
-    """Keeps the lock for ``run`` and tells how far it is, at most once in ``EVERY_S``.
+    """Keep the lock for ``run`` and tell how far it is, at most once in ``EVERY_S``.
 
     Raises AgentError, here and in the beat: the run has lost the lock, so that its work would disturb another's.
     """

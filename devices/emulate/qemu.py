@@ -73,7 +73,7 @@ class Emulated(Local):
 
 
 def prepare(cache: Path, onnxruntime: str) -> Root:
-    """The folder for one version of ONNX Runtime, made once and kept in ``cache`` (about 300 MB).
+    """Make the folder for one version of ONNX Runtime, once, and keep it in ``cache`` (about 300 MB).
 
     Raises EmulationError: a tool is missing, or something cannot be fetched.
     """

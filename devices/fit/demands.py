@@ -75,7 +75,7 @@ class Demands:
 
 
 def demands_of(name: str, options: DeviceOptions) -> Demands:
-    """The demands of the device with this profile.
+    """Return the demands of the device with this profile.
 
     Raises UserError: no such profile, a memory that nobody knows, or a version that is none.
     """

@@ -222,7 +222,7 @@ def for_memory(model: Model, device: Device, context: int, largest: int) -> tupl
 
 
 def with_bits(model: Model, bits: int, block: int = 32) -> Model:
-    """The same model with matrices of fewer bits in blocks of ``block`` columns, one float scale each."""
+    """Return the same model with matrices of fewer bits in blocks of ``block`` columns, one float scale each."""
 
     def per_weight(width: int, group: int) -> float:
         return width / 8 + (4 / group if width != 32 else 0)
@@ -251,12 +251,12 @@ def largest_file(model: Model, device: Device, context: int) -> int:
 
 
 def in_units(size: int) -> int:
-    """A size as people give it: whole megabytes, or kilobytes of a small one."""
+    """Round a size as people give it: to whole megabytes, or kilobytes of a small one."""
     unit = MEGABYTE if size >= FINE * MEGABYTE else KILOBYTE
     return size // unit * unit
 
 
 def size_option(size: int) -> str:
-    """A size in such units, as options take it."""
+    """Spell a size in such units, as options take it."""
     size = in_units(size)
     return f"{size // KILOBYTE}kB" if size % MEGABYTE else f"{size // MEGABYTE}MB"

@@ -115,7 +115,7 @@ def allowed(root: Path) -> list[int] | None:
 
 
 def offline(root: Path) -> list[int] | None:
-    """The CPUs that are switched off, as a power mode does; None where the kernel does not tell."""
+    """Return the CPUs that are switched off, as a power mode does; None where the kernel does not tell."""
     try:
         listed = (root / CPU / "offline").read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -172,7 +172,7 @@ def frequencies(root: Path) -> list[ClockDomain] | None:
 
 
 def clusters(root: Path, cpus: list[dict[str, str]]) -> list[Cluster] | None:
-    """The big and little cores of a mixed SoC apart, in the order of their first CPU."""
+    """Tell the big and little cores of a mixed SoC apart, in the order of their first CPU."""
     counted = [cpu for cpu in cpus if re.fullmatch(r"[0-9]{1,5}", cpu["processor"])]
     names = {int(cpu["processor"]): core_name(cpu) or cpu.get("model name") for cpu in counted}
     domains = {cpu: policy for policy in policies(root) for cpu in _cpus_of(policy)}
@@ -241,7 +241,7 @@ def _kibibytes(size: str | None) -> int | None:
 
 
 def core_name(cpu: Mapping[str, str]) -> str | None:
-    """The core of one paragraph of /proc/cpuinfo; an unknown part is named by its numbers, other CPUs are None."""
+    """Name the core of one paragraph of /proc/cpuinfo; an unknown part is named by its numbers, other CPUs are None."""
     try:
         return part_name(int(cpu["CPU implementer"], 16), int(cpu["CPU part"], 16))
     except (KeyError, ValueError):
@@ -249,7 +249,7 @@ def core_name(cpu: Mapping[str, str]) -> str | None:
 
 
 def core_of_midr(text: str | None) -> str | None:
-    """The core of sysfs' ``regs/identification/midr_el1``, such as ``0x00000000410fd421``; None for anything else."""
+    """Name the core of sysfs' ``regs/identification/midr_el1``, such as ``0x00000000410fd421``; else None."""
     try:
         midr = int(text or "", 16)
     except ValueError:
@@ -259,5 +259,5 @@ def core_of_midr(text: str | None) -> str | None:
 
 
 def part_name(implementer: int, part: int) -> str:
-    """The name of a part, or its numbers where it is not in the table."""
+    """Return the name of a part, or its numbers where it is not in the table."""
     return PARTS.get((implementer, part), f"ARM implementer {implementer:#x} part {part:#x}")

@@ -51,7 +51,7 @@ def l4t_release(root: Path) -> str | None:
 
 
 def jetpack(l4t: str | None) -> str | None:
-    """The JetPack that a release belongs to: exact where it is known, else its major version; None for others."""
+    """Return the JetPack that a release belongs to: exact where known, else its major version; None for others."""
     if l4t is None:
         return None
     short = l4t.removesuffix(".0")
@@ -101,7 +101,7 @@ def _all_fixed(places: Sequence[Path], low: str, high: str) -> bool | None:
 
 
 def _fan(root: Path) -> str | None:
-    """The profile of nvpmodel, up to JetPack 4, or of nvfancontrol."""
+    """Return the profile of nvpmodel, up to JetPack 4, or of nvfancontrol."""
     mode = re.search(r"fmode:\s*(\w+)", text(root / STATUS) or "")
     if mode and mode.group(1) != "fanNull":
         return mode.group(1)

@@ -168,7 +168,7 @@ def _capped(root: Path) -> list[CappedDomain] | None:
 
 
 def _zram(root: Path) -> Zram | None:
-    """Stored and compressed bytes of all compressed swap devices; mm_stat's first two fields (zram.rst)."""
+    """Sum stored and compressed bytes of all compressed swap devices; mm_stat's first two fields (zram.rst)."""
     statistics = [(text(path) or "").split() for path in glob(root / "sys/block", "zram[0-9]*/mm_stat")]
     known = [(int(words[0]), int(words[1])) for words in statistics if len(words) > 1 and "".join(words[:2]).isdigit()]
     if not known:

@@ -115,7 +115,7 @@ def load_profile(name: str, directory: Path = PROFILES) -> Profile:
 
 
 def profile_of(compatible: Iterable[str] | None, profiles: Mapping[str, Profile]) -> str | None:
-    """The profile of the board with these device tree names, which come most exact first; None without one."""
+    """Return the profile of the board with these device tree names, which come most exact first; None without one."""
     for model in compatible or ():
         for name, profile in profiles.items():
             if model in profile.compatible:

@@ -169,7 +169,7 @@ def keep(result: Result, json_path: Path | None, history: Path | None = None) ->
 
 
 def print_document(result: Result, json_path: Path | None) -> None:
-    """The result as the last line, where ``-`` asks for it."""
+    """Print the result as the last line, where ``-`` asks for it."""
     from bench.measure.result import result_text
 
     if json_path == STDOUT:
@@ -177,7 +177,7 @@ def print_document(result: Result, json_path: Path | None) -> None:
 
 
 def show_result(result: Result, noise_floor: bool = False) -> None:
-    """The tables of a bench result, the reasons behind a status, and each spec against the first."""
+    """Print the tables of a bench result, the reasons behind a status, and each spec against the first."""
     from bench.report.tables import LEAST, detail_table, energy_notes, main_table, peer_notes
 
     counts = sorted({len(m.samples) for m in result.measurements})

@@ -135,14 +135,14 @@ def compare(old: str, new: str, json_path: Path | None, options: CompareCommand)
 
 
 def measuring(console: Console) -> Measure:
-    """The bench, whose progress the console shows."""
+    """Return the bench, whose progress the console shows."""
     from bench.measure import measure
 
     return lambda specs, plan, names: measure(specs, plan, names=names, progress=console.report)
 
 
 def _is_result(spec: str) -> bool:
-    """A file, there or not, or a folder of results, and not a spec of something to measure."""
+    """Tell a file, there or not, or a folder of results from a spec of something to measure."""
     path = Path(spec)
     if path.is_dir():
         model = any((path / name).exists() for name in ("bundle.json", "config.json"))

@@ -42,7 +42,7 @@ class EmulateCommand:
 @click.option("--json", "json_path", type=directory, help="Write the answers here; - prints them.")
 @force
 def emulate(bundle: str, json_path: Path | None, options: EmulateCommand) -> None:
-    """Does BUNDLE say the same on aarch64? Run it under qemu-user, without a board.
+    """Compare BUNDLE's answers on aarch64, emulated by qemu-user without a board, with those of this host.
 
     The agent, the worker and the aarch64 wheel of ONNX Runtime are the real ones, so kernels are chosen as on a board:
     cortex-a72 is a Raspberry Pi 4, cortex-a76 a Raspberry Pi 5, max has i8mm. Speeds are null. Needs qemu-user and

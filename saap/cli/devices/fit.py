@@ -88,7 +88,7 @@ class Planned:
         return self.model.file_bytes - math.floor(removed * self.layer_bytes)
 
     def ratio_for(self, size: int) -> float:
-        """The least ratio, of three digits, that leaves a weights file of so many bytes."""
+        """Return the least ratio, of three digits, that leaves a weights file of so many bytes."""
         return math.ceil(1000 * (self.model.file_bytes - size) / self.layer_bytes) / 1000
 
 
@@ -135,7 +135,7 @@ def check_pruned(demands: Demands, slim: Planned) -> None:
 
 
 def does_not_fit(demands: Demands, model: Model, subject: str, size: int, advice: list[str]) -> UserError:
-    """The error of a weights file of ``size`` bytes; ``advice`` is what would fit, beside what is found here."""
+    """Return the error of a weights file of ``size`` bytes; ``advice`` is what would fit, beside what is found here."""
     from devices.fit.fitting import with_bits
     from devices.fit.memory import largest_context
 

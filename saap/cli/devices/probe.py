@@ -117,7 +117,7 @@ def _state_rows(state: State) -> Iterable[list[str]]:
 
 
 def _plain(value: object, why: str) -> str:
-    """A JSON value as a person would write it, or why there is none."""
+    """Spell a JSON value as a person would write it, or say why there is none."""
     if value is None:
         return f"{UNKNOWN}: {why}"
     if isinstance(value, dict):

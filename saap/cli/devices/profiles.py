@@ -16,7 +16,7 @@ UNKNOWN = "unknown"
 @click.command(name="list", cls=Sections)
 @click.option("--json", "as_json", is_flag=True, help="For machines.")
 def list_devices(as_json: bool) -> None:
-    """The devices that have a profile: names, processors and bandwidths.
+    """List the devices that have a profile: names, processors and bandwidths.
 
     \b
     Example:
@@ -39,7 +39,7 @@ def list_devices(as_json: bool) -> None:
 @click.argument("name")
 @click.option("--json", "as_json", is_flag=True, help="For machines.")
 def show_device(name: str, as_json: bool) -> None:
-    """A profile: every number with its unit, source and level.
+    """Show a profile: every number with its unit, source and level.
 
     \b
     Example:

@@ -147,7 +147,7 @@ def baseline(bundle: str, options: BaselineCommand) -> None:
 
 
 def _baseline_there(folder: Path, name: str, on: str | None) -> Baseline:
-    """The baseline of this device, to which sessions are added."""
+    """Return the baseline of this device, to which sessions are added."""
     from bench.judge.baselines import NoBaselineError, read_baselines
     from devices.probe.host import probe
 
@@ -258,7 +258,7 @@ def text_ids(bundle: Path, text: Path | None = None) -> tuple[int, ...]:
 
 
 def fastest_setting(device: Target, bundle: str, plan: BenchOptions, console: Console) -> str | None:
-    """The setting that a baseline keeps of a bundle's engine: the one that is fastest in decode; None: it has none."""
+    """Return the engine's setting that is fastest in decode, for a baseline; None: the bundle names no engine."""
     if BundleSpec.of(bundle).engine is None:
         return None
     tried = device.bench([bundle], replace(plan, repetitions=1, greedy=0), progress=console.report)
