@@ -26,7 +26,7 @@ from saap.models.architectures import (
     traits_of,
 )
 from saap.models.checkpoint import Model, transformers_config
-from saap.models.modeling_slim import unpack_zero_points, unpacked_words
+from saap.models.modeling_slim import unpack_zero_points, unpacked_ids
 from saap.models.shape import ModelShape
 from saap.models.slim_quant import MatrixForm, module_form, quant_of, stacked_form
 from saap.quantize.groups import QuantMatrix, check_groups, quantize
@@ -139,8 +139,8 @@ class ModelSource:
     @property
     def words(self) -> torch.Tensor | None:
         """The tokens that the head says, ascending; None: all."""
-        packed = self.traits.words
-        return unpacked_words(packed, self.shape.vocab) if packed else None
+        packed = self.traits.vocabulary
+        return unpacked_ids(packed, self.shape.vocab) if packed else None
 
     def precision(self, bits: int | None, group_size: int | None, head_bits: int | None) -> Precision:
         """What to export at; a tuned directory has its own integers and refuses others."""

@@ -264,7 +264,7 @@ def _manifest(source: ModelSource, writer: GraphWriter, bytes_per_token: int, ta
     return replace(
         sized_manifest(source.shape, precision, config),
         target=target,
-        words=source.traits.words,
+        words=source.traits.vocabulary,
         spelling=spelling_of(source.directory),
         windows=windows if target == "cpu" and any(windows) else [],
         weight_bytes_per_token=bytes_per_token,

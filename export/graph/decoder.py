@@ -108,7 +108,7 @@ class DecoderGraph(ABC):
                 residual, delta = self._with_embedding(residual, delta, for_layers[index], name), None
         normed, _ = self.norm(residual, delta, "norm")
         logits = self._finished(self.head(self.graph.last_positions(normed, scoring)))
-        if self.traits.words:
+        if self.traits.vocabulary:
             logits = self._of_all_words(logits, ids, scoring)
         if self.floats != ir.DataType.FLOAT:
             logits = self.graph.op("Cast", logits, to=ir.DataType.FLOAT.value)
@@ -360,7 +360,7 @@ class MicrosoftGraph(DecoderGraph):
             )
 
     def embedding(self, ids: ir.Value) -> ir.Value:
-        if self.traits.words and self.shape.tied:  # whose rows stand in another order
+        if self.traits.vocabulary and self.shape.tied:  # whose rows stand in another order
             ids = self.graph.op("Gather", self.graph.weight(WORD_ROWS), ids, axis=0)
         return self.lookup("embedding", ids, self.shape.hidden)
 
@@ -497,7 +497,7 @@ class MicrosoftGraph(DecoderGraph):
         return self.sigmoid_times(x)
 
     def head(self, x: ir.Value) -> ir.Value:
-        name = "embedding" if self.shape.tied and not self.traits.words else "head"
+        name = "embedding" if self.shape.tied and not self.traits.vocabulary else "head"
         if self.precision.head_bits == 32:
             return self.graph.op("FusedMatMul", x, self.graph.weight(f"{name}.weight"), domain=MICROSOFT, transB=1)
         inputs = [x, self.graph.weight(f"{name}.qweight"), self.graph.weight(f"{name}.scales")]

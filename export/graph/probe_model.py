@@ -60,7 +60,8 @@ def read_probe_model(
     """
     config, own = _of_bundle(directory) if (directory / MANIFEST).is_file() else _of_model(directory)
     precision = _precision(own, bits, group_size)
-    dense = replace(shape_of(config), per_layer=0, sources=(), said=0)  # what is looked up takes no time to speak of
+    # Reading single rows of a table takes hardly any time.
+    dense = replace(shape_of(config), per_layer=0, sources=(), head_tokens=0)
     groups = max(sizes.kv_heads for sizes in dense.layers)
     per_group = max(sizes.heads_per_group for sizes in dense.layers)
     largest = LayerSizes(groups * per_group, groups, max(sizes.ffn for sizes in dense.layers))
@@ -76,7 +77,7 @@ def read_probe_model(
     attending = [traits.layers[i] for i, sizes in enumerate(dense.layers) if not (sizes.conv or sizes.delta)] or list(
         traits.layers
     )
-    traits = replace(traits, layers=tuple(attending[i % len(attending)] for i in range(count)), words="")
+    traits = replace(traits, layers=tuple(attending[i % len(attending)] for i in range(count)), vocabulary="")
     config.max_position_embeddings = min(config.max_position_embeddings, CONTEXT)
     return ProbeModel(dense.with_layers((largest,) * count), traits, architecture_of(config), precision, config, rare)
 

@@ -32,7 +32,7 @@ from export.graph.targets import CPU
 from export.graph.weights import Array, MicrosoftLayout, WeightFile, write_model
 from export.source import DeltaRates, Kernel, Precision, StackedLinear, sized_manifest
 from saap.base.progress import Progress
-from saap.models.modeling_slim import packed_words
+from saap.models.modeling_slim import packed_ids
 from saap.models.shape import DELTA, KINDS, DeltaHeads, LayerSizes, ModelShape
 from saap.models.slim_quant import GROUP_SIZES, MatrixForm
 from saap.quantize.groups import QuantMatrix
@@ -259,9 +259,9 @@ def _write_stack(
 ) -> Path:
     directory.mkdir()
     file, rows = _StackFile(whole, directory), stack.head_rows
-    shape = replace(model.shape, layers=tuple(stack.layers), said=rows)
+    shape = replace(model.shape, layers=tuple(stack.layers), head_tokens=rows)
     write_model(_MadeUp(model, shape, "meta", rows, stack), model.precision, MicrosoftLayout(file), tables)
-    traits = replace(model.traits, words=packed_words(range(rows), shape.vocab) if rows else "")
+    traits = replace(model.traits, vocabulary=packed_ids(range(rows), shape.vocab) if rows else "")
     graph = MicrosoftGraph(
         GraphModel(shape, traits, model.precision, EPSILON, model.architecture.value_norm), file.tensors
     ).build(scoring=False)

@@ -53,7 +53,7 @@ class Subject(Protocol):
 
     @property
     def engine(self) -> str:
-        """What runs it."""
+        """The engine that runs it."""
 
     def size(self) -> tuple[int, int]:
         """Count parameters, and bytes of the weights files."""

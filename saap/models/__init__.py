@@ -1,1 +1,1 @@
-"""What a model is: names, families, checkpoints and the walk through its layers."""
+"""Models: names, families, checkpoints and the walk through their layers."""

@@ -1,4 +1,4 @@
-"""Where heads, groups, channels and norms are, per ``model_type``: a small table that pruning and export share.
+"""Names of the modules of each family, per ``model_type``: a small table that pruning and export share.
 
 A family differs from LLaMA in names (packed matrices, more norms) and in what its forward pass does (windows, layers
 without rotary embedding, scales, caps). Both are data: a row of the table, and :class:`Traits` read from a config.
@@ -19,7 +19,7 @@ from saap.models.shape import ATTENTION, CONV, DELTA, FFN, MIXERS, BlockKind, De
 
 
 class ModelConfig(Protocol):
-    """What is read of a transformers config by name; for what only some families have, :func:`field_of` asks."""
+    """The fields of a transformers config that are read by name; :func:`field_of` reads those of some families only."""
 
     model_type: str
     max_position_embeddings: int
@@ -27,7 +27,7 @@ class ModelConfig(Protocol):
 
     @property
     def eos_token_id(self) -> int | list[int] | None:
-        """What ends a text."""
+        """The ids that end a text."""
 
     def update(self, config_dict: dict[str, object]) -> None:
         """Set fields."""
@@ -142,7 +142,7 @@ class Architecture:
 
     @property
     def matrices(self) -> dict[str, tuple[str, ...]]:
-        """What one matrix of a graph is made of: ``qkv``, ``o``, ``gate_up``, ``down``, of a convolution its two."""
+        """The modules of each matrix of a graph: ``qkv``, ``o``, ``gate_up``, ``down``, of a convolution its two."""
         parts = {"qkv": self.qkv, "o": (self.output,), "gate_up": self.gate_up, "down": (self.down,)}
         if self.delta is not None:
             parts |= {"delta_in": (self.delta.mixed, self.delta.gate), "delta_out": (self.delta.output,)}
@@ -171,23 +171,23 @@ class Architecture:
 
     @property
     def beside(self) -> dict[str, tuple[str, ...]]:
-        """What is no matrix and has rows as matrices have: its name, and the roles whose rows it has, stacked."""
+        """Parameters that are no matrices but have their rows: names, and the roles whose rows they have, stacked."""
         if self.delta is None:
             return {self.conv_kernel: ("signal",)} if self.conv_in else {}
         decay = (self.delta.log_decay, self.delta.decay_bias)
         return {self.delta.kernel: DELTA.roles[:3]} | dict.fromkeys(decay, ("delta_decay",))
 
     def writing(self, kind: BlockKind) -> str:
-        """The module by which a kind of block writes to the residual stream; empty where the family has no such."""
+        """Return the module by which a kind of block writes to the residual stream; empty where there is none."""
         delta = self.delta.output if self.delta else ""
         return {ATTENTION: self.output, CONV: self.conv_out, DELTA: delta, FFN: self.down}[kind]
 
     def norm_before(self, kind: BlockKind) -> str:
-        """The norm of what a kind of block reads; empty where it has none."""
+        """Return the norm in front of a kind of block; empty where it has none."""
         return self.ffn_norm if kind is FFN else self.attention_norm
 
     def kind_of(self, module: str, sizes: LayerSizes) -> BlockKind | None:
-        """The block that a module goes with, by its name relative to a layer that had these sizes; None: with none."""
+        """Return the block that a module belongs to, by its name in a layer of these sizes; None: to no block."""
         if self.per_layer and module in asdict(self.per_layer).values():
             return None
         for kind in MIXERS:
@@ -198,7 +198,7 @@ class Architecture:
 
 
 SLIM = "saap_"  # before the name of a family in the model type of a model whose layers differ
-MOST_SIZE, MOST_LAYERS, MOST_WORDS = 1 << 20, 1 << 12, 1 << 24  # beyond these a config is damaged
+MOST_SIZE, MOST_LAYERS, MOST_VOCABULARY = 1 << 20, 1 << 12, 1 << 24  # beyond these a config is damaged
 MOST_POSITIONS = 1 << 24
 DTYPES = ("float32", "float16", "bfloat16", "auto")
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "su", "llama3", "proportional")
@@ -268,7 +268,7 @@ ARCHITECTURES = FAMILIES | {SLIM + name: row for name, row in FAMILIES.items()}
 
 @dataclass(frozen=True)
 class LayerTraits:
-    """What one layer's attention does."""
+    """Properties of one layer's attention."""
 
     window: int = 0  # tokens that a token sees, itself included; 0 is all before it
     rotary: Literal["default", "local"] | None = "default"  # its tables; local: of a second base, where layers slide
@@ -276,7 +276,7 @@ class LayerTraits:
 
 @dataclass(frozen=True)
 class Traits:
-    """What a model's forward pass does beyond its sizes."""
+    """Properties of a model's forward pass beyond its sizes."""
 
     layers: tuple[LayerTraits, ...]
     activation: str = "silu"  # of the gate, by its name in transformers
@@ -285,7 +285,7 @@ class Traits:
     residual_scale: float | None = None  # factor of what a block adds to the residual stream; None is 1
     logit_scale: float | None = None  # factor of the logits; None is 1
     logit_cap: float | None = None  # c in logits = c * tanh(logits / c); None caps nothing
-    words: str = ""  # which tokens the head says, as ``slim_vocabulary`` of the config; empty: all
+    vocabulary: str = ""  # the tokens that the head predicts, as ``slim_vocabulary`` of the config; empty: all
 
 
 class UnknownFamilyError(UserError):
@@ -301,7 +301,7 @@ class UnknownFamilyError(UserError):
 
 
 def architecture_of(config: object) -> Architecture:
-    """The table row for a transformers config (or its dict). Raises UserError: the architecture is not supported."""
+    """Return the table row for a transformers config (or its dict). Raises UserError: not supported."""
     name = field_of(config, "model_type")
     if name is None:
         raise UserError("config.json has no model_type: it is damaged, or of no transformers model")
@@ -372,7 +372,7 @@ def shape_of(config: object) -> ModelShape:
     return ModelShape(
         hidden=hidden,
         head_dim=head_dim,
-        vocab=_count(config, "vocab_size", most=MOST_WORDS),
+        vocab=_count(config, "vocab_size", most=MOST_VOCABULARY),
         tied=bool(quant.get("tied") if isinstance(quant, dict) else field_of(config, "tie_word_embeddings", False)),
         layers=layers,
         attention_bias=architecture.qkv_bias or bool(field_of(config, "attention_bias", False)),
@@ -388,15 +388,15 @@ def shape_of(config: object) -> ModelShape:
         delta=_delta_heads(config) if architecture.delta else None,
         sources=_sources(config) if architecture.per_layer else (),
         per_layer=_per_layer(config) if architecture.per_layer else 0,
-        said=_said(config),
+        head_tokens=_head_tokens(config),
     )
 
 
-def _said(config: object) -> int:
-    from saap.models.modeling_slim import unpacked_words
+def _head_tokens(config: object) -> int:
+    from saap.models.modeling_slim import unpacked_ids
 
-    words = said_words(config)
-    return len(unpacked_words(words, _count(config, "vocab_size", most=MOST_WORDS))) if words else 0
+    packed = head_vocabulary(config)
+    return len(unpacked_ids(packed, _count(config, "vocab_size", most=MOST_VOCABULARY))) if packed else 0
 
 
 def _of_gemma4(config: object, layers: tuple[LayerSizes, ...], whole: bool) -> tuple[LayerSizes, ...]:
@@ -411,30 +411,30 @@ def _of_gemma4(config: object, layers: tuple[LayerSizes, ...], whole: bool) -> t
         raise UserError(f"slim_layers has {len(layers)} entries for {len(sharing)} layers: make it again")
     if field_of(config, "attention_k_eq_v"):
         raise UserError("config.json has attention_k_eq_v on: keys that are values are not supported")
-    found, dim = [], _count(config, "head_dim")
+    result, dim = [], _count(config, "head_dim")
     for index, sizes in enumerate(layers):
         reads = sharing[index] == "reuse"
         if not sizes.query_heads:
-            found.append(sizes)
+            result.append(sizes)
             continue
         if whole:
             doubled = reads and bool(field_of(config, "use_double_wide_mlp"))
             sizes = replace(sizes, kv_heads=own[index].num_key_value_heads, ffn=sizes.ffn * (2 if doubled else 1))
         head_dim = 0 if own[index].head_dim == dim else own[index].head_dim
-        found.append(replace(sizes, head_dim=head_dim, reads=reads))
-    return tuple(found)
+        result.append(replace(sizes, head_dim=head_dim, reads=reads))
+    return tuple(result)
 
 
 def _sources(config: object) -> tuple[int, ...]:
-    """Of each layer, the one whose keys and values it reads: the last of its kind with its own, or itself."""
+    """Return each layer's source of keys and values: the last layer of its kind with its own, or itself."""
     sharing = config.kv_sharing_modes  # type: ignore[attr-defined]
     last: dict[object, int] = {}
-    found = []
+    sources = []
     for index, kind in enumerate(entries_of(config, "layer_types")):
         if sharing[index] != "reuse":
             last[kind] = index
-        found.append(last[kind])
-    return tuple(found)
+        sources.append(last[kind])
+    return tuple(sources)
 
 
 def _per_layer(config: object) -> int:
@@ -447,7 +447,7 @@ def _per_layer(config: object) -> int:
 
 
 def _layer_of(entry: list[int], rare: BlockKind | None) -> LayerSizes:
-    """The sizes that an entry of ``slim_layers`` holds."""
+    """Read an entry of ``slim_layers``."""
     sizes = LayerSizes(entry[0], entry[1], entry[2])
     fourth: dict[str, Any] = {} if rare is None else {rare.sizes[0]: entry[3]}
     return replace(sizes, **fourth)
@@ -490,19 +490,19 @@ def _is_rare(config: object, architecture: Architecture, index: int) -> bool:
     return bool(kinds) and kinds[index] == LAYER_TYPES.get(architecture.rare)  # type: ignore[arg-type]
 
 
-def said_words(config: object) -> str:
-    """``slim_vocabulary`` of a config, empty where all tokens are said. Raises UserError: it is none."""
+def head_vocabulary(config: object) -> str:
+    """Read ``slim_vocabulary`` of a config, empty where the head has all tokens. Raises UserError: damaged."""
     packed = field_of(config, "slim_vocabulary")
     if packed is None:
         return ""
     import zlib
 
-    from saap.models.modeling_slim import unpacked_words
+    from saap.models.modeling_slim import unpacked_ids
 
     try:
         if not isinstance(packed, str):
             raise ValueError("it is no text")
-        unpacked_words(packed, _count(config, "vocab_size", most=MOST_WORDS))
+        unpacked_ids(packed, _count(config, "vocab_size", most=MOST_VOCABULARY))
     except (ValueError, zlib.error) as error:
         raise UserError(f"config.json has a slim_vocabulary that cannot be read ({error}): make it again") from None
     return packed
@@ -527,7 +527,7 @@ def traits_of(config: object) -> Traits:
         attention_scale=number_of(config, scalar) ** -0.5 if field_of(config, scalar) else architecture.attention_scale,
         embedding_scale=_count(config, "hidden_size") ** 0.5 if architecture.scaled_embedding else None,
         logit_cap=number_of(config, cap) if field_of(config, cap) else None,
-        words=said_words(config),
+        vocabulary=head_vocabulary(config),
     )
     if not architecture.multipliers:
         return traits
@@ -559,20 +559,20 @@ def _layer_traits(config: object, architecture: Architecture, index: int) -> Lay
 
 
 def entries_of(config: object, key: str) -> list[object]:
-    """A field with one entry for each layer; empty where the config does without."""
-    found = field_of(config, key)
-    return found if isinstance(found, list) else []
+    """Return a field with one entry for each layer; empty where the config does without."""
+    entries = field_of(config, key)
+    return entries if isinstance(entries, list) else []
 
 
 def with_defaults(config: object) -> object:
-    """A config's dict as its family's config object, which knows what the file leaves out; LLaMA's leaves none out."""
+    """Turn a config's dict into its family's config object, which has the defaults; LLaMA's is complete."""
     if not isinstance(config, dict) or architecture_of(config) is LLAMA:
         return config
     from transformers import CONFIG_MAPPING
 
-    told = {key: value for key, value in config.items() if key != UNREAD}
+    readable = {key: value for key, value in config.items() if key != UNREAD}
     try:
-        return CONFIG_MAPPING[config["model_type"].removeprefix(SLIM)].from_dict(told)
+        return CONFIG_MAPPING[config["model_type"].removeprefix(SLIM)].from_dict(readable)
     except Exception as error:  # fields of other types fail somewhere in it, each in its own way
         raise UserError(f"transformers cannot read this {config['model_type']} config ({first_line(error)})") from error
 
@@ -594,7 +594,7 @@ def positions_of(config: object) -> int:
 
 
 def epsilon_of(config: object) -> float:
-    """What the norms add to a mean square."""
+    """Return the number that the norms add to a mean square."""
     config = with_defaults(config)
     return number_of(config, architecture_of(config).epsilon)
 
@@ -608,15 +608,15 @@ def check_config(config: Mapping[str, object]) -> None:
 
     Raises UserError: names the field, its value and what is allowed.
     """
-    if (made := config.get("quantization_config")) is not None:
-        method = made.get("quant_method") if isinstance(made, dict) else made
+    if (quantized := config.get("quantization_config")) is not None:
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
         raise UserError(
             f"the model is quantised already ({str(method)[:40]}): give the float model that it was made of; "
             "saap quantises it itself"
         )
     # Counts first: transformers' config objects make a list entry for each layer and each label.
     for key, least, most in (
-        ("num_hidden_layers", 0, MOST_LAYERS), ("num_labels", 0, MOST_SIZE), ("vocab_size", 1, MOST_WORDS),
+        ("num_hidden_layers", 0, MOST_LAYERS), ("num_labels", 0, MOST_SIZE), ("vocab_size", 1, MOST_VOCABULARY),
         ("max_position_embeddings", 1, MOST_POSITIONS), ("hidden_size", 1, MOST_SIZE), ("head_dim", 2, MOST_SIZE),
         ("num_attention_heads", 1, MOST_SIZE), ("num_key_value_heads", 1, MOST_SIZE),
     ):  # fmt: skip
@@ -645,7 +645,7 @@ def check_config(config: Mapping[str, object]) -> None:
 
 
 def _count(config: object, key: str, default: int | None = None, most: int = MOST_SIZE) -> int:
-    """A size of the config, or what it is by default."""
+    """Return a size of the config, or its default."""
     value = field_of(config, key)
     return _checked(key, default if value is None and default is not None else value, 1, most)
 
@@ -659,7 +659,7 @@ def _checked(key: str, value: object, least: int, most: int = MOST_SIZE) -> int:
 
 
 def number_of(config: object, key: str) -> float:
-    """A factor that the config names."""
+    """Return a positive number of the config."""
     value = field_of(config, key)
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= MOST_NUMBER:
         raise UserError(
@@ -669,7 +669,7 @@ def number_of(config: object, key: str) -> float:
 
 
 def field_of(config: object, key: str, default: object = None) -> object:
-    """A field of a transformers config or of its dict.
+    """Return a field of a transformers config or of its dict.
 
     Where layers differ in it, transformers gives no value of a config by name: then it is the one of the other layers.
     """
@@ -680,6 +680,6 @@ def field_of(config: object, key: str, default: object = None) -> object:
 
 
 def rope_of(config: object) -> dict[str, object]:
-    """What a config says about the rotary embedding, by transformers 5's name or that of 4; empty where it is plain."""
-    found = field_of(config, "rope_parameters") or field_of(config, "rope_scaling")
-    return found if isinstance(found, dict) else {}
+    """Return the parameters of the rotary embedding, by transformers 5's name or that of 4; empty where it is plain."""
+    rope = field_of(config, "rope_parameters") or field_of(config, "rope_scaling")
+    return rope if isinstance(rope, dict) else {}

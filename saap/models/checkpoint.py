@@ -33,8 +33,8 @@ from saap.models.architectures import (
     check_config,
     entries_of,
     field_of,
+    head_vocabulary,
     rope_of,
-    said_words,
     with_defaults,
 )  # fmt: skip
 from saap.models.directory import check_files
@@ -79,7 +79,7 @@ class Model:
         return cls(directory, config, record)
 
     def tensors(self) -> tuple[list[str], Callable[[str], torch.Tensor]]:
-        """Names of the tensors, and a function that reads one."""
+        """Return the names of the tensors, and a function that reads one."""
         return tensor_reader(self.directory)
 
 
@@ -106,7 +106,7 @@ def load_model(
 
 
 def built_model(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """A directory's model, of any family that transformers has, with the tensors that are read here.
+    """Build a directory's model, of any family that transformers has, from tensors that are read here.
 
     transformers is given no directory: there it would follow an index, names in ``config.json`` and pickles.
 
@@ -131,7 +131,7 @@ def built_model(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def transformers_config(directory: str | Path) -> ModelConfig:
-    """A directory's config as transformers reads it. Raises UserError: it cannot."""
+    """Read a directory's config with transformers. Raises UserError: it cannot."""
     with loading(directory):
         config: ModelConfig = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     return config
@@ -139,7 +139,7 @@ def transformers_config(directory: str | Path) -> ModelConfig:
 
 @contextmanager
 def loading(directory: str | Path) -> Iterator[None]:
-    """Transformers at work on a directory's files: whatever it finds wrong becomes a UserError, and it says nothing."""
+    """Run transformers on a directory's files in silence; its errors become UserErrors."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # its report on tensors would come before our one line about them
     if not torch.cuda.is_available():  # it recommends kernels that there are none of for CPUs
@@ -155,7 +155,7 @@ def loading(directory: str | Path) -> Iterator[None]:
 
 
 def read_config(directory: str | Path) -> dict[str, Any]:
-    """``config.json`` as a dict.
+    """Read ``config.json``.
 
     Raises UserError: it is not there, damaged, of more layers than any model has, or tuned with a fold that is gone.
     """
@@ -221,17 +221,17 @@ def slim_config(
     quant: SlimQuant | None = None,
     *,
     kept: Sequence[int] | None = None,
-    words: str = "",
+    vocabulary: str = "",
 ) -> dict[str, object]:
-    """``config.json`` of a model cut to ``shape``: of its own family where all layers are alike, ours where not.
+    """Write the config of a model cut to ``shape``: of its own family where its layers have one size, ours where not.
 
-    Ours is also what is quantised, or has biases that the family does not have.
+    Quantised models, and those with biases that the family does not have, are of our family, too.
 
     Args:
         config: of the model that is cut, dense or slim.
         quant: the ``slim_quant`` entry of a model that holds integers.
         kept: which layers of that model are left, ``plan.kept_layers``; None is all of them.
-        words: which tokens the head says, packed; by default as that model.
+        vocabulary: the tokens that the head predicts, packed; by default as that model's.
 
     Raises ValueError: ``kept`` is needed to know what each layer does.
     """
@@ -245,8 +245,8 @@ def slim_config(
     slim |= {name: slim.pop(old) for old, name in OLD_NAMES.items() if old in slim}
     family, first = str(config["model_type"]).removeprefix(SLIM), shape.layers[0]
     biased = shape.added_bias and not (shape.mlp_bias and shape.attention_bias and shape.output_bias)
-    words = words or said_words(config)
-    if quant is None and not biased and not words and _is_plain(slim, shape):
+    vocabulary = vocabulary or head_vocabulary(config)
+    if quant is None and not biased and not vocabulary and _is_plain(slim, shape):
         return slim | {
             "model_type": family,
             "architectures": [f"{architecture.family}ForCausalLM"],
@@ -267,8 +267,8 @@ def slim_config(
     }
     if biased:
         slim["slim_bias"] = True
-    if words:
-        slim["slim_vocabulary"] = words
+    if vocabulary:
+        slim["slim_vocabulary"] = vocabulary
     if quant is not None:
         slim |= {"slim_quant": quant, "tie_word_embeddings": False}  # the integers are tied, not a float weight
     return slim
@@ -288,7 +288,7 @@ def _is_plain(slim: Mapping[str, object], shape: ModelShape) -> bool:
 def _layer_lists(
     config: Mapping[str, object], shape: ModelShape, kept: Sequence[int] | None
 ) -> dict[str, list[object]]:
-    """The config's lists with one entry per layer, also those that it leaves to defaults, cut to the kept layers.
+    """Cut the config's lists with one entry per layer, also those of its defaults, to the kept layers.
 
     A layer that mixes no tokens takes the type of one that does: so the first layer's type, by which transformers
     measures how long a cache is, is one that has something in it.

@@ -52,7 +52,7 @@ def _is_blob(link: Path) -> bool:
 
 
 def weight_files(directory: str | Path) -> list[Path]:
-    """The safetensors files that hold a model's tensors: those that its index names, else all; perhaps none.
+    """List the safetensors files that hold a model's tensors: those that its index names, else all; perhaps none.
 
     Raises UserError: an entry of the directory that is no file, or an index that names anything but such files.
     """

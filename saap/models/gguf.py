@@ -38,7 +38,7 @@ END_TOKENS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>", "<
 
 @dataclass(frozen=True)
 class GGUFTokenizer:
-    """What a GGUF file says of its tokenizer; ids are None where the file is silent."""
+    """The tokenizer's fields in a GGUF file; ids that the file does not name are None."""
 
     kind: str  # gpt2 = byte-level BPE, llama = sentencepiece
     pre: str  # name of the pre-tokenizer
@@ -116,9 +116,9 @@ def read_tokenizer_fields(source: Path) -> GGUFTokenizer:
         raise UserError(f"{source} is not a whole GGUF file ({first_line(error)}): download it again") from None
 
     def field(name: str, default: Any = None) -> Any:
-        found = reader.get_field(name)
+        entry = reader.get_field(name)
         try:
-            return default if found is None else found.contents()
+            return default if entry is None else entry.contents()
         except ValueError as error:  # bytes that are no text
             raise UserError(f"{source} is damaged in {name} ({first_line(error)}): download it again") from None
 
@@ -130,7 +130,7 @@ def read_tokenizer_fields(source: Path) -> GGUFTokenizer:
         raise UserError(f"{source} has a damaged tokenizer (tokens that are no list): download it again")
     kind = field(prefix + "model", "")
     context = field(f"{field('general.architecture', '')}.context_length")
-    told = {
+    values = {
         "kind": kind,
         "pre": field(prefix + "pre", "gpt-2"),
         "tokens": tokens,
@@ -147,13 +147,13 @@ def read_tokenizer_fields(source: Path) -> GGUFTokenizer:
         "context": context,
     }
     try:
-        return _checked(msgspec.convert(told, GGUFTokenizer))
+        return _checked(msgspec.convert(values, GGUFTokenizer))
     except ValueError as error:
         raise UserError(f"{source} has a damaged tokenizer ({error}): download it again") from None
 
 
 def _checked(fields: GGUFTokenizer) -> GGUFTokenizer:
-    """The fields. Raises ValueError: they do not go together."""
+    """Check the fields against one another and return them. Raises ValueError: they contradict one another."""
     count = len(fields.tokens)
     if len(fields.types) != count or len(fields.scores) not in (0, count):
         raise ValueError(f"{count} tokens have {len(fields.types)} types and {len(fields.scores)} scores")
@@ -172,25 +172,25 @@ def _check_sizes(source: Path, header: GgufHeader) -> None:
     """
     layers = {name.split(".")[1] for name in header.tensors if name.startswith("blk.") and name.count(".") > 1}
     table, down = header.tensors.get("token_embd.weight"), header.tensors.get("blk.0.ffn_down.weight")
-    for key, wanted in (
+    for key, expected in (
         ("block_count", {len(layers)}),
         ("embedding_length", set(table.shape[:1]) if table else set()),
         ("vocab_size", set(table.shape[1:2]) if table else set()),
         ("feed_forward_length", set(down.shape[:1]) if down else set()),
     ):
-        said = next(iter(header.counts(key)), None)
+        size = next(iter(header.counts(key)), None)
         needed = layers and key != "vocab_size"  # which its tokens say, too
-        if wanted and said not in wanted and (said is not None or needed):
-            told = f"no {key}" if said is None else f"{key} {said}"
-            raise UserError(f"{source} says {told}, its tensors have {min(wanted)}: download it again")
+        if expected and size not in expected and (size is not None or needed):
+            claim = f"no {key}" if size is None else f"{key} {size}"
+            raise UserError(f"{source} says {claim}, its tensors have {min(expected)}: download it again")
     hidden = max(table.shape[:1], default=0) if table else 0
     for key in ("attention.head_count", "attention.key_length", "attention.value_length", "expert_count"):
-        if strange := [found for found in header.counts(key) if not 0 <= found <= max(hidden, 512)]:
+        if strange := [size for size in header.counts(key) if not 0 <= size <= max(hidden, 512)]:
             raise UserError(f"{source} says {key} {strange[0]} at a width of {hidden}: download it again")
 
 
 def byte_level_bpe(fields: GGUFTokenizer) -> Tokenizer:
-    """A byte-level BPE.
+    """Build a byte-level BPE.
 
     ``smollm`` splits every digit off before GPT-2's byte-level split; ``gpt-2`` is the latter alone.
     """
@@ -282,8 +282,8 @@ def _config(model: PreTrainedModel, fields: GGUFTokenizer) -> dict[str, object]:
     config["architectures"] = [type(model).__name__]
     config["eos_token_id"] = fields.eos
     # transformers 5 keeps the rotary base and scaling in rope_parameters only, where 4 would not find them.
-    found = config.get("rope_parameters")
-    rope = dict(found) if isinstance(found, dict) else {}
+    parameters = config.get("rope_parameters")
+    rope = dict(parameters) if isinstance(parameters, dict) else {}
     if "rope_theta" in rope:
         config.setdefault("rope_theta", rope.pop("rope_theta"))
         config.setdefault("rope_scaling", rope if rope.get("rope_type", "default") != "default" else None)
@@ -297,7 +297,7 @@ def _generation_config(fields: GGUFTokenizer) -> dict[str, object]:
 
 
 def _convert_tokenizer(source: Path, destination: Path, fields: GGUFTokenizer) -> None:
-    """transformers' conversion, with the special tokens that the file names."""
+    """Let transformers convert the tokenizer, with the special tokens that the file names."""
     from transformers import AutoTokenizer
 
     try:
@@ -326,7 +326,7 @@ def _alone(source: Path) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """transformers' GGUF reader draws its own bar on stderr and advises on legacy tokenizers; both would be ours."""
+    """Silence transformers' GGUF reader, which draws a bar on stderr and advises on legacy tokenizers."""
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
@@ -340,7 +340,7 @@ def _quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _counted(source: Path, report: Progress) -> Iterator[None]:
-    """Its loop over the tensors reports to us, where this version of transformers still has one."""
+    """Report the progress of transformers' loop over the tensors, where this version still has one."""
     from transformers import modeling_gguf_pytorch_utils as reader
 
     names = vars(reader)
@@ -390,7 +390,7 @@ def _write_json(path: Path, content: Mapping[str, object]) -> None:
 def spm_tokenizer(
     tokens: Sequence[str], types: Sequence[int], scores: Sequence[float], unk: int | None, prefix: bool
 ) -> Tokenizer:
-    """A tokenizer that gives sentencepiece's ids; special tokens are the control pieces.
+    """Build a tokenizer that gives sentencepiece's ids; special tokens are the control pieces.
 
     Args:
         tokens: pieces in the order of their ids.

@@ -56,14 +56,14 @@ def check_directory(directory: str | Path) -> None:
         remedy = f"make the directory again; if the change is yours, remove its entry and the checksum in {record.name}"
     else:
         named = {file: re.fullmatch(r"[0-9a-f]{64}", file.resolve().name) for file in weights}
-        blobs = {file.name: {"sha256": found[0]} for file, found in named.items() if found and file.is_symlink()}
+        blobs = {file.name: {"sha256": match[0]} for file, match in named.items() if match and file.is_symlink()}
         bad, remedy = differing(directory, blobs), "remove it from the hub's cache, and it is downloaded again"
     if bad:
         raise UserError(f"{directory / bad} is damaged (not the file that was written there): {remedy}")
 
 
 def differing(directory: Path, files: object) -> str | None:
-    """The first file that is missing or has another content than its hash; None where all are as they were.
+    """Return the first file that is missing or does not match its hash; None where all match.
 
     ``files``: ``sha256`` and perhaps ``bytes`` by name, as a record has them; what is none makes the record differ.
     """
@@ -78,14 +78,14 @@ def differing(directory: Path, files: object) -> str | None:
             if Path(name).name != name or not path.is_file() or entry.get("bytes", size) != size:
                 return name
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            found = dict(zip(known, pool.map(known_sha256, [directory / name for name in known]), strict=True))
-        return next((name for name, entry in known.items() if entry["sha256"] != found[name]), None)
+            content = dict(zip(known, pool.map(known_sha256, [directory / name for name in known]), strict=True))
+        return next((name for name, entry in known.items() if entry["sha256"] != content[name]), None)
     except (KeyError, ValueError):  # a name with a zero byte is a ValueError, and so is what is not a record
         return RECORD
 
 
 def cached(entry: Path, build: Callable[[Path], None], source_sha256: str) -> Path:
-    """The cache entry, built beside and renamed when it is not there, is damaged or comes from an older converter."""
+    """Return the cache entry; one that is missing, damaged or of an older converter is built beside and renamed."""
     _make_cache(entry.parent)
     if _intact(entry, source_sha256):
         return entry
@@ -116,7 +116,7 @@ def _make_cache(cache: Path) -> None:
 
 
 def _remove_leftovers(cache: Path) -> None:
-    """Half-built entries and downloads of processes that were killed."""
+    """Remove half-built entries and downloads of processes that were killed."""
     for path in cache.glob(".*"):
         owner = re.search(r"\.building-(\d+)(?:-\w+)?$", path.name)
         if owner and not psutil.pid_exists(int(owner.group(1))):

@@ -17,14 +17,14 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from saap.models.architectures import Traits, architecture_of, traits_of
-from saap.models.modeling_slim import only_said
+from saap.models.modeling_slim import hide_removed
 from saap.models.streaming import absent, present
 
 ROWS = 8  # sequences of one forward pass
 HEAD_ROWS = 2  # sequences whose logits are held at once
 
 
-Given = dict[str, object]  # arguments of a layer besides the hidden states
+LayerArguments = Mapping[str, object]  # arguments of a layer besides the hidden states
 
 
 @dataclass
@@ -32,13 +32,13 @@ class Batch:
     """Some sequences on their way through the decoder."""
 
     hidden: torch.Tensor  # what reaches the first layer, [sequences, tokens, hidden]
-    given: list[Given] = field(default_factory=list)  # each layer's masks and rotary tables
+    arguments: list[LayerArguments] = field(default_factory=list)  # each layer's masks and rotary tables
 
     @property
     def shared(self) -> UserDict[str, tuple[torch.Tensor, ...]] | None:
         """Keys and values that layers leave for later ones, by the kind of layer; None in a family that has none."""
-        found = (value for value in self.given[0].values() if isinstance(value, UserDict)) if self.given else iter(())
-        return next(found, None)
+        first = self.arguments[0] if self.arguments else {}
+        return next((value for value in first.values() if isinstance(value, UserDict)), None)
 
 
 def layers_of(model: PreTrainedModel) -> nn.ModuleList:
@@ -49,13 +49,13 @@ def layers_of(model: PreTrainedModel) -> nn.ModuleList:
 
 @torch.no_grad()
 def layer_inputs(model: PreTrainedModel, rows: torch.Tensor, batch: int = ROWS) -> list[Batch]:
-    """What the decoder hands to its layers for rows of ids [sequences, tokens]; no layer but the first runs, once."""
-    found: list[Batch] = []
-    with _idle_layers(model, found):
+    """Collect the inputs of the layers for rows of ids [sequences, tokens]; only the first layer runs, once."""
+    batches: list[Batch] = []
+    with _idle_layers(model, batches):
         for part in rows.split(batch):
-            found.append(Batch(torch.empty(0)))
+            batches.append(Batch(torch.empty(0)))
             model.base_model(input_ids=part.to(model.device), use_cache=False)
-    return found
+    return batches
 
 
 def batches_of(model: PreTrainedModel, parts: Sequence[torch.Tensor]) -> list[Batch]:
@@ -64,20 +64,20 @@ def batches_of(model: PreTrainedModel, parts: Sequence[torch.Tensor]) -> list[Ba
 
 
 @contextmanager
-def _idle_layers(model: PreTrainedModel, found: list[Batch]) -> Iterator[None]:
-    """Layers that note what they are given in the last batch, and pass the hidden states on."""
+def _idle_layers(model: PreTrainedModel, batches: list[Batch]) -> Iterator[None]:
+    """Make layers note their arguments in the last batch and pass the hidden states on."""
     layers = layers_of(model)
     first = layers[0].forward
     names = list(inspect.signature(first).parameters)
     in_tuple: list[bool] = []  # families differ in what a layer gives back
 
     def idle(*args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor]:
-        given: dict[str, Any] = {**dict(zip(names, args, strict=False)), **kwargs}
-        hidden = given.pop("hidden_states")
-        batch = found[-1]
-        if not batch.given:
+        arguments: dict[str, Any] = {**dict(zip(names, args, strict=False)), **kwargs}
+        hidden = arguments.pop("hidden_states")
+        batch = batches[-1]
+        if not batch.arguments:
             batch.hidden = hidden
-        batch.given.append(given)
+        batch.arguments.append(arguments)
         if not in_tuple:
             in_tuple.append(isinstance(first(*args, **kwargs), tuple))
         return (hidden,) if in_tuple[0] else hidden
@@ -92,9 +92,9 @@ def _idle_layers(model: PreTrainedModel, found: list[Batch]) -> Iterator[None]:
                 del layer.forward
 
 
-def run_layer(layer: nn.Module, hidden: torch.Tensor, given: Mapping[str, object]) -> torch.Tensor:
-    """One layer's output, [sequences, tokens, hidden]."""
-    out = layer(hidden, **given)
+def run_layer(layer: nn.Module, hidden: torch.Tensor, arguments: LayerArguments) -> torch.Tensor:
+    """Return one layer's output, [sequences, tokens, hidden]."""
+    out = layer(hidden, **arguments)
     states: torch.Tensor = out[0] if isinstance(out, tuple) else out
     return states
 
@@ -102,10 +102,10 @@ def run_layer(layer: nn.Module, hidden: torch.Tensor, given: Mapping[str, object
 def states_after(
     model: PreTrainedModel, batches: Sequence[Batch], hidden: list[torch.Tensor], first: int = 0
 ) -> Iterator[list[torch.Tensor]]:
-    """What leaves each layer from ``first`` on, batch by batch, where ``hidden`` reaches that layer."""
+    """Yield the output of each layer from ``first`` on, batch by batch, where ``hidden`` reaches that layer."""
     for index, layer in enumerate(layers_of(model)[first:], first):
         with present(layer):
-            hidden = [run_layer(layer, x, batch.given[index]) for x, batch in zip(hidden, batches, strict=True)]
+            hidden = [run_layer(layer, x, batch.arguments[index]) for x, batch in zip(hidden, batches, strict=True)]
         yield hidden
 
 
@@ -117,12 +117,12 @@ def logits_after(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
 
 
 def finished_logits(products: torch.Tensor, traits: Traits) -> torch.Tensor:
-    """The model's logits, of the products of its head's matrix."""
+    """Turn the products of the head's matrix into the model's logits."""
     if traits.logit_scale is not None:
         products = products * traits.logit_scale
     cap = traits.logit_cap
     logits = cap * torch.tanh(products / cap) if cap else products
-    return only_said(logits, traits.words) if traits.words else logits
+    return hide_removed(logits, traits.vocabulary) if traits.vocabulary else logits
 
 
 def loss_after(model: PreTrainedModel, hidden: Sequence[torch.Tensor], ids: torch.Tensor) -> float:
@@ -134,38 +134,42 @@ def loss_after(model: PreTrainedModel, hidden: Sequence[torch.Tensor], ids: torc
     return total / (len(ids) * (ids.shape[1] - 1))
 
 
-class _Reached(Exception):  # noqa: N818  not an error: all that was wanted is known
+class _Reached(Exception):  # noqa: N818  not an error: the result is known
     pass
 
 
 def run_until(
-    layer: nn.Module, hidden: torch.Tensor, given: Mapping[str, object], last: nn.Module, also: Mapping[str, nn.Module]
+    layer: nn.Module,
+    hidden: torch.Tensor,
+    arguments: LayerArguments,
+    last: nn.Module,
+    also: Mapping[str, nn.Module],
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Run a layer until module ``last`` is about to run: its input, and those of other modules before it."""
-    with inputs_of(also) as seen:
-        inputs: tuple[torch.Tensor, ...] = _told(layer, hidden, given, last.register_forward_pre_hook)
-        return inputs[0], seen
+    """Run a layer until module ``last`` is about to run; return its input, and those of other modules before it."""
+    with inputs_of(also) as inputs_before:
+        inputs: tuple[torch.Tensor, ...] = _stopped_at(layer, hidden, arguments, last.register_forward_pre_hook)
+        return inputs[0], inputs_before
 
 
-def output_of(layer: nn.Module, hidden: torch.Tensor, given: Mapping[str, object], module: nn.Module) -> torch.Tensor:
-    """Run a layer until a module of it has run: that module's output."""
-    output: torch.Tensor = _told(layer, hidden, given, module.register_forward_hook)
+def output_of(layer: nn.Module, hidden: torch.Tensor, arguments: LayerArguments, module: nn.Module) -> torch.Tensor:
+    """Run a layer until a module of it has run, and return that module's output."""
+    output: torch.Tensor = _stopped_at(layer, hidden, arguments, module.register_forward_hook)
     return output
 
 
-def _told(
-    layer: nn.Module, hidden: torch.Tensor, given: Mapping[str, object], register: Callable[..., RemovableHandle]
+def _stopped_at(
+    layer: nn.Module, hidden: torch.Tensor, arguments: LayerArguments, register: Callable[..., RemovableHandle]
 ) -> Any:
-    """Run a layer until a hook is called: the last of what it is told."""
+    """Run a layer until a hook is called, and return the last argument of that call."""
     reached: list[object] = []
 
-    def stop(_: nn.Module, *told: object) -> None:
-        reached.append(told[-1])
+    def stop(_: nn.Module, *values: object) -> None:
+        reached.append(values[-1])
         raise _Reached
 
     handle = register(stop)
     try:
-        run_layer(layer, hidden, given)
+        run_layer(layer, hidden, arguments)
     except _Reached:
         return reached[0]
     finally:
@@ -175,7 +179,7 @@ def _told(
 
 @contextmanager
 def removed_hooks() -> Iterator[list[RemovableHandle]]:
-    """A list for the handles of hooks, which are removed when the block ends."""
+    """Give a list for the handles of hooks, which are removed when the block ends."""
     handles: list[RemovableHandle] = []
     try:
         yield handles
@@ -186,25 +190,25 @@ def removed_hooks() -> Iterator[list[RemovableHandle]]:
 
 @contextmanager
 def inputs_of(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, torch.Tensor]]:
-    """A dict that holds, after each run, the last input of every named module."""
-    seen: dict[str, torch.Tensor] = {}
+    """Give a dict that holds, after each run, the last input of every named module."""
+    inputs: dict[str, torch.Tensor] = {}
 
-    def see(name: str, _: nn.Module, args: tuple[torch.Tensor]) -> None:
-        (seen[name],) = args
+    def note(name: str, _: nn.Module, args: tuple[torch.Tensor]) -> None:
+        (inputs[name],) = args
 
     with removed_hooks() as handles:
-        handles += [module.register_forward_pre_hook(partial(see, name)) for name, module in modules.items()]
-        yield seen
+        handles += [module.register_forward_pre_hook(partial(note, name)) for name, module in modules.items()]
+        yield inputs
 
 
 @contextmanager
 def outputs_of(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, torch.Tensor]]:
-    """A dict that holds, after each run, the last output of every named module."""
-    seen: dict[str, torch.Tensor] = {}
+    """Give a dict that holds, after each run, the last output of every named module."""
+    outputs: dict[str, torch.Tensor] = {}
 
-    def see(name: str, _: nn.Module, __: object, output: torch.Tensor) -> None:
-        seen[name] = output
+    def note(name: str, _: nn.Module, __: object, output: torch.Tensor) -> None:
+        outputs[name] = output
 
     with removed_hooks() as handles:
-        handles += [module.register_forward_hook(partial(see, name)) for name, module in modules.items()]
-        yield seen
+        handles += [module.register_forward_hook(partial(note, name)) for name, module in modules.items()]
+        yield outputs

@@ -30,7 +30,7 @@ class Matrix:
 
 
 def matrices_of(model: nn.Module, shape: ModelShape) -> list[Matrix]:
-    """The matrices of every layer in order, in a layer in the order of :data:`ROLES`.
+    """List the matrices of every layer in order, in a layer in the order of :data:`ROLES`.
 
     A layer has no matrices of the blocks that it does not have.
 
@@ -52,7 +52,7 @@ def matrices_of(model: nn.Module, shape: ModelShape) -> list[Matrix]:
 
 
 def placed_roles(sizes: LayerSizes, shape: ModelShape, architecture: Architecture) -> Iterator[tuple[str, str, slice]]:
-    """(role, module relative to the layer, rows of its weight) of what a layer of these sizes holds."""
+    """Yield (role, module relative to the layer, rows of its weight) of the matrices of a layer of these sizes."""
     if sizes.query_heads:
         queries, keys = (sizes.query_heads * shape.width_of("query", sizes), sizes.kv_heads * shape.head_of(sizes))
         own = 1 if sizes.reads else 3

@@ -6,7 +6,7 @@ transformers only. Four keys of ``config.json`` drive it:
 * ``slim_layers``: one ``[query_heads, kv_heads, ffn]`` per layer, and a fourth number in families that have such
   layers: the channels of its short convolution, or the key heads of its gated delta net; 0 query heads means no
   attention, 0 ffn no MLP.
-* ``slim_vocabulary``: which tokens the output head can say, as :func:`packed_words` writes them; all are read.
+* ``slim_vocabulary``: which tokens the output head can predict, as :func:`packed_ids` writes them; all are read.
 * ``slim_bias``: true where what writes to the residual stream has biases that its family does not have.
 * ``slim_quant``: ``{"bits", "block", "embedding_bits", "tied"}`` when linears and embedding hold group-wise integers;
   ``"matrices"`` are the bits, ``"blocks"`` the group sizes, of matrices that differ, by name.
@@ -27,12 +27,12 @@ from torch.nn import functional as F
 
 # Linears that are never integers: what they make is a handful of numbers, which rule a whole state.
 FLOATS = ("in_proj_a", "in_proj_b")
-# The logit of a token that the head no longer says: its probability is 0, and differences of two such are no NaN.
+# The logit of a token that went from the head: its probability is 0, and differences of two such are no NaN.
 GONE = -1e4
 
 
-def packed_words(words: Collection[int], size: int) -> str:
-    """Ids below ``size`` as a text: a bit for each id, deflated, in base64."""
+def packed_ids(words: Collection[int], size: int) -> str:
+    """Write ids below ``size`` as a text: a bit for each id, deflated, in base64."""
     bits = bytearray(-(-size // 8))
     for word in words:
         bits[word // 8] |= 1 << word % 8
@@ -40,8 +40,8 @@ def packed_words(words: Collection[int], size: int) -> str:
 
 
 @functools.lru_cache(maxsize=8)
-def unpacked_words(packed: str, size: int) -> torch.Tensor:
-    """The ids of such a text, ascending int64. Raises ValueError: it is none, or not of so many ids."""
+def unpacked_ids(packed: str, size: int) -> torch.Tensor:
+    """Read the ids of such a text, ascending int64. Raises ValueError: damaged, or written for another ``size``."""
     length = -(-size // 8)
     bits = zlib.decompressobj().decompress(base64.b64decode(packed, validate=True), length + 1)
     if len(bits) != length:
@@ -53,10 +53,10 @@ def unpacked_words(packed: str, size: int) -> torch.Tensor:
     return words
 
 
-def only_said(logits: torch.Tensor, packed: str) -> torch.Tensor:
-    """Logits [..., vocab], :data:`GONE` where a token is none of those that ``packed`` names."""
+def hide_removed(logits: torch.Tensor, packed: str) -> torch.Tensor:
+    """Set logits [..., vocab] of tokens that ``packed`` does not name to :data:`GONE`."""
     gone = torch.ones(logits.shape[-1], dtype=torch.bool)
-    gone[unpacked_words(packed, len(gone))] = False
+    gone[unpacked_ids(packed, len(gone))] = False
     return logits.masked_fill(gone.to(logits.device), GONE)
 
 
@@ -184,7 +184,7 @@ class LayerConfig:
 
 
 class SlimDecoder:
-    """What the slim classes add to their family's class: layers cut to ``config.slim_layers``."""
+    """A base of the slim classes that cuts the layers of their family's class to ``config.slim_layers``."""
 
     def __init__(self, config: object) -> None:
         super().__init__(config)  # type: ignore[call-arg]
@@ -194,8 +194,8 @@ class SlimDecoder:
             quantize_modules(self, quant)
 
 
-def _saying_kept_words(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """The forward of a family, whose logits are :data:`GONE` where a token went from the head."""
+def _hiding_removed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap the forward of a family: logits of tokens that went from the head are :data:`GONE`."""
 
     @functools.wraps(forward)
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -203,7 +203,7 @@ def _saying_kept_words(forward: Callable[..., Any]) -> Callable[..., Any]:
         if not packed:
             return forward(self, *args, **kwargs)
         out = forward(self, *args, **{**kwargs, "labels": None})
-        out.logits = only_said(out.logits, packed)
+        out.logits = hide_removed(out.logits, packed)
         if labels is not None:
             out.loss = self.loss_function(logits=out.logits, labels=labels, vocab_size=out.logits.shape[-1])
         return out
@@ -219,7 +219,7 @@ class SlimClasses(NamedTuple):
 
 
 def slim_classes(family: str) -> SlimClasses | None:
-    """The slim classes of a family, ``Llama`` for one; None where the installed transformers lacks it."""
+    """Return the slim classes of a family, as ``Llama``; None where the installed transformers lacks it."""
     parent = getattr(transformers, f"{family}ForCausalLM", None)
     if parent is None:
         return None
@@ -228,13 +228,13 @@ def slim_classes(family: str) -> SlimClasses | None:
         place = {"__module__": __name__, "__doc__": f"The {family} family with its own sizes in every layer."}
         kind = f"saap_{parent.config_class.model_type}"
         own[names[0]] = type(names[0], (parent.config_class,), {**place, "model_type": kind})
-        said = {"forward": _saying_kept_words(parent.forward)}
-        own[names[1]] = type(names[1], (SlimDecoder, parent), {**place, **said, "config_class": own[names[0]]})
+        methods = {"forward": _hiding_removed(parent.forward)}
+        own[names[1]] = type(names[1], (SlimDecoder, parent), {**place, **methods, "config_class": own[names[0]]})
     return SlimClasses(own[names[0]], own[names[1]])
 
 
 def __getattr__(name: str) -> object:
-    """The classes that ``config.json`` names, made of those of transformers when they are asked for."""
+    """Build the classes that ``config.json`` names from those of transformers on first use."""
     for end in ("TextConfig", "Config", "ForCausalLM"):
         if name.startswith("Slim") and name.endswith(end):
             slim_classes(name[len("Slim") : -len(end)])
@@ -272,7 +272,7 @@ def resize_layers(model: Any, sizes: list[tuple[int, ...]], added_bias: bool = F
 
 
 def cache_places(kinds: list[str], sizes: list[tuple[int, ...]]) -> dict[int, int]:
-    """Which entry of the cache each layer that mixes tokens uses.
+    """Assign an entry of the cache to each layer that mixes tokens.
 
     The cache has one entry for each layer, of the layer's kind. Of each kind, transformers reads lengths from the first
     entry: so the layers that mix tokens take the first entries of their kind, and the last stay empty.
@@ -286,7 +286,7 @@ def cache_places(kinds: list[str], sizes: list[tuple[int, ...]]) -> dict[int, in
 
 
 def _norms(layer: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Names of the norms that go with what mixes tokens in a layer, and with its MLP; a layer has some of them."""
+    """Name the norms that belong to the block that mixes tokens, and to the MLP; a layer has some of them."""
     if hasattr(layer, "operator_norm"):
         return ("operator_norm", "post_operator_norm"), ("ffn_norm", "post_ffn_norm")
     if hasattr(layer, "post_feedforward_layernorm"):  # then the other "post" is after the attention, not before the MLP
@@ -323,14 +323,14 @@ def _resize_attention(attention: Any, query_heads: int, kv_heads: int, added_bia
 
 
 def _resize_conv(conv: Any, channels: int, added_bias: bool) -> None:
-    """LFM2's short convolution: ``in_proj`` makes two gates and a signal for each channel."""
+    """Resize LFM2's short convolution, whose ``in_proj`` makes two gates and a signal for each channel."""
     conv.conv = _conv_like(conv.conv, channels)
     _resize_rows(conv, {"in_proj": 3 * channels})
     _resize_columns(conv, "out_proj", channels, added_bias)
 
 
 def _resize_delta(net: Any, key_heads: int, added_bias: bool) -> None:
-    """A gated delta net: queries, keys and values pass one convolution; each value head has two rates and a decay."""
+    """Resize a gated delta net, in which one convolution is over queries, keys and values."""
     value_heads = key_heads * (net.num_v_heads // net.num_k_heads)
     net.num_k_heads, net.num_v_heads = key_heads, value_heads
     net.key_dim, net.value_dim = key_heads * net.head_k_dim, value_heads * net.head_v_dim
@@ -344,7 +344,7 @@ def _resize_delta(net: Any, key_heads: int, added_bias: bool) -> None:
 
 
 def _conv_like(old: Any, channels: int) -> nn.Conv1d:
-    """A convolution of each of so many channels by itself."""
+    """Make a depthwise convolution of ``channels``, otherwise like ``old``."""
     weight, biased = old.weight, old.bias is not None
     return nn.Conv1d(
         channels, channels, old.kernel_size, groups=channels, bias=biased, padding=old.padding, device=weight.device,
@@ -360,7 +360,7 @@ def _resize_mlp(mlp: Any, ffn: int, added_bias: bool) -> None:
 
 
 def _present(parent: nn.Module, *names: str) -> str:
-    """Which of these modules is there: families name them differently."""
+    """Return the one of these modules that is there: families name them differently."""
     return next(name for name in names if hasattr(parent, name))
 
 

@@ -1,4 +1,4 @@
-"""Memory that running a model takes, from its sizes; what pruning, tuning and export take is built on it."""
+"""The memory of a forward pass, from the model's sizes; pruning, tuning and export add theirs."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ SQUARES = 6  # copies of X^T X at the peak of a refit: of both parts and their s
 
 
 def eval_needs(shape: ModelShape, tokens: int, *, streamed: bool) -> Needs:
-    """Of running a model forward in float32, whole in memory or layer by layer, and reading off its probabilities.
+    """Forecast a forward pass in float32 and its probabilities, with the model whole in memory or layer by layer.
 
-    ``tokens``: that go through the model together.
+    ``tokens``: of one pass.
     """
     layers = [shape.weights_of(s) for s in shape.layers]
-    outside = 4 * shape.held_outside
+    outside = 4 * shape.resident_outside
     weights = (
         {"embedding and head": outside, "a layer": 4 * max(layers)} if streamed else {"weights": 4 * shape.parameters}
     )
@@ -29,6 +29,6 @@ def eval_needs(shape: ModelShape, tokens: int, *, streamed: bool) -> Needs:
 
 
 def kept_per_token(shape: ModelShape, sizes: LayerSizes) -> int:
-    """Numbers that the backward pass of a layer keeps for a token."""
+    """Count the numbers that the backward pass of a layer keeps for a token."""
     inner = sum(PER_CHANNEL[kind.name] * shape.inner_width(kind, sizes) for kind in sizes.blocks)
     return PER_HIDDEN * shape.hidden + inner

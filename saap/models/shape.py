@@ -66,12 +66,12 @@ class ModelShape:
     delta: DeltaHeads | None = None  # of its gated delta nets
     sources: tuple[int, ...] = ()  # of each layer, the one whose keys and values it reads; empty: all have their own
     per_layer: int = 0  # elements of a token's embedding for each layer; 0: there is none. With it no layer goes whole
-    said: int = 0  # words that the head says; 0: all
+    head_tokens: int = 0  # tokens that a trimmed head predicts; 0: all
 
     @property
     def head_rows(self) -> int:
-        """Words that the head says."""
-        return self.said or self.vocab
+        """Tokens that the head predicts."""
+        return self.head_tokens or self.vocab
 
     @property
     def separable_heads(self) -> bool:
@@ -79,7 +79,7 @@ class ModelShape:
         return self.qk_norm != "all"
 
     def sharing(self, index: int) -> list[int]:
-        """The layers that use the keys and values of layer ``index`` or of the one it reads, in order."""
+        """List the layers that use the keys and values of layer ``index`` or of the one it reads, in order."""
         if not self.sources:
             return [index]
         return [other for other, source in enumerate(self.sources) if source == self.sources[index]]
@@ -138,11 +138,11 @@ class ModelShape:
         return int(getattr(layer, kind.sizes[0])) * self.width_of(kind.writes, layer)
 
     def writing_share(self, kind: BlockKind, layer: LayerSizes) -> float:
-        """The share of a block's weights that is in the matrix by which it writes."""
+        """Return the share of a block's weights in the matrix by which it writes."""
         return self.inner_width(kind, layer) * self.hidden / self.weights(kind, layer)
 
     def width_of(self, role: str, layer: OfBlocks) -> int:
-        """Rows that one coupled structure of a layer has of the matrix with this role; of one that writes, columns."""
+        """Count the rows of a coupled structure in the matrix with this role; of a matrix that writes, the columns."""
         if role in ATTENTION.roles:
             gate, dim = self.gate_width if self.gated_queries else 0, self.head_of(layer)
             return {"head_gate": self.gate_width, "query": dim + gate}.get(role, dim)
@@ -170,8 +170,8 @@ class ModelShape:
         return self.layer_weights + outside + self.per_layer_weights
 
     @property
-    def held_outside(self) -> int:
-        """Weights that are in memory where layers are read one by one: in no layer, but for tables in their file."""
+    def resident_outside(self) -> int:
+        """Weights outside the layers, in memory where layers are streamed; without tables that stay in their file."""
         return self.parameters - self.layer_weights - self.vocab * len(self.layers) * self.per_layer
 
     @property

@@ -1,6 +1,6 @@
 """The ``slim_quant`` entry of a config: the form of the integers that each matrix holds.
 
-    {"bits": 4, "block": 32, "embedding_bits": 8, "tied": true}       what every such directory says
+    {"bits": 4, "block": 32, "embedding_bits": 8, "tied": true}       in every such directory
     "matrices": {"model.layers.3.mlp.down_proj": 8}                   linears that hold other than ``bits``
     "blocks": {"model.layers.3.mlp.down_proj": 128}                   matrices in groups of other than ``block``
 
@@ -26,7 +26,7 @@ Block = Annotated[int, Meta(ge=8, le=4096)]
 
 
 class MatrixForm(NamedTuple):
-    """How the weights of a matrix are held: integers of so many bits, and so many of them per scale."""
+    """The integers of a matrix: their bits, and the number of them per scale."""
 
     bits: int
     group_size: int
@@ -50,29 +50,29 @@ class SlimQuant(_Always, total=False):
 
 
 def quant_of(config: Mapping[str, object]) -> SlimQuant | None:
-    """The entry of a ``config.json``; None for a model of floats."""
-    found = config.get("slim_quant")
+    """Read the entry of a ``config.json``; None for a model of floats."""
+    entry = config.get("slim_quant")
     try:
-        return msgspec.convert(found, SlimQuant) if found else None
+        return msgspec.convert(entry, SlimQuant) if entry else None
     except ValueError as error:
         raise UserError(f"config.json has a damaged slim_quant ({error}): make the directory again") from None
 
 
 def planned_forms(record: Record, architecture: Architecture) -> dict[str, MatrixForm]:
-    """The integers that pruning planned for matrices that differ from the rest, by module name."""
+    """Return the forms that pruning planned for matrices that differ from the rest, by module name."""
     bundle = record.get("plan", {}).get("bundle", {})
     bits, blocks = bundle.get("matrices", {}), bundle.get("blocks", {})
     base = MatrixForm(bundle.get("bits", 4), bundle.get("block", 32))
-    found = {
+    forms = {
         name: MatrixForm(bits.get(name, base.bits), blocks.get(name, base.group_size)) for name in {*bits, *blocks}
     }
     for name in (architecture.embedding, architecture.head):
-        found[name] = MatrixForm(bundle.get("embedding_bits", base.bits), blocks.get(name, base.group_size))
-    return found
+        forms[name] = MatrixForm(bundle.get("embedding_bits", base.bits), blocks.get(name, base.group_size))
+    return forms
 
 
 def module_form(quant: SlimQuant, architecture: Architecture, module: str) -> MatrixForm:
-    """The form of a linear, the embedding or the head, by its name in the model."""
+    """Return the form of a linear, the embedding or the head, by its name in the model."""
     if module in architecture.tables:
         bits = quant["embedding_bits"]
     else:
@@ -81,16 +81,16 @@ def module_form(quant: SlimQuant, architecture: Architecture, module: str) -> Ma
 
 
 def stacked_form(quant: SlimQuant, architecture: Architecture, layer: int, part: str) -> MatrixForm:
-    """The form of one matrix of a graph: ``qkv``, ``o``, ``gate_up`` or ``down`` of a layer.
+    """Return the form of one matrix of a graph: ``qkv``, ``o``, ``gate_up`` or ``down`` of a layer.
 
     Raises UserError: its modules hold different ones.
     """
     modules = architecture.matrices[part]
     forms = [module_form(quant, architecture, f"{architecture.layers}.{layer}.{module}") for module in modules]
     if len(set(forms)) > 1:
-        found = ", ".join(f"{module} {form}" for module, form in zip(modules, forms, strict=True))
+        differing = ", ".join(f"{module} {form}" for module, form in zip(modules, forms, strict=True))
         raise UserError(
-            f"layer {layer} has linears that are one matrix in the graph, of different integers ({found}): "
+            f"layer {layer} has linears that are one matrix in the graph, of different integers ({differing}): "
             "give them the same"
         )
     return forms[0]

@@ -27,17 +27,17 @@ Read = Callable[[str], torch.Tensor]
 
 
 class LayerWeights:
-    """Where a layer's parameters come from, and how many are using them."""
+    """The source of a layer's parameters, and the number of their users."""
 
     def __init__(self, layer: nn.Module, prefix: str, read: Read, dtype: torch.dtype, device: torch.device) -> None:
         self._layer, self._prefix, self._read, self._dtype, self._device = layer, prefix, read, dtype, device
         self._users = 0
-        self.wanted = True  # else a run needs none of them
+        self.needed = True  # else a run needs none of them
         self.hooks: list[RemovableHandle] = []
 
     def enter(self) -> None:
-        """Read them, unless they are there."""
-        if not self._users and self.wanted:
+        """Read the parameters, unless they are there."""
+        if not self._users and self.needed:
             state = {
                 name: checked_shape(f"{self._prefix}.{name}", self._read(f"{self._prefix}.{name}"), parameter).to(
                     self._device, self._dtype
@@ -49,24 +49,24 @@ class LayerWeights:
         self._users += 1
 
     def settle(self) -> None:
-        """Read those that the layer still has, for good."""
+        """Read the parameters that the layer still has, for good."""
         for hook in self.hooks:
             hook.remove()
         self.enter()
 
     def leave(self) -> None:
-        """Let them go when nobody else uses them."""
+        """Drop the parameters when nobody else uses them."""
         self._users -= 1
-        if not self._users and self.wanted:
+        if not self._users and self.needed:
             self._layer.to("meta")
 
 
-def checked_shape(name: str, tensor: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """The tensor. Raises UserError: the model's own is of another shape."""
-    if tensor.shape != wanted.shape:
+def checked_shape(name: str, tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Return the tensor. Raises UserError: the model's own is of another shape."""
+    if tensor.shape != like.shape:
         raise UserError(
             f"the model's {name} is {' x '.join(map(str, tensor.shape))}, and its config.json makes it "
-            f"{' x '.join(map(str, wanted.shape))}: get or make it again"
+            f"{' x '.join(map(str, like.shape))}: get or make it again"
         )
     return tensor
 
@@ -74,7 +74,7 @@ def checked_shape(name: str, tensor: torch.Tensor, wanted: torch.Tensor) -> torc
 def load_streamed(
     path: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device = CPU
 ) -> PreTrainedModel:
-    """A dense or slim directory as a transformers model in eval mode, whose layers are read as they run.
+    """Load a dense or slim directory as a transformers model in eval mode, whose layers are read as they run.
 
     Its parameters take no gradient.
 
@@ -111,24 +111,24 @@ def load_streamed(
             layer.register_forward_pre_hook(lambda module, _: module.streamed.enter()),
             layer.register_forward_hook(lambda module, _, __: module.streamed.leave(), always_call=True),
         ]
-    found: PreTrainedModel = model.eval().requires_grad_(False)
-    return found
+    result: PreTrainedModel = model.eval().requires_grad_(False)
+    return result
 
 
 def move_buffers(model: nn.Module, device: torch.device) -> None:
-    """Buffers, such as rotary frequencies, of a model whose parameters hold nothing yet."""
+    """Move buffers, such as rotary frequencies, of a model whose parameters hold nothing yet."""
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))
 
 
 def whole_needs(path: str | Path) -> Needs:
-    """Of a model in memory with float32 weights."""
+    """Forecast a whole model in memory with float32 weights."""
     return Needs({"the process": PROCESS, "weights": 4 * shape_of(read_config(path)).parameters})
 
 
 def open_model(path: str | Path, device: torch.device = CPU) -> PreTrainedModel:
-    """A directory to run forward: as a whole in float32 where it fits; else integers as they are, or layer by layer.
+    """Load a directory to run forward: whole in float32 where it fits; else as integers, or layer by layer.
 
     Raises UserError: no model there.
     """
@@ -141,14 +141,14 @@ def open_model(path: str | Path, device: torch.device = CPU) -> PreTrainedModel:
 
 
 def moved(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
-    """The model itself, on this device."""
+    """Return the model itself, on this device."""
     return model if model.device == device else nn.Module.to(model, device)
 
 
 def open_writer(path: str | Path, option: str) -> PreTrainedModel:
-    """A directory that is to write text token by token, which is no work for a model that is read for each of them.
+    """Load a model to write text with; one that must be read again for each token is refused.
 
-    ``option``: where the user gives a text instead, as ``--calibration``.
+    ``option``: by which the user gives a text instead, as ``--calibration``.
 
     Raises UserError: it does not fit into memory.
     """
@@ -176,7 +176,7 @@ def is_streamed(model: nn.Module) -> bool:
 
 @contextmanager
 def present(layer: nn.Module) -> Iterator[None]:
-    """A layer's weights are in memory inside the block, and what is written to them is lost after it if streamed."""
+    """Hold a layer's weights in memory inside the block; changes to streamed ones are lost after it."""
     weights = getattr(layer, "streamed", None)
     if weights is None:
         yield
@@ -190,21 +190,21 @@ def present(layer: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def absent(layers: Iterable[nn.Module]) -> Iterator[None]:
-    """Layers that run inside the block, and have been made to do nothing, do so without their weights."""
-    found = (getattr(layer, "streamed", None) for layer in layers)
-    streamed = [weights for weights in found if isinstance(weights, LayerWeights)]
+    """Let layers whose forward is replaced run inside the block without their weights."""
+    weights_of = (getattr(layer, "streamed", None) for layer in layers)
+    streamed = [weights for weights in weights_of if isinstance(weights, LayerWeights)]
     for weights in streamed:
-        weights.wanted = False
+        weights.needed = False
     try:
         yield
     finally:
         for weights in streamed:
-            weights.wanted = True
+            weights.needed = True
 
 
 @contextmanager
 def empty_parameters() -> Iterator[None]:
-    """Parameters made inside hold nothing (device meta); buffers, such as rotary frequencies, are real."""
+    """Make parameters inside the block hold nothing (device meta); buffers, such as rotary frequencies, are real."""
     register = nn.Module.register_parameter
 
     def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:

@@ -22,7 +22,7 @@ NESTED, OLDER, HEAD = "model.language_model.", "language_model.", "lm_head."
 
 
 def text_config_of(config: Mapping[str, object]) -> dict[str, object] | None:
-    """The config of the text part; None for a model that is text alone."""
+    """Return the config of the text part; None for a model that is text alone."""
     text = config.get("text_config")
     return dict(text) if isinstance(text, dict) and config.get("model_type") not in ARCHITECTURES else None
 
@@ -44,8 +44,8 @@ def write_text_part(source: Path, out: Path, report: Progress) -> None:
     if not places:
         raise UserError(f"{source} has no tensors of a text part ({NESTED}*): get it again")
     heads = any(new.startswith(HEAD) for _, new in places.values())
-    made = {**text, "architectures": [f"{family}ForCausalLM"], "tie_word_embeddings": not heads}
-    (out / "config.json").write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
+    new_config = {**text, "architectures": [f"{family}ForCausalLM"], "tie_word_embeddings": not heads}
+    (out / "config.json").write_text(json.dumps(new_config, indent=2) + "\n", encoding="utf-8")
 
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
         for done, (name, (file, new)) in enumerate(places.items()):
@@ -58,7 +58,7 @@ def write_text_part(source: Path, out: Path, report: Progress) -> None:
 
 
 def text_name(name: str) -> str | None:
-    """A tensor's name in the text part; None for what is none of it."""
+    """Return a tensor's name in the text part; None where it is not in it."""
     if name.startswith(NESTED):
         return "model." + name.removeprefix(NESTED)
     if name.startswith(OLDER):

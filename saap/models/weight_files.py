@@ -37,7 +37,7 @@ NOT_NEEDED = re.compile(r"rotary_emb\.inv_freq$|^lm_head\.weight$")  # that chec
 
 
 def tensor_reader(directory: str | Path) -> tuple[list[str], Callable[[str], torch.Tensor]]:
-    """Names of a checkpoint's tensors and a function that reads one, memory-mapped, without loading the others.
+    """Return the names of a checkpoint's tensors and a function that reads one, memory-mapped.
 
     Raises UserError: no safetensors there, or files that are not what was written.
     """
@@ -62,7 +62,7 @@ def tensor_reader(directory: str | Path) -> tuple[list[str], Callable[[str], tor
 
 
 def stored_tensors(directory: str | Path) -> dict[str, Path]:
-    """The file of each tensor of a checkpoint, by the name that it has there.
+    """Return the file of each tensor of a checkpoint, by its name there.
 
     Raises UserError: no safetensors there, or an index that names other files.
     """
@@ -77,7 +77,7 @@ def stored_tensors(directory: str | Path) -> dict[str, Path]:
 
 
 def read_tensors(directory: str | Path) -> dict[str, torch.Tensor]:
-    """All tensors of a checkpoint, memory-mapped, by the names that they have there. Raises UserError: as above."""
+    """Read all tensors of a checkpoint, memory-mapped, by their names there. Raises UserError: as above."""
     tensors: dict[str, torch.Tensor] = {}
     for file in dict.fromkeys(stored_tensors(directory).values()):
         with opened(file) as handle:
@@ -101,8 +101,8 @@ def check_family(directory: str | Path) -> None:
                 places = [name[len(layer[0]) + 1 :] for name in handle.keys() if (layer := LAYER.match(name))]  # noqa: SIM118
             there |= dict.fromkeys(re.sub(r"\.\d+\.", ".N.", name.removesuffix(".weight")) for name in places)
         strange = [name for name in there if name not in known and name.rpartition(".")[0] not in known]
-        told = ", ".join(strange[:STRANGE]) + (" and others" if len(strange) > STRANGE else "")
-        raise UnknownFamilyError(error.name, strange=f", which has no {told}" if strange else "") from None
+        examples = ", ".join(strange[:STRANGE]) + (" and others" if len(strange) > STRANGE else "")
+        raise UnknownFamilyError(error.name, strange=f", which has no {examples}" if strange else "") from None
 
 
 def _check_names(directory: Path, row: Architecture, layers: int, names: list[str]) -> None:
@@ -122,20 +122,21 @@ def check_sizes(directory: str | Path) -> None:
     """
     config = read_object(Path(directory) / "config.json", "get or make it again")
     row, shape = architecture_of(config), shape_of(config)
-    wanted = {f"{row.embedding}.weight": [shape.vocab, shape.hidden]}
+    expected = {f"{row.embedding}.weight": [shape.vocab, shape.hidden]}
     for index, sizes in enumerate(shape.layers):
         for kind in sizes.blocks:
-            wanted[f"{row.layers}.{index}.{row.writing(kind)}.weight"] = [shape.hidden, shape.inner_width(kind, sizes)]
-    found = dict[str, list[int]]()
+            name = f"{row.layers}.{index}.{row.writing(kind)}.weight"
+            expected[name] = [shape.hidden, shape.inner_width(kind, sizes)]
+    shapes = dict[str, list[int]]()
     for file in weight_files(directory):
         with opened(file) as handle:
-            names = wanted.keys() & set(handle.keys())
-            found |= {name: handle.get_slice(name).get_shape() for name in names}
-    for name, sides in wanted.items():
-        if (there := found.get(name)) != sides:
+            names = expected.keys() & set(handle.keys())
+            shapes |= {name: handle.get_slice(name).get_shape() for name in names}
+    for name, sides in expected.items():
+        if (there := shapes.get(name)) != sides:
             has = f"a {name} of {' x '.join(map(str, there))}" if there else f"no tensor {name}"
-            told = " x ".join(map(str, sides))
-            raise UserError(f"{directory} has {has}, and its config.json makes it {told}: get or make it again")
+            size = " x ".join(map(str, sides))
+            raise UserError(f"{directory} has {has}, and its config.json makes it {size}: get or make it again")
 
 
 def check_finite(directory: str | Path, name: str, tensor: torch.Tensor) -> None:
@@ -147,7 +148,7 @@ def check_finite(directory: str | Path, name: str, tensor: torch.Tensor) -> None
 
 @contextmanager
 def opened(file: Path) -> Iterator[safe_open]:
-    """A safetensors file to read from."""
+    """Open a safetensors file to read from."""
     try:
         with safe_open(file, framework="pt") as handle:
             yield handle
@@ -156,7 +157,7 @@ def opened(file: Path) -> Iterator[safe_open]:
 
 
 def write_shards(directory: Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """``model.safetensors``; or files of about 1 GiB and their index, as transformers has them.
+    """Write ``model.safetensors``; or files of about 1 GiB and their index, as transformers has them.
 
     ``tensors``: (name, tensor) in the order of the files.
     """
@@ -223,7 +224,7 @@ class TensorFolder(MutableMapping[str, torch.Tensor]):
 
 
 def weights_hash(directory: str | Path) -> str:
-    """sha256 over a model's config and weight files: what a lineage calls the base. A file is read once per process."""
+    """Hash a model's config and weight files, for a lineage's base. A file is read once per process."""
     files = [Path(directory) / "config.json", *weight_files(directory)]
     digest = hashlib.sha256()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -237,6 +238,6 @@ def weights_bytes(directory: str | Path) -> int:
 
 
 def weights_dtype(directory: str | Path) -> torch.dtype:
-    """The type of a model's widest tensor, which is that of its matrices."""
+    """Return the type of a model's widest tensor, which is that of its matrices."""
     names, read = tensor_reader(directory)
     return max(map(read, names), key=lambda tensor: tensor.numel()).dtype

@@ -30,7 +30,7 @@ def prune_needs(
     computing = 4 * max(_scoring(shape, layers, sequences, tokens, streamed, element), pricing, measuring, refit)
     stages: list[dict[str, int]] = [{"a file of the slim model": min(SHARD_BYTES, file_bytes)}]
     if streamed:
-        outside = 4 * shape.held_outside
+        outside = 4 * shape.resident_outside
         stages.append(
             {
                 "embedding and head": outside,

@@ -27,9 +27,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from saap.base.errors import UserError
 from saap.base.progress import WRITING, Progress, note
 from saap.base.writing import RECORD, check_output, read_object
-from saap.models.architectures import architecture_of, said_words, shape_of
+from saap.models.architectures import architecture_of, head_vocabulary, shape_of
 from saap.models.checkpoint import load_model, read_config, slim_config, write_slim
-from saap.models.modeling_slim import packed_words
+from saap.models.modeling_slim import packed_ids
 from saap.models.record import Lineage, Record, Words, WordsText, read_record
 from saap.models.resolve import load_tokenizer, resolve
 from saap.models.shape import ModelShape
@@ -79,7 +79,7 @@ class Chosen:
 
     @property
     def packed(self) -> str:
-        return packed_words(self.words, self.size)
+        return packed_ids(self.words, self.size)
 
     @property
     def option(self) -> WordsOption:
@@ -94,7 +94,7 @@ class Chosen:
         self, config: Mapping[str, object], shape: ModelShape, *, kept: Sequence[int] | None = None
     ) -> dict[str, object]:
         """Return :func:`saap.models.checkpoint.slim_config` with this vocabulary."""
-        written = slim_config(config, shape, kept=kept, words="" if self.input else self.packed)
+        written = slim_config(config, shape, kept=kept, vocabulary="" if self.input else self.packed)
         return self.renumbering.config(written) if self.renumbering else written
 
     def record(self) -> Words:
@@ -184,7 +184,7 @@ def words_to_try(directory: Path, documents: Documents, progress: Progress | Non
 def _trimmable(directory: Path) -> ModelShape:
     """Return the model's shape. Raises UserError: its vocabulary cannot be trimmed."""
     config = read_config(directory)
-    if said_words(config) or "vocabulary" in read_record(directory):
+    if head_vocabulary(config) or "vocabulary" in read_record(directory):
         raise UserError(f"{directory} has a trimmed vocabulary already: trim the model that it was made from")
     if config.get("slim_quant"):
         raise UserError(f"{directory} holds tuned integers, which cannot be trimmed: trim the model it was tuned from")

@@ -110,7 +110,7 @@ class BundleSize:
             *([] if shape.tied else self._embedding(shape)),
             *self._embedding(shape, head=True),
             *self._per_layer(shape),
-            *([FLOAT * shape.vocab] if shape.said else []),  # where each word's row is
+            *([FLOAT * shape.vocab] if shape.head_tokens else []),  # where each word's row is
         ]
         arrays += [each for each in self.rotary for _ in range(2)]
         return sum(map(paged, arrays)) - (paged(arrays[-1]) - arrays[-1])  # the file ends with its last array
@@ -118,8 +118,8 @@ class BundleSize:
     def looked_up(self, shape: ModelShape) -> int:
         """Bytes of tables of which a token reads single rows: rotary tables, and an embedding that is not the head."""
         table = [] if shape.tied else self._embedding(shape)
-        if shape.said:
-            gone = self._table(shape.vocab - shape.said, shape.hidden, "embedding") if shape.tied else []
+        if shape.head_tokens:
+            gone = self._table(shape.vocab - shape.head_tokens, shape.hidden, "embedding") if shape.tied else []
             table = [*table, *gone, FLOAT * shape.vocab]
         width = len(shape.layers) * shape.per_layer
         per_layer = self._table(shape.vocab, width, "per_layer") if width else []

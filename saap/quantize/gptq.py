@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from saap.base.errors import UserError
 from saap.base.progress import Progress
 from saap.models.architectures import architecture_of
-from saap.models.layer_walk import Given, layer_inputs, layers_of, removed_hooks, run_layer
+from saap.models.layer_walk import LayerArguments, layer_inputs, layers_of, removed_hooks, run_layer
 from saap.models.streaming import present
 from saap.quantize.groups import (
     IntegerForm,
@@ -152,7 +152,7 @@ def compensated_matrices(
         with present(layer):
             linears = {name: m for name, m in layer.named_modules() if isinstance(m, nn.Linear)}
             linears = {name: linear for name, linear in linears.items() if not architecture.is_float(name)}
-            batches = [(x, batch.given[index]) for x, batch in zip(hidden, walk, strict=True)]
+            batches = [(x, batch.arguments[index]) for x, batch in zip(hidden, walk, strict=True)]
             for alike, hessian in _hessians(layer, linears, batches):
                 called = {f"{architecture.layers}.{index}.{name}": linears[name] for name in alike}
                 matrices |= _chosen(called, hessian, form)
@@ -186,7 +186,7 @@ def _chosen(linears: dict[str, nn.Linear], hessian: torch.Tensor, form: IntegerF
 
 
 def _hessians(
-    layer: nn.Module, linears: dict[str, nn.Linear], batches: list[tuple[torch.Tensor, Given]]
+    layer: nn.Module, linears: dict[str, nn.Linear], batches: list[tuple[torch.Tensor, LayerArguments]]
 ) -> list[tuple[list[str], torch.Tensor]]:
     """Return the linears that are fed one tensor, and its X X^T."""
     sums: dict[str, torch.Tensor] = {}

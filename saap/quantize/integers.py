@@ -80,7 +80,7 @@ def integer_bytes(shape: ModelShape, bits: int, group_size: int) -> int:
 def choosing_needs(shape: ModelShape, *, streamed: bool) -> dict[str, int]:
     """Sum up bytes by what they are for, beside the process and the integers themselves."""
     layers = [shape.weights_of(s) for s in shape.layers]
-    floats = {"embedding and head": 4 * shape.held_outside, "a layer": 4 * max(layers)}
+    floats = {"embedding and head": 4 * shape.resident_outside, "a layer": 4 * max(layers)}
     return {
         **(floats if streamed else {"weights": 4 * shape.parameters}),
         "X X^T": 4 * SQUARES * max(sizes.ffn for sizes in shape.layers) ** 2,

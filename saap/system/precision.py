@@ -66,7 +66,7 @@ def bf16_gain() -> float:
 def product_rate(
     rows: int, inputs: int, outputs: int, dtype: torch.dtype, device: torch.device, seconds: float
 ) -> float:
-    """Operations per second of a product (rows, inputs) x (inputs, outputs), the median of at least so many seconds."""
+    """Measure operations per second of a product (rows, inputs) x (inputs, outputs): the median over ``seconds``."""
     generator = torch.Generator(device).manual_seed(0)  # the run's own random numbers stay as they are
     x = torch.randn(rows, inputs, generator=generator, device=device, dtype=dtype)
     matrix = torch.randn(inputs, outputs, generator=generator, device=device, dtype=dtype)
@@ -82,7 +82,7 @@ def product_rate(
 
 @contextmanager
 def fast_float32(cpuinfo: Path = CPUINFO) -> Iterator[None]:
-    """float32 products by oneDNN inside the block or function, on AMD's processors, while they stay float32.
+    """Compute float32 products by oneDNN inside the block or function, on AMD's processors, while they stay float32.
 
     torch has no switch for that alone. It hands float32 products to oneDNN where it is told that they may be rounded to
     bfloat16, which oneDNN does on tile units (AMX) only. So it is told that where there are none, and no more where a
@@ -109,7 +109,7 @@ def _mkl_is_slow(cpuinfo: Path) -> bool:
 
 
 def _text_of(cpuinfo: Path) -> str:
-    """Empty where the system does not tell."""
+    """Read a file of the system; empty where there is none."""
     try:
         return cpuinfo.read_text(encoding="utf-8", errors="replace")
     except OSError:

@@ -17,7 +17,7 @@ from saap.system.device_names import AUTO, device_of
 
 @contextmanager
 def computing_on(name: str) -> Iterator[None]:
-    """Accelerate computes on the device of this name inside the block: see :func:`training_device`.
+    """Make accelerate compute on the device of this name inside the block: see :func:`training_device`.
 
     Raises UserError: no such device, or one that ``accelerate launch`` has not chosen for its processes.
     """

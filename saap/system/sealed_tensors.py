@@ -18,7 +18,7 @@ SEAL = "sha256"
 
 
 def data_hash(tensors: Mapping[str, torch.Tensor]) -> str:
-    """sha256 of named tensors: names, types, sizes and bytes."""
+    """Hash named tensors: names, types, sizes and bytes."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)};".encode())
@@ -40,7 +40,7 @@ def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path, about: Mapping
 
 
 def save_sealed(tensors: Mapping[str, torch.Tensor], path: Path, about: Mapping[str, str] | None = None) -> None:
-    """Write tensors and what is said about them, beside ``path``, and rename."""
+    """Write tensors and their metadata, beside ``path``, and rename."""
     about, partial = dict(about or {}), path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         save_tensors(tensors, partial, {**about, SEAL: _seal(tensors, about)})

@@ -97,9 +97,9 @@ def long_spelling(directory: str | Path, ids: Iterable[int]) -> str | None:
 
 def head_words_of(directory: str | Path) -> torch.Tensor | None:
     """Return the ids that the output head of a model or a bundle has, ascending; None: all."""
-    from saap.models.architectures import said_words
+    from saap.models.architectures import head_vocabulary
     from saap.models.checkpoint import read_config
-    from saap.models.modeling_slim import unpacked_words
+    from saap.models.modeling_slim import unpacked_ids
 
     config: Mapping[str, Any]
     if (bundle := Path(directory) / BUNDLE).is_file():
@@ -109,8 +109,8 @@ def head_words_of(directory: str | Path) -> torch.Tensor | None:
         return None
     else:
         config = read_config(directory)
-    packed = said_words(config)
-    return unpacked_words(packed, int(config["vocab_size"])) if packed else None
+    packed = head_vocabulary(config)
+    return unpacked_ids(packed, int(config["vocab_size"])) if packed else None
 
 
 def tokenizer_for(model_dir: Path, texts: Iterable[str], source: str) -> PreTrainedTokenizerBase:

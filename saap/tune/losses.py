@@ -32,7 +32,7 @@ from transformers import PreTrainedModel
 
 from saap.models.architectures import Traits, architecture_of, traits_of
 from saap.models.layer_walk import finished_logits
-from saap.models.modeling_slim import GroupQuantLinear, GroupQuantTable, TiedHead, unpacked_words
+from saap.models.modeling_slim import GroupQuantLinear, GroupQuantTable, TiedHead, unpacked_ids
 from saap.tune.adapters import Context, product_dtype
 from saap.tune.loop.processes import is_sharded
 
@@ -80,7 +80,7 @@ def head_loss(
     traits, words = traits_of(base.config), head_words(base)
     if dtype not in kept:
         kept[dtype] = matrix(dtype) if words is None else matrix(dtype)[words.to(hidden.device)]
-    total: torch.Tensor = _HeadLoss.apply(hidden, kept[dtype], replace(traits, words=""), loss_of)
+    total: torch.Tensor = _HeadLoss.apply(hidden, kept[dtype], replace(traits, vocabulary=""), loss_of)
     return total
 
 
@@ -92,8 +92,8 @@ def head_words(model: nn.Module) -> torch.Tensor | None:
     base: nn.Module = getattr(model, "get_base_model", lambda: model)()
     if not isinstance(base, PreTrainedModel) or _frozen_matrix(base) is None:
         return None
-    packed = traits_of(base.config).words
-    return unpacked_words(packed, base.config.vocab_size) if packed else None
+    packed = traits_of(base.config).vocabulary
+    return unpacked_ids(packed, base.config.vocab_size) if packed else None
 
 
 def _frozen_matrix(model: PreTrainedModel) -> Callable[[torch.dtype], torch.Tensor] | None:

@@ -25,9 +25,9 @@ from saap.base.errors import UserError
 from saap.base.progress import Progress
 from saap.base.store import Store
 from saap.base.wording import counted
-from saap.models.architectures import MOST_WORDS, shape_of
+from saap.models.architectures import MOST_VOCABULARY, shape_of
 from saap.models.checkpoint import read_config
-from saap.models.modeling_slim import unpacked_words
+from saap.models.modeling_slim import unpacked_ids
 from saap.models.record import read_record
 from saap.models.resolve import load_tokenizer
 from saap.models.streaming import open_model
@@ -95,7 +95,7 @@ class StudentWords:
         vocabulary = read_record(student).get("vocabulary", {})
         if kept := vocabulary.get("kept"):
             try:
-                return cls(unpacked_words(kept, min(vocabulary.get("of", 0), MOST_WORDS)), True)
+                return cls(unpacked_ids(kept, min(vocabulary.get("of", 0), MOST_VOCABULARY)), True)
             except (ValueError, zlib.error) as error:
                 raise UserError(f"{student} has a damaged vocabulary in its record ({error}): make it again") from None
         words = head_words_of(student)

@@ -127,7 +127,7 @@ class _Walk:
         """Return a layer's new weights and biases; its weights are changed on the way."""
         if self._kind == "refit" and not self._plan.layers[index].blocks:  # the slim model has no such layer
             return {}
-        arguments_of_batches = [batch.given[index] for batch in self._batches]
+        arguments_of_batches = [batch.arguments[index] for batch in self._batches]
         if self._kind == "bias":  # means of the dense model, as in FLAP: the stream stays dense
             new, self._stream = _biases(layer, blocks, self._stream, arguments_of_batches, sum(map(sum, self._sizes)))
         else:
@@ -170,7 +170,7 @@ class _Walk:
 
     def _after(self, index: int, layer: nn.Module, stream: list[torch.Tensor]) -> list[torch.Tensor]:
         pairs = zip(stream, self._batches, strict=True)
-        return [run_layer(layer, hidden, batch.given[index]) for hidden, batch in pairs]
+        return [run_layer(layer, hidden, batch.arguments[index]) for hidden, batch in pairs]
 
 
 def _parts(ids: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

@@ -77,7 +77,9 @@ def down_again(
         for index, layer in enumerate(layers):
             say(index, steps)
             with present(layer):
-                states.append([run_layer(layer, x, b.given[index]) for x, b in zip(states[-1], batches, strict=True)])
+                states.append(
+                    [run_layer(layer, x, b.arguments[index]) for x, b in zip(states[-1], batches, strict=True)]
+                )
     left = [SharedGradients(batch) for batch in batches]
     gradients = []
     for index, hidden in enumerate(states.pop()):
@@ -90,7 +92,7 @@ def down_again(
             for number, (hidden, batch) in enumerate(zip(states.pop(), batches, strict=True)):
                 x = hidden.detach().requires_grad_(True)
                 left[number].begin()
-                left[number].backward(run_layer(layers[index], x, batch.given[index]), gradients[number])
+                left[number].backward(run_layer(layers[index], x, batch.arguments[index]), gradients[number])
                 assert x.grad is not None
                 gradients[number] = x.grad
         say(steps - index, steps)

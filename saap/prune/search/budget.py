@@ -49,7 +49,7 @@ class WordsOption:
     input: bool = False  # whether the embedding loses the words, too
 
     def of(self, shape: ModelShape) -> ModelShape:
-        return replace(shape, vocab=self.rows) if self.input else replace(shape, said=self.rows)
+        return replace(shape, vocab=self.rows) if self.input else replace(shape, head_tokens=self.rows)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -249,7 +249,7 @@ class Pricing:
                 }
                 for number, (hidden, batch) in enumerate(zip(stream, flat, strict=True)):
                     with inputs_of(reading) as inputs, outputs_of(writing) as outputs:
-                        stream[number] = run_layer(layer, hidden, batch.given[index])
+                        stream[number] = run_layer(layer, hidden, batch.arguments[index])
                     passes.append((dict(inputs), dict(outputs)))
                 for kind in kinds:
                     linear = writing[kind.name]
@@ -277,7 +277,7 @@ class Pricing:
         adding = adding_module(self.model, index, kind)
 
         def adds() -> list[torch.Tensor]:
-            return [output_of(layer, hidden, batch.given[index], adding) for hidden, batch in entering]
+            return [output_of(layer, hidden, batch.arguments[index], adding) for hidden, batch in entering]
 
         parts = architecture_of(self.model.config).matrices
         return rounded_block(dict(layer.named_modules()), parts, kind, adds)

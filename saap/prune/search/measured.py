@@ -80,7 +80,7 @@ class Windows:
         hidden = self._states[first]
         with self._changed(change):
             for index, layer in enumerate(layers_of(self._model)[first:], first):
-                hidden = run_layer(layer, hidden, self._batch.given[index])
+                hidden = run_layer(layer, hidden, self._batch.arguments[index])
         now = self._logprobs(hidden)
         return float(F.kl_div(now, self._dense, log_target=True, reduction="sum")) / now.shape[1]
 

@@ -121,5 +121,5 @@ def _predicted(model: PreTrainedModel, ids: torch.Tensor) -> Iterator[torch.Tens
     hidden = [batch.hidden for batch in batches]
     for index, layer in enumerate(layers_of(model)):
         with present(layer):
-            hidden = [run_layer(layer, x, batch.given[index]) for x, batch in zip(hidden, batches, strict=True)]
+            hidden = [run_layer(layer, x, batch.arguments[index]) for x, batch in zip(hidden, batches, strict=True)]
     return (logits_after(model, x).log_softmax(-1) for x in hidden)

@@ -17,7 +17,7 @@ def run(tiny_model):
     model = load_model(tiny_model())
     layer = layers_of(model)[1]
     (batch,) = batches_of(model, [IDS])
-    return layer, batch.hidden, batch.given[1]
+    return layer, batch.hidden, batch.arguments[1]
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from saap.evaluate.options import EvalOptions
 from saap.evaluate.subjects import Bundle
 from saap.models.architectures import shape_of
 from saap.models.checkpoint import load_model, read_config
-from saap.models.modeling_slim import unpacked_words
+from saap.models.modeling_slim import unpacked_ids
 from saap.models.record import read_record
 from saap.models.resolve import load_tokenizer
 from saap.prune.options import PruneOptions
@@ -108,7 +108,7 @@ def test_pruned_and_tuned_by_the_dense_model(tiny_model, chosen, tmp_path):
     ids = torch.randint(3, 300, (24, 32), generator=torch.Generator().manual_seed(1))
     result = prune(dense, PruneOptions(max_params=120_000), output=tmp_path / "slim", calibration=ids, words=chosen)
     record = read_record(tmp_path / "slim")
-    assert unpacked_words(record["vocabulary"]["kept"], 320).tolist() == list(chosen.words)
+    assert unpacked_ids(record["vocabulary"]["kept"], 320).tolist() == list(chosen.words)
     assert result.achieved["parameters"] == shape_of(read_config(tmp_path / "slim")).parameters <= 120_000
     assert record["plan"]["planned"]["parameters"] == result.achieved["parameters"]
     options = TuneOptions(tokens=2048)

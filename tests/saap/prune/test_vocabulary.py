@@ -18,9 +18,9 @@ from export.gguf.write import export_gguf
 from saap.base.errors import UserError
 from saap.evaluate.evaluation import continuation_model
 from saap.evaluate.subjects import Directory
-from saap.models.architectures import said_words, shape_of
+from saap.models.architectures import head_vocabulary, shape_of
 from saap.models.checkpoint import load_model, read_config
-from saap.models.modeling_slim import GONE, packed_words, unpacked_words
+from saap.models.modeling_slim import GONE, packed_ids, unpacked_ids
 from saap.models.resolve import load_tokenizer
 from saap.prune.options import PruneOptions
 from saap.prune.pruning import prune
@@ -38,11 +38,11 @@ IDS = torch.tensor([WORDS])[:, torch.randint(150, (40,), generator=torch.Generat
 
 
 def test_which_words_are_kept_is_packed_into_the_config():
-    assert unpacked_words(packed_words(WORDS, 320), 320).tolist() == WORDS
-    assert said_words({"vocab_size": 320}) == ""
-    for wrong in ("no base64", packed_words(WORDS, 800), packed_words([], 320), 7):
+    assert unpacked_ids(packed_ids(WORDS, 320), 320).tolist() == WORDS
+    assert head_vocabulary({"vocab_size": 320}) == ""
+    for wrong in ("no base64", packed_ids(WORDS, 800), packed_ids([], 320), 7):
         with pytest.raises(UserError, match="slim_vocabulary that cannot be read"):
-            said_words({"vocab_size": 320, "slim_vocabulary": wrong})
+            head_vocabulary({"vocab_size": 320, "slim_vocabulary": wrong})
 
 
 def test_sizes_are_numbers_shares_or_the_best():
@@ -97,7 +97,7 @@ def test_pruned_tuned_and_exported_it_stays_so(tiny_model, tmp_path):
     dense = tiny_model()
     options = PruneOptions(ratio=0.3, group_size=32)
     prune(dense, options, output=tmp_path / "slim", calibration=IDS.repeat(6, 1), words=CHOSEN)
-    assert unpacked_words(read_config(tmp_path / "slim")["slim_vocabulary"], 320).tolist() == WORDS
+    assert unpacked_ids(read_config(tmp_path / "slim")["slim_vocabulary"], 320).tolist() == WORDS
     tune(tmp_path / "slim", TuneOptions(), output=tmp_path / "tuned", data=IDS.repeat(8, 1), teacher=dense)
     with torch.inference_mode():
         logits = load_model(tmp_path / "tuned")(input_ids=IDS).logits
@@ -172,7 +172,7 @@ def test_a_question_is_read_in_all_words_and_answered_in_those_of_the_head(spell
     for context, tail in pairs:
         ids, answer = asked._encode_pair(context, tail)
         assert ids == reads(context.rstrip())["input_ids"]
-        assert set(answer) <= set(unpacked_words(read_config(spelling)["slim_vocabulary"], 320).tolist())
+        assert set(answer) <= set(unpacked_ids(read_config(spelling)["slim_vocabulary"], 320).tolist())
         assert says.decode(answer) == (context + tail)[len(context.rstrip()) :]
     assert len(says("The quick brown fox")["input_ids"]) > len(reads("The quick brown fox")["input_ids"])
     requests = [SimpleNamespace(args=pair) for pair in pairs]

@@ -12,7 +12,7 @@ from support.cost_files import cost_file
 
 from export import ExportOptions, export
 from saap.base.errors import UserError
-from saap.models.architectures import said_words, shape_of
+from saap.models.architectures import head_vocabulary, shape_of
 from saap.models.checkpoint import load_model, read_config
 from saap.models.record import read_record
 from saap.models.resolve import load_tokenizer
@@ -43,7 +43,7 @@ def test_a_head_is_one_option_among_others(tiny_model, costs, tmp_path):
     model, options = tiny_model(), PruneOptions(costs=costs, speedup=1.2, keep=frozenset({"blocks"}))
     result = prune(model, options, output=tmp_path / "slim", calibration=IDS, words=[HALF, FEW])
     record, config = read_record(tmp_path / "slim"), read_config(tmp_path / "slim")
-    assert result.plan.words == 0 and record["vocabulary"]["rows"] == 160 and said_words(config)
+    assert result.plan.words == 0 and record["vocabulary"]["rows"] == 160 and head_vocabulary(config)
     assert shape_of(config).layers == shape_of(read_config(model)).layers  # nothing else goes
     plan, whole = record["plan"], record["plan"]["dense"]["ms_per_token"]
     assert plan["achieved"]["ms_per_token"] == pytest.approx(whole - 2)
@@ -64,7 +64,7 @@ def test_a_head_that_costs_too_much_is_left_whole(tiny_model, costs, tmp_path):
     options = PruneOptions(costs=costs, speedup=1.2)
     result = prune(tiny_model(), options, output=tmp_path / "slim", calibration=IDS, words=dear)
     assert result.plan.words is None and "vocabulary" not in read_record(tmp_path / "slim")
-    assert result.achieved["speedup"] >= 1.2 and not said_words(read_config(tmp_path / "slim"))
+    assert result.achieved["speedup"] >= 1.2 and not head_vocabulary(read_config(tmp_path / "slim"))
     # What layers alone do not reach is reached with fewer words.
     options = replace(options, speedup=1.1 * result.budget.total(result.budget.dense) / 4)
     with pytest.raises(UserError, match="the largest that these options allow"):
