@@ -143,7 +143,7 @@ def test_a_worker_that_fails_is_invalid_and_the_others_go_on(
     bad, good = measure([str(broken), str(bundles[1])], replace(ONE, repetitions=2)).measurements
     assert bad.stderr and bad.stderr[-1][:100] in bad.reasons[0]
     assert bad.status == INVALID and bad.samples == []
-    assert "exit 1" in bad.reasons[0] and "not an ONNX file" in bad.reasons[0] and "\n" not in bad.reasons[0]
+    assert "exit 1" in bad.reasons[0] and "does not match the hash" in bad.reasons[0] and "\n" not in bad.reasons[0]
     assert len(good.samples) == 2 and not good.stderr
 
 
