@@ -1,4 +1,4 @@
-"""From a model to what a device runs: ``export(model, ExportOptions(...), output=...)``.
+"""Export a model to what a device runs: ``export(model, ExportOptions(...), output=...)``.
 
 A bundle (:mod:`export.bundle`) holds graphs for ONNX Runtime, in its own operators (:mod:`export.graph`) or in standard
 ones (:mod:`export.portable`); :mod:`export.gguf` writes a file for llama.cpp. :mod:`export.parity` compares a bundle

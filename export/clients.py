@@ -28,7 +28,7 @@ PROBES = (  # what tokenizers disagree about: spaces, digits, code, other script
 
 
 def optimum_config(config: dict[str, object], manifest: BundleManifest) -> dict[str, object] | None:
-    """The ``config.json`` with which optimum's ``ORTModelForCausalLM`` runs a bundle; None where it cannot.
+    """Build the ``config.json`` with which optimum's ``ORTModelForCausalLM`` runs a bundle; None where it cannot.
 
     optimum takes one KV shape for all layers: ``num_key_value_heads``, and ``hidden_size / num_attention_heads`` as the
     head size (optimum-onnx 0.1.0 reads ``head_dim`` for few model types only). So the layers with attention must have

@@ -26,7 +26,7 @@ FARTHEST = 0.02  # of the graph's perplexity: each engine rounds activations its
 
 
 def engines_of(directory: Path, options: ExportOptions) -> list[Row]:
-    """The engines beside ONNX Runtime to export for; with ``auto`` those that are here and hold the model."""
+    """List the engines beside ONNX Runtime to export for; with ``auto`` those that are installed and hold the model."""
     others = [row_of(name) for name in bundle_engines() if name != ONNXRUNTIME]
     if options.engines != (AUTO,):
         return [row for row in others if row.name in options.engines]
@@ -65,7 +65,7 @@ def check_engine(row: Row, directory: Path, options: ExportOptions) -> None:
 
 
 def demands_of_model(directory: Path, options: ExportOptions) -> tuple[str, ...]:
-    """What an engine must read to run the bundle of a model (:func:`export.engine.table.demands_of`)."""
+    """List what an engine must read to run the bundle of a model (:func:`export.engine.table.demands_of`)."""
     shape = shape_of(read_config(directory))
     present = {
         DELTA: shape.delta is not None,
@@ -95,7 +95,7 @@ def write_engine(
 def engine_nll(
     row: Row, bundle: Path, ids: torch.Tensor | None, parity: Parity | None, progress: Progress | None
 ) -> float | None:
-    """What an engine makes of the rows of the parity check, nats per token; None where it was not checked or not here.
+    """Compute an engine's loss on the rows of the parity check, nats per token; None where either is not there.
 
     Raises UserError: it computes something else than the graph.
     """

@@ -1,4 +1,4 @@
-"""What writing a bundle takes at its peak; the constants were measured (docs/memory.md)."""
+"""Memory and disk that writing a bundle takes at its peak; the constants were measured (docs/memory.md)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PIECE_BYTES = 256 << 20  # of weights; a piece ends with the tensor that reaches
 
 
 def export_needs(shape: ModelShape, bundle_bytes: int, parity_tokens: int) -> Needs:
-    """Of writing a bundle tensor by tensor, and of running it, or its pieces, against the torch model layer by layer.
+    """Estimate what it takes to write a bundle tensor by tensor, and to compare it, or pieces, with the torch model.
 
     Args:
         bundle_bytes: of its weights file.
@@ -24,8 +24,8 @@ def export_needs(shape: ModelShape, bundle_bytes: int, parity_tokens: int) -> Ne
     if parity_tokens:
         logits = round(LOGIT_COPIES * 4 * parity_tokens * shape.vocab)
         whole = bundle_bytes <= WHOLE_BYTES
-        held = bundle_bytes if whole else PIECE_BYTES + round(bundle_bytes * matrix / shape.parameters)
+        packed = bundle_bytes if whole else PIECE_BYTES + round(bundle_bytes * matrix / shape.parameters)
         what = "the bundle" if whole else "a piece of the bundle"
-        stages.append({f"{what} as ONNX Runtime packs it": round(PACKED * held), "logits": logits})
+        stages.append({f"{what} as ONNX Runtime packs it": round(PACKED * packed), "logits": logits})
     largest: dict[str, int] = max(stages, key=lambda stage: sum(stage.values()))
     return Needs({"the process": PROCESS, **largest}, {"the bundle": bundle_bytes})

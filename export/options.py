@@ -1,4 +1,4 @@
-"""What can be chosen when a model is exported. Imports no torch: the command line builds its help from it."""
+"""Options for exporting a model. Imports no torch: the command line builds its help from it."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ from saap.quantize.groups import QuantMatrix, check_groups, quantize
 
 @dataclass(frozen=True)
 class Precision:
-    """What the graph computes in and how its weights are stored."""
+    """The types that the graph computes in and that its weights are stored in."""
 
     bits: int = 4  # of the linears: 4, 8, or 32 for floats (of type ``floats``)
     group_size: int = 32  # weights per scale; 0 at 32 bit
@@ -69,7 +69,7 @@ class Kernel:
 
 @dataclass(frozen=True)
 class DeltaRates:
-    """What a gated delta net computes its rates and its norm with, all float32.
+    """The weights of a gated delta net's rates and norm, all float32.
 
     A value head writes the share sigmoid(b) of a value, and keeps exp(scale * softplus(a + bias)) of its state.
     """
@@ -81,7 +81,7 @@ class DeltaRates:
 
 
 class WeightSource(Protocol):
-    """Where a bundle's weights come from: a model directory, or numbers made up at a model's sizes."""
+    """A source of a bundle's weights: a model directory, or random numbers at a model's sizes."""
 
     @property
     def architecture(self) -> Architecture:
@@ -92,29 +92,29 @@ class WeightSource(Protocol):
         """Sizes of all layers."""
 
     def linear(self, layer: int, part: str, precision: Precision) -> StackedLinear:
-        """One matrix of a layer, by its name in ``Architecture.matrices``."""
+        """Read one matrix of a layer, by its name in ``Architecture.matrices``."""
 
     def table(self, module: str, precision: Precision) -> torch.Tensor | QuantMatrix:
-        """The embedding or the head, [vocab, hidden]; integers have no zero points but the midpoint."""
+        """Read the embedding or the head, [vocab, hidden]; integers have no zero points but the midpoint."""
 
     @property
     def words(self) -> torch.Tensor | None:
         """The tokens that the head says, ascending int64; None: all."""
 
     def norm(self, field: str, layer: int | None = None) -> torch.Tensor:
-        """The factors of a norm, [width] float32, by its field of :class:`Architecture`."""
+        """Read the factors of a norm, [width] float32, by its field of :class:`Architecture`."""
 
     def kernel(self, layer: int) -> Kernel:
-        """Of a layer's convolution."""
+        """Read the kernels of a layer's convolution."""
 
     def rates(self, layer: int) -> DeltaRates:
-        """Of a layer's gated delta net."""
+        """Read the rates of a layer's gated delta net."""
 
     def outside(self, module: str, precision: Precision) -> torch.Tensor | QuantMatrix:
-        """A matrix [N, K] that is in no layer, by its name in the model."""
+        """Read a matrix [N, K] that is in no layer, by its name in the model."""
 
     def numbers(self, name: str) -> torch.Tensor:
-        """A tensor that is no matrix, float32, by its name in the model."""
+        """Read a tensor that is no matrix, float32, by its name in the model."""
 
 
 class ModelSource:
@@ -143,20 +143,20 @@ class ModelSource:
         return unpacked_ids(packed, self.shape.vocab) if packed else None
 
     def precision(self, bits: int | None, group_size: int | None, head_bits: int | None) -> Precision:
-        """What to export at; a tuned directory has its own integers and refuses others."""
+        """Choose the precision; a tuned directory has its own integers and refuses others."""
         if self.quant:
             own = Precision(
                 self.quant["bits"], self.quant["block"], self.quant["embedding_bits"],
                 matrices=self.quant.get("matrices", {}), blocks=self.quant.get("blocks", {}),
             )  # fmt: skip
-            for flag, asked, has in (
+            for flag, value, has in (
                 ("--bits", bits, own.bits), ("--group-size", group_size, own.group_size),
                 ("--head-bits", head_bits, own.head_bits),
             ):  # fmt: skip
-                if asked is not None and asked != has:
-                    again = f", or tune again with {flag} {asked}" if flag == "--group-size" or asked in (4, 8) else ""
+                if value is not None and value != has:
+                    again = f", or tune again with {flag} {value}" if flag == "--group-size" or value in (4, 8) else ""
                     raise UserError(
-                        f"{self.directory} holds tuned integers, of {flag} {has} and not {asked}: leave {flag} out"
+                        f"{self.directory} holds tuned integers, of {flag} {has} and not {value}: leave {flag} out"
                         f"{again}"
                     )
             return own
@@ -174,7 +174,7 @@ class ModelSource:
         )  # fmt: skip
 
     def own_forms(self, precision: Precision) -> dict[str, MatrixForm]:
-        """The forms of matrices that differ from the rest, by module name."""
+        """Return the forms of matrices that differ from the rest, by module name."""
         return {name: self._form(name, precision) for name in {*precision.matrices, *precision.blocks}}
 
     def _form(self, module: str, precision: Precision) -> MatrixForm:
@@ -203,19 +203,19 @@ class ModelSource:
         return quantize(weight, *form)
 
     def norm(self, field: str, layer: int | None = None) -> torch.Tensor:
-        """The factors of a norm, [width] float32, by its field of :class:`Architecture`; ``layer`` None: the last."""
+        """Read the factors of a norm, [width] float32, by its field of :class:`Architecture`; no layer: the last."""
         module = getattr(self.architecture, field)
         name = module if layer is None else f"{self.architecture.layers}.{layer}.{module}"
         return self.read(f"{name}.weight").float() + float(self.architecture.offset_norms)
 
     def kernel(self, layer: int) -> Kernel:
-        """Of a layer's convolution: too small for integers."""
+        """Read the kernels of a layer's convolution, too small for integers."""
         arch = self.architecture
         module = f"{arch.layers}.{layer}.{arch.delta.kernel if arch.delta else arch.conv_kernel}"
         return Kernel(self.read(f"{module}.weight").float(), self.bias(module))
 
     def rates(self, layer: int) -> DeltaRates:
-        """Of a layer's gated delta net."""
+        """Read the rates of a layer's gated delta net."""
         names = self.architecture.delta
         assert names is not None, "the family has delta nets"
 
@@ -226,11 +226,11 @@ class ModelSource:
         return DeltaRates(matrix, -read(names.log_decay).exp(), read(names.decay_bias), read(f"{names.norm}.weight"))
 
     def outside(self, module: str, precision: Precision) -> torch.Tensor | QuantMatrix:
-        """A matrix [N, K] that is in no layer, by its name in the model."""
+        """Read a matrix [N, K] that is in no layer, by its name in the model."""
         return self.matrix(module, precision)
 
     def numbers(self, name: str) -> torch.Tensor:
-        """A tensor that is no matrix, float32, by its name in the model."""
+        """Read a tensor that is no matrix, float32, by its name in the model."""
         return self.read(name).float()
 
     def bias(self, module: str) -> torch.Tensor | None:
@@ -238,7 +238,7 @@ class ModelSource:
         return self.read(name).float() if name in self.names else None
 
     def table(self, module: str, precision: Precision) -> torch.Tensor | QuantMatrix:
-        """The embedding or the head, [vocab, hidden].
+        """Read the embedding or the head, [vocab, hidden].
 
         Raises UserError: integers with zero points of their own, which no graph has nodes for.
         """
@@ -254,7 +254,7 @@ class ModelSource:
         return table
 
     def linear(self, layer: int, part: str, precision: Precision) -> StackedLinear:
-        """One matrix of a layer, by its name in ``Architecture.matrices``.
+        """Read one matrix of a layer, by its name in ``Architecture.matrices``.
 
         Raises UserError: its linears hold different integers.
         """
@@ -297,7 +297,7 @@ def is_symmetric(matrix: QuantMatrix) -> bool:
 
 
 def sized_manifest(shape: ModelShape, precision: Precision, config: ModelConfig) -> BundleManifest:
-    """The manifest of a bundle as far as sizes and precision tell it."""
+    """Build the manifest of a bundle as far as sizes and precision tell it."""
     kept = sum(sizes.kv_heads * shape.head_of(sizes) for sizes in shape.layers if not sizes.reads)
     return BundleManifest(
         target="cpu",

@@ -52,7 +52,7 @@ Rows = Callable[[int], tuple[torch.Tensor, str]]  # that many rows of ids [rows,
 
 @dataclass(frozen=True)
 class ExportResult:
-    """What :func:`export` wrote."""
+    """The output of :func:`export`."""
 
     path: Path  # the bundle, or the GGUF file
     manifest: BundleManifest | None = None  # the bundle's ``bundle.json``; None for a GGUF file
@@ -60,7 +60,7 @@ class ExportResult:
 
 
 class GraphWriter(Protocol):
-    """What writes the graphs of a bundle; what cannot be written is refused when it is made."""
+    """A writer of a bundle's graphs; its constructor refuses what cannot be written."""
 
     precision: Precision
     onnxruntime_min: str  # oldest version that runs it
@@ -103,7 +103,7 @@ def export(
 
 @contextmanager
 def _integers(path: Path, output: Path, options: ExportOptions, progress: Progress | None) -> Iterator[Path]:
-    """The directory that is written: where floats become integers, one whose integers the text has chosen."""
+    """Yield the directory to write: where floats become integers, one whose integers the text has chosen."""
     source = ModelSource(path)
     if source.quant:
         refuse_unused(options, ("integers",), f"floats, and {path} holds integers")
@@ -119,9 +119,9 @@ def _integers(path: Path, output: Path, options: ExportOptions, progress: Progre
         sample = sample_rows(path, options.text, GPTQ_ROWS, PARITY_ROWS)
         about = Integers(source=sample.source, text_sha256=sample.text_sha256)
         with computing_on(options.device):
-            made = write_integers(path, place / "model", form, sample.ids, about, progress)
-        with calling(made, path):
-            yield made
+            directory = write_integers(path, place / "model", form, sample.ids, about, progress)
+        with calling(directory, path):
+            yield directory
 
 
 def _write_gguf(path: Path, out: Path, options: ExportOptions, progress: Progress | None) -> GGUFReport:
@@ -138,7 +138,7 @@ def _write_gguf(path: Path, out: Path, options: ExportOptions, progress: Progres
 
 
 def _quantized_gguf(path: Path, out: Path, options: ExportOptions, progress: Progress | None) -> GGUFReport:
-    """A file of floats, quantized by llama.cpp as a person would do it without us."""
+    """Write a file of floats, and let llama.cpp quantize it as a person would without us."""
     python, kind = quantizer(), options.gguf_type or LLAMA_CPP_TYPES[options.bits or 4]
     with claimed(out), beside(out, "floats") as place:
         floats = export_gguf(path, place / "model.gguf", kind="F16", progress=progress)
@@ -182,7 +182,7 @@ def write_bundle(
 
 
 def graph_writer(source: ModelSource, options: ExportOptions, calibration: torch.Tensor | None = None) -> GraphWriter:
-    """What writes the graphs of a model, whose weights are not read yet.
+    """Return the writer of a model's graphs, before any weights are read.
 
     Raises:
         UserError: as :func:`write_bundle`.
@@ -247,7 +247,7 @@ def check_needs(directory: Path, out: Path, options: ExportOptions) -> None:
 
 
 def spelling_of(directory: Path) -> Spelling | None:
-    """In how many tokens a model says text that neither chose its words nor tuned it."""
+    """Measure the characters per token of a text that neither chose the model's vocabulary nor tuned it."""
     documents = samples_of("evaluation")
     text = documents.text[:SPELT]
     try:
@@ -258,7 +258,7 @@ def spelling_of(directory: Path) -> Spelling | None:
 
 
 def _manifest(source: ModelSource, writer: GraphWriter, bytes_per_token: int, target: str) -> BundleManifest:
-    """The manifest without its files and parity."""
+    """Build the manifest without its files and parity."""
     precision, config, record = writer.precision, source.transformers_config, read_record(source.directory)
     windows = [layer.window for layer in source.traits.layers]
     return replace(
@@ -296,9 +296,9 @@ def _eos_ids(source: ModelSource) -> list[int]:
 
 def _ids_of(source: ModelSource, what: str, ids: object) -> list[int]:
     """Ids that the model names. Raises UserError: one that its vocabulary does not have."""
-    found, most = ids_of(ids, source.directory, what), source.shape.vocab
-    if beyond := [each for each in found if each >= most]:
+    numbers, most = ids_of(ids, source.directory, what), source.shape.vocab
+    if beyond := [each for each in numbers if each >= most]:
         raise UserError(
             f"{source.directory} {what} a text with the token {beyond[0]}, and its vocabulary has {most}: get it again"
         )
-    return found
+    return numbers

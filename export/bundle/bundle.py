@@ -48,7 +48,7 @@ class Bundle:
         return cls(Path(path), read_manifest(path))
 
     def file(self, name: str) -> Path:
-        """The path of a listed file, whose content has the listed hash.
+        """Return the path of a listed file, whose content has the listed hash.
 
         Raises BundleError: not listed, missing, or not as listed.
         """
@@ -60,7 +60,7 @@ class Bundle:
         return path
 
     def graph(self, name: str = DECODE_GRAPH) -> Path:
-        """The path of a graph that a runtime may load: file and data are as listed, and it stays within limits.
+        """Return the path of a graph that a runtime may load: its file and data are as listed, it stays within limits.
 
         Raises BundleError: as of :meth:`file`; data outside the bundle, branches or loops, operators of somebody's
             library, or tensors that claim to be larger than the files.
@@ -68,7 +68,7 @@ class Bundle:
         return self.graph_files(name)[0]
 
     def graph_files(self, name: str = DECODE_GRAPH) -> list[Path]:
-        """A graph, checked as :meth:`graph` does, and its data files."""
+        """Return the paths of a graph, checked as :meth:`graph` does, and of its data files."""
         path = self.file(name)
         data = _data_files(path, self.manifest.files[name].sha256)
         return [path, *(self.file(file.relative_to(self.path).as_posix()) for file in data)]
@@ -119,12 +119,12 @@ class Bundle:
 
 @cache
 def _data_files(graph: Path, sha256: str) -> list[Path]:
-    """The data files of a graph of this content, once it was checked."""
+    """Check a graph of this content, once, and return its data files."""
     return check_graph(graph)
 
 
 def foreign_graph(path: Path) -> list[Path]:
-    """A graph that another tool wrote, and its data files: in its folder and within limits.
+    """Check a graph that another tool wrote, and return its path and those of its data files.
 
     Raises BundleError: data outside the folder, operators of somebody's library, or tensors that claim to be larger
         than the files.

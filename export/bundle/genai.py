@@ -48,7 +48,7 @@ class Outputs(Struct, frozen=True):
 
 
 class SlidingWindow(Struct, frozen=True):
-    """How genai keeps the cache of a model whose layers see a window only."""
+    """The cache of a model whose layers see a window only."""
 
     window_size: Size
     pad_value: int | UnsetType = UNSET
@@ -74,7 +74,7 @@ class Decoder(Struct, frozen=True):
 
 
 class Model(Struct, frozen=True, kw_only=True):
-    """What genai must know of a decoder-only model."""
+    """A decoder-only model as genai describes it."""
 
     type: Annotated[str, Meta(pattern=r"^[\w.-]{1,40}$")]
     vocab_size: Size
@@ -90,7 +90,7 @@ class _File(Struct, frozen=True):
 
 
 def genai_model(manifest: BundleManifest) -> Model:
-    """What onnxruntime-genai reads to run ``model.onnx``.
+    """Describe a bundle's ``model.onnx`` to onnxruntime-genai.
 
     Layers may differ in their KV heads: genai takes those from the graph's input shapes, and the counts given here
     are the largest ones. ``num_hidden_layers`` counts the layers that have a KV cache, since genai makes one pair of
@@ -143,7 +143,7 @@ def genai_model(manifest: BundleManifest) -> Model:
 
 
 def read_genai_model(directory: Path) -> Model:
-    """What somebody else's ``genai_config.json`` says of a model, and nothing else of it.
+    """Read the model's part of somebody else's ``genai_config.json``, and nothing else of it.
 
     Raises:
         BundleError: names the file, the field and what is allowed.
@@ -162,22 +162,22 @@ def read_genai_model(directory: Path) -> Model:
 
 
 def genai_document(model: Model, *, shared: bool = True) -> dict[str, Any]:
-    """The content of ``genai_config.json``: the model, our session options, and greedy search.
+    """Build the content of ``genai_config.json``: the model, our session options, and greedy search.
 
     ``shared``: the graph writes keys and values into the buffers that it reads them from.
     """
-    told = msgspec.to_builtins(model)
-    told["decoder"] = {"session_options": dict(_SESSION), **told["decoder"]}
-    return {"model": told, "search": _greedy(model.context_length, shared)}
+    document = msgspec.to_builtins(model)
+    document["decoder"] = {"session_options": dict(_SESSION), **document["decoder"]}
+    return {"model": document, "search": _greedy(model.context_length, shared)}
 
 
 def genai_config(manifest: BundleManifest) -> dict[str, Any]:
-    """The content of a bundle's ``genai_config.json``."""
+    """Build the content of a bundle's ``genai_config.json``."""
     return genai_document(genai_model(manifest), shared=shares_cache(manifest))
 
 
 def shares_cache(manifest: BundleManifest) -> bool:
-    """Standard operators concatenate the cache and are told positions; GroupQueryAttention writes into its buffer."""
+    """Return whether GroupQueryAttention writes into the cache's buffer; standard operators concatenate the cache."""
     return manifest.target != "portable"
 
 

@@ -1,4 +1,4 @@
-"""What a graph may hold that a runtime will load: checked before it does. Standard library only, for a board.
+"""Checks of a graph before a runtime loads it. Standard library only, for a board.
 
 A graph names its data files by relative paths, and a runtime opens whatever they name. It allocates what a tensor
 claims to be, and runs loops as long as they like; a Scan alone ends with the sequence that it is given. The file is
@@ -37,7 +37,7 @@ DEEPEST = 8  # graphs within graphs
 
 
 def check_graph(graph: str | Path, nested: bool = False) -> list[Path]:
-    """The data files of an ONNX file, each once, in order of appearance. Call it before you open a session.
+    """Check an ONNX file before a session is opened, and list its data files in order of appearance.
 
     Args:
         nested: whether functions and graphs in attributes are allowed, as other exporters write them.
@@ -49,9 +49,9 @@ def check_graph(graph: str | Path, nested: bool = False) -> list[Path]:
     path = Path(graph)
     if not path.is_file():
         raise BundleError(f"{path} is missing: export the bundle again")
-    found = read_contents(path)
+    contents = read_contents(path)
     files: list[Path] = []
-    for location in found.locations:
+    for location in contents.locations:
         file = inside(path.parent, location)
         if file is None:
             raise BundleError(f"{path} wants its weights in {location!r}, outside the bundle's folder: do not use it")
@@ -60,13 +60,16 @@ def check_graph(graph: str | Path, nested: bool = False) -> list[Path]:
         files.append(file)
     most = 8 * (path.stat().st_size + sum(file.stat().st_size for file in files))  # elements of a bit
     for problem, there in (
-        (f"more than {MOST_NODES} nodes", found.nodes > MOST_NODES),
+        (f"more than {MOST_NODES} nodes", contents.nodes > MOST_NODES),
         (
             "functions, branches or loops (If, Loop), which no decoder needs",
-            found.nested and not nested,
+            contents.nested and not nested,
         ),
-        (f"operators of {min(found.domains, default='')!r}, which ONNX Runtime does not have", bool(found.domains)),
-        ("a tensor of more elements than its files have bits", found.largest > most),
+        (
+            f"operators of {min(contents.domains, default='')!r}, which ONNX Runtime does not have",
+            bool(contents.domains),
+        ),
+        ("a tensor of more elements than its files have bits", contents.largest > most),
     ):
         if there:
             raise BundleError(f"{path} holds {problem}: do not use it")
@@ -75,7 +78,7 @@ def check_graph(graph: str | Path, nested: bool = False) -> list[Path]:
 
 @dataclass
 class Contents:
-    """What a graph holds.
+    """Contents of a graph, as far as they are limited.
 
     Attributes:
         locations: what tensors call their data files, each once, in order of appearance.
@@ -92,22 +95,22 @@ class Contents:
 
 
 def read_contents(graph: Path) -> Contents:
-    """What an ONNX file holds.
+    """Read what is limited in an ONNX file.
 
     Raises:
         BundleError: not an ONNX file.
     """
-    found = Contents()
+    contents = Contents()
     try:
         with graph.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            _read(data, "Model", 0, len(data), found, 0)
+            _read(data, "Model", 0, len(data), contents, 0)
     except (IndexError, ValueError):  # of an empty file, too
         raise BundleError(f"{graph} is not an ONNX file: export the bundle again") from None
-    return found
+    return contents
 
 
 def _read(
-    data: mmap.mmap, message: str, start: int, end: int, found: Contents, depth: int, scans: bool = False
+    data: mmap.mmap, message: str, start: int, end: int, contents: Contents, depth: int, scans: bool = False
 ) -> None:
     """Note what a message and those below it hold; ``scans``: it is an attribute of a Scan."""
     if depth > DEEPEST:
@@ -123,19 +126,19 @@ def _read(
             continue
         elif message == "Node" and number == _DOMAIN:
             if (domain := data[a:b]) not in _DOMAINS:
-                found.domains.add(domain.decode(errors="replace")[:40])
+                contents.domains.add(domain.decode(errors="replace")[:40])
         elif kind := leads.get(number):
-            found.nodes += kind == "Node"
-            found.nested |= kind == "Function" or (message == "Attribute" and kind == "Graph" and not scans)
+            contents.nodes += kind == "Node"
+            contents.nested |= kind == "Function" or (message == "Attribute" and kind == "Graph" and not scans)
             if kind == "Entry":
                 parts = {n: data[c:d] for n, w, c, d in _fields(data, a, b) if w == _LENGTH}
                 if parts.get(_KEY) == b"location":
-                    found.locations[parts.get(_VALUE, b"").decode()] = None
+                    contents.locations[parts.get(_VALUE, b"").decode()] = None
             else:
-                _read(data, kind, a, b, found, depth + (kind == "Graph"), scans and message == "Node")
+                _read(data, kind, a, b, contents, depth + (kind == "Graph"), scans and message == "Node")
     if len(dimensions) > MOST_DIMENSIONS:
         raise ValueError("a tensor of too many dimensions")
-    found.largest = max(found.largest, prod(dimensions))
+    contents.largest = max(contents.largest, prod(dimensions))
 
 
 def _fields(data: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, int, int, int]]:

@@ -123,7 +123,7 @@ def _state(bundle: Bundle, name: str) -> str:
 
 
 def _provenance_lines(manifest: BundleManifest) -> list[str]:
-    """Where the model came from, as far as it is known."""
+    """Describe the model's provenance, as far as it is known."""
     lines, lineage = [], manifest.lineage
     if base := lineage.get("base_sha256"):
         lines.append(f"  base: {lineage.get('base', 'unnamed')}, sha256 {base[:16]}")

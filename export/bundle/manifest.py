@@ -97,7 +97,7 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Parity:
-    """How the scoring graph compares with the torch model of the same numbers."""
+    """The scoring graph compared with the torch model of the same numbers."""
 
     max_abs_logit_difference: float  # largest, over all tokens and the vocabulary
     kl: float  # mean KL divergence of the graph from the model, nats per token
@@ -113,13 +113,13 @@ class Parity:
 
 
 class Ratios(TypedDict, total=False):
-    """Of a plan, as far as it is shown."""
+    """A plan's ratio of pruning, where it is known."""
 
     ratio: float | None
 
 
 class LineagePlan(TypedDict, total=False):
-    """What was asked of pruning, what it planned and what it reached."""
+    """Pruning as requested, as planned and as achieved."""
 
     asked: dict[str, float]
     planned: Ratios
@@ -135,7 +135,7 @@ class LineageText(TypedDict, total=False):
 
 
 class Lineage(TypedDict, total=False):
-    """What is read of ``BundleManifest.lineage``, which may hold more."""
+    """The fields of ``BundleManifest.lineage`` that are read; it may hold more."""
 
     base: str | None
     base_sha256: str | None
@@ -155,7 +155,7 @@ class Lineage(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Spelling:
-    """In how many tokens a model says a text."""
+    """Characters per token of a text, as the model's tokenizer splits it."""
 
     text: str  # which one
     characters_per_token: Annotated[float, Meta(gt=0, le=1e6)]
@@ -210,7 +210,7 @@ class BundleManifest:
 
     @property
     def cache(self) -> list[CachePart]:
-        """What the graphs carry from one run to the next, in the order of the layers, keys before values."""
+        """Tensors that the graphs carry from one run to the next, in the order of the layers, keys before values."""
         parts = []
         mixing = [index for index, layer in enumerate(self.layers) if _remembers(layer)]
         for n, index in enumerate(mixing):
@@ -263,9 +263,7 @@ def _remembers(layer: LayerSizes) -> bool:
 
 
 def _check(manifest: BundleManifest) -> None:
-    """
-    Raises ValueError: sizes that do not go together.
-    """
+    """Check that the sizes go together. Raises ValueError: they do not."""
     for name, value, allowed in (
         ("target", manifest.target, ("cpu", "cuda", "portable")),
         ("bits", manifest.bits, (4, 8, 16, 32)),
@@ -311,7 +309,7 @@ def write_manifest(directory: Path, manifest: BundleManifest) -> BundleManifest:
 
 
 def _instead_of_bundle(path: Path) -> str:
-    """What there is at a path that holds no manifest, and what to do."""
+    """Describe a path that holds no manifest, and say what to do."""
     if path.suffix == ".gguf" and path.is_file():
         return f"it is a GGUF file; `saap export` makes a bundle of it, and `saap bench llama.cpp:{path}` measures it"
     if path.is_file():
@@ -350,7 +348,7 @@ def is_there(path: Path) -> bool:
 
 
 def inside(folder: Path, name: str) -> Path | None:
-    """A file below a folder by its relative name; None where it lies elsewhere, links followed."""
+    """Find a file below a folder by its relative name; None where it lies elsewhere, links followed."""
     path = folder / name
     try:
         strange = not name or "\\" in name or b"\0" in os.fsencode(name) or PurePosixPath(name).is_absolute()
@@ -360,7 +358,7 @@ def inside(folder: Path, name: str) -> Path | None:
 
 
 def too_old(manifest: BundleManifest, installed: str) -> str | None:
-    """Why a version of ONNX Runtime is too old for the bundle's graphs; None if it is not."""
+    """Say why a version of ONNX Runtime is too old for the bundle's graphs; None if it is not."""
     needed = manifest.onnxruntime_min
     if _minor(installed) >= _minor(needed):
         return None

@@ -16,7 +16,7 @@ LARGEST = {TOKENIZER: LARGEST_TOKENIZER, "chat_template.jinja": 1 << 20}
 
 
 def manifest_of(directory: Path) -> BundleManifest | None:
-    """The manifest of a bundle; None of a model directory."""
+    """Read the manifest of a bundle; None for a model directory."""
     return read_manifest(directory) if (directory / MANIFEST).is_file() else None
 
 
@@ -32,7 +32,7 @@ class SmallFiles:
     hashed: set[str] = field(default_factory=set)
 
     def read(self, name: str) -> bytes | None:
-        """The content of a file; None where there is none.
+        """Read a file; None where there is none.
 
         Of a bundle these are the very bytes that the manifest lists, hashed before anything is made of them.
 
@@ -56,5 +56,5 @@ class SmallFiles:
 
 
 def remedy(directory: Path) -> str:
-    """How to repair a damaged file; a model directory has tokenizers, too."""
+    """Say how to repair a damaged file of a bundle or a model directory."""
     return "export the bundle again" if (directory / MANIFEST).is_file() else "get or make the model again"

@@ -71,7 +71,7 @@ class BundleTokenizer:
             self._template.start()
 
     def render_chat(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The conversation as the text that the model was trained on.
+        """Render a conversation as the text that the model was trained on.
 
         Args:
             messages: ``{"role": "system" | "user" | "assistant", "content": text}`` in order.
@@ -133,7 +133,7 @@ class TextStream:
         return frozenset(self._tokenizer.eos_token_ids)
 
     def push(self, token: int) -> str:
-        """The text that this token completes: often a word, empty inside a character."""
+        """Return the text that this token completes: often a word, empty inside a character."""
         self._ids.append(token)
         text = self._tokenizer.decode(self._ids)
         # U+FFFD at the end is (almost always) the first bytes of a character whose last bytes are still to come.
@@ -142,7 +142,7 @@ class TextStream:
         return self._take(text)
 
     def flush(self) -> str:
-        """What was held back, at the end of the text."""
+        """Return the rest of the text, at its end."""
         return self._take(self._tokenizer.decode(self._ids))
 
     def _take(self, text: str) -> str:
@@ -158,9 +158,7 @@ _CONTEXT_TOKENS = 6
 
 
 def _tokenizer(content: bytes, directory: Path) -> Tokenizer:
-    """
-    Raises RunError: not a tokenizer, or one that the library must not be given.
-    """
+    """Load a tokenizer. Raises RunError: not a tokenizer, or one that the library must not be given."""
     with tokenizing(f"{directory / TOKENIZER} cannot be read", remedy(directory), RunError):
         check_tokenizer(content)
         return Tokenizer.from_buffer(content)
@@ -179,7 +177,7 @@ def _template_source(files: SmallFiles, config: Mapping[str, object]) -> str | N
 
 
 def _special_tokens(*configs: Mapping[str, object]) -> dict[str, str]:
-    found: dict[str, str] = {}
+    tokens: dict[str, str] = {}
     for config in configs:
         for name in _SPECIAL_TOKENS:
             token = config.get(name)
@@ -187,28 +185,28 @@ def _special_tokens(*configs: Mapping[str, object]) -> dict[str, str]:
             if token is not None and not isinstance(token, str):
                 raise ValueError(f"{name} is not text")
             if token is not None:
-                found.setdefault(name, token)
-    return found
+                tokens.setdefault(name, token)
+    return tokens
 
 
 def ids_of(named: object, directory: Path, what: str = "ends") -> list[int]:
-    """The ids of a ``bos_token_id`` or ``eos_token_id``: one, several or none.
+    """List the ids of a ``bos_token_id`` or ``eos_token_id``: one, several or none.
 
     ``what``: ``begins`` or ``ends``, for the message.
 
     Raises RunError: an entry that is not a number.
     """
-    found: list[object] = [] if named is None else named if isinstance(named, list) else [named]
-    if wrong := [each for each in found if type(each) is not int or not 0 <= each < 2**31]:
+    ids: list[object] = [] if named is None else named if isinstance(named, list) else [named]
+    if wrong := [each for each in ids if type(each) is not int or not 0 <= each < 2**31]:
         raise RunError(
             f"{directory} {what} a text with the token {repr(wrong[0])[:40]}: mend its "
             f"{'bos' if what == 'begins' else 'eos'}_token_id, ids are numbers"
         )
-    return [each for each in found if isinstance(each, int)]
+    return [each for each in ids if isinstance(each, int)]
 
 
 def read_json(files: SmallFiles, name: str) -> dict[str, object]:
-    """The object in a small JSON file of a bundle or a model directory; empty where there is no such file.
+    """Read the object in a small JSON file of a bundle or a model directory; empty where there is no such file.
 
     Raises:
         RunError: damaged.

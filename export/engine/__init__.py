@@ -1,4 +1,4 @@
-"""What runs a model: one protocol, a module and a row of the table for each engine. No torch, but in :mod:`.torch`.
+"""Engines that run a model: one protocol, a module and a row of the table for each. No torch, but in :mod:`.torch`.
 
 ``open_engine("out/bundle@llama.cpp", EngineOptions(threads=2))`` opens a bundle in this process.
 """

@@ -39,7 +39,7 @@ class BoundEngine(Engine):
 
     def _bind(self, session: InferenceSession) -> None:
         self._binding = session.io_binding()
-        self._takes_positions = any(given.name == "position_ids" for given in session.get_inputs())
+        self._takes_positions = any(each.name == "position_ids" for each in session.get_inputs())
 
     def _with_room_for(self, count: int) -> int:
         """Positions in use once ``count`` more are."""

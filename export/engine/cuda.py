@@ -124,7 +124,7 @@ class CudaEngine(BoundEngine):
 
 
 def gpu_runtime() -> ModuleType:
-    """The onnxruntime module, with CUDA's libraries loaded from pip's packages where they are there.
+    """Import onnxruntime, with CUDA's libraries loaded from pip's packages where they are installed.
 
     CUDA counts GPUs by speed and NVML by bus; they are made to agree, so that clocks are those of the GPU that runs.
     """

@@ -32,7 +32,7 @@ RUNTIME_BYTES = 64 << 20
 
 
 def fastest_engine(bundle: Path, progress: Progress | None = None, *, here: bool = False) -> str:
-    """The engine that decodes a bundle fastest on this device.
+    """Find the engine that decodes a bundle fastest on this device.
 
     ``here``: the engine has to be in this Python, not in one of its own.
 

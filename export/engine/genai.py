@@ -85,7 +85,7 @@ class GenaiEngine(Engine):
 
 
 def model_of(path: Path) -> Model:
-    """What genai must know of a directory's model: from the manifest of a bundle, else from ``genai_config.json``.
+    """Describe a directory's model to genai: from the manifest of a bundle, else from ``genai_config.json``.
 
     Raises:
         BundleError: a manifest or a configuration that cannot be used.

@@ -26,7 +26,7 @@ HUGE_PAGES_LIMIT = 1 << 30  # moving takes about 3 ms per MB; a larger model wou
 
 
 def with_huge_pages(load: Callable[[], T], size: int) -> tuple[T, int]:
-    """What ``load`` gives, and how many bytes of this process are on huge pages then.
+    """Call ``load``, and return its result and how many bytes of this process are on huge pages then.
 
     Args:
         load: allocates weights.

@@ -76,16 +76,16 @@ class OnnxRuntimeEngine(BoundEngine):
         self._binding.bind_output("logits", "cpu", 0, np.float32, self._logits.shape, self._logits.ctypes.data)
 
     def _sliding_caches(self) -> SlidingCaches | None:
-        """Of a graph that can be told where they start, where they are shorter than the others."""
-        told = any(given.name == WINDOW_START for given in self._session.get_overridable_initializers())
+        """Make shorter caches of sliding layers, for a graph that has an input for the position where they start."""
+        has_start = any(each.name == WINDOW_START for each in self._session.get_overridable_initializers())
         caches = SlidingCaches(max((part.window for part in self.manifest.cache), default=0))
-        if not told or not self._shared or caches.capacity >= self.max_length:
+        if not has_start or not self._shared or caches.capacity >= self.max_length:
             return None
         self._binding.bind_input(WINDOW_START, "cpu", 0, np.int64, (1,), caches.start.ctypes.data)
         return caches
 
     def _buffer(self, part: CachePart) -> NDArray[np.generic]:
-        """An empty cache, which an OrtValue borrows."""
+        """Allocate an empty cache, which an OrtValue borrows."""
         if not part.window or self._sliding is None:
             return zeros(part, self.max_length if self._shared else 0)
         buffer = zeros(part, self._sliding.capacity)

@@ -44,7 +44,7 @@ def open_process(row: Row, source: Path, options: EngineOptions) -> EngineProces
 
 
 def logits_in_process(row: Row, source: Path, threads: int) -> Callable[[Ids], Logits]:
-    """A function that gives the logits [batch, tokens, vocab] after every token of rows [batch, tokens].
+    """Return a function that computes logits [batch, tokens, vocab] after every token of rows [batch, tokens].
 
     The model stays loaded in a process of its own as long as the function lives, for the longest rows so far.
 

@@ -48,7 +48,7 @@ class OpenVinoEngine(Engine):
                 properties["INFERENCE_PRECISION_HINT"] = "f32"
             model = _with_state(core.read_model(graph), manifest.cache)
         self.compiled: CompiledModel = core.compile_model(model, "CPU", properties)
-        self._inputs = {name for given in self.compiled.inputs for name in given.names}
+        self._inputs = {name for each in self.compiled.inputs for name in each.names}
         self._request = self.compiled.create_infer_request()
 
     def rewind(self, length: int) -> int:
@@ -103,16 +103,16 @@ class OpenVinoEngine(Engine):
             "position_ids": np.arange(before, self.length, dtype=np.int64)[None],
             "beam_idx": np.zeros(1, np.int32),
         }
-        found = self._request.infer({name: value for name, value in feed.items() if name in self._inputs})
-        logits: Logits = found["logits"][0]
+        outputs = self._request.infer({name: value for name, value in feed.items() if name in self._inputs})
+        logits: Logits = outputs["logits"][0]
         return logits
 
 
 def _with_state(model: Model, cache: Sequence[CachePart]) -> Model:
-    """The model for one sequence, its cache a state that is empty at first."""
+    """Return the model for one sequence, its cache a state that is empty at first."""
     from openvino._offline_transformations import apply_make_stateful_transformation
 
-    shapes = {given: given.get_partial_shape() for given in model.inputs}
+    shapes = {port: port.get_partial_shape() for port in model.inputs}
     for shape in shapes.values():
         shape[0] = 1
     model.reshape(shapes)
@@ -121,7 +121,7 @@ def _with_state(model: Model, cache: Sequence[CachePart]) -> Model:
 
 
 def _type_name(value: object) -> str:
-    """A type by its name, as OpenVINO's own tools print it."""
+    """Name a type as OpenVINO's own tools print it."""
     return str(getattr(value, "to_string", lambda: value)())
 
 

@@ -28,7 +28,7 @@ class EngineError(UserError):
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """How a model is opened; an engine ignores what it does not have."""
+    """Options for opening a model; an engine ignores those that it does not have."""
 
     threads: int = 1  # the caller pins the process
     max_length: int = 512  # positions of the cache: prompt and generated tokens together

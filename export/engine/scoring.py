@@ -57,7 +57,7 @@ class BundleScorer(Engine):
             raise EngineError(f"{directory} has no {graph}: export it again with this saap")
         self._session = open_session(bundle, threads, graph)
         # Bundles of earlier versions, and those that optimum wrote, have no such input.
-        self._may_skip = any(given.name == FIRST_LOGIT for given in self._session.get_overridable_initializers())
+        self._may_skip = any(each.name == FIRST_LOGIT for each in self._session.get_overridable_initializers())
 
     def prefill(self, ids: Ids) -> Logits:
         self._length = check_room(self._length + len(ids), self.max_length)
@@ -93,15 +93,15 @@ class BundleScorer(Engine):
         logits, *present = self._run(ids, past, ["logits", *names], last)
         return logits[:, -1:] if last else logits, dict(zip(past, present, strict=True))
 
-    def _run(self, ids: np.ndarray, past: Cache, wanted: list[str], last: bool = False) -> list[np.ndarray]:
+    def _run(self, ids: np.ndarray, past: Cache, outputs: list[str], last: bool = False) -> list[np.ndarray]:
         check_ids(ids, self.manifest)
         feed = graph_feed(ids, past)
-        if all(given.name != "position_ids" for given in self._session.get_inputs()):  # all but the portable target
+        if all(each.name != "position_ids" for each in self._session.get_inputs()):  # all but the portable target
             del feed["position_ids"]
         if last and self._may_skip:
             feed[FIRST_LOGIT] = np.array([-1])
         try:
-            logits, *rest = self._session.run(wanted, feed)
+            logits, *rest = self._session.run(outputs, feed)
         except Exception as error:  # as in own_session
             raise EngineError(f"the graph cannot be run: {first_line(error)}; export the bundle again") from None
         return [np.asarray(logits, dtype=np.float32), *rest]
@@ -112,14 +112,14 @@ class BundleScorer(Engine):
 
 
 def graph_feed(ids: np.ndarray, past: Cache) -> dict[str, np.ndarray]:
-    """What a graph of any target is given for rows ``ids`` [b, s] that follow what ``past`` holds, nothing padded."""
+    """Build the inputs of a graph of any target for rows ``ids`` [b, s] that follow ``past``, nothing padded."""
     ids = np.ascontiguousarray(ids, dtype=np.int64)
-    seen = next((part.shape[2] for name, part in past.items() if name.startswith("past_key_values")), 0)
-    mask = np.ones((len(ids), seen + ids.shape[1]), np.int64)
-    positions = np.broadcast_to(np.arange(seen, seen + ids.shape[1]), ids.shape)
+    start = next((part.shape[2] for name, part in past.items() if name.startswith("past_key_values")), 0)
+    mask = np.ones((len(ids), start + ids.shape[1]), np.int64)
+    positions = np.broadcast_to(np.arange(start, start + ids.shape[1]), ids.shape)
     return {"input_ids": ids, "attention_mask": mask, "position_ids": positions, **past}
 
 
 def empty_past(manifest: BundleManifest, batch: int) -> Cache:
-    """A cache that holds nothing: name of the input to array, keys and values of no position, states of 0."""
+    """Build an empty cache: name of the input to array, keys and values of no position, states of 0."""
     return {part.past: np.zeros(part.sized(batch, 0), np.dtype(part.dtype)) for part in manifest.cache}

@@ -75,28 +75,26 @@ def check_signature(session: InferenceSession, manifest: BundleManifest, graph: 
 
     Raises BundleError: names the first input or output that differs.
     """
-    taken = {given.name: given for given in session.get_inputs()}
-    given = {made.name: made for made in session.get_outputs()}
     cache = {name: part for part in manifest.cache for name in (part.past, part.present)}
-    wanted = {"input_ids", "attention_mask", "logits", *cache}
-    found = {**taken, **given}
-    if strange := sorted(set(found) - wanted - {"position_ids"}):
+    expected = {"input_ids", "attention_mask", "logits", *cache}
+    ports = {port.name: port for port in (*session.get_inputs(), *session.get_outputs())}
+    if strange := sorted(set(ports) - expected - {"position_ids"}):
         raise BundleError(f"{graph} has {strange[0]!r}, which is not an input or output of a bundle: do not use it")
-    for name in sorted(wanted):
-        if name not in found:
+    for name in sorted(expected):
+        if name not in ports:
             raise BundleError(f"{graph} has no {name}, which its manifest promises: export the bundle again")
-        shape, kind = found[name].shape, found[name].type
+        shape, kind = ports[name].shape, ports[name].type
         if part := cache.get(name):
-            sizes, told = part.shape, part.dtype
-            alike = len(shape) == len(sizes) + 1 and kind == TENSORS[told]
+            sizes, dtype = part.shape, part.dtype
+            fits = len(shape) == len(sizes) + 1 and kind == TENSORS[dtype]
         else:
-            sizes, told = ((manifest.vocab_size,) if name == "logits" else ()), "float32"
-            alike = True
+            sizes, dtype = ((manifest.vocab_size,) if name == "logits" else ()), "float32"
+            fits = True
         here = shape[len(shape) - len(sizes) :]
-        if not alike or any(isinstance(n, int) and n != size for n, size in zip(here, sizes, strict=False) if size):
+        if not fits or any(isinstance(n, int) and n != size for n, size in zip(here, sizes, strict=False) if size):
             sides = " x ".join("positions" if size is None else str(size) for size in sizes)
             raise BundleError(
-                f"{graph} has {name} of {kind} {shape}, and its manifest says {told} and {sides}: export the bundle "
+                f"{graph} has {name} of {kind} {shape}, and its manifest says {dtype} and {sides}: export the bundle "
                 "again"
             )
 

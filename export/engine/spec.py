@@ -42,12 +42,12 @@ class BundleSpec:
         return row_of(self.engine or ONNXRUNTIME)
 
     def source(self, bundle: Bundle) -> Path:
-        """What the engine reads of the bundle, opened. Raises BundleError: it does not run this bundle."""
+        """Return what the engine reads of the opened bundle. Raises BundleError: it does not run this bundle."""
         return self.row.source(bundle)
 
 
 def resolve(spec: str | Path, progress: Progress | None = None, *, here: bool = False) -> BundleSpec:
-    """The bundle and the engine that a spec names; for ``@fastest`` the one that is fastest on this device.
+    """Find the bundle and the engine that a spec names; for ``@fastest`` the one that is fastest on this device.
 
     Args:
         progress: told what is measured and found, where the answer is not known yet.

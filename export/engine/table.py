@@ -47,7 +47,7 @@ class Row:
     of_bundles: bool = True  # whether BUNDLE@NAME runs in it; else its models come as NAME:DIR to the bench
 
     def source(self, bundle: Bundle) -> Path:
-        """What it reads of a bundle: the directory, whose graph it opens by itself, or its file there, checked.
+        """Return what it reads of a bundle: the directory, whose graph it opens by itself, or its file there, checked.
 
         Raises BundleError: it does not run this bundle.
         """
@@ -80,7 +80,7 @@ class Row:
             raise UserError(f"{self.name} needs a CPU with {lacking[0]}, and this one has none: use another engine")
 
     def python(self, what: str) -> str:
-        """The Python that has it; ``what`` is named where there is none. Raises UserError: what to install."""
+        """Find the Python that has it; ``what`` is named where there is none. Raises UserError: what to install."""
         self.check_cpu()
         if self.anywhere:
             return python_with(self.packages, what, self.install)
@@ -130,7 +130,7 @@ ROWS = (
 
 
 def row_of(name: str) -> Row:
-    """The engine of this name. Raises KeyError: there is none."""
+    """Return the engine of this name. Raises KeyError: there is none."""
     return next(row for row in ROWS if row.name == name)
 
 
@@ -140,7 +140,7 @@ def bundle_engines() -> tuple[str, ...]:
 
 
 def demands_of(manifest: BundleManifest) -> tuple[str, ...]:
-    """What an engine must read to run a bundle."""
+    """List what an engine must read to run a bundle."""
     present = {
         DELTA: manifest.delta is not None,
         SHARED_KEYS: any(layer.reads for layer in manifest.layers),
@@ -150,7 +150,7 @@ def demands_of(manifest: BundleManifest) -> tuple[str, ...]:
 
 
 def engines_in(manifest: BundleManifest) -> list[str]:
-    """The engines that a bundle was made for."""
+    """List the engines that a bundle was made for."""
     exported = manifest.lineage.get("engines") or {}
     others = (row for row in ROWS if row.of_bundles and row.name != ONNXRUNTIME)
     return [

@@ -46,7 +46,7 @@ class TorchEngine(Engine):
         return self.prefill(np.array([token_id], np.int64))
 
     def _inputs(self, length: int) -> dict[str, object]:
-        """Inputs beside ids and cache; ``length`` positions are in use then."""
+        """Build the inputs beside ids and cache; ``length`` positions are in use then."""
         return {"use_cache": True, "logits_to_keep": 1}
 
     def logits(self, rows: Ids) -> Logits:

@@ -131,7 +131,7 @@ def _pass(processes: Mapping[int, EngineProcess], load: Load, number: int, steps
 
 
 def turn(count: int, repetition: int) -> list[int]:
-    """Indices of the models in the order that a round takes them: forwards and backwards in turn.
+    """Order the models of a round by index: forwards and backwards in turn.
 
     With more than two models the start also moves on, so that none is always in the middle.
     """

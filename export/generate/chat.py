@@ -40,7 +40,7 @@ class Conversation:
         self.reset()
 
     @property
-    def held_ids(self) -> list[int]:
+    def cached_ids(self) -> list[int]:
         return list(self._sequence.ids)
 
     def reset(self) -> None:
@@ -49,7 +49,7 @@ class Conversation:
         self._answer: Generation | None = None
 
     def ask(self, text: str) -> Generation:
-        """The answer to the user's next turn, as it is written.
+        """Start the answer to the user's next turn, to be read as it is written.
 
         Raises RunError: an empty turn, a template that refuses it, or a context that is full; the conversation is then
         as it was.

@@ -16,7 +16,7 @@ from export.generate.sampling import GREEDY, Draw, Sampling
 
 @dataclass(frozen=True)
 class AnswerSettings:
-    """How an answer is written."""
+    """Settings of an answer."""
 
     max_tokens: int = 256  # tokens to draw at most
     sampling: Sampling = GREEDY

@@ -1,4 +1,4 @@
-"""What can be chosen when a bundle writes text."""
+"""Options for writing text with a bundle."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from export.generate.loop import CachedSequence
 
 
 class BundleConfig(PretrainedConfig):
-    """What ``generate`` reads of a config, from the manifest; the counts are the largest of any layer."""
+    """The config that ``generate`` reads, from the manifest; the counts are the largest of any layer."""
 
     model_type = "saap_bundle"
 

@@ -21,7 +21,7 @@ Draw = Callable[[Logits, Sequence[int]], int]
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is drawn.
+    """Settings for drawing a token.
 
     Args:
         top_p: keep the likeliest tokens until their probabilities reach this sum (Holtzman et al., arXiv 1904.09751).
@@ -73,7 +73,7 @@ class Sampling:
         return draw
 
     def _distribution(self, scores: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-        """The tokens that are kept, and weights in proportion to their probabilities."""
+        """Return the tokens that are kept, and weights in proportion to their probabilities."""
         with np.errstate(over="ignore"):  # a tiny temperature sends the losers to -inf, which is meant
             scores = (scores - scores.max()) / self.temperature
         tokens = np.arange(len(scores))
@@ -104,8 +104,8 @@ def _greedy(logits: Logits, ids: Sequence[int]) -> int:
 def _penalised(logits: Logits, ids: Sequence[int], penalty: float) -> NDArray[np.float64]:
     scores = logits.astype(np.float64)
     if penalty != 1.0:
-        seen = np.unique(np.asarray(ids, dtype=np.int64))
-        scores[seen] = np.where(scores[seen] < 0, scores[seen] * penalty, scores[seen] / penalty)
+        present = np.unique(np.asarray(ids, dtype=np.int64))
+        scores[present] = np.where(scores[present] < 0, scores[present] * penalty, scores[present] / penalty)
     return scores
 
 

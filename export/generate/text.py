@@ -28,7 +28,7 @@ CHAT_CONTEXT = 4096  # positions of a conversation's cache where no context is g
 
 
 class SamplingSettings(TypedDict, total=False):
-    """What a user or a model may say about sampling."""
+    """Settings of sampling that a user or a model may give."""
 
     temperature: float
     top_k: int
@@ -150,16 +150,20 @@ def chosen_sampling(files: SmallFiles, options: GenerateOptions) -> Sampling:
         UserError: a temperature of 0 beside an option that only means something when tokens are drawn.
         RunError: a value out of range.
     """
-    given: dict[str, object] = {name: getattr(options, name) for name in SAMPLED if getattr(options, name) is not None}
-    asked = [name for name in ("top_k", "top_p", "min_p") if name in given] + (["sample"] if options.sample else [])
-    if asked and given.get("temperature") == 0:
-        flag = "--" + asked[0].replace("_", "-")
+    settings: dict[str, object] = {
+        name: getattr(options, name) for name in SAMPLED if getattr(options, name) is not None
+    }
+    drawing = [name for name in ("top_k", "top_p", "min_p") if name in settings] + (
+        ["sample"] if options.sample else []
+    )
+    if drawing and settings.get("temperature") == 0:
+        flag = "--" + drawing[0].replace("_", "-")
         raise UserError(f"temperature 0 takes the likeliest token, so {flag} has no effect: leave one of them out")
-    if asked or given.get("temperature"):
-        given = {"temperature": 1.0, **_model_defaults(files), **given}
+    if drawing or settings.get("temperature"):
+        settings = {"temperature": 1.0, **_model_defaults(files), **settings}
     else:
         refuse_unused(options, ("seed",), "drawn tokens", "give --sample or --temperature")
-    return Sampling(**msgspec.convert(given, SamplingSettings), seed=options.seed)
+    return Sampling(**msgspec.convert(settings, SamplingSettings), seed=options.seed)
 
 
 def check_text(text: str | None) -> None:
@@ -182,11 +186,11 @@ def _length(tokenizer: BundleTokenizer, prompt: str, templated: bool, options: G
 def _model_defaults(files: SmallFiles) -> dict[str, float]:
     path = files.directory / "generation_config.json"
     config = read_json(files, path.name)
-    found: dict[str, float] = {}
+    defaults: dict[str, float] = {}
     for name in SAMPLED:
         value = config.get(name)
         if isinstance(value, bool) or not isinstance(value, int | float | None):
             raise UserError(f"{path} has {name} {value!r}, which is no number: give --{name.replace('_', '-')}")
         if value is not None and (name, value) != ("top_k", 0):  # transformers' way to say that all are kept
-            found[name] = value
-    return found
+            defaults[name] = value
+    return defaults

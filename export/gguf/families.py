@@ -82,11 +82,11 @@ class FamilySource(GGUFSource):
             "number of channels of a convolution": {sizes.conv for sizes in layers if sizes.has(CONV)},
             "number of key heads of a delta net": {sizes.delta for sizes in layers if sizes.has(DELTA)},
         }
-        for what, found in whole.items():
-            if len(found) > 1:
+        for what, values in whole.items():
+            if len(values) > 1:
                 raise UserError(
                     f"llama.cpp's {self.name!r} has one {what} for all layers, and {self.directory} has "
-                    f"{min(found)} to {max(found)}: prune it with --for llama.cpp, or export it for the cpu target"
+                    f"{min(values)} to {max(values)}: prune it with --for llama.cpp, or export it for the cpu target"
                 )
         if not self._family.biases and (bias := next((name for name in self.names if name.endswith(".bias")), "")):
             raise UserError(
@@ -123,12 +123,12 @@ class FamilySource(GGUFSource):
     def counts(self) -> dict[str, list[int]]:
         if self.name == "qwen35":  # which has one number of them
             return {}
-        layers = [self._told(sizes, index) for index, (_, sizes) in enumerate(self.layers)]
+        layers = [self._written_sizes(sizes, index) for index, (_, sizes) in enumerate(self.layers)]
         keys = {"attention.head_count_kv": [sizes.kv_heads for sizes in layers]}
         return keys | ({"attention.head_count": [sizes.query_heads for sizes in layers]} if self._uneven else {})
 
-    def _told(self, sizes: LayerSizes, index: int) -> LayerSizes:
-        """What llama.cpp is told of a layer: of one that lost its attention, one head of zeros for each KV head."""
+    def _written_sizes(self, sizes: LayerSizes, index: int) -> LayerSizes:
+        """Return a layer's sizes in the file: one head of zeros for each KV head where the attention was pruned."""
         if not self._uneven or sizes.has(ATTENTION):
             return sizes
         read = self.shape.layers[self.shape.sources[index]]
@@ -144,20 +144,20 @@ class FamilySource(GGUFSource):
         return entries_of(self._full, "layer_types")
 
     def fields(self, rotary: RotaryFields) -> Mapping[str, Field]:
-        """What the architecture asks for beside the common fields."""
+        """Build the architecture's own fields."""
         layers = [sizes for _, sizes in self.layers]
         attends = next(sizes for sizes in layers if sizes.has(ATTENTION))
-        told: dict[str, Field] = {
+        common: dict[str, Field] = {
             **({} if self._uneven else {"attention.head_count": attends.query_heads}),
             "feed_forward_length": [s.ffn or BLOCK for s in layers] if self._uneven else layers[0].ffn,
         }
         if self.name == "lfm2":
-            return told | {"shortconv.l_cache": self.shape.conv_kernel}
+            return common | {"shortconv.l_cache": self.shape.conv_kernel}
         if self.name == "qwen35":
-            return told | self._of_delta(layers)
+            return common | self._of_delta(layers)
         if self.name == "granite":
-            return told | self._of_granite()
-        return told | self._of_gemma4(layers) if self.name == "gemma4" else told
+            return common | self._of_granite()
+        return common | self._of_gemma4(layers) if self.name == "gemma4" else common
 
     def _of_delta(self, layers: list[LayerSizes]) -> dict[str, Field]:
         heads = self.shape.delta
@@ -180,18 +180,17 @@ class FamilySource(GGUFSource):
 
     def _of_granite(self) -> dict[str, Field]:
         traits = self._traits
-        factors = {
+        factors: dict[str, Field | None] = {
             "attention.scale": traits.attention_scale, "embedding_scale": traits.embedding_scale,
             "residual_scale": traits.residual_scale, "logit_scale": traits.logit_scale and 1 / traits.logit_scale,
         }  # fmt: skip
         turns = traits.layers[0].rotary is not None
-        told: dict[str, Field] = {name: value for name, value in factors.items() if value}
-        return told | {"rope.scaling.finetuned": turns}
+        return {name: value for name, value in factors.items() if value} | {"rope.scaling.finetuned": turns}
 
     def _of_gemma4(self, layers: list[LayerSizes]) -> dict[str, Field]:
         kinds, wide = self._kinds, max(map(self.shape.head_of, layers))
         narrow, bases = self.shape.head_dim, rope_of(self._full)
-        told: dict[str, Field] = {
+        fields: dict[str, Field] = {
             "attention.shared_kv_layers": sum(map(self._reads, range(len(layers)))),
             "attention.sliding_window": max(layer.window for layer in self._traits.layers),
             "attention.sliding_window_pattern": [kind == "sliding_attention" for kind in kinds],
@@ -201,10 +200,10 @@ class FamilySource(GGUFSource):
             "rope.dimension_count": wide, "rope.dimension_count_swa": narrow,
         }  # fmt: skip
         for name, kind in (("freq_base", "full_attention"), ("freq_base_swa", "sliding_attention")):
-            told[f"rope.{name}"] = number_of(field_of(bases, kind), "rope_theta")
+            fields[f"rope.{name}"] = number_of(field_of(bases, kind), "rope_theta")
         if self._traits.logit_cap is not None:
-            told["final_logit_softcapping"] = self._traits.logit_cap
-        return told
+            fields["final_logit_softcapping"] = self._traits.logit_cap
+        return fields
 
     def tensors(self, rope_factors: torch.Tensor | None) -> Iterator[Tensor]:
         arch, hidden, vocab = self.architecture, self.shape.hidden, self.shape.vocab
@@ -255,15 +254,19 @@ class FamilySource(GGUFSource):
 
     def _no_attention(self, block: str, index: int) -> Iterator[Tensor]:
         """Zeros in the place of an attention that went; only ``gemma4`` has layers of their own and none without."""
-        kind, hidden, told = self._kinds[index], self.shape.hidden, self._told(self.shape.layers[index], index)
+        kind, hidden, sizes = (
+            self._kinds[index],
+            self.shape.hidden,
+            self._written_sizes(self.shape.layers[index], index),
+        )
         dim = max(map(self.shape.head_of, self.shape.layers)) if kind == "full_attention" else self.shape.head_dim
         norms = {"attn_norm": hidden, "attn_q_norm": dim, self._family.attention_post_norm: hidden}
-        yield self._zeros(block + "attn_q", told.query_heads * dim, hidden)
+        yield self._zeros(block + "attn_q", sizes.query_heads * dim, hidden)
         if not self._reads(index):
-            yield self._zeros(block + "attn_k", told.kv_heads * dim, hidden)
-            yield self._zeros(block + "attn_v", told.kv_heads * dim, hidden)
+            yield self._zeros(block + "attn_k", sizes.kv_heads * dim, hidden)
+            yield self._zeros(block + "attn_v", sizes.kv_heads * dim, hidden)
             norms["attn_k_norm"] = dim
-        yield self._zeros(block + "attn_output", hidden, told.query_heads * dim)
+        yield self._zeros(block + "attn_output", hidden, sizes.query_heads * dim)
         yield from (vector(f"{block}{name}.weight", torch.ones(width)) for name, width in norms.items())
 
     def _heads(self, prefix: str, block: str, sizes: LayerSizes) -> Iterator[Tensor]:
@@ -286,7 +289,7 @@ class FamilySource(GGUFSource):
         yield from self._linear(block + "attn_output", prefix + arch.output, hidden, queries)
 
     def _halves(self, block: str, module: str, width: int) -> Iterator[Tensor]:
-        """The gate and the up matrix of one module that holds both."""
+        """Split one module into the gate and the up matrix."""
         (whole,) = self._linear(block + "ffn_gate", module, 2 * width, self.shape.hidden)
 
         def half(rows: slice) -> QuantMatrix | torch.Tensor:
@@ -339,7 +342,7 @@ class FamilySource(GGUFSource):
         yield self._floats(block + "layer_output_scale.weight", prefix + names.scale)
 
     def _floats(self, name: str, stored: str, change: Callable[[torch.Tensor], torch.Tensor] | None = None) -> Tensor:
-        """A tensor that stays floats."""
+        """Read a tensor that stays floats."""
         self._written.add(stored)
         values = self.numbers(stored)
         return vector(name, values if change is None else change(values))
@@ -355,7 +358,7 @@ def _without_axis(kernel: torch.Tensor) -> torch.Tensor:
 
 
 def open_source(directory: Path, kind: str | None, head_kind: str | None) -> GGUFSource:
-    """A model directory as llama.cpp's architecture for it holds it.
+    """Open a model directory for llama.cpp's architecture of its family.
 
     Raises UserError: none does, or not with these sizes.
     """

@@ -43,11 +43,11 @@ class Tensor:
         """Raise UserError if the values have other sizes than config.json says."""
         if isinstance(values, QuantMatrix):
             rows, groups, _ = values.qweight.shape
-            found: tuple[int, ...] = (rows, groups * values.group_size)
+            shape: tuple[int, ...] = (rows, groups * values.group_size)
         else:
-            found = tuple(values.shape)
-        if found != self.shape:
-            raise UserError(f"{self.name} is {found} in the weights and {self.shape} by config.json: make them again")
+            shape = tuple(values.shape)
+        if shape != self.shape:
+            raise UserError(f"{self.name} is {shape} in the weights and {self.shape} by config.json: make them again")
 
 
 class GGUFSource(ModelSource):
@@ -173,7 +173,7 @@ class GGUFSource(ModelSource):
     def _linear(
         self, name: str, module: str, rows: int, columns: int, order: torch.Tensor | None = None
     ) -> Iterator[Tensor]:
-        """A matrix and its bias; ``order``: the old row of every new one."""
+        """Yield a matrix and its bias; ``order``: the old row of every new one."""
         yield self._matrix(name, module, rows, columns, self.kind, order)
         bias = f"{module}.bias"
         if bias in self.names:
@@ -227,7 +227,7 @@ class GGUFSource(ModelSource):
 
 
 def model_type_of(directory: Path) -> str:
-    """The family of a directory, by its config."""
+    """Read the family of a directory from its config."""
     return str(read_config(directory).get("model_type")).removeprefix(SLIM)
 
 
@@ -237,5 +237,5 @@ def rotary_order(rows: int, heads: int) -> torch.Tensor:
 
 
 def vector(name: str, values: torch.Tensor) -> Tensor:
-    """A tensor that is written as float32, of any number of axes."""
+    """Build a tensor that is written as float32, of any number of axes."""
     return Tensor(name, tuple(values.shape), "F32", lambda: values)

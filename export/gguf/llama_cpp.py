@@ -27,7 +27,7 @@ class Job:
 
 
 def quantizer() -> str:
-    """The Python that has it. Raises UserError: none has."""
+    """Find the Python that has llama.cpp. Raises UserError: none has."""
     return python_with(["llama_cpp"], "llama.cpp's quantizer", "llama-cpp-python")
 
 

@@ -28,7 +28,7 @@ class RotaryFields:
 
 
 def rotary_fields(directory: Path) -> RotaryFields:
-    """Base, scaling and context length of a model directory.
+    """Read base, scaling and context length of a model directory.
 
     ``linear`` is a scaling that llama.cpp has itself; ``llama3`` and ``yarn`` are written as one divisor per frequency,
     so that llama.cpp turns by the angles of transformers and not by its own version of the formula.
@@ -51,9 +51,9 @@ def rotary_fields(directory: Path) -> RotaryFields:
         floats["rope.scaling.factor"] = number_of(scaling, "factor")
     elif kind != "default":
         rotary = LlamaRotaryEmbedding(config=config)  # type: ignore[arg-type]  # one of the families like LLaMA
-        found = rotary.get_buffer("inv_freq").double()
-        plain = base ** -(torch.arange(len(found), dtype=torch.float64) / len(found))
-        factors = (plain / found).float()
+        frequencies = rotary.get_buffer("inv_freq").double()
+        plain = base ** -(torch.arange(len(frequencies), dtype=torch.float64) / len(frequencies))
+        factors = (plain / frequencies).float()
         if rotary.attention_scaling != 1:
             floats["rope.scaling.attn_factor"] = float(rotary.attention_scaling)
     context, notes = _context(config)
@@ -61,8 +61,10 @@ def rotary_fields(directory: Path) -> RotaryFields:
 
 
 def partial_factors(config: ModelConfig, shape: ModelShape) -> torch.Tensor:
-    """What llama.cpp divides the frequencies of layers with full attention by: so much of what is not turned that it
-    stands still, [head size / 2] float32."""
+    """Compute the divisors of the frequencies of layers with full attention, [head size / 2] float32.
+
+    Elements that are not rotated get so large a divisor that they stand still.
+    """
     own = rope_of(config)["full_attention"]
     half = max(map(shape.head_of, shape.layers)) // 2
     turned = round(half * number_of(own, "partial_rotary_factor")) if field_of(own, "partial_rotary_factor") else half

@@ -33,7 +33,7 @@ class Encoded:
 
 
 def natural_kind(zero_points: torch.Tensor, bits: int, groups: int) -> str:
-    """The smallest type for a tuned matrix of ``groups`` groups a row: Q4_0 (symmetric), Q4_1, or Q8_0 for 8 bit."""
+    """Choose the smallest type for a tuned matrix of ``groups`` a row: Q4_0 (symmetric), Q4_1, or Q8_0 for 8 bit."""
     if bits == 8:
         return "Q8_0"
     zeros = unpack_zero_points(zero_points, bits, groups)
@@ -41,7 +41,7 @@ def natural_kind(zero_points: torch.Tensor, bits: int, groups: int) -> str:
 
 
 def take_columns(matrix: QuantMatrix | torch.Tensor, order: torch.Tensor) -> QuantMatrix | torch.Tensor:
-    """A matrix with its columns in another order, [K] int64; where that tears groups apart, as floats."""
+    """Reorder the columns of a matrix by ``order`` [K] int64; where that tears groups apart, as floats."""
     if isinstance(matrix, torch.Tensor):
         return matrix[:, order]
     size = matrix.group_size
@@ -60,7 +60,7 @@ def take_columns(matrix: QuantMatrix | torch.Tensor, order: torch.Tensor) -> Qua
 
 
 def encode(matrix: QuantMatrix | torch.Tensor, kind: str) -> Encoded:
-    """A matrix [N, K] in a GGUF type; a quantised type needs K % 32 == 0."""
+    """Encode a matrix [N, K] in a GGUF type; a quantised type needs K % 32 == 0."""
     count = (matrix.qweight if isinstance(matrix, QuantMatrix) else matrix).shape[0]
     pieces, error, carried, groups = [], 0.0, 0, 0
     for start in range(0, count, ROWS_AT_ONCE):
@@ -71,7 +71,7 @@ def encode(matrix: QuantMatrix | torch.Tensor, kind: str) -> Encoded:
 
 
 def _encode_rows(matrix: QuantMatrix | torch.Tensor, kind: str) -> tuple[np.ndarray, float, np.ndarray]:
-    """(data, worst relative error, which groups were carried over)."""
+    """Return (data, worst relative error, which groups were carried over)."""
     from gguf import GGMLQuantizationType, quants
 
     floats = (matrix.dequantize() if isinstance(matrix, QuantMatrix) else matrix.float()).numpy()
@@ -122,13 +122,13 @@ def _nibbles(codes: np.ndarray) -> np.ndarray:
     return packed
 
 
-def relative_error(found: np.ndarray, wanted: np.ndarray) -> float:
-    """Worst group of 32 columns: largest |found - wanted| over largest |wanted|; a group of zeros counts by itself.
+def relative_error(rounded: np.ndarray, exact: np.ndarray) -> float:
+    """Worst group of 32 columns: largest |rounded - exact| over largest |exact|; a group of zeros counts by itself.
 
     Groups that the columns do not fill are padded with zeros.
     """
-    pad = -wanted.shape[1] % BLOCK
+    pad = -exact.shape[1] % BLOCK
     difference, size = (
-        np.pad(np.abs(a), ((0, 0), (0, pad))).reshape(len(a), -1, BLOCK).max(-1) for a in (found - wanted, wanted)
+        np.pad(np.abs(a), ((0, 0), (0, pad))).reshape(len(a), -1, BLOCK).max(-1) for a in (rounded - exact, exact)
     )
     return float(np.max(difference / np.where(size > 0, size, 1), initial=0.0))

@@ -39,7 +39,7 @@ _DIFFERENCES = {
 
 @dataclass
 class TokenizerFields:
-    """What goes into the file; ids are None if the directory names none, ``scores`` is for sentencepiece only."""
+    """The tokenizer's fields in the file; ids are None if the directory names none, ``scores`` is for sentencepiece."""
 
     model: str  # gpt2 = byte-level BPE, llama = sentencepiece
     pre: str
@@ -135,9 +135,9 @@ def _scores(tokens: list[str], pairs: list[tuple[str, ...]]) -> list[float]:
     return [-float(rank[token]) if token in rank else 0.0 for token in tokens]
 
 
-def _pre_tokenizer(directory: Path, found: Part | None) -> str:
+def _pre_tokenizer(directory: Path, part: Part | None) -> str:
     """llama.cpp's name for the pre-tokenizer of a byte-level BPE."""
-    steps = found.get("pretokenizers", [found]) if found else []
+    steps = part.get("pretokenizers", [part]) if part else []
     shape = [step["type"] for step in steps]
     last = steps[-1] if steps else {}
     if last.get("type") == "ByteLevel" and not last.get("add_prefix_space"):
@@ -156,7 +156,7 @@ def _pre_tokenizer(directory: Path, found: Part | None) -> str:
 
 
 def _added(ours: BundleTokenizer) -> tuple[dict[str, bool], list[str]]:
-    """Which tokens the tokenizer puts around a text, found by encoding one."""
+    """Find the tokens that the tokenizer puts around a text, by encoding one."""
     bare, whole = ours.encode("a", add_special_tokens=False), ours.encode("a")
     before = whole[: len(whole) - len(bare)] if whole[len(whole) - len(bare) :] == bare else whole[:1]
     after = whole[len(before) + len(bare) :]
@@ -181,7 +181,7 @@ def _special_ids(ours: BundleTokenizer, notes: list[str]) -> dict[str, int]:
 
 
 def _space_prefix(content: Part) -> str | None:
-    """What puts a space before a text in sentencepiece's kind, None where nothing does."""
+    """Name what puts a space before a text in sentencepiece's kind, None where nothing does."""
     parts = [content.get("normalizer") or {}, content.get("pre_tokenizer") or {}]
     parts += [p for part in parts for p in part.get("normalizers", part.get("pretokenizers", []))]
     kinds = {part.get("type"): part for part in parts}

@@ -41,7 +41,7 @@ class WrittenMatrix:
 
 @dataclass(frozen=True)
 class GGUFReport:
-    """What a GGUF file holds."""
+    """Contents of a GGUF file."""
 
     file: Path
     bytes: int
@@ -83,10 +83,10 @@ def write_gguf(
     head_kind: str | None = None,
     progress: Progress | None = None,
 ) -> GGUFReport:
-    """As :func:`export_gguf`, to a place that is ours."""
-    for asked in (kind, head_kind):
-        if asked is not None and asked not in KINDS:
-            raise UserError(f"GGUF type {asked!r} is not written; allowed: {', '.join(KINDS)}")
+    """Write a GGUF file as :func:`export_gguf` does, to a place that is ours."""
+    for each in (kind, head_kind):
+        if each is not None and each not in KINDS:
+            raise UserError(f"GGUF type {each!r} is not written; allowed: {', '.join(KINDS)}")
     source = open_source(model_dir, kind, head_kind)
     rotary = rotary_fields(source.directory)
     tensors = list(source.tensors(rotary.factors))
@@ -125,15 +125,15 @@ def _writer(path: Path, source: GGUFSource, rotary: RotaryFields, tokenizer: Tok
     for key, number in {"attention.layer_norm_rms_epsilon": float(epsilon), **rotary.floats}.items():
         if key not in own:
             writer.add_float32(f"{name}.{key}", number)
-    for key, told in own.items():
-        if isinstance(told, list):
-            writer.add_array(f"{name}.{key}", told)
-        elif isinstance(told, bool):
-            writer.add_bool(f"{name}.{key}", told)
-        elif isinstance(told, float):
-            writer.add_float32(f"{name}.{key}", told)
+    for key, entry in own.items():
+        if isinstance(entry, list):
+            writer.add_array(f"{name}.{key}", entry)
+        elif isinstance(entry, bool):
+            writer.add_bool(f"{name}.{key}", entry)
+        elif isinstance(entry, float):
+            writer.add_float32(f"{name}.{key}", entry)
         else:
-            writer.add_uint32(f"{name}.{key}", told)
+            writer.add_uint32(f"{name}.{key}", entry)
     for key, text in rotary.strings.items():
         writer.add_string(f"{name}.{key}", text)
     tokenizer.write(writer)
@@ -156,11 +156,11 @@ def _add_provenance(writer: GGUFWriter, source: GGUFSource) -> None:
 
 
 def _licence(directory: Path) -> str | None:
-    """The licence that the model card names; a GGUF file has no room for its text."""
+    """Read the licence that the model card names; a GGUF file has no room for its text."""
     card = directory / "README.md"
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
-    found = re.search(r"^license: *(\S+) *$", text.split("\n---", 1)[0], re.MULTILINE)
-    return found.group(1) if found else None
+    licence = re.search(r"^license: *(\S+) *$", text.split("\n---", 1)[0], re.MULTILINE)
+    return licence.group(1) if licence else None
 
 
 def _write_tensors(writer: GGUFWriter, tensors: list[Tensor], progress: Progress | None) -> dict[str, WrittenMatrix]:

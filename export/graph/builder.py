@@ -35,7 +35,7 @@ class GraphBuilder:
         return list(self._tape.op_multi_out(kind, inputs, attributes, domain=domain, num_outputs=outputs))
 
     def scan(self, name: str, step: Step, state: ir.Value, sequences: Sequence[ir.Value]) -> tuple[ir.Value, ir.Value]:
-        """A loop over the first axis of ``sequences`` that carries a state.
+        """Add a loop over the first axis of ``sequences`` that carries a state.
 
         Args:
             name: of the loop, before those of its values, which differ from all others of the graph.
@@ -44,16 +44,16 @@ class GraphBuilder:
         Returns what was read, along the first axis, and the last state.
         """
         inner = GraphBuilder(self.tensors)
-        given = [inner.input(f"{name}.given{n}", ir.DataType.FLOAT, []) for n in range(1 + len(sequences))]
-        for value in given:
+        inputs = [inner.input(f"{name}.given{n}", ir.DataType.FLOAT, []) for n in range(1 + len(sequences))]
+        for value in inputs:
             value.shape = None
-        read, last = step(inner, given[0], given[1:])
+        read, last = step(inner, inputs[0], inputs[1:])
         nodes = list(inner._tape.nodes)
         for number, value in enumerate(value for node in nodes for value in node.outputs):
             value.name = f"{name}.{number}"
         for value in (read, last):
             value.type = ir.TensorType(ir.DataType.FLOAT)
-        body = ir.Graph(given, [last, read], nodes=nodes, name=name)
+        body = ir.Graph(inputs, [last, read], nodes=nodes, name=name)
         outputs = self.multi("Scan", [state, *sequences], 2, body=body, num_scan_inputs=len(sequences))
         return outputs[1], outputs[0]
 
@@ -63,13 +63,13 @@ class GraphBuilder:
         return self.multi("Split", [x, self.constant(name, list(sizes))], len(sizes), axis=-1)
 
     def weight(self, name: str) -> ir.Value:
-        """A tensor of the data file."""
+        """Use a tensor of the data file."""
         return self._initializer(name, self.tensors[name])
 
     def constant(
         self, name: str, value: int | float | list[int] | list[float], dtype: ir.DataType | None = None
     ) -> ir.Value:
-        """A small tensor inside the graph, int64 or float32 where no dtype is given; the name says its value."""
+        """Add a small tensor to the graph, int64 or float32 where no dtype is given; the name says its value."""
         name = f"constant.{name}"
         if name in self._initializers:
             return self._initializers[name]
@@ -82,13 +82,13 @@ class GraphBuilder:
         return value
 
     def defaulted(self, name: str, value: list[int]) -> ir.Value:
-        """A graph input, int64 [n], that is ``value`` where it is not given."""
+        """Add a graph input, int64 [n], that is ``value`` where it is not given."""
         tensor = ir.tensor(value, dtype=ir.DataType.INT64, name=name)
         self._inputs.append(self._initializer(name, tensor))
         return self._initializers[name]
 
     def last_positions(self, x: ir.Value, scoring: bool) -> ir.Value:
-        """The last position of x [batch, sequence, ...]; for scoring, the positions from input ``first_logit`` on."""
+        """Take the last position of x [batch, sequence, ...]; for scoring, those from input ``first_logit`` on."""
         if not scoring:
             return self.op("Gather", x, self.constant("last", [-1]), axis=1)
         first, axis = self.defaulted(FIRST_LOGIT, [0]), self.constant("axis1", [1])
@@ -99,7 +99,7 @@ class GraphBuilder:
         self._outputs.append(value)
 
     def model(self, opsets: Mapping[str, int], ir_version: int) -> ir.Model:
-        """The finished model; ``logits``, which is made last, becomes the first output."""
+        """Finish the model; ``logits``, which is made last, becomes the first output."""
         outputs = sorted(self._outputs, key=lambda value: value.name != "logits")
         graph = ir.Graph(
             self._inputs,

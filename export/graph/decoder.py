@@ -59,7 +59,7 @@ def check_attention(shape: ModelShape, traits: Traits, rotary_dims: Mapping[str,
 
 @dataclass(frozen=True)
 class GraphModel:
-    """What a graph computes: sizes, what the family does beyond them, precision, and the norms' epsilon."""
+    """The model that a graph computes: sizes, the family's traits, precision, and the norms' epsilon."""
 
     shape: ModelShape
     traits: Traits
@@ -86,7 +86,7 @@ class DecoderGraph(ABC):
         self._left_kv: dict[bool, list[ir.Value | None]] = {}  # what later layers read, by whether the layer slides
 
     def build(self, scoring: bool) -> ir.Model:
-        """The decode graph, or the scoring graph with the logits of all positions."""
+        """Build the decode graph, or the scoring graph with the logits of all positions."""
         ids = self.graph.input("input_ids", ir.DataType.INT64, ["batch", "sequence"])
         mask = self.graph.input("attention_mask", ir.DataType.INT64, ["batch", "total"])
         self.begin(ids, mask)
@@ -134,23 +134,23 @@ class DecoderGraph(ABC):
 
     @abstractmethod
     def begin(self, ids: ir.Value, mask: ir.Value) -> None:
-        """What all layers read, from the ids [batch, sequence] and the mask [batch, total]."""
+        """Compute what all layers read, from the ids [batch, sequence] and the mask [batch, total]."""
 
     def per_layer(self, ids: ir.Value, embedded: ir.Value) -> list[ir.Value]:
-        """The embedding of each layer, [batch, sequence, elements]: looked up, and made of the token's own."""
+        """Compute each layer's embedding [batch, sequence, elements]: looked up, and projected from the token's."""
         size, count = self.shape.per_layer, len(self.shape.layers)
         if not size:
             return []
         g = self.graph
-        made = self.matrix_product(embedded, "per_layer_in", self.shape.hidden, count * size)
-        made = g.op("Mul", made, self.constant("per_layer_scale", self.shape.hidden**-0.5))
-        normed, _ = self.norm(self._heads(made, count, size), None, "per_layer_norm")
+        projected = self.matrix_product(embedded, "per_layer_in", self.shape.hidden, count * size)
+        projected = g.op("Mul", projected, self.constant("per_layer_scale", self.shape.hidden**-0.5))
+        normed, _ = self.norm(self._heads(projected, count, size), None, "per_layer_norm")
         looked_up = g.op("Mul", self.lookup("per_layer", ids, count * size), self.constant("table_scale", size**0.5))
         both = g.op("Add", self._flat(normed, count * size), looked_up)
         return g.split(g.op("Mul", both, self.constant("half", 2**-0.5)), [size] * count)
 
     def _with_embedding(self, residual: ir.Value, delta: ir.Value | None, own: ir.Value, name: str) -> ir.Value:
-        """The residual stream behind a layer's blocks, with what its own embedding adds, scaled."""
+        """Add a layer's own embedding to the residual stream behind its blocks, and scale it."""
         g, size = self.graph, self.shape.per_layer
         stream = residual if delta is None else g.op("Add", residual, delta)
         gate = self.activation(self.matrix_product(stream, f"{name}.layer_gate", self.shape.hidden, size))
@@ -164,7 +164,7 @@ class DecoderGraph(ABC):
 
     @abstractmethod
     def activation(self, x: ir.Value) -> ir.Value:
-        """The family's activation."""
+        """Apply the family's activation."""
 
     @abstractmethod
     def embedding(self, ids: ir.Value) -> ir.Value:
@@ -192,7 +192,7 @@ class DecoderGraph(ABC):
         return self.matrix_product(product, f"{name}.conv_out", channels, self.shape.hidden)
 
     def delta_net(self, x: ir.Value, index: int, mixer: int) -> ir.Value:
-        """A gated delta net (Yang et al., arXiv 2412.06464), as Qwen3.5 has it.
+        """Compute a gated delta net (Yang et al., arXiv 2412.06464), as Qwen3.5 has it.
 
         Queries, keys and values pass a convolution and SiLU, queries and keys are made as long as 1, and what comes out
         of the recurrence is normed head by head and gated.
@@ -235,7 +235,7 @@ class DecoderGraph(ABC):
     def recurrence(
         self, mixed: tuple[ir.Value, ir.Value, ir.Value], rates: tuple[ir.Value, ir.Value], past: ir.Value, keys: int
     ) -> tuple[ir.Value, ir.Value]:
-        """The gated delta rule over the sequence.
+        """Apply the gated delta rule over the sequence.
 
         Args:
             mixed: queries and keys [batch, sequence, keys * key] and values [batch, sequence, value heads * value].
@@ -247,18 +247,18 @@ class DecoderGraph(ABC):
         """
 
     def _convolved(self, x: ir.Value, name: str, channels: int, mixer: int) -> ir.Value:
-        """A convolution of x [batch, sequence, channels] with what was seen before, each channel by itself."""
+        """Convolve x [batch, sequence, channels] with the positions before, each channel by itself."""
         g = self.graph
         state: list[int | str] = ["batch", channels, self.shape.conv_kernel - 1]
         past = g.op("Transpose", g.input(f"past_conv.{mixer}", self.floats, state), perm=[0, 2, 1])
-        seen = g.op("Concat", past, x, axis=1)
-        last = g.op("Transpose", self._from(seen, 1 - self.shape.conv_kernel), perm=[0, 2, 1])
+        window = g.op("Concat", past, x, axis=1)
+        last = g.op("Transpose", self._from(window, 1 - self.shape.conv_kernel), perm=[0, 2, 1])
         g.output(last, f"present_conv.{mixer}", self.floats, state)
         # One product for each token that is seen: Conv with as many groups as channels takes ten times as long, and
         # CausalConvWithState two to five times.
         mixed = None
         for tap in range(self.shape.conv_kernel):
-            place = self._from(seen, tap, tap + 1 - self.shape.conv_kernel)
+            place = self._from(window, tap, tap + 1 - self.shape.conv_kernel)
             term = g.op("Mul", place, g.weight(f"{name}.conv_kernel.{tap}"))
             mixed = term if mixed is None else g.op("Add", mixed, term)
         if f"{name}.conv_kernel.bias" in self.tensors:
@@ -272,7 +272,7 @@ class DecoderGraph(ABC):
         return self.graph.op("Slice", x, self.constant(f"start{start}", [start]), ends, self.constant("axis1", [1]))
 
     def queries_and_gate(self, x: ir.Value, name: str, sizes: LayerSizes) -> tuple[ir.Value, ir.Value | None]:
-        """Queries, keys and values in one, and the gate of each head, [batch, sequence, heads, elements]."""
+        """Compute queries, keys and values in one, and the gate of each head, [batch, sequence, heads, elements]."""
         own = sizes.query_heads + (0 if sizes.reads else 2 * sizes.kv_heads)
         g, width = self.graph, own * self.shape.head_of(sizes)
         gates = sizes.query_heads * self.shape.gate_width
@@ -292,7 +292,7 @@ class DecoderGraph(ABC):
 
     @abstractmethod
     def feed_forward(self, x: ir.Value, name: str, sizes: LayerSizes) -> ir.Value:
-        """The FFN of a layer."""
+        """Compute the FFN of a layer."""
 
     @abstractmethod
     def head(self, x: ir.Value) -> ir.Value:
@@ -308,18 +308,18 @@ class DecoderGraph(ABC):
         return self.graph.op("Mul", x, self.graph.op("Sigmoid", x))
 
     def optional_norm(self, x: ir.Value, weight: str) -> ir.Value:
-        """The norm of x, or x where the data file has no such weight."""
+        """Apply a norm to x where the data file has its weight."""
         return self.norm(x, None, weight)[0] if weight in self.tensors else x
 
     def _entered(self, residual: ir.Value, delta: ir.Value | None, weight: str) -> tuple[ir.Value, ir.Value]:
-        """What a block reads, normed where the data file has the weight, and the residual stream before it."""
+        """Return a block's input, normed where the data file has the weight, and the residual stream before it."""
         if weight in self.tensors:
             return self.norm(residual, delta, weight)
         stream = residual if delta is None else self.graph.op("Add", residual, delta)
         return stream, stream
 
     def _left(self, x: ir.Value, weight: str) -> ir.Value:
-        """What a block adds to the residual stream."""
+        """Return what a block adds to the residual stream."""
         x, scale = self.optional_norm(x, weight), self.traits.residual_scale
         return x if scale is None else self.graph.op("Mul", x, self.constant("residual_scale", scale))
 
@@ -419,7 +419,7 @@ class MicrosoftGraph(DecoderGraph):
         return self.matrix_product(mixed, f"{name}.o", width, self.shape.hidden)
 
     def _normed_heads(self, qkv: ir.Value, name: str, sizes: LayerSizes) -> list[ir.Value | None]:
-        """The op's first three inputs: all in one where there are no norms, else queries, keys and values."""
+        """Return the op's first three inputs: all in one where there are no norms, else queries, keys and values."""
         if f"{name}.query_norm" not in self.tensors:
             return [qkv, None, None]
         dim, counts = self.shape.head_of(sizes), (sizes.query_heads, sizes.kv_heads, sizes.kv_heads)
@@ -457,7 +457,7 @@ class MicrosoftGraph(DecoderGraph):
         return self.kv == ir.DataType.INT8
 
     def unit(self, x: ir.Value, size: int) -> ir.Value:
-        """By the fused norm, whose mean of squares is 1 / size of the squared length."""
+        """Scale by the fused norm, whose mean of squares is 1 / size of the squared length."""
         scale = self.constant(f"unit{size}", [size**-0.5] * size)
         return self.graph.op(
             "SimplifiedLayerNormalization", x, scale, axis=-1, epsilon=UNIT_EPSILON / size

@@ -83,14 +83,14 @@ def read_probe_model(
 
 
 def _of_model(directory: Path) -> tuple[ModelConfig, SlimQuant | None]:
-    """The config, and the quantisation of a tuned directory."""
+    """Read the config, and the quantisation of a tuned directory."""
     raw = read_config(directory)
     architecture_of(raw)
     return transformers_config(directory), quant_of(raw)
 
 
 def _of_bundle(directory: Path) -> tuple[ModelConfig, SlimQuant]:
-    """A config with the sizes of a manifest, and the bundle's quantisation."""
+    """Build a config with the sizes of a manifest, and the bundle's quantisation."""
     from transformers import AutoConfig
 
     manifest = read_manifest(directory)
@@ -152,8 +152,8 @@ def _precision(own: SlimQuant | None, bits: int | None, group_size: int | None) 
     return CPU.precision(Precision(bits, group_size or (own and own["block"]) or 32, head_bits), 32, 4)
 
 
-def _layer_count(one: ModelShape, precision: Precision, wanted: int, limit: int) -> int:
-    """As many layers as the model has, or as fit into the limit."""
+def _layer_count(one: ModelShape, precision: Precision, count: int, limit: int) -> int:
+    """Return the number of layers to probe: the model's, or as many as fit into the limit."""
     per_weight = precision.bits / 8 + (4 / precision.group_size if precision.group_size else 0)  # with the scales
     free = limit - one.vocab * one.hidden * per_weight
-    return max(LEAST_LAYERS, min(wanted, int(free // (one.layer_weights * per_weight))))
+    return max(LEAST_LAYERS, min(count, int(free // (one.layer_weights * per_weight))))

@@ -48,7 +48,7 @@ EPSILON = 1e-5
 
 @dataclass(frozen=True)
 class ProbeStack:
-    """What one stack is made of."""
+    """One stack of layers."""
 
     layers: Sequence[LayerSizes]
     head_rows: int = 0  # words that the head says; 0: all
@@ -64,7 +64,7 @@ def stacks_of(model: ProbeModel) -> list[ProbeStack]:
 
 
 def _of_forms(model: ProbeModel, layers: Sequence[LayerSizes]) -> list[ProbeStack]:
-    """A stack for each part and each form that some matrix of it can have: larger groups, and of 4 bits also 8."""
+    """List a stack for each part and each form that some matrix of it can have: larger groups, and of 4 bits also 8."""
     own = model.precision
     forms = [MatrixForm(own.bits, size) for size in GROUP_SIZES if own.group_size and size > own.group_size]
     if own.bits == 4:
@@ -79,7 +79,7 @@ def _of_forms(model: ProbeModel, layers: Sequence[LayerSizes]) -> list[ProbeStac
 
 
 def _share(shape: ModelShape, part: str, form: MatrixForm) -> float:
-    """The share of a part's weights that can have a form: in matrices whose columns are whole groups."""
+    """Return the share of a part's weights that can have a form: in matrices whose columns are whole groups."""
     if part == "outside":
         return float(shape.hidden % form.group_size == 0)
     kind, sizes = KINDS[part], shape.layers[0]
@@ -88,7 +88,7 @@ def _share(shape: ModelShape, part: str, form: MatrixForm) -> float:
 
 
 def stack_layers(model: ProbeModel) -> list[tuple[LayerSizes, ...]]:
-    """The layers of every stack: the model itself, then one stack per option, which every second layer takes."""
+    """List the layers of every stack: the model itself, then one stack per option, which every second layer takes."""
     full, count = model.shape.layers[0], len(model.shape.layers)
     options = [LayerSizes(full.query_heads, full.kv_heads, width) for width in (0, *_widths(full.ffn, model.precision))]
     options.append(LayerSizes(0, 0, full.ffn))
@@ -135,19 +135,19 @@ def write_probe_stacks(
     everything = model.shape.with_layers(
         tuple(replace(sizes, conv=rare.conv, delta=rare.delta) for sizes in model.shape.layers)
     )
-    wanted, written = stacks_of(model) if stacks is None else stacks, []
-    most = {stack.form.bits for stack in wanted if stack.form} | {0}  # bytes for the largest form of each matrix
+    stacks, written = stacks_of(model) if stacks is None else stacks, []
+    most = {stack.form.bits for stack in stacks if stack.form} | {0}  # bytes for the largest form of each matrix
     largest = replace(
         model.precision, bits=max(most | {model.precision.bits}), head_bits=max(most | {model.precision.head_bits})
     )
     write_model(_MadeUp(model, everything, "cpu", model.shape.vocab), largest, MicrosoftLayout(whole), rotary)
     whole.close()
-    for index, stack in enumerate(wanted):
+    for index, stack in enumerate(stacks):
         if progress:
-            progress("writing probe graphs (stacks)", index, len(wanted))
+            progress("writing probe graphs (stacks)", index, len(stacks))
         written.append(_write_stack(model, stack, whole, rotary, out / f"{index:02}"))
     if progress:
-        progress("writing probe graphs (stacks)", len(wanted), len(wanted))
+        progress("writing probe graphs (stacks)", len(stacks), len(stacks))
     return written
 
 
@@ -194,7 +194,7 @@ class _MadeUp:
         return self._matrix(self.shape.vocab, self.shape.hidden, form)
 
     def norm(self, field: str, layer: int | None = None) -> torch.Tensor:
-        """A norm that changes nothing."""
+        """Return a norm that changes nothing."""
         if layer is None or field not in ("query_norm", "key_norm"):
             return self._filled(1.0, self.shape.hidden)
         *_, query, key = self.shape.attention_norms(self.shape.layers[layer])

@@ -1,4 +1,4 @@
-"""What each target computes in, and what its kernels refuse.
+"""Targets: the types that each computes in, and what its kernels refuse.
 
 * ``cpu``: float32 activations, integers by the int8-activation kernels (accuracy level 4).
 * ``cpu`` without dot product (Raspberry Pi 3 and 4): the float32 kernels, which 8 bit does not have.
@@ -23,7 +23,7 @@ CUDA_STEP = 8
 
 @dataclass(frozen=True)
 class Target:
-    """Where a bundle runs."""
+    """A runtime and device that a bundle is made for."""
 
     name: str = "cpu"
     dotprod: bool = True  # the CPU multiplies int8 by hardware (every x86 since 2013, ARMv8.2 and newer)
@@ -49,7 +49,7 @@ class Target:
         return replace(precision, accuracy_level=level, kv="int8" if kv_bits == 8 else "float32")
 
     def oldest_runtime(self, shape: ModelShape, precision: Precision, windows: bool) -> str:
-        """The oldest ONNX Runtime that runs a graph of these blocks and this precision, with sliding windows or not."""
+        """Return the oldest ONNX Runtime for a graph of these blocks and this precision, with windows or not."""
         if shape.delta is not None:
             return ONNXRUNTIME_LINEAR
         if precision.kv == "int8":
@@ -79,10 +79,10 @@ class Target:
 CPU = Target()
 
 
-def check_runtime(asked: str | None, oldest: str, why: str = "") -> None:
-    """Refuse a runtime that is asked for and older than the graph needs."""
-    if asked and _version(asked) < _version(oldest):
-        raise UserError(f"ONNX Runtime {asked} is too old, {oldest} or newer is needed{why}")
+def check_runtime(version: str | None, oldest: str, why: str = "") -> None:
+    """Refuse to export for a version that is older than the graph needs."""
+    if version and _version(version) < _version(oldest):
+        raise UserError(f"ONNX Runtime {version} is too old, {oldest} or newer is needed{why}")
 
 
 def _version(text: str) -> tuple[int, ...]:

@@ -81,7 +81,7 @@ class WeightFile:
 
 
 class Layout(Protocol):
-    """How matrices stand in the data file.
+    """A layout of matrices in the data file.
 
     ``norms_last``: the norms of a layer stand behind its matrices, not each behind those of its block.
     """
@@ -144,7 +144,7 @@ def write_model(
 
 
 def _add_rates(file: WeightFile, name: str, rates: DeltaRates) -> None:
-    """Of a gated delta net: the matrix of its rates as [hidden, 2 * value heads], and vectors."""
+    """Write the matrix of a gated delta net's rates as [hidden, 2 * value heads], and its vectors."""
     file.add(f"{name}.weight", rates.matrix.t().contiguous())
     for part in ("scale", "bias", "norm"):
         file.add(f"{name}.{part}", getattr(rates, part))
@@ -161,7 +161,7 @@ def _pieces(sizes: LayerSizes, norms_last: bool, per_layer: bool) -> list[str]:
 
 
 class MicrosoftLayout:
-    """As MatMulNBits and GatherBlockQuantized read: integers packed along the rows of [N, K], floats as [K, N]."""
+    """The layout of MatMulNBits and GatherBlockQuantized: integers packed along rows of [N, K], floats as [K, N]."""
 
     norms_last = False
 

@@ -29,8 +29,8 @@ class MicrosoftWriter:
     def __init__(self, source: ModelSource, options: ExportOptions, calibration: torch.Tensor | None) -> None:
         target = Target(options.target, options.dotprod, options.onnxruntime)
         bits = 32 if options.bits == 16 and target.name == "cuda" else options.bits  # floats, of the target's type
-        asked = source.precision(bits, options.group_size, options.head_bits)
-        self.precision = target.precision(asked, options.kv_bits, options.accuracy_level)
+        precision = source.precision(bits, options.group_size, options.head_bits)
+        self.precision = target.precision(precision, options.kv_bits, options.accuracy_level)
         self.lineage: dict[str, str] = {}
         config = source.transformers_config
         traits = traits_of(config)

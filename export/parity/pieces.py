@@ -40,17 +40,17 @@ def logits_in_pieces(
     cut = _Cut(model.graph, piece_bytes)
     for index, nodes in enumerate(cut.pieces):
         later = cut.read_after(index)
-        wanted = [name for node in nodes for name in node.output if name in later]
+        outputs = [name for node in nodes for name in node.output if name in later]
         session = _session(
-            graph, _piece(model, [*cut.needed(nodes), *nodes], wanted, {**feeds[0], **states[0]}), threads
+            graph, _piece(model, [*cut.needed(nodes), *nodes], outputs, {**feeds[0], **states[0]}), threads
         )
-        names = {given.name for given in session.get_inputs()}
+        names = {each.name for each in session.get_inputs()}
         for row, feed in enumerate(feeds):
             known = {**feed, **states[row]}
-            found = dict(zip(wanted, session.run(wanted, {name: known[name] for name in names}), strict=True))
+            results = dict(zip(outputs, session.run(outputs, {name: known[name] for name in names}), strict=True))
             if index == len(cut.pieces) - 1:
-                yield found["logits"]
-            states[row] = {name: array for name, array in (states[row] | found).items() if name in later}
+                yield results["logits"]
+            states[row] = {name: array for name, array in (states[row] | results).items() if name in later}
         del session  # before the next piece is loaded beside it
 
 
@@ -75,45 +75,45 @@ class _Cut:
         self._common: list[onnx.NodeProto] = []
         depends = {"input_ids"}
         self.pieces: list[list[onnx.NodeProto]] = [[]]
-        seen: set[str] = set()
+        weights: set[str] = set()
         for node in graph.node:
             reads = _reads(node)
             if not depends & reads:
                 self._common.append(node)
                 continue
             depends.update(node.output)
-            if sum(self.sizes.get(name, 0) for name in seen) >= piece_bytes:
+            if sum(self.sizes.get(name, 0) for name in weights) >= piece_bytes:
                 self.pieces.append([])
-                seen = set()
+                weights = set()
             self.pieces[-1].append(node)
-            seen |= reads
+            weights |= reads
         self._reads = [set().union(*(_reads(node) for node in piece)) for piece in self.pieces]
 
     def read_after(self, index: int) -> set[str]:
-        """What later pieces read; after the last one the logits."""
+        """Return the names that later pieces read; after the last one the logits."""
         return set().union(*self._reads[index + 1 :]) or {"logits"}
 
     def needed(self, nodes: Sequence[onnx.NodeProto]) -> list[onnx.NodeProto]:
-        """The nodes that are common to all pieces and that these ones need, in order."""
-        wanted = {name for node in nodes for name in _reads(node)}
-        found = []
+        """List the nodes that are common to all pieces and that these ones need, in order."""
+        names = {name for node in nodes for name in _reads(node)}
+        shared = []
         for node in reversed(self._common):
-            if wanted & set(node.output):
-                found.append(node)
-                wanted |= _reads(node)
-        return found[::-1]
+            if names & set(node.output):
+                shared.append(node)
+                names |= _reads(node)
+        return shared[::-1]
 
 
-def _piece(model: onnx.ModelProto, nodes: Sequence[onnx.NodeProto], wanted: list[str], known: Feed) -> onnx.ModelProto:
-    """A model of these nodes; what they read and none of them makes are its inputs, typed as what is known."""
+def _piece(model: onnx.ModelProto, nodes: Sequence[onnx.NodeProto], results: list[str], known: Feed) -> onnx.ModelProto:
+    """Build a model of these nodes; what they read and none of them makes are its inputs, typed as what is known."""
     reads = {name for node in nodes for name in _reads(node)} - {name for node in nodes for name in node.output}
     weights = [each for each in model.graph.initializer if each.name in reads]
-    given = sorted((reads & known.keys()) - {each.name for each in weights})
+    sources = sorted((reads & known.keys()) - {each.name for each in weights})
     inputs = [
         onnx.helper.make_tensor_value_info(name, onnx.helper.np_dtype_to_tensor_dtype(known[name].dtype), None)
-        for name in given
+        for name in sources
     ]
-    outputs = [onnx.ValueInfoProto(name=name) for name in wanted]  # ONNX Runtime infers their types
+    outputs = [onnx.ValueInfoProto(name=name) for name in results]  # ONNX Runtime infers their types
     graph = onnx.helper.make_graph(nodes, "piece", inputs, outputs, weights)
     return onnx.helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
 

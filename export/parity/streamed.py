@@ -105,7 +105,7 @@ class StreamedModel:
         return table.register_forward_pre_hook(before)
 
     def _parameter(self, name: str) -> torch.Tensor:
-        """A parameter in float32, a matrix as the exporter rounds it."""
+        """Read a parameter in float32, a matrix as the exporter rounds it."""
         module, _, part = name.rpartition(".")
         if module in self._linears and part == "weight":
             return dequantised(self._source.matrix(module, self._precision))
@@ -120,7 +120,7 @@ class StreamedModel:
             yield int(rows[0]), read_rows(rows), None if bias is None else bias[rows]
 
     def _vocabulary(self, module: str) -> Callable[[torch.Tensor], torch.Tensor]:
-        """A function from row numbers to these rows of embedding or head, as the exporter rounds them.
+        """Return a function from row numbers to these rows of embedding or head, as the exporter rounds them.
 
         The exporter rounds every row by itself, so a piece is rounded as the whole is.
         """
@@ -142,5 +142,5 @@ def _before(weights: LayerWeights, place: tuple[int, int], progress: Progress | 
 
 
 def dequantised(matrix: torch.Tensor | QuantMatrix) -> torch.Tensor:
-    """The numbers [N, K] float32 that integers stand for; a float matrix as it is."""
+    """Return the numbers [N, K] float32 that integers stand for; a float matrix as it is."""
     return matrix if isinstance(matrix, torch.Tensor) else matrix.dequantize()

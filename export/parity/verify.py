@@ -43,12 +43,12 @@ def check_parity(
     scored = graph_logits(bundle, SCORING_GRAPH, ids, threads)  # only now: the layers are out of memory again
     sums, largest = np.zeros(4), 0.0
     last = torch.empty(0)
-    for index, (row, expected, found) in enumerate(zip(ids, reference.logits(states), scored, strict=True)):
+    for index, (row, expected, logits) in enumerate(zip(ids, reference.logits(states), scored, strict=True)):
         if progress:
             progress("checking parity (rows)", index, len(ids))
-        last = found[-1] if index == 0 else last
-        largest = max(largest, (expected - found).abs().max().item())
-        sums += _row_sums(expected[:-1], found[:-1], row[1:])
+        last = logits[-1] if index == 0 else last
+        largest = max(largest, (expected - logits).abs().max().item())
+        sums += _row_sums(expected[:-1], logits[:-1], row[1:])
     if progress:
         progress("checking parity (rows)", len(ids), len(ids))
     _check_decode_graph(bundle, ids[:1], last, threads)
@@ -71,14 +71,14 @@ def check_parity(
 
 
 def _precision(manifest: BundleManifest) -> Precision:
-    """What the exporter rounded to."""
+    """Return the precision that the exporter rounded to."""
     head_bits = int(manifest.lineage["head_bits"])
     bits = 32 if manifest.bits == 16 else manifest.bits  # float weights, whatever their type
     return Precision(bits, manifest.block, head_bits, manifest.accuracy_level)
 
 
-def _row_sums(expected: torch.Tensor, found: torch.Tensor, targets: torch.Tensor) -> np.ndarray:
-    theirs, ours = expected.log_softmax(-1), found.log_softmax(-1)
+def _row_sums(expected: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor) -> np.ndarray:
+    theirs, ours = expected.log_softmax(-1), logits.log_softmax(-1)
     kl = F.kl_div(ours, theirs, log_target=True, reduction="sum").item()
     same = (theirs.argmax(-1) == ours.argmax(-1)).sum().item()
     nlls = [F.nll_loss(x, targets, reduction="sum").item() for x in (theirs, ours)]
@@ -89,18 +89,18 @@ def graph_logits(bundle: Path, graph: str, ids: torch.Tensor, threads: int) -> I
     """Logits [scored, vocab] float32 of each row of ids [rows, tokens] by one of the bundle's graphs."""
     if (bundle / WEIGHTS).stat().st_size <= WHOLE_BYTES:
         scorer = BundleScorer(bundle, threads, graph)
-        found: Iterator[np.ndarray] = (scorer.logits(row[None].numpy()) for row in ids)
+        results: Iterator[np.ndarray] = (scorer.logits(row[None].numpy()) for row in ids)
     else:
         past = empty_past(read_manifest(bundle), 1)
-        found = logits_in_pieces(bundle / graph, [graph_feed(row[None].numpy(), past) for row in ids], threads)
-    for logits in found:
+        results = logits_in_pieces(bundle / graph, [graph_feed(row[None].numpy(), past) for row in ids], threads)
+    for logits in results:
         yield torch.from_numpy(logits[0]).float()
 
 
 def _check_decode_graph(bundle: Path, ids: torch.Tensor, expected: torch.Tensor, threads: int) -> None:
-    """The decode graph's logits [1, vocab] of ids [1, tokens] must be the scoring graph's last ones, [vocab]."""
-    (found,) = graph_logits(bundle, DECODE_GRAPH, ids, threads)
-    difference = (found[0] - expected).abs().max().item()
+    """Check the decode graph's logits [1, vocab] of ids [1, tokens] against the scoring graph's last ones, [vocab]."""
+    (logits,) = graph_logits(bundle, DECODE_GRAPH, ids, threads)
+    difference = (logits[0] - expected).abs().max().item()
     # The head sees one row instead of many, which may take another kernel: equal up to rounding.
     if not difference <= 1e-2:
         raise UserError(f"the decode graph differs from the scoring graph by {difference:.3g}: nothing was exported")
@@ -109,10 +109,10 @@ def _check_decode_graph(bundle: Path, ids: torch.Tensor, expected: torch.Tensor,
 def _judge(report: Parity, exact: bool) -> None:
     if exact:
         good = report.max_abs_logit_difference <= FLOAT_DIFFERENCE
-        wanted = f"a logit difference of at most {FLOAT_DIFFERENCE}"
+        limit = f"a logit difference of at most {FLOAT_DIFFERENCE}"
     else:
         good = abs(report.perplexity_ratio - 1) <= LEVEL4_PERPLEXITY and report.kl <= LEVEL4_KL
-        wanted = f"a perplexity within {LEVEL4_PERPLEXITY:.0%} and a KL of at most {LEVEL4_KL}"
+        limit = f"a perplexity within {LEVEL4_PERPLEXITY:.0%} and a KL of at most {LEVEL4_KL}"
     if not good:
-        found = ", ".join(f"{key} {value:.4g}" for key, value in asdict(report).items() if isinstance(value, float))
-        raise UserError(f"parity failed ({found}); {wanted} was expected: nothing was exported")
+        numbers = ", ".join(f"{key} {value:.4g}" for key, value in asdict(report).items() if isinstance(value, float))
+        raise UserError(f"parity failed ({numbers}); {limit} was expected: nothing was exported")

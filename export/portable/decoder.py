@@ -40,7 +40,7 @@ class StandardGraph(DecoderGraph):
         self._new: ir.Value | None = None  # the mask of the new tokens, [batch, sequence, 1]
 
     def begin(self, ids: ir.Value, mask: ir.Value) -> None:
-        """The lengths of the new tokens and of all, each as a tensor [1], and how far each key is from each query."""
+        """Compute the lengths of the new tokens and of all, [1] each, and how far each key is from each query."""
         g = self.graph
         self._mask = mask
         self._positions = g.input("position_ids", INT64, ["batch", "sequence"])
@@ -58,13 +58,13 @@ class StandardGraph(DecoderGraph):
         """[batch, 1, 1, sequence, total]: 0 where a query may look, else far below."""
         g = self.graph
         if window not in self._biases:
-            seen = g.op("GreaterOrEqual", self._distance, g.constant("scalar.0", 0))
+            visible = g.op("GreaterOrEqual", self._distance, g.constant("scalar.0", 0))
             if window:
                 near = g.op("Less", self._distance, g.constant(f"scalar.{window}", window))
-                seen = g.op("And", seen, near)
-            seen = g.op("And", seen, self._real)
+                visible = g.op("And", visible, near)
+            visible = g.op("And", visible, self._real)
             scores = g.constant("0.0", 0.0), g.constant("hidden_score", HIDDEN_SCORE)
-            self._biases[window] = g.op("Where", seen, *scores)
+            self._biases[window] = g.op("Where", visible, *scores)
         return self._biases[window]
 
     def _rotation(self, table: str) -> ir.Value:
@@ -107,7 +107,7 @@ class StandardGraph(DecoderGraph):
         return self._scaled(self._signed(g.op("Concat", *halves, axis=-1)), scales, groups, width)
 
     def _halves(self) -> tuple[ir.Value, ir.Value]:
-        """What a byte is masked with for its lower half, and shifted by for its upper one."""
+        """Return the mask of a byte's lower half, and the shift of its upper one."""
         g, byte = self.graph, ir.DataType.UINT8
         return g.constant("byte.15", 15, byte), g.constant("byte.4", 4, byte)
 
@@ -175,7 +175,7 @@ class StandardGraph(DecoderGraph):
         return self._linear(g.op("Reshape", mixed, self._shape(0, 0, heads * dim)), f"{name}.o")
 
     def _placed(self, x: ir.Value, heads: int, dim: int, norm: str, table: Table | None) -> ir.Value:
-        """Queries or keys as [batch, sequence, heads, head_dim], normed and rotated where the layer does so."""
+        """Reshape queries or keys to [batch, sequence, heads, head_dim], normed and rotated where the layer does so."""
         g = self.graph
         spans_heads = self.shape.qk_norm == "all"
         x = self.optional_norm(x, norm) if spans_heads else x
@@ -196,7 +196,7 @@ class StandardGraph(DecoderGraph):
         return g.op("Concat", turned, other, *rest_of_head, axis=-1)
 
     def _cached(self, new: ir.Value, part: str, kv_heads: int, dim: int, mixer: int) -> ir.Value:
-        """The past with the new positions behind it: [batch, kv_heads, total, head_dim]."""
+        """Append the new positions to the past: [batch, kv_heads, total, head_dim]."""
         g = self.graph
         past = g.input(f"past_key_values.{mixer}.{part}", FLOAT, ["batch", kv_heads, "past", dim])
         present = g.op("Concat", past, g.op("Transpose", new, perm=[0, 2, 1, 3]), axis=2)
@@ -216,7 +216,7 @@ class StandardGraph(DecoderGraph):
         return self._matrix_product(x, "head", self.precision.head_bits)
 
     def real(self, x: ir.Value) -> ir.Value:
-        """Padding stays where it is: what it would give to a state is 0, as transformers has it."""
+        """Zero the padding, which stays where it is: it adds nothing to a state, as in transformers."""
         g = self.graph
         if self._new is None:
             start = g.op("Sub", g.constant("0", [0]), self._sequence)
@@ -245,8 +245,8 @@ class StandardGraph(DecoderGraph):
         ]  # fmt: skip
         row, column, last = (g.constant(f"{axes}", [int(axes)]) for axes in ("2", "3", "-1"))
 
-        def step(inner: GraphBuilder, state: ir.Value, given: list[ir.Value]) -> tuple[ir.Value, ir.Value]:
-            q, k, v, share, left = given
+        def step(inner: GraphBuilder, state: ir.Value, parts: list[ir.Value]) -> tuple[ir.Value, ir.Value]:
+            q, k, v, share, left = parts
 
             def per_head(x: ir.Value) -> ir.Value:
                 return inner.op("Unsqueeze", inner.op("Unsqueeze", x, last), last)
@@ -290,5 +290,5 @@ class StandardGraph(DecoderGraph):
         return g.op("MatMul", x, g.op("DequantizeLinear", *inputs, axis=0, block_size=columns // groups))
 
     def _shape(self, *dims: int) -> ir.Value:
-        """A constant shape for Reshape: 0 keeps a dimension, -1 takes what is left."""
+        """Add a constant shape for Reshape: 0 keeps a dimension, -1 takes what is left."""
         return self.graph.constant("shape." + ".".join(map(str, dims)), list(dims))

@@ -19,7 +19,7 @@ from saap.quantize.groups import QuantMatrix
 
 
 class StandardLayout:
-    """As DequantizeLinear and MatMul read a matrix: [K, N]."""
+    """The layout of DequantizeLinear and MatMul: matrices [K, N]."""
 
     norms_last = True
 

@@ -93,7 +93,7 @@ def _export_by_optimum(model_dir: Path, out: Path) -> None:
 
 
 def _split_graphs(directory: Path) -> None:
-    """Beside the scoring graph put the decode graph: the same weights, the last position's logits only."""
+    """Put the decode graph beside the scoring graph: the same weights, the last position's logits only."""
     model = ir.load(directory / SCORING_GRAPH)
     graph = model.graph
     logits = next(value for value in graph.outputs if value.name == "logits")

@@ -41,7 +41,7 @@ def text(tmp_path):
 
 @pytest.fixture(scope="module")
 def tuned_bundle(llama, tmp_path_factory):
-    """A bundle of a pruned and tuned model, for both engines."""
+    """Export a pruned and tuned model for both engines."""
     home = tmp_path_factory.mktemp("engines")
     text = home / "learn.txt"
     text.write_text(TEXT)
@@ -53,7 +53,7 @@ def tuned_bundle(llama, tmp_path_factory):
 
 @pytest.fixture
 def bundle(tuned_bundle, tmp_path, monkeypatch):
-    """A copy of that bundle, which a test may change, and a cache of its own."""
+    """Copy that bundle, which a test may change, and give it a cache of its own."""
     monkeypatch.setenv("SAAP_CACHE", str(tmp_path / "cache"))
     return shutil.copytree(tuned_bundle, tmp_path / "bundle")
 

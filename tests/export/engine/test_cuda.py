@@ -25,7 +25,7 @@ IDS = np.random.default_rng(3).integers(VOCAB, size=20)
 
 @pytest.fixture
 def bundle(tmp_path: Path) -> Callable[[str], Path]:
-    """The tiny bundle, under another target's name."""
+    """Rewrite the tiny bundle under another target's name."""
 
     def make(target: str) -> Path:
         path = tiny_bundle(tmp_path / target)

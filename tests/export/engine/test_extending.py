@@ -19,7 +19,7 @@ PAGE = (Path(__file__).resolve().parents[3] / "docs/extending.md").read_text(enc
 
 @pytest.fixture
 def plain(tmp_path, monkeypatch):
-    """The page's module can be imported, here and in children, and its row is in the table."""
+    """Make the page's module importable, here and in children, and put its row into the table."""
     module, row = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)[:2]
     (tmp_path / "packages").mkdir()
     (tmp_path / "packages/plain_engine.py").write_text(module)

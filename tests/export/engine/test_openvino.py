@@ -77,7 +77,7 @@ def test_uneven_integers_mean_the_same(uneven):
 
 
 def rounding(decoder):
-    """What logits may differ by where they are computed in other pieces: a CPU with bfloat16 takes it for integers."""
+    """Return the tolerance of logits computed in other pieces: a CPU with bfloat16 takes it for integers."""
     return 0.1 if "bfloat16" in str(decoder.compiled.get_property("INFERENCE_PRECISION_HINT")) else 1e-3
 
 

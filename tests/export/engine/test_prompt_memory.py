@@ -48,7 +48,7 @@ print(psutil.Process().memory_info().rss - before)
 
 @pytest.fixture
 def tapered(tiny_model, tmp_path) -> Path:
-    """A bundle of layers each of its own width, the first the widest."""
+    """Write a bundle of layers each of its own width, the first the widest."""
     widths = [WIDEST - 64 * n for n in range(LAYERS)]
     plan = PrunePlan(tuple(LayerPlan(tuple(range(6)), (0, 1, 2), tuple(range(width))) for width in widths))
     slim = cut(

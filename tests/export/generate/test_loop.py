@@ -24,7 +24,7 @@ TEMPLATE = (
 
 
 def metaspace_directory(path):
-    """A tokenizer whose decoder drops the first space of whatever it is given, as Llama 2's does."""
+    """Build a tokenizer whose decoder drops the first space of any text, as Llama 2's does."""
     words = ["<unk>", "</s>", *["▁Paris", "▁is", "▁big", "▁", "a", "b"], *(f"<0x{byte:02X}>" for byte in range(256))]
     tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")

@@ -37,7 +37,7 @@ def llama_model_quantize(source, out, params):
 
 @pytest.fixture
 def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """An interpreter with a ``llama_cpp`` of this source."""
+    """Make an interpreter with a ``llama_cpp`` of this source."""
     if os.name != "posix":
         pytest.skip("the stand-in interpreter is a shell script")
 

@@ -28,7 +28,7 @@ MINISTRAL = {**YARN, "original_max_position_embeddings": 256, "rope_theta": 1000
 
 
 def family(tiny_model, name, **config):
-    """A random model of another family with the tiny model's tokenizer."""
+    """Write a random model of another family with the tiny model's tokenizer."""
     import transformers
 
     path = tiny_model()
