@@ -1,4 +1,4 @@
-"""A folder of results over time: one document per run, series per device and setting, where they step, and a plot."""
+"""A folder of results over time: one document per run, series per device and setting, and where they step."""
 
 from __future__ import annotations
 
@@ -8,36 +8,27 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from bench.judge.comparison import decisive_values, metric_of
 from bench.measure.result import INVALID, Measurement, Result, ResultError, read_result, result_text, write_result
 from bench.measure.statistics import summarize
-from bench.report.plots import GRID, INK, MUTED, Array, drawing, series_colour
 from saap.base.progress import Progress
 
-if TYPE_CHECKING:
-    from markupsafe import Markup
-    from matplotlib.axes import Axes
+Array = NDArray[np.float64]
 
 LEAST_SEGMENT = 5  # runs between two change points: fewer are outliers
-_MOST_POINTS = 256  # drawn; longer histories are binned, so that a page stays small
-_UNITS = {"decode": "ms per token", "prefill": "ms per prompt"}
 
 
 @dataclass(frozen=True)
 class Point:
-    """One run of one setting: seconds (per token, or of the prompt where nothing is generated), over its processes."""
+    """One run of one setting."""
 
     created: str  # ISO 8601, UTC
     file: str
-    median_s: float
-    q1_s: float
-    q3_s: float
-    repetitions: int
-    status: str  # OK | WARN
+    median_s: float  # over its processes: per token, or of the prompt where nothing is generated
 
 
 @dataclass(frozen=True)
@@ -47,11 +38,8 @@ class Series:
     fingerprint: str
     device: str  # its name for people
     name: str
-    n_prompt: int
-    n_gen: int
-    n_depth: int
-    n_threads: int
     setting: str  # Measurement.test
+    n_threads: int
     metric: str  # decode | prefill
     points: list[Point]
 
@@ -60,17 +48,15 @@ class Series:
         return [point.median_s for point in self.points]
 
 
-Key = tuple[str, str, str, int, int, int, int, str, str]  # the fields of a series before its points
+Key = tuple[str, str, str, str, int, str]  # the fields of a series before its points
 
 
 @dataclass(frozen=True)
-class Panel:
-    """A series as the page shows it."""
+class HistoryRow:
+    """A series and the changes of its level, as the page shows them."""
 
-    title: str
     series: Series
     changes: list[str]
-    svg: Markup
 
 
 def add(folder: Path, result: Result) -> Path:
@@ -171,13 +157,12 @@ def _points(path: Path, result: Result) -> Iterator[tuple[Key, Point]]:
     for m in result.measurements:
         summary = summarize(decisive_values(m)[0]) if m.status != INVALID and m.samples else None
         if summary and result.device.get("fingerprint") is not None:
-            centre = (summary.median, summary.q1, summary.q3)
-            yield _key(result.device, m), Point(created, path.name, *centre, summary.n, m.status)
+            yield _key(result.device, m), Point(created, path.name, summary.median)
 
 
 def _key(device: Mapping[str, object], m: Measurement) -> Key:
     name = str(device.get("board") or device.get("cpu_model") or "unknown device")
-    return (str(device["fingerprint"]), name, *m.key, m.test, metric_of(m))
+    return (str(device["fingerprint"]), name, m.name, m.test, m.n_threads, metric_of(m))
 
 
 def _moment(created: str, source: str) -> datetime:
@@ -188,35 +173,6 @@ def _moment(created: str, source: str) -> datetime:
             f"{source} was created at {created!r}, which is no ISO 8601 time: run the bench again"
         ) from None
     return moment.astimezone(timezone.utc) if moment.tzinfo else moment.replace(tzinfo=timezone.utc)
-
-
-def history_plot(of: Series, changes: Sequence[int], salt: str) -> Markup:
-    """Median milliseconds of every run over time, quartiles shaded, each level's median, a line per change.
-
-    Args:
-        of: at least one point.
-        changes: indices into its points (:func:`change_points`).
-        salt: different for every plot of a page.
-    """
-
-    def draw(axes: Axes) -> None:
-        times = np.array([datetime.fromisoformat(point.created).timestamp() for point in of.points])
-        days = times / 86400
-        values = 1e3 * np.array([[p.median_s, p.q1_s, p.q3_s] for p in of.points])
-        low, high = _limits(values[:, 0])
-        _draw_runs(axes, days, np.clip(values, low, high))
-        axes.set_ylim(low, high)
-        edges = [0, *changes, len(days)]
-        for first, last in pairwise(edges):
-            level = np.median(values[first:last, 0])
-            axes.plot([days[first], days[last - 1]], [level, level], color=INK, linewidth=1.4)
-        for change in changes:
-            axes.axvline(days[change], color=MUTED, linewidth=1.2, linestyle=(0, (2, 2)))
-        _date_axis(axes, days)
-        axes.set_ylabel(_UNITS[of.metric])
-        axes.grid(axis="y", color=GRID, linewidth=0.8)
-
-    return drawing(draw, 2.6, salt)
 
 
 def changes_text(of: Series, changes: Sequence[int]) -> list[str]:
@@ -231,38 +187,5 @@ def changes_text(of: Series, changes: Sequence[int]) -> list[str]:
     return sentences
 
 
-def history_panels(histories: Sequence[Series]) -> list[Panel]:
-    panels = []
-    for index, of in enumerate(histories):
-        changes = change_points(of.median_s)
-        drawn = history_plot(of, changes, f"history{index}")
-        panels.append(Panel(f"{of.name}, {of.setting}", of, changes_text(of, changes), drawn))
-    return panels
-
-
-def _draw_runs(axes: Axes, days: Array, values: Array) -> None:
-    colour = series_colour(1)
-    if len(days) > _MOST_POINTS:
-        parts = np.array_split(np.arange(len(days)), _MOST_POINTS)
-        days = np.array([np.median(days[part]) for part in parts])
-        values = np.array([np.median(values[part], axis=0) for part in parts])
-    axes.fill_between(days, values[:, 1], values[:, 2], color=colour, alpha=0.18, linewidth=0)
-    axes.scatter(days, values[:, 0], s=10, color=colour, linewidths=0, clip_on=False)
-
-
-def _limits(medians: Array) -> tuple[float, float]:
-    """Return the limits of the y axis: single wild runs stand at its edge, so that they do not flatten the rest."""
-    low, high = np.percentile(medians, [5, 95])
-    room = max(high - low, 0.02 * high)
-    return low - room, high + room
-
-
-def _date_axis(axes: Axes, days: Array) -> None:
-    """Dates in the place of days since 1970; matplotlib's own would need mathematics, which is off for the names."""
-    from matplotlib import dates
-
-    form = "%Y-%m-%d" if np.ptp(days) > 3 else "%m-%d %H:%M"
-    axes.xaxis.set_major_locator(dates.AutoDateLocator(minticks=2, maxticks=4))
-    axes.xaxis.set_major_formatter(dates.DateFormatter(form))
-    if len(days) == 1:
-        axes.set_xlim(days[0] - 1, days[0] + 1)
+def history_rows(histories: Sequence[Series]) -> list[HistoryRow]:
+    return [HistoryRow(of, changes_text(of, change_points(of.median_s))) for of in histories]

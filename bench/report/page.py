@@ -26,16 +26,19 @@ from bench.judge.wording import (
 )
 from bench.measure.result import Result, read_result
 from bench.report.headline import Entry, beside, bought, cards_of, entries_of, pair_of
-from bench.report.kept import kept_of, kept_plot, shares_text
 from bench.report.plots import Figure, decode_rates
-from bench.report.quality import Row, sections_of, tradeoffs
+from bench.report.quality import Row, sections_of
 from bench.report.tables import detail_table, peer_notes
 from saap.base.files import parse_json, write_text
 from saap.base.quality import QUALITY
 
 if TYPE_CHECKING:
-    from bench.report.history import Panel
+    from bench.report.history import HistoryRow
 
+STRUCTURES = {
+    "query_heads": "query heads", "kv_heads": "KV groups", "ffn": "FFN width", "conv": "conv channels",
+    "delta": "delta heads",
+}  # fmt: skip
 MOST_DRAWN = 24  # measurements in a plot: more rows than one looks at, and minutes of drawing for a thousand
 
 
@@ -95,7 +98,6 @@ def _context(results: Sequence[Result], run: Mapping[str, object], qualities: Se
         "notes": [note for result in results for note in peer_notes(result)],
         "made_for": plain(run.get("device_told") or ""),
         "speeds": _speeds(entries),
-        "tradeoffs": tradeoffs(entries, sections),
         "plan": _plan(run, results),
         "qualities": sections,
         "parity": {name: as_dict(values) for name, values in as_dict(run.get("parity")).items()},
@@ -131,27 +133,33 @@ def _speeds(entries: Sequence[Entry]) -> Figure | None:
     )
 
 
-def _history(folder: Path | None) -> list[Panel]:
+def _history(folder: Path | None) -> list[HistoryRow]:
     if folder is None:
         return []
-    from bench.report.history import history_panels, series
+    from bench.report.history import history_rows, series
 
-    return history_panels(series(folder))
+    return history_rows(series(folder))
 
 
-def _plan(run: Mapping[str, object], results: Sequence[Result]) -> Row | None:
+def _plan(run: Mapping[str, object], results: Sequence[Result]) -> Row:
     plan = as_dict(run.get("plan"))
-    if not plan:
-        return None
-    kept = kept_of(plan)
     facts: Row = {key: plan[key] for key in ("asked", "planned", "achieved") if key in plan}
-    if speed := next(filter(None, (planned_speed(plan, result) for result in results)), None):
+    if plan and (speed := next(filter(None, (planned_speed(plan, result) for result in results)), None)):
         facts["speed"] = speed
-    return {
-        "facts": facts,
-        "svg": kept_plot(kept) if kept else None,
-        "label": f"What is kept: {shares_text(kept)}" if kept else None,
-    }
+    return {**facts, "kept": shares} if (shares := kept_shares(plan)) else facts
+
+
+def kept_shares(plan: Mapping[str, object]) -> str | None:
+    """Say which share of each structure is left over all layers; None without a record of the dense model's sizes."""
+    layers, dense = ([as_dict(layer) for layer in as_list(plan.get(key))] for key in ("layers", "dense_layers"))
+    if len(layers) != len(dense):
+        return None
+    shares = []
+    for key, title in STRUCTURES.items():
+        left, whole = (sum(as_float(layer.get(key)) or 0.0 for layer in side) for side in (layers, dense))
+        if whole > 0:
+            shares.append(f"{title} {percent(left / whole)}")
+    return ", ".join(shares) or None
 
 
 def _step(step: Row) -> Row:

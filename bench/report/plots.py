@@ -1,4 +1,4 @@
-"""The plots of the report as inline SVG: drawn by matplotlib, coloured by the page.
+"""The plot of the report as inline SVG: drawn by matplotlib, coloured by the page.
 
 Colours are placeholders that become CSS variables, and text stays text in the page's font, so one drawing serves the
 light and the dark page, is small, and can be read by a screen reader.
@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from bench.measure.result import INVALID, Measurement
 from bench.measure.statistics import summarize
@@ -26,13 +25,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 SERIES = 6  # colours that the page has, --s1 to --s6
-INK, MUTED, GRID, SURFACE = "#010203", "#010204", "#010205", "#010206"
-_COLOURS = {INK: "--ink", MUTED: "--muted", GRID: "--line", SURFACE: "--surface"} | {
+INK, MUTED, GRID = "#010203", "#010204", "#010205"
+_COLOURS = {INK: "--ink", MUTED: "--muted", GRID: "--line"} | {
     f"#0a0b{index:02x}": f"--s{index}" for index in range(1, SERIES + 1)
 }
 _WIDTH = 4.4  # inches at 100 px: narrow, so that letters stay legible on a phone
-
-Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -78,7 +75,7 @@ def decode_rates(measurements: Sequence[Measurement], ceilings: Sequence[float |
         axes.spines["left"].set_visible(False)
         axes.grid(axis="x", color=GRID, linewidth=0.8)
 
-    return drawing(draw, 0.75 * len(names) + 0.7, "decode")
+    return drawing(draw, 0.75 * len(names) + 0.7)
 
 
 def label(name: str, most: int = 34) -> str:
@@ -87,18 +84,8 @@ def label(name: str, most: int = 34) -> str:
     return text if len(text) <= most else f"{text[: most // 2 - 1]}…{text[-(most // 2) :]}"
 
 
-def drawing(
-    draw: Callable[[Axes], None],
-    height: float,
-    salt: str,
-    width: float = _WIDTH,
-) -> Markup:
-    """Return a drawing as SVG in the page's colours, with every name escaped by matplotlib.
-
-    Args:
-        height: inches, as ``width``.
-        salt: keeps ids the same in every run, and different between the plots of a page.
-    """
+def drawing(draw: Callable[[Axes], None], height: float) -> Markup:
+    """Return a drawing of so many inches as SVG in the page's colours, with every name escaped by matplotlib."""
     # matplotlib keeps a list of fonts: in our cache, not in one of its own.
     os.environ.setdefault("MPLCONFIGDIR", str(cache_directory() / "matplotlib"))
     import matplotlib as mpl
@@ -106,7 +93,7 @@ def drawing(
     from matplotlib.figure import Figure as Canvas
 
     style = mpl.rc_context({
-        "svg.fonttype": "none", "svg.hashsalt": salt, "text.parse_math": False,  # a $ in a model's name is a $
+        "svg.fonttype": "none", "svg.hashsalt": "saap", "text.parse_math": False,  # a $ in a model's name is a $
         "font.size": 10, "axes.edgecolor": MUTED, "axes.labelcolor": MUTED, "xtick.color": MUTED,
         "ytick.color": MUTED, "xtick.labelcolor": INK, "ytick.labelcolor": INK, "axes.spines.top": False,
         "axes.spines.right": False, "axes.axisbelow": True,
@@ -114,7 +101,7 @@ def drawing(
     with style, warnings.catch_warnings():
         # Letters that matplotlib's own font lacks are drawn by the page's.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
-        figure = Canvas(figsize=(width, height), layout="constrained")
+        figure = Canvas(figsize=(_WIDTH, height), layout="constrained")
         draw(figure.subplots())
         text = io.StringIO()
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})

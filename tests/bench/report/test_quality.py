@@ -1,4 +1,4 @@
-"""Quality on the page: tables per protocol, tasks, and quality against its price."""
+"""Quality on the page: tables per protocol, and tasks."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import json
 
 from support.report_page import document, measurement, result, row, task
 
-from bench.measure.result import Bursts, Load, write_result
+from bench.measure.result import write_result
 from bench.report import report
 from bench.report.headline import cards_of, entries_of, pair_of
-from bench.report.quality import Point, pareto_front, sections_of, task_table, tradeoffs
+from bench.report.quality import sections_of, task_table
 
 
 def test_documents_of_one_protocol_share_a_table_and_others_never():
@@ -29,63 +29,6 @@ def test_accuracy_is_normalised_where_a_task_has_it():
     assert table.rows[1][2:] == ["–", "–"]  # noqa: RUF001
 
 
-def test_the_front_is_what_nothing_beats():
-    points = [
-        Point("cheap", 1, 30),
-        Point("good", 3, 10),
-        Point("beaten", 3, 20),
-        Point("dear", 4, 10),
-        Point("mid", 2, 15),
-    ]
-    assert [p.name for p in pareto_front(points, less=True)] == ["cheap", "mid", "good"]
-    assert [p.name for p in pareto_front(points, less=False)] == ["cheap"]
-
-
-def test_a_price_needs_two_models_with_a_quality():
-    entries = entries_of([result(measurement("dense", 10.0), measurement("slim", 8.0))])
-    plots = tradeoffs(entries, sections_of([], {}, [document([row("out/dense", 20.0), row("out/slim", 25.0)])]))
-    assert [plot.title for plot in plots] == ["Quality against speed"]
-    assert "dense 10.00 and 20" in plots[0].label and "best trade-offs: dense, slim" in plots[0].label
-    assert "ms per generated token" in plots[0].svg
-    assert tradeoffs(entries, sections_of([], {}, [document([row("dense", 20.0)])])) == []
-
-
-def test_another_runtime_is_a_point_and_not_the_headline():
-    peer = measurement("dense-Q4_0 (llama.cpp)", 9.0, spec="llama.cpp:out/dense-Q4_0.gguf", kind="llama.cpp")
-    entries = entries_of([result(measurement("dense", 10.0), measurement("slim", 8.0), peer)])
-    rows = [row("dense", 20.0), row("slim", 25.0), row("dense-Q4_0 (llama.cpp)", 21.0)]
-    plots = tradeoffs(entries, sections_of([], {}, [document(rows)]))
-    assert "dense-Q4_0 (llama.cpp) 9.00 and 21" in plots[0].label
-    assert [entry.name for entry in pair_of(entries)] == ["dense", "slim"]
-
-
-def test_an_invalid_speed_has_no_place_in_a_trade_off():
-    entries = entries_of(
-        [result(measurement("dense", 10.0), measurement("slim", 8.0, status="INVALID", reasons=["x"]))]
-    )
-    assert tradeoffs(entries, sections_of([], {}, [document([row("dense", 20.0), row("slim", 25.0)])])) == []
-
-
-def test_turns_tell_a_speed_where_the_clock_moves():
-    moved = {"status": "INVALID", "reasons": ["the clock moved"]}
-    told = [measurement(name, 10.0, **moved) for name in ("dense", "slim", "other")]
-    loads = [Load([0, 1], [[0.1], [0.1]], [[0.010 * clock], [0.008 * clock]]) for clock in (1.0, 1.3)]
-    loads += [Load([1, 0], [[0.1], [0.1]], [[0.010 * clock], [0.008 * clock]]) for clock in (1.1, 0.9)]
-    entries = entries_of([result(*told, bursts=[Bursts(["dense", "slim"], 128, 16, 0, 1, loads)])])
-    rows = [row("dense", 20.0), row("slim", 25.0), row("other", 24.0)]
-    (plot,) = tradeoffs(entries, sections_of([], {}, [document(rows)]))
-    assert plot.title == "Quality against speed" and "The clock moved" in plot.text
-    assert "against time per generated token, dense = 1: dense 1.00 and 20.000; slim 0.80 and 25.000;" in plot.label
-
-
-def test_tasks_stand_in_where_there_is_no_perplexity():
-    rows = [{"name": "dense"}, {"name": "slim"}]
-    tasks = [task("dense", "piqa", 0.6, 0.7), task("slim", "piqa", 0.6, 0.65)]
-    entries = entries_of([result(measurement("dense", 10.0), measurement("slim", 8.0))])
-    plots = tradeoffs(entries, sections_of([], {}, [document(rows, None, tasks)]))
-    assert plots[0].label.startswith("mean accuracy, %") and "Higher is better" in plots[0].text
-
-
 def test_the_page_takes_files_of_bench_and_of_eval(tmp_path):
     write_result(tmp_path / "bench.json", result(measurement("dense", 10.0), measurement("slim", 8.0)))
     hostile = "<img src=x onerror=alert(1)>"
@@ -94,7 +37,7 @@ def test_the_page_takes_files_of_bench_and_of_eval(tmp_path):
     )
     (tmp_path / "quality.json").write_text(json.dumps(made))
     page = report([tmp_path / "bench.json", tmp_path / "quality.json"], tmp_path / "page.html").read_text()
-    assert "Quality against speed" in page and "70.0 % ± 2.0" in page
+    assert "70.0 % ± 2.0" in page
     assert hostile not in page and html.escape(hostile) in page
 
 
@@ -123,15 +66,6 @@ def test_the_headline_is_of_the_models_that_were_timed():
     assert (alone.value, alone.ratio) == ("25.0", None)
 
 
-def test_models_whose_folders_share_a_name_are_kept_apart():
-    bench = measured("dense", "a/bundle", "b/bundle")
-    section = sections_of([], {}, [document([row("a/bundle", 20.0), row("b/bundle", 25.0), row("dense", 15.0)])])
-    told = tradeoffs(entries_of([bench]), section)[0].label
-    assert "dense 10.00 and 15.000" in told and "bundle 9.00 and 20.000" in told and "bundle #2 8.00 and 25.000" in told
-    elsewhere = sections_of([], {}, [document([row("c/bundle", 20.0), row("d/bundle", 25.0), row("x/dense", 15.0)])])
-    assert tradeoffs(entries_of([bench]), elsewhere) == []  # which bundle is which is not known
-
-
 def test_a_document_of_tasks_alone_takes_no_headline(tmp_path):
     write_result(tmp_path / "bench.json", measured("dense", "slim"))
     tasks = {**document([row("dense", None)], protocol=None), "tasks": [task("dense", "piqa", 0.7)]}
@@ -156,21 +90,16 @@ def test_tasks_on_other_examples_have_a_table_of_their_own():
     assert [[cells[0] for cells in rows] for rows in tables] == [["dense", "also"], ["slim"], ["few"]]
 
 
-def test_what_is_called_alike_and_differs_is_numbered():
-    (section,) = sections_of(
-        [],
-        {},
-        [
-            document([row("m", 20.0)], tasks=[task("m", "piqa", 0.7)]),
-            document([row("m", 20.0)], tasks=[task("m", "piqa", 0.7)]),
-            document([row("m", 21.0)], tasks=[task("m", "piqa", 0.3)]),
-            document([row("m", 22.0)], tasks=[task("m", "boolq", 0.3)]),
-        ],
-    )
-    assert [(r["name"], r["perplexity"]) for r in section.rows] == [("m", 20.0), ("m #2", 21.0), ("m #3", 22.0)]
-    assert [(r["model"], r["task"], r["acc"]) for r in section.tasks] == [
-        ("m", "piqa", 0.7), ("m #2", "piqa", 0.3), ("m #3", "boolq", 0.3),
-    ]  # fmt: skip
+def test_other_results_of_the_same_name_have_a_table_of_their_own():
+    documents = [
+        document([row("m", 20.0)], tasks=[task("m", "piqa", 0.7)]),
+        document([row("m", 20.0)], tasks=[task("m", "piqa", 0.7), task("m", "boolq", 0.3)]),
+        document([row("m", 21.0)], tasks=[task("m", "piqa", 0.3)]),
+        document([row("m", 20.0)], tasks=[task("m", "piqa", 0.3)]),
+    ]
+    sections = sections_of([], {}, documents)
+    assert [[r["perplexity"] for r in section.rows] for section in sections] == [[20.0], [21.0], [20.0]]
+    assert [[r["acc"] for r in section.tasks] for section in sections] == [[0.7, 0.3], [0.3], [0.3]]
 
 
 def test_a_task_whose_name_is_no_text_has_its_table():
