@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from devices.probe.cpu import CPU
-from devices.probe.throttling import coolers, firmware_bits, over_current, throttle_count, zones
+from devices.probe.throttling import cooling_states, firmware_bits, over_current, throttle_count, zones
 from saap.base.tree import number, text
 
 FIXED_GOVERNORS = ("performance", "userspace")
@@ -56,7 +56,7 @@ def board_state(cpus: Sequence[int], root: Path = Path("/")) -> BoardState:
         temperature_c=temperature(root),
         firmware_bits=firmware_bits(root),
         throttle_count=throttle_count(root, cpus),
-        cooling_state=max((cooler.state for cooler in coolers(root)), default=None),
+        cooling_state=max(cooling_states(root), default=None),
         over_current=tuple(events.get(f"OC{n}") for n in (1, 2, 3)),
         mixed_cores=min(capacities) < MIXED_BELOW * max(capacities) if capacities else None,
         smt_siblings=None if None in siblings else sum(siblings.count(core) > 1 for core in siblings),
@@ -65,8 +65,7 @@ def board_state(cpus: Sequence[int], root: Path = Path("/")) -> BoardState:
 
 def temperature(root: Path = Path("/")) -> float | None:
     """Degrees Celsius of the hottest thermal zone at the cores (not of a power chip, which may be a dummy of 100)."""
-    near = [zone.celsius for zone in zones(root) if _NEAR_THE_CORES.search(zone.kind)]
-    return max((celsius for celsius in near if celsius is not None), default=None)
+    return max((celsius for kind, celsius in zones(root) if _NEAR_THE_CORES.search(kind)), default=None)
 
 
 def _clock_share(cpu: Path) -> float | None:

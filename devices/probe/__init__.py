@@ -1,4 +1,4 @@
-"""The probe of a device: board, CPU, caches, memory, clocks and versions (``probe()``), and its state of the moment."""
+"""The probe of a device: board, CPU, caches, memory, clocks and versions (``probe()``)."""
 
 from __future__ import annotations
 

@@ -21,7 +21,6 @@ import psutil
 from devices.probe import cpu as probe_cpu
 from devices.probe import jetson
 from devices.probe.jetson import Run
-from devices.probe.state import State, probe_state
 from saap.base.cgroup import memory_limit
 from saap.base.tree import field, first_text, strings, text, why_unreadable
 
@@ -133,18 +132,6 @@ def probe(root: Path = Path("/"), run: Run | None = None) -> HostFacts:
     facts["unknown"] = _unknown(root, facts)
     facts["fingerprint"] = fingerprint(facts)
     return facts
-
-
-class AllFacts(HostFacts):
-    """And what holds only now."""
-
-    state: State
-
-
-def probe_all(root: Path = Path("/"), run: Run | None = None) -> AllFacts:
-    """:func:`probe`, and under ``state`` what holds only now (:func:`devices.probe.state.probe_state`)."""
-    run = run or (run_here if _is_host(root) else nobody)
-    return {**probe(root, run), "state": probe_state(root, run)}
 
 
 def fingerprint(facts: Mapping[str, object]) -> str:

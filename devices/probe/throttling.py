@@ -1,4 +1,4 @@
-"""Signs of heat and throttling, read below ``root``: what a probe tells and a measurement is judged by.
+"""Signs of heat and throttling, read below ``root``, by which a measurement is judged.
 
 What this host has no sign of is None or empty. Nothing here raises.
 """
@@ -6,8 +6,7 @@ What this host has no sign of is None or empty. Nothing here raises.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from devices.probe.cpu import CPU
@@ -24,44 +23,22 @@ _OVER_CURRENT = (
 )
 
 
-@dataclass(frozen=True)
-class Zone:
-    """A thermal zone; ``celsius`` is None while it is gated: it cannot be read, or tells something impossible."""
-
-    name: str  # of its directory
-    kind: str
-    celsius: float | None
-
-
-@dataclass(frozen=True)
-class Cooler:
-    """A device that cools by slowing a processor; state 0 is off."""
-
-    kind: str
-    state: int
-    max_state: int | None
-
-
-def zones(root: Path) -> list[Zone]:
-    sensors = []
+def zones(root: Path) -> Iterator[tuple[str, float]]:
+    """Yield kind and degrees Celsius of each thermal zone; a gated one gives an error or an absurd number."""
     for zone in glob(root / _THERMAL, "thermal_zone[0-9]*"):
         millidegrees = number(zone / "temp")
-        if millidegrees is not None and not -40_000 < millidegrees < 150_000:
-            millidegrees = None  # what a sensor without power tells
-        celsius = None if millidegrees is None else millidegrees / 1000
-        sensors.append(Zone(zone.name, text(zone / "type") or zone.name, celsius))
-    return sensors
+        if millidegrees is not None and -40_000 < millidegrees < 150_000:
+            yield text(zone / "type") or zone.name, millidegrees / 1000
 
 
-def coolers(root: Path) -> list[Cooler]:
-    """Devices that cool by slowing, at work or not."""
-    devices = []
+def cooling_states(root: Path) -> list[int]:
+    """Return the states of the devices that cool by slowing a processor; 0 is off."""
+    states = []
     for device in glob(root / _THERMAL, "cooling_device[0-9]*"):
         kind, state = text(device / "type") or "", number(device / "cur_state")
         if _SLOWING.search(kind) and state is not None:
-            # powerclamp tells -1 while it is off
-            devices.append(Cooler(kind, max(0, state), number(device / "max_state")))
-    return devices
+            states.append(max(0, state))  # powerclamp tells -1 while it is off
+    return states
 
 
 def firmware_bits(root: Path) -> int | None:
@@ -73,12 +50,11 @@ def firmware_bits(root: Path) -> int | None:
     return None
 
 
-def throttle_count(root: Path, cpus: Sequence[int] | None = None) -> int | None:
-    """x86: thermal throttling since boot, of these CPUs together; None are all."""
-    places = glob(root / CPU, "cpu[0-9]*") if cpus is None else [root / CPU / f"cpu{cpu}" for cpu in cpus]
+def throttle_count(root: Path, cpus: Sequence[int]) -> int | None:
+    """x86: thermal throttling since boot, of these CPUs together."""
     counts = [
-        number(place / "thermal_throttle" / f"{part}_throttle_count")
-        for place in places
+        number(root / CPU / f"cpu{cpu}/thermal_throttle/{part}_throttle_count")
+        for cpu in cpus
         for part in ("core", "package")
     ]
     known = [count for count in counts if count is not None]

@@ -195,7 +195,6 @@ def _lines(place: Path) -> Iterator[Target]:
     """Output of programs on a board."""
     from bench.power.commands import pmic_watts
     from devices.probe.jetson import power_mode, power_modes
-    from devices.probe.state import throttling
     from devices.probe.tegrastats import parse_tegrastats
     from studies.fuzz import seeds
 
@@ -214,12 +213,6 @@ def _lines(place: Path) -> Iterator[Target]:
         "nvpmodel",
         lambda data: power_mode(nowhere, lambda command: text(data)),
         (b"NV Power Mode: 25W\n1\n",),
-        kind="bytes",
-    )
-    yield Target(
-        "vcgencmd get_throttled",
-        lambda data: throttling(nowhere, lambda command: text(data)),
-        (b"throttled=0x50005\n",),
         kind="bytes",
     )
     yield Target(

@@ -151,7 +151,6 @@ def rk3588() -> dict[str, str]:
         **zones({"soc-thermal": 38846, "bigcore0-thermal": 38846, "littlecore-thermal": 37923}),
         "sys/class/thermal/cooling_device0/type": "cpufreq-cpu6\n",
         "sys/class/thermal/cooling_device0/cur_state": "1\n",
-        "sys/class/thermal/cooling_device0/max_state": "7\n",
         "sys/class/thermal/cooling_device1/type": "pwm-fan\n",
         "sys/class/thermal/cooling_device1/cur_state": "3\n",
     }  # fmt: skip
@@ -233,7 +232,6 @@ def nano() -> dict[str, str]:
         **jetson("32.7.1", ["MAXN", "5W"], None),
         **policy([0, 1, 2, 3], "schedutil", 102000, 1479000, 1224000),
         **zones({"PLL-therm": 37000, "CPU-therm": 40000, "PMIC-Die": 50000}),
-        **{f"sys/block/zram{n}/mm_stat": "4096000 1024000 1200000 0 1200000 0 0 0\n" for n in range(2)},
     }  # fmt: skip
 
 

@@ -14,8 +14,7 @@ from saap.cli.types import Sections
 
 if TYPE_CHECKING:
     from devices.probe.cpu import Cluster
-    from devices.probe.host import AllFacts
-    from devices.probe.state import State
+    from devices.probe.host import HostFacts
 
 UNKNOWN = "unknown"
 NO_PROFILE = f"{UNKNOWN}: no profile names this board"
@@ -40,10 +39,10 @@ def probe(as_json: bool, bandwidth: bool) -> None:
     Example:
       saap devices probe
     """
-    from devices.probe.host import probe_all
+    from devices.probe.host import probe as probe_host
     from devices.profiles.profile import load_profiles, profile_of
 
-    facts = probe_all()
+    facts = probe_host()
     profile = profile_of(facts["compatible"], load_profiles())
     speeds = read_bandwidth(facts["last_level_cache_bytes"]) if bandwidth else []
     if as_json:
@@ -52,7 +51,6 @@ def probe(as_json: bool, bandwidth: bool) -> None:
     print_table("this host", ["fact", "value"], [*_host_rows(facts), ["profile", profile or NO_PROFILE]])
     headings = ["CPUs", "core", "capacity", "governor", "clock MHz", "from", "to", "hardware"]
     print_table("clusters", headings, [*map(_cluster, facts["clusters"] or [])])
-    print_table("now", ["fact", "value"], list(_state_rows(facts["state"])))
     if bandwidth:
         print_table("reading memory", ["threads", "GB/s"], [[str(speed["threads"]), _rate(speed)] for speed in speeds])
 
@@ -91,8 +89,8 @@ def _rate(speed: Speed) -> str:
     return f"{best / 1e9:.1f}" if best else speed["unknown"]["samples"]
 
 
-def _host_rows(facts: AllFacts) -> Iterable[list[str]]:
-    nested = {"state", "clusters", "frequencies", "unknown"}
+def _host_rows(facts: HostFacts) -> Iterable[list[str]]:
+    nested = {"clusters", "frequencies", "unknown"}
     for key, value in facts.items():
         if key not in nested:
             yield [key, _plain(value, facts["unknown"].get(key, ""))]
@@ -107,13 +105,6 @@ def _cluster(cluster: Cluster) -> list[str]:
         cluster["governor"] or UNKNOWN,
         *("-" if clock is None else f"{clock / 1e6:.0f}" for clock in clocks),
     ]
-
-
-def _state_rows(state: State) -> Iterable[list[str]]:
-    heat = {name: None if value is None else f"{value:.1f} C" for name, value in (state["temperatures"] or {}).items()}
-    flat = {"temperatures": heat or None, **state["throttling"], **state["memory"]}
-    for key, value in flat.items():
-        yield [key, _plain(value, state["unknown"].get(key, UNKNOWN))]
 
 
 def _plain(value: object, why: str) -> str:

@@ -11,8 +11,6 @@ from support.fake_trees import CPU, capacities, plant, zones
 
 from bench.measure.cores import IDLE_PROBES, CoolDown, board_state, drift, level, probe_clock, temperature
 from bench.measure.host_state import counters, snapshot
-from devices.probe.host import nobody
-from devices.probe.state import throttling
 from saap.base.cores import allowed_cores, choose_cores, physical_cores
 
 PAIRS, SIX = ["0-1", "0-1", "2-3", "2-3"], [str(cpu) for cpu in range(6)]
@@ -135,11 +133,9 @@ def test_x86_with_boost_and_throttling(tmp_path: Path) -> None:
         ("gpu-throttle-alert", True),  # a run with CUDA is slowed by it
     ],
 )
-def test_the_bench_and_the_probe_take_the_same_devices_for_throttling(tmp_path: Path, kind: str, slows: bool) -> None:
+def test_devices_that_throttle(tmp_path: Path, kind: str, slows: bool) -> None:
     plant(tmp_path, cooling(0, kind, 2))
     assert board_state([0], tmp_path).cooling_state == (2 if slows else None)
-    told = [{"type": kind, "state": 2, "max_state": None}]
-    assert throttling(tmp_path, nobody)["cooling"] == (told if slows else None)
     clamp = plant(tmp_path / "clamp", cooling(0, "intel_powerclamp", -1))  # which is off
     assert board_state([0], clamp).cooling_state == 0
 

@@ -9,7 +9,7 @@ from support import fake_trees
 from support.fake_trees import A76_ON, CPU, arm_cpu, plant
 
 from bench.judge.comparison import device_differs
-from devices.probe.host import fingerprint, probe, probe_all, run_here
+from devices.probe.host import fingerprint, probe, run_here
 from devices.profiles.profile import load_profiles, profile_of
 from saap.base.tree import parse_cpu_list
 
@@ -79,9 +79,6 @@ def test_every_fact_that_is_none_has_a_reason(tmp_path: Path) -> None:
     for root in (tmp_path / "empty", tree("x86_vm", tmp_path), tree("thor", tmp_path)):
         facts = probe(root)
         assert {name for name, value in facts.items() if value is None} == set(facts["unknown"])
-        state = probe_all(root)["state"]
-        flat = {"temperatures": state["temperatures"], **state["throttling"], **state["memory"]}
-        assert {name for name, value in flat.items() if value is None} == set(state["unknown"])
 
 
 def test_raspberry_pi_5(raspberry_pi_5: Path) -> None:
@@ -108,8 +105,6 @@ def test_x86_virtual_machine_in_a_cgroup(x86_vm: Path) -> None:
     assert facts["memory_bytes"] == 1 << 30
     assert facts["governor"] is None and facts["frequencies"] is None and facts["kernel"] is None
     assert [c["core"] for c in facts["clusters"]] == ["Intel(R) Xeon(R) Processor @ 2.60GHz"]
-    memory = probe_all(x86_vm)["state"]["memory"]
-    assert memory["cgroup_limit"] == 1 << 30 and memory["swap_total"] is None
 
 
 def test_cgroup_version_1_limit(x86_vm: Path) -> None:
@@ -171,30 +166,6 @@ def test_numa_nodes(x86_vm: Path) -> None:
     assert probe(x86_vm)["numa"] == [{"cpus": "0-1", "memory_bytes": 16384000000}]
 
 
-def test_state(tmp_path: Path) -> None:
-    pi, rock, orin, nano = (
-        probe_all(tree(n, tmp_path))["state"] for n in ("raspberry_pi_4", "rk3588", "orin_nano", "nano")
-    )
-    assert pi["throttling"]["raspberry_pi"] == {
-        "bits": "0x50005",
-        "now": ["under-voltage", "throttled"],
-        "since_boot": ["under-voltage", "throttled"],
-    }
-    assert pi["temperatures"] == {"cpu-thermal": 48.686}
-    assert pi["memory"]["total"] == 3884304 * 1024 and pi["memory"]["swap_total"] == 0
-    assert rock["throttling"]["cooling"] == [{"type": "cpufreq-cpu6", "state": 1, "max_state": 7}]  # not the fan
-    assert rock["throttling"]["capped"] == [{"cpus": "6 7", "max_hz": 2_256_000_000, "hardware_max_hz": 2_400_000_000}]
-    assert orin["throttling"]["over_current"] == {"OC1": 0, "OC3": 4}
-    assert orin["temperatures"]["cv0-thermal"] is None and orin["temperatures"]["tj-thermal"] == 49.156
-    assert nano["memory"]["zram"] == {"stored": 8192000, "compressed": 2048000}
-
-
-def test_a_raspberry_pi_without_the_file_is_asked(raspberry_pi_5: Path) -> None:
-    (raspberry_pi_5 / "sys/devices/platform/soc/soc:firmware/get_throttled").unlink()
-    state = probe_all(raspberry_pi_5, lambda command: "throttled=0x8\n" if "get_throttled" in command else None)
-    assert state["state"]["throttling"]["raspberry_pi"]["now"] == ["soft temperature limit"]
-
-
 def test_empty_tree_is_unknown_not_zero(tmp_path: Path) -> None:
     facts = probe(tmp_path)
     unknown = {name for name, value in facts.items() if value is None}
@@ -208,24 +179,22 @@ def test_what_may_not_be_read_is_unknown_and_says_so(tmp_path: Path, monkeypatch
     read = Path.read_bytes
 
     def guarded(path: Path) -> bytes:
-        if path.name in ("status", "nvpmodel.conf", "model", "temp", "oc1_event_cnt", "scaling_governor"):
+        if path.name in ("status", "nvpmodel.conf", "model", "scaling_governor"):
             raise PermissionError(13, "Permission denied", str(path))
         return read(path)
 
     monkeypatch.setattr(Path, "read_bytes", guarded)
-    facts = probe_all(root)
+    facts = probe(root)
     assert facts["power_mode"] is None
     assert "var/lib/nvpmodel/status cannot be read (Permission denied)" in facts["unknown"]["power_mode"]
     assert facts["board"] is None and "model cannot be read" in facts["unknown"]["board"]
-    assert facts["state"]["throttling"]["over_current"] == {"OC3": 4}
-    assert set(facts["state"]["temperatures"].values()) == {None}
 
 
 @pytest.mark.parametrize("garbage", ["", "\0\0", "x" * 5000, "-1\n", "0x", "processor\nprocessor\t: x\n", "9" * 5000])
 def test_garbage_never_raises(tmp_path: Path, garbage: str) -> None:
     for name in ("orin_nano", "x86_vm"):
         files = {path: garbage for path in getattr(fake_trees, name)() if "cgroup" not in path}
-        json.dumps(probe_all(plant(tmp_path / name, files)))
+        json.dumps(probe(plant(tmp_path / name, files)))
 
 
 def test_fingerprint_survives_a_reboot_and_sees_a_governor(raspberry_pi_5: Path) -> None:
