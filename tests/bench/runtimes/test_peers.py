@@ -204,6 +204,7 @@ def test_llama_cpp_steps_as_it_prefills(tmp_path: Path, llama_cpp_python: str) -
 import json, itertools, numpy as np
 from pathlib import Path
 from export.engine.llama_cpp import LlamaCppEngine
+from export.engine.protocol import EngineOptions
 from bench.measure.worker import timed_pass
 clock = map(float, itertools.count()).__next__
 decoder = LlamaCppEngine(Path({str(path)!r}), EngineOptions(1, 40))
@@ -230,6 +231,7 @@ def test_logits_of_llama_cpp_are_those_of_its_steps(tmp_path: Path, llama_cpp_py
 import json, numpy as np
 from pathlib import Path
 from export.engine.llama_cpp import LlamaCppEngine
+from export.engine.protocol import EngineOptions
 decoder = LlamaCppEngine(Path({str(path)!r}), EngineOptions(1, 8))
 told = []
 for row in {rows.tolist()!r}:
