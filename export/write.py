@@ -213,8 +213,6 @@ def sample_rows(directory: Path, text: str | None, rows: int, least: int | None 
     Raises UserError: no such text, or one that the tokenizer does not know.
     """
     documents = load_documents(text, split="calibration")
-    if documents is None:
-        raise UserError("an export does not let the model write its text: give --text FILE, or leave --text out")
     length = min(PARITY_TOKENS, positions_of(read_config(directory)))
     tokenizer = tokenizer_for(directory, documents.texts, documents.source)
     try:

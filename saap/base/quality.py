@@ -24,7 +24,7 @@ class Protocol:
     bos: bool  # whether each window begins with the beginning-of-sequence token
     join: str  # how lines were joined (:mod:`saap.text.windows`)
     predictions: int  # that enter the means
-    self_written: bool = False  # whether the model wrote the text
+    self_written: bool = False  # whether the model wrote the text, as one could before
 
 
 @dataclass(frozen=True)

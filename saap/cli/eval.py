@@ -24,7 +24,7 @@ class EvalCommand:
 
     text: Annotated[
         str | None,
-        Option("A text, .jsonl or .gz file, a data set id, or self; default: SAAP_DATA, else saap's sample.", _TEXT),
+        Option("A text, .jsonl or .gz file, or a data set id; default: SAAP_DATA, else saap's sample.", _TEXT),
     ] = None
     reference: Annotated[
         Path | None, Option("The dense model directory that KL and top-1 are against.", _TEXT, metavar="MODEL")

@@ -44,7 +44,7 @@ class PruneCommand:
     calibration: Annotated[
         str | None,
         Option(
-            "For scoring: a text, .jsonl or .gz file, a data set id, or self; default: SAAP_DATA, else saap's samples.",
+            "For scoring: a text, .jsonl or .gz file, or a data set id; default: SAAP_DATA, else saap's samples.",
             section="How it is chosen",
         ),
     ] = None

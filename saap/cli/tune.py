@@ -14,7 +14,6 @@ from saap.base.options import Option, refuse_unused
 from saap.cli.console import LOADING, Console, print_table
 from saap.cli.options import OptionsCommand, options_of
 from saap.cli.types import directory, force
-from saap.text.documents import SELF
 from saap.tune.options import FEWEST_JUDGED, TuneOptions
 
 if TYPE_CHECKING:
@@ -32,7 +31,7 @@ class TuneCommand:
         str | None, Option("The dense model, a directory or a name: its KL joins the loss.", _TEXT, metavar="MODEL")
     ] = None
     data: Annotated[
-        str | None, Option("A text, .jsonl or .gz file, a data set id, or self; default: as saap prune.", _TEXT)
+        str | None, Option("A text, .jsonl or .gz file, or a data set id; default: as saap prune.", _TEXT)
     ] = None
 
     def check(self) -> None:
@@ -41,8 +40,6 @@ class TuneCommand:
         options.check()
         if options.minutes is not None:
             refuse_unused(self, ("tokens",), "a run without --minutes")
-            if self.data == SELF:
-                raise UserError("--minutes cannot tell how long the model writes its text: give --tokens")
         if self.teacher is None:
             refuse_unused(self, ("teacher_weight",), "--teacher", "name one")
         if options.max_bytes is not None:

@@ -28,7 +28,7 @@ from saap.models.streaming import whole_needs
 from saap.system.device_names import device_of
 from saap.system.gpu import CPU, out_of_memory
 from saap.system.precision import fast_float32
-from saap.text.documents import SELF, documents_of
+from saap.text.documents import documents_of
 from saap.text.encoding import check_ids, head_words_of, long_spelling, writing_tokenizer
 from saap.text.overlap import refuse_trained_on
 from saap.text.windows import Windows, evaluation_windows, tokenizer_hash
@@ -53,10 +53,8 @@ def evaluate(
     Args:
         models: directories, names, or what else can be evaluated.
         reference: the dense model that KL and top-1 are against.
-        text: a text, .jsonl or .gz file, or a data set id; None is SAAP_DATA, else the sample that ships, and
-            ``self`` text that the dense model writes. With tasks or answers there is a perplexity only where a text is
-            given.
-            Windows that are cut already are not checked.
+        text: a text, .jsonl or .gz file, or a data set id; None is SAAP_DATA, else the sample that ships. With tasks or
+            answers there is a perplexity only where a text is given. Windows that are cut already are not checked.
         keep: called with what is known so far, after the text and after each model's tasks.
 
     Raises:
@@ -107,15 +105,9 @@ def windows_for(
     Raises:
         UserError: no text, one that a model was calibrated or tuned on, or one that a model cannot read.
     """
-    base = next((subject for subject in subjects if subject.writes), subjects[0])  # the reference comes first
-    source = None if text is None else str(text)
-    if source == SELF and not base.writes:
-        raise UserError("a bundle writes no text for itself: give --text FILE, or --reference MODEL to write some")
-    windows, documents = evaluation_windows(base.path, source, options.cut, progress)
-    if documents is not None:
-        for subject in subjects:
-            refuse_trained_on(subject.name, subject.lineage(), documents)
+    windows, documents = evaluation_windows(subjects[0].path, None if text is None else str(text), options.cut)
     for subject in subjects:
+        refuse_trained_on(subject.name, subject.lineage(), documents)
         if tokenizer_hash(writing_tokenizer(subject.path)) != windows.protocol.tokenizer_sha256:
             raise UserError(
                 f"{subject.name} cuts a text into other tokens than the first model, so their perplexities do not "
@@ -155,10 +147,11 @@ def _on_text(
         )  # fmt: skip
     rows = []
     for row, scores in zip(quality.rows, scores_of, strict=True):
-        row = replace(row, kl=scores.kl, top1=scores.top1)
-        if not windows.protocol.self_written:  # a model's own text says nothing about how well it models language
-            row = replace(row, nll=scores.nll, perplexity=scores.perplexity, window_nll=scores.window_nll)
-        if scores.nll is not None and windows.predicted_bytes:
+        row = replace(
+            row, kl=scores.kl, top1=scores.top1, nll=scores.nll, perplexity=scores.perplexity,
+            window_nll=scores.window_nll,
+        )  # fmt: skip
+        if windows.predicted_bytes:
             bits = scores.nll * windows.protocol.predictions / math.log(2)
             row = replace(row, bits_per_byte=bits / windows.predicted_bytes)
         rows.append(row)

@@ -29,15 +29,15 @@ class TextScores:
     """Numbers of one model; those against the dense model are None where there is none to compare with."""
 
     name: str
-    nll: float | None  # nats per token; None on text that a model wrote itself
+    nll: float  # nats per token
     kl: float | None  # mean KL(dense || model) in nats per token
     top1: float | None  # share of positions whose most likely token is the dense model's
     window_nll: tuple[float, ...]  # summed over the predictions of each window: what a paired comparison needs
 
     @property
     def perplexity(self) -> float | None:
-        """exp(nll); None also where no float holds it."""
-        return None if self.nll is None or self.nll > MOST_NATS else math.exp(self.nll)
+        """exp(nll); None where no float holds it."""
+        return None if self.nll > MOST_NATS else math.exp(self.nll)
 
 
 def torch_scorer(model: PreTrainedModel) -> Score:

@@ -48,10 +48,6 @@ class Subject(Protocol):
         """A directory with the tokenizer."""
 
     @property
-    def writes(self) -> bool:
-        """Whether it can write a text of its own."""
-
-    @property
     def engine(self) -> str:
         """The engine that runs it."""
 
@@ -83,7 +79,6 @@ class Directory:
 
     name: str
     path: Path
-    writes: bool = True
     engine: str = "torch"
 
     def size(self) -> tuple[int, int]:
@@ -119,7 +114,6 @@ class Bundle:
     name: str
     path: Path
     row: Row = field(default_factory=lambda: row_of(ONNXRUNTIME))
-    writes: bool = False
 
     @property
     def engine(self) -> str:
@@ -175,7 +169,6 @@ class GgufFile:
     name: str
     file: Path
     tokenizer: Path | None = None  # a directory with its tokenizer; None: the file's own
-    writes: bool = False
     engine: str = LLAMA_CPP
 
     @cached_property

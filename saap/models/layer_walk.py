@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
@@ -123,15 +122,6 @@ def finished_logits(products: torch.Tensor, traits: Traits) -> torch.Tensor:
     cap = traits.logit_cap
     logits = cap * torch.tanh(products / cap) if cap else products
     return hide_removed(logits, traits.vocabulary) if traits.vocabulary else logits
-
-
-def loss_after(model: PreTrainedModel, hidden: Sequence[torch.Tensor], ids: torch.Tensor) -> float:
-    """Mean negative log-likelihood of ids [sequences, tokens], nats per token, by their states after the last layer."""
-    total = 0.0
-    for x, rows in zip(torch.cat(tuple(hidden)).split(HEAD_ROWS), ids.split(HEAD_ROWS), strict=True):
-        logits = logits_after(model, x[:, :-1])
-        total += F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten().to(x.device), reduction="sum").item()
-    return total / (len(ids) * (ids.shape[1] - 1))
 
 
 class _Reached(Exception):  # noqa: N818  not an error: the result is known

@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from saap.base.errors import UserError
-from saap.base.needs import PROCESS, Needs, available_memory, fits, gigabytes
+from saap.base.needs import PROCESS, Needs, fits
 from saap.models.architectures import architecture_of, shape_of
 from saap.models.checkpoint import Model, load_model, loading, read_config, transformers_config
 from saap.system.gpu import CPU, fits_device
@@ -143,22 +143,6 @@ def open_model(path: str | Path, device: torch.device = CPU) -> PreTrainedModel:
 def moved(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     """Return the model itself, on this device."""
     return model if model.device == device else nn.Module.to(model, device)
-
-
-def open_writer(path: str | Path, option: str) -> PreTrainedModel:
-    """Load a model to write text with; one that must be read again for each token is refused.
-
-    ``option``: by which the user gives a text instead, as ``--calibration``.
-
-    Raises UserError: it does not fit into memory.
-    """
-    needs = whole_needs(path)
-    if not fits(needs):
-        raise UserError(
-            f"to write a text itself the model needs {gigabytes(needs.memory_bytes)} of memory, "
-            f"{gigabytes(available_memory())} are free: give {option} FILE, or leave {option} out"
-        )
-    return load_model(path)
 
 
 def settle(model: nn.Module) -> None:

@@ -48,7 +48,7 @@ from saap.prune.vocabulary import Chosen, words_by_text, write_trimmed
 from saap.system.device_names import device_of
 from saap.system.gpu import fits_device, out_of_memory
 from saap.system.precision import fast_float32
-from saap.text.documents import SELF, Sequences, TooLittleTextError, one_kind
+from saap.text.documents import Sequences, TooLittleTextError, one_kind
 from saap.text.rows import Rows, training_rows
 
 NO_TEXT = Rows(torch.zeros(0, 0, dtype=torch.int64), "no text", None)  # for methods that read none
@@ -80,8 +80,8 @@ def prune(
     Args:
         model: a model directory, a GGUF file, a hub id or the name of a packaged model.
         output: the directory to write; new, empty, or an earlier output of saap.
-        calibration: ids [sequences, tokens] int64, all of which score, or a text: a file, a data set id, or ``self``,
-            which the model writes itself. None takes the text in ``SAAP_DATA``, else the samples that ship.
+        calibration: ids [sequences, tokens] int64, all of which score, or a text: a file or a data set id. None
+            takes the text in ``SAAP_DATA``, else the samples that ship.
         words: a vocabulary for the head, or several to choose from; by default ``options.vocabulary`` is chosen by the
             calibration text.
         progress: called as (label, done, total), and with sentences where it has a method ``note``.
@@ -138,10 +138,8 @@ def calibration_rows(
 
     def read(count: int) -> Rows:
         sequences = Sequences(count + spare, options.length, options.seed)
-        return training_rows(directory, text, "calibration", sequences, progress)
+        return training_rows(directory, text, "calibration", sequences)
 
-    if text == SELF:
-        return read(options.sequences)
     further = LONG_TEXT // options.length if options.method == "saap" and options.adaptive.measured else 0
     for count in (options.rows + further, options.rows):
         with suppress(TooLittleTextError):

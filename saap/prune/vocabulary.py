@@ -361,12 +361,9 @@ def words_by_text(
 
     Raises UserError: no text to choose by, or as of :func:`choose_words`.
     """
-    documents = None
-    if calibration is None or isinstance(calibration, str | Path):
-        text = None if calibration is None else str(calibration)
-        documents = load_documents(text, split="calibration", seed=options.seed)
-    if documents is None:
+    if not (calibration is None or isinstance(calibration, str | Path)):
         raise UserError("a vocabulary is chosen by a text: give --calibration FILE, or leave --calibration out")
+    documents = load_documents(calibration, split="calibration", seed=options.seed)
     several = options.method == "saap" and bool({*options.asked} & {*TIMED, "max_bytes"})
     if options.vocabulary == AUTO and several:
         candidates = words_to_try(source, documents, progress)

@@ -1,9 +1,8 @@
 """Text for calibration, tuning and evaluation, and its way into token ids.
 
 Text comes from a file or a data set of a hub. Where none is given it comes from the directory that ``SAAP_DATA`` names,
-else from the samples that ship with saap (:mod:`saap.text.samples`). Asked for ``self``, the dense model writes its own
-(:mod:`saap.text.self_written`). What a result is evaluated on must not be what the model was calibrated or tuned on:
-:mod:`saap.text.overlap` holds that.
+else from the samples that ship with saap (:mod:`saap.text.samples`). What a result is evaluated on must not be what the
+model was calibrated or tuned on: :mod:`saap.text.overlap` checks that.
 """
 
 from __future__ import annotations
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
 
 Split = Literal["calibration", "tuning", "evaluation"]
 
-SELF = "self"  # what is given for text that the dense model writes
 # Files of the SAAP_DATA directory. Web pages, encyclopedia and instructions: no single style decides what is kept.
 TRAINING_FILES = ("c4_sample300.jsonl", "wikipedia_docs.jsonl.gz", "dolly_filtered3k.jsonl.gz")
 EVALUATION_FILE = "wikitext2_test_raw.txt"
@@ -69,7 +67,7 @@ class Sequences:
     skip: int = 0
 
 
-def load_documents(source: str | Path | None, *, split: Split, seed: int = 0) -> Documents | None:
+def load_documents(source: str | Path | None, *, split: Split, seed: int = 0) -> Documents:
     """Load the text for a purpose: the documents of ``source``, or of the default.
 
     Args:
@@ -79,15 +77,11 @@ def load_documents(source: str | Path | None, *, split: Split, seed: int = 0) ->
         split: what the text is for; evaluation keeps a text file whole.
         seed: order in which the files of ``SAAP_DATA`` are mixed.
 
-    Returns None where ``source`` is ``self``: let the dense model write its own text.
-
     Raises UserError: nothing there, nothing in it, a form that is not read, a broken ``SAAP_DATA`` or sample.
     """
     if source is None:
         named = os.environ.get("SAAP_DATA")
         return _of_directory(Path(named), split, seed) if named else samples_of(split)
-    if source == SELF:
-        return None
     path = Path(source)
     if path.is_file():
         return documents_of(read_file(path, whole=split == "evaluation"), str(source))
@@ -289,6 +283,10 @@ def _hub_rows(name: str, split: Split) -> list[tuple[str, object]]:
     """Rows of a hub's data set; whatever is no file comes here to be refused."""
     if Path(name).is_dir():
         raise UserError(f"{name} is a directory: give a text, .jsonl or .gz file")
+    if name == "self":
+        raise UserError(
+            "models no longer write their own text: give a file, or leave the option out for saap's samples"
+        )
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(:[\w.-]+)?", name) or Path(name).suffix:
         raise UserError(f"no text {name!r}: give a text, .jsonl or .gz file, or a data set id (org/name)")
     try:

@@ -79,8 +79,8 @@ def _again(source: str, sha256: str) -> Documents | None:
         if source == TRAINING_SAMPLES:  # of any version: most of them stays
             return samples_of("calibration")
         if source == " + ".join(TRAINING_FILES):  # their order, and so the hash, is of a seed
-            documents = load_documents(None, split="calibration")
-            return documents if documents is not None and documents.source == source else None
+            default = load_documents(None, split="calibration")
+            return default if default.source == source else None
         documents = documents_of(read_file(Path(source)), source) if Path(source).is_file() else None
     except UserError:
         return None

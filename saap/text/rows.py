@@ -1,6 +1,6 @@
 """Rows of token ids for calibration and tuning: packed text, or conversations of which only the answers are learnt.
 
-Text is the user's, that of SAAP_DATA, the samples that ship, or written by the model itself.
+Text is the user's, that of SAAP_DATA, or the samples that ship.
 """
 
 from __future__ import annotations
@@ -14,15 +14,12 @@ from pathlib import Path
 import torch
 
 from saap.base.errors import UserError
-from saap.base.progress import Progress
 from saap.base.wording import counted
 from saap.models.architectures import positions_of
 from saap.models.checkpoint import read_config
 from saap.models.resolve import load_tokenizer
-from saap.models.streaming import open_writer
 from saap.text.conversations import ChatEncoder, Sample, has_chat_template, is_conversation, messages_of
 from saap.text.documents import (
-    SELF,
     Sequences,
     Split,
     TooLittleTextError,
@@ -32,8 +29,7 @@ from saap.text.documents import (
     load_rows,
     pack,
 )
-from saap.text.encoding import check_ids, tokenizer_for, writing_tokenizer
-from saap.text.self_written import self_written
+from saap.text.encoding import check_ids, tokenizer_for
 
 IGNORED = -100  # the label of a token that is not learnt, as in transformers
 KINDS = ("auto", "text", "chat")
@@ -45,7 +41,7 @@ FEWEST_ROWS = 4  # that are parted into rows to learn from and rows held out
 
 @dataclass(frozen=True)
 class Rows:
-    """Token ids [rows, tokens] and where they are from; ``sha256`` is None for text the model wrote itself."""
+    """Token ids [rows, tokens] and their text; ``sha256`` is None where only ids are known."""
 
     ids: torch.Tensor
     source: str
@@ -60,13 +56,8 @@ def training_rows(
     source: str | None,
     split: Split,
     sequences: Sequences,
-    progress: Progress | None = None,
-    writer: Path | None = None,
 ) -> Rows:
-    """Packed rows of token ids that the model can say.
-
-    ``writer``: the model that writes the text of ``self``; by default the model itself.
-    """
+    """Pack a text into rows of token ids that the model can predict."""
     count, length, seed = sequences.count, sequences.length, sequences.seed
     if count < 1 or length < 2:
         raise UserError(
@@ -75,30 +66,11 @@ def training_rows(
         )
     check_length(model_dir, length)
     documents = load_documents(source, split=split, seed=seed)
-    if documents is None:
-        # Calibration and tuning draw from different seeds, so nothing has to be skipped.
-        own_seed = 2 * seed + (split == "tuning")
-        ids = _written(writer or model_dir, model_dir, Sequences(count, length, own_seed), split, progress)
-        return Rows(ids, f"written by the dense model (seed {own_seed})", None)
     fewer = "fewer --tokens" if split == "tuning" else "fewer --sequences or a smaller --length"
     tokenizer = tokenizer_for(model_dir, documents.texts, documents.source)
     ids = pack(documents.texts, tokenizer, length, count + sequences.skip, seed, fewer)[sequences.skip :]
     check_ids(ids, model_dir)
     return Rows(ids, documents.source, documents.sha256)
-
-
-def _written(
-    writer: Path, model_dir: Path, sequences: Sequences, split: Split, progress: Progress | None
-) -> torch.Tensor:
-    """Text of one model as ids [rows, tokens] of another, which may say fewer words."""
-    tokenizer, says = load_tokenizer(writer), writing_tokenizer(model_dir)
-    model = open_writer(writer, "--data" if split == "tuning" else "--calibration")
-    if says.get_vocab() == tokenizer.get_vocab():
-        return self_written(model, tokenizer, sequences, progress=progress)
-    more = replace(sequences, count=sequences.count + sequences.count // 8 + 1)  # what began each row is left out
-    ids = self_written(model, tokenizer, more, progress=progress)
-    texts = [str(tokenizer.decode(row, skip_special_tokens=True)) for row in ids]
-    return pack(texts, says, sequences.length, sequences.count, sequences.seed, "fewer --tokens")
 
 
 def check_length(model_dir: Path, length: int) -> None:
@@ -119,7 +91,7 @@ class TuningRows:
     ids: torch.Tensor  # token ids, int64 [rows, tokens]
     labels: torch.Tensor  # int64 [rows, tokens]
     source: str
-    sha256: str | None  # over the text; None for text that the model wrote itself
+    sha256: str | None  # over the text; None where only ids are known
     kind: str  # ``text`` or ``chat``
     note: str | None = None  # what the user should be told about how the data was read
 
@@ -143,13 +115,11 @@ def tuning_rows(
     source: str | None,
     sequences: Sequences,
     kind: str = "auto",
-    progress: Progress | None = None,
-    writer: Path | None = None,
 ) -> TuningRows:
     """Rows to tune on.
 
     Plain text is packed as for calibration (:func:`saap.text.documents.pack`) and every token of it is learnt.
-    The default, and what the model writes itself, are always text.
+    The default is always text.
 
     Conversations are written with the model's chat template and only what the assistant says is learnt
     (:class:`saap.text.conversations.ChatEncoder`). They are shuffled with the seed and each is whole in one row: a
@@ -164,21 +134,19 @@ def tuning_rows(
         kind: ``text`` reads chat data as plain text, an utterance a line. ``chat`` takes nothing else. ``auto`` takes
             data as chat where every row is a conversation and the model has a chat template; a base model, which has
             none, learns the same data as text, and ``note`` says so.
-        writer: the model that writes the text of ``self``; by default the model itself.
 
     Raises UserError: no such data, too little of it, or kind ``chat`` where it cannot be.
     """
     if kind not in KINDS:
         raise UserError(f"data of kind {kind!r} is not known: give one of {', '.join(KINDS)}")
     rows, note = None, None
-    named = None if source == SELF else source
-    if named is None and kind == "chat":
+    if source is None and kind == "chat":
         raise UserError("chat needs conversations: give a .jsonl file of them, or leave --kind chat out")
-    if named is not None and kind != "text":
-        rows, note = _chat_rows(model_dir, named, kind)
-    if rows is not None and named is not None:
-        return _chat(model_dir, rows, named, sequences)
-    text = training_rows(model_dir, source, "tuning", sequences, progress, writer)
+    if source is not None and kind != "text":
+        rows, note = _chat_rows(model_dir, source, kind)
+        if rows is not None:
+            return _chat(model_dir, rows, source, sequences)
+    text = training_rows(model_dir, source, "tuning", sequences)
     return TuningRows(text.ids, text.ids.clone(), text.source, text.sha256, "text", note)
 
 

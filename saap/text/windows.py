@@ -9,17 +9,15 @@ token more context (Hugging Face's guide to perplexity).
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
 from saap.base.errors import UserError
-from saap.base.progress import Progress
 from saap.base.quality import Protocol
 from saap.base.wording import counted
-from saap.text.documents import Documents, Sequences, load_documents
+from saap.text.documents import Documents, load_documents
 from saap.text.encoding import beginning, bytes_of_tokens, encode, tokenizer_for
-from saap.text.self_written import self_written
 
 if TYPE_CHECKING:
     import torch
@@ -95,26 +93,12 @@ def joined(text: str, how: Join) -> str:
     return "\n\n".join(f"{line}\n" if line else "" for line in rows)
 
 
-def evaluation_windows(
-    model_dir: Path, source: str | None, cut: Cut, progress: Progress | None = None
-) -> tuple[Windows, Documents | None]:
-    """Windows for evaluation, and their text; None is text that the model writes itself.
+def evaluation_windows(model_dir: Path, source: str | None, cut: Cut) -> tuple[Windows, Documents]:
+    """Cut a text for evaluation; return the windows and the text.
 
     Raises UserError: no such text, too little, or one that the tokenizer does not know.
     """
-    from saap.models.resolve import load_tokenizer
-    from saap.models.streaming import open_writer
-
     documents = load_documents(source, split="evaluation")
-    if documents is None:
-        if cut.bos or cut.step != cut.chunk or cut.join != "raw" or cut.max_chunks is None:
-            raise UserError(
-                "text that the model writes takes no --bos, --stride, --join or all chunks: give --text FILE"
-            )
-        tokenizer, model = load_tokenizer(model_dir), open_writer(model_dir, "--text")
-        sequences = Sequences(cut.max_chunks, cut.chunk)
-        ids = self_written(model, tokenizer, sequences, held_out=True, progress=progress)
-        return windows_from(ids, "held-out text written by the dense model", None, tokenizer, cut), None
     return windows_of(documents, tokenizer_for(model_dir, documents.texts, documents.source), cut), documents
 
 
@@ -133,18 +117,29 @@ def windows_of(documents: Documents, tokenizer: PreTrainedTokenizerBase, cut: Cu
             f"too little text: {len(ids)} tokens, a chunk needs {cut.chunk}: give more text, or a smaller --chunk"
         )
     rows = torch.tensor([ids[start : start + cut.chunk] for start in starts], dtype=torch.int64)
-    cut = replace(cut, bos=bool(beginning(tokenizer)) if cut.bos is None else cut.bos)
-    if cut.bos:
+    bos = bool(beginning(tokenizer)) if cut.bos is None else cut.bos
+    if bos:
         if tokenizer.bos_token_id is None:
             raise UserError("this tokenizer has no beginning-of-sequence token: leave --bos out")
         rows = torch.cat([torch.full((len(rows), 1), tokenizer.bos_token_id), rows], dim=1)
     counted = torch.ones(len(rows), rows.shape[1] - 1, dtype=torch.bool)
     counted[1:, : max(0, counted.shape[1] - cut.step)] = False
-    windows = windows_from(rows, documents.source, documents.sha256, tokenizer, cut, counted)
+    protocol = Protocol(
+        text=documents.source,
+        text_sha256=documents.sha256,
+        tokens_sha256=hashlib.sha256(rows.numpy().tobytes()).hexdigest(),
+        tokenizer_sha256=tokenizer_hash(tokenizer),
+        chunk=cut.chunk,
+        chunks=len(rows),
+        stride=cut.step,
+        bos=bos,
+        join=cut.join,
+        predictions=int(counted.sum()),
+    )
     if (lengths := bytes_of_tokens(text, tokenizer)) is None:
-        return windows
-    predicted = torch.tensor(starts)[:, None] + torch.arange(cut.chunk)[not cut.bos :]
-    return replace(windows, predicted_bytes=int(lengths[predicted[counted].numpy()].sum()))
+        return Windows(rows, counted, protocol)
+    predicted = torch.tensor(starts)[:, None] + torch.arange(cut.chunk)[not bos :]
+    return Windows(rows, counted, protocol, int(lengths[predicted[counted].numpy()].sum()))
 
 
 def _first_ids(text: str, tokenizer: PreTrainedTokenizerBase, most: int | None) -> tuple[str, list[int]]:
@@ -159,35 +154,6 @@ def _first_ids(text: str, tokenizer: PreTrainedTokenizerBase, most: int | None) 
             return text[:size], ids[:most]
         size *= 2
     return text, encode(text, tokenizer)[:most]
-
-
-def windows_from(
-    ids: torch.Tensor,
-    source: str,
-    sha256: str | None,
-    tokenizer: PreTrainedTokenizerBase,
-    cut: Cut,
-    counted: torch.Tensor | None = None,
-) -> Windows:
-    """Windows out of rows [n, s]; without a hash they are what a model wrote, and without ``counted`` all counts."""
-    import torch
-
-    if counted is None:
-        counted = torch.ones(len(ids), ids.shape[1] - 1, dtype=torch.bool)
-    protocol = Protocol(
-        text=source,
-        text_sha256=sha256,
-        tokens_sha256=hashlib.sha256(ids.numpy().tobytes()).hexdigest(),
-        tokenizer_sha256=tokenizer_hash(tokenizer),
-        chunk=cut.chunk,
-        chunks=len(ids),
-        stride=cut.step,
-        bos=bool(cut.bos),
-        join=cut.join,
-        predictions=int(counted.sum()),
-        self_written=sha256 is None,
-    )
-    return Windows(ids, counted, protocol)
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -86,9 +86,8 @@ def tune(
     Args:
         model: a directory or a name.
         teacher: the dense model, whose next-token distribution is learned too.
-        data: a text, .jsonl or .gz file, or a data set id; ``self`` is text that the model writes, None SAAP_DATA,
-            else the samples that ship. Rows that are cut already are used once, in this order; plain ids
-            [sequences, tokens] are learned whole.
+        data: a text, .jsonl or .gz file, or a data set id; None is SAAP_DATA, else the samples that ship. Rows that are
+            cut already are used once, in this order; plain ids [sequences, tokens] are learned whole.
 
     Raises:
         DivergedError: a loss that is not finite; the best state before it was written to ``output``.
@@ -142,8 +141,7 @@ def tuning_text(
 
     def cut(tokens: int) -> TuningRows:
         sequences = Sequences(max(1, tokens // options.length), options.length, options.training.seed, skip)
-        # Text that the model writes itself comes from the teacher where there is one: the slim model knows less.
-        return tuning_rows(model, source, sequences, options.kind, progress, writer=teacher)
+        return tuning_rows(model, source, sequences, options.kind)
 
     try:
         rows = cut(options.tokens)

@@ -15,7 +15,6 @@ from saap.cli.devices.fit import check_costs
 from saap.cli.prune import PruneCommand
 from saap.cli.tune import TuneCommand
 from saap.prune.options import MUST
-from saap.text.documents import SELF
 
 DEFAULT_RATIO = 0.2
 QUICK_TOKENS = 8192
@@ -100,7 +99,7 @@ class RunOptions:
         """Options of an export: of a tuned model, which has its integers, or of the dense one."""
         calibration, quant, demands = self.pruning.calibration, self.tuning.options, self.demands
         options = ExportOptions(
-            dotprod=demands is None or demands.dotprod, text=None if calibration == SELF else calibration,
+            dotprod=demands is None or demands.dotprod, text=calibration,
             device=self.pruning.options.device,
         )  # fmt: skip
         if tuned:

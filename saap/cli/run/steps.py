@@ -23,7 +23,6 @@ from saap.cli.run.options import RunOptions
 from saap.cli.tune import tune_model
 from saap.models.directory import weight_files
 from saap.system.device_names import AUTO
-from saap.text.documents import SELF
 
 if TYPE_CHECKING:
     from saap.text.windows import Windows
@@ -148,8 +147,7 @@ class Prune(Step):
 
         source, prune = self.run.source, self.run.options.prune
         check_length(source, prune.options.length)
-        if prune.calibration != SELF:
-            calibration_rows(source, prune.calibration, prune.options, self.run.console.report)
+        calibration_rows(source, prune.calibration, prune.options)
 
     def work(self) -> RunFile:
         from saap.models.record import read_record
@@ -193,9 +191,8 @@ class Tune(Step):
         if teacher := self.run.options.tuning.teacher:
             check_same_vocabulary(resolve(teacher), self.source)
         check_length(self.source, tuning.length)
-        if data != SELF or tuning.kind == "chat":
-            rows = Sequences(tuning.tokens // tuning.length, tuning.length, tuning.training.seed, tuning.skip or 0)
-            tuning_rows(self.source, data, rows, tuning.kind, self.run.console.report)
+        rows = Sequences(tuning.tokens // tuning.length, tuning.length, tuning.training.seed, tuning.skip or 0)
+        tuning_rows(self.source, data, rows, tuning.kind)
 
     def prepare(self) -> None:
         options = self.run.options
@@ -321,15 +318,13 @@ class Evaluate(Step):
         source, options = self.run.source, self.run.options
         positions = positions_of(read_config(source))
         cut = Cut(options.chunk, max_chunks=options.max_chunks)
-        self.windows, text = evaluation_windows(source, options.text, cut, self.run.console.report)
+        self.windows, text = evaluation_windows(source, options.text, cut)
         if self.windows.ids.shape[1] > positions:
             raise UserError(
                 f"chunk {options.chunk} is more than the {positions} positions of {source}: set a smaller one"
             )
         for other in (options.pruning.calibration, options.tuning.data):
-            documents = load_documents(other, split="calibration", seed=options.pruning.options.seed)
-            if documents is not None and text is not None:
-                refuse_overlap(documents, text)
+            refuse_overlap(load_documents(other, split="calibration", seed=options.pruning.options.seed), text)
         self.run.console.say_text("evaluation", self.windows.protocol.text)
 
     def work(self) -> RunFile:

@@ -28,6 +28,7 @@ from saap.cli.run import RunOptions, run_needs
 from saap.cli.run.steps import Peer, Prune, Run
 from saap.models.record import read_record
 from saap.prune.pruning import budget_of
+from saap.text.documents import EVALUATION_SAMPLE, TRAINING_SAMPLES
 
 
 def options(**given):
@@ -253,7 +254,7 @@ NAMES = [
 
 
 def test_a_run_resumes_and_each_of_its_steps_does_the_same_alone(tiny_model, tmp_path, text, monkeypatch):
-    """To a size, for a board, by another method, on text that the dense model writes; with a space in a path."""
+    """To a size, for a board, by another method, on the samples; with a space in a path."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("SAAP_DATA", raising=False)
     (tmp_path / "my texts").mkdir()
@@ -263,8 +264,7 @@ def test_a_run_resumes_and_each_of_its_steps_does_the_same_alone(tiny_model, tmp
     arguments = ["run", tiny_model(max_position_embeddings=512), "-o", out, "--max-bytes", "242kB", "--method", "flap",
                  "--for", "raspberry-pi-4", "--memory", "4GiB",
                  "--data", text, "--tokens", "1024", "--seed", "3", "--repetitions", "1", "--threads", "1", *few,
-                 "--set", "learning_rate=0.01",
-                 "--calibration", "self", "--text", "self"]  # fmt: skip
+                 "--set", "learning_rate=0.01"]  # fmt: skip
     with no_pickles(tmp_path / "watch"):
         done = here(*arguments)
     said = done.stdout
@@ -274,7 +274,7 @@ def test_a_run_resumes_and_each_of_its_steps_does_the_same_alone(tiny_model, tmp
     assert sizes[0] <= 242_000 < sizes[1]
     page = (out / "report.html").read_text()
     assert "slim-int4" in page and "<svg" in page and "--max-bytes 242000 --method flap" in page
-    assert read_record(out / "slim")["lineage"]["calibration"]["source"].startswith("written by the dense model")
+    assert read_record(out / "slim")["lineage"]["calibration"]["source"] == TRAINING_SAMPLES
     assert read_model(out / "slim-int4").accuracy_level == 0  # of kernels without dotprod
     here("devices", "check", out / "slim-int4", "--device", "raspberry-pi-4", "--memory", "4GiB")
     assert "On Raspberry Pi 4 slim-int4 takes 7" in said and "with a context of 512 tokens (93% of the 4 GiB" in said
@@ -290,8 +290,8 @@ def test_a_run_resumes_and_each_of_its_steps_does_the_same_alone(tiny_model, tmp
     others = {name for name in rows if not name.endswith("@openvino")}  # which is measured where it is installed
     assert others == {"dense fp32", "slim fp32, untuned", "dense-int4", "slim-int4"} | peers
     assert all(name in page for name in peers)
-    assert run["quality"]["protocol"]["self_written"]  # which has no perplexity
-    assert all(r["perplexity"] is None and r["kl"] is not None and 0 <= r["top1"] <= 1 for r in rows.values())
+    assert run["quality"]["protocol"]["text"] == EVALUATION_SAMPLE
+    assert all(r["perplexity"] > 1 and r["kl"] is not None and 0 <= r["top1"] <= 1 for r in rows.values())
 
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
     assert here(*arguments).stderr.count("done before") == len(NAMES)

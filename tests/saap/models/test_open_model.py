@@ -13,7 +13,7 @@ from saap.evaluate import evaluation
 from saap.models import streaming
 from saap.models.checkpoint import load_model
 from saap.models.modeling_slim import GroupQuantLinear
-from saap.models.streaming import is_streamed, open_model, open_writer, whole_needs
+from saap.models.streaming import is_streamed, open_model, whole_needs
 from saap.tune import tuning
 from saap.tune.options import TrainOptions, TuneOptions
 from saap.tune.tuning import tune
@@ -32,13 +32,11 @@ def test_a_model_that_does_not_fit_is_read_layer_by_layer(tiny_model, little_mem
     assert is_streamed(model)
     with torch.inference_mode():
         assert torch.equal(model(input_ids=IDS).logits, load_model(path)(input_ids=IDS).logits)
-    with pytest.raises(UserError, match=r"to write a text itself .* are free: give --calibration FILE, or leave"):
-        open_writer(path, "--calibration")
 
 
 def test_one_that_fits_is_not(tiny_model):
     path = tiny_model()
-    assert not is_streamed(open_model(path)) and not is_streamed(open_writer(path, "--text"))
+    assert not is_streamed(open_model(path))
     assert whole_needs(path).memory["weights"] == 4 * load_model(path).num_parameters()
 
 

@@ -10,10 +10,8 @@ pytest.importorskip("transformers")
 import torch
 
 from saap.base.errors import UserError
-from saap.models.checkpoint import load_model
 from saap.text import documents as text
-from saap.text.documents import Sequences, load_documents, pack
-from saap.text.self_written import self_written
+from saap.text.documents import load_documents, pack
 
 LONG = "This line is long enough to tell one text from another, and it stands in both of the files given here.\n"
 
@@ -74,7 +72,11 @@ def test_bad_files_are_one_line(tmp_path, name, content, says):
 
 
 def test_no_such_text_and_broken_directories(tmp_path, monkeypatch):
-    for source, says in ((tmp_path / "missing.txt", "no text"), (tmp_path, "is a directory")):
+    for source, says in (
+        (tmp_path / "missing.txt", "no text"),
+        (tmp_path, "is a directory"),
+        ("self", "no longer write their own"),
+    ):
         with pytest.raises(UserError, match=says):
             load_documents(source, split="calibration")
     monkeypatch.setenv("SAAP_DATA", str(tmp_path))
@@ -132,33 +134,6 @@ def test_pack_joins_with_eos_and_begins_as_the_tokenizer_begins_a_text(tiny_toke
             pack(["abc"], tokenizer, 16, 10, seed=0)
 
 
-def test_self_written_is_a_sample_of_the_model(tiny_model, tiny_tokenizer, monkeypatch):
-    model = load_model(tiny_model()).train()
-    monkeypatch.setattr("saap.text.self_written.BATCH", 2)
-    seen, wanted = [], Sequences(5, 12, 7)
-    written = self_written(model, tiny_tokenizer, wanted, progress=lambda _, done, total: seen.append(done / total))
-    assert written.shape == (5, 12) and written.dtype == torch.int64 and (written[:, 0] == 1).all()
-    assert torch.equal(written, self_written(model, tiny_tokenizer, wanted))
-    assert not torch.equal(written, self_written(model, tiny_tokenizer, wanted, held_out=True))
-    assert model.training and seen == sorted(seen) and seen[-1] == pytest.approx(1)
-    assert not written.is_inference()
-    with pytest.raises(UserError, match="256 positions"):
-        self_written(model, tiny_tokenizer, Sequences(1, 257))
-
-
-def test_self_written_follows_the_distribution(tiny_model, tiny_tokenizer, monkeypatch):
-    """The second token's frequencies over many rows against the model's own probabilities."""
-    model = load_model(tiny_model())
-    with torch.no_grad():
-        model.model.embed_tokens.weight.mul_(3)  # a distribution with a few likely tokens
-        expected = model(torch.tensor([[1]])).logits[0, -1].softmax(-1)
-    monkeypatch.setattr("saap.text.self_written.BATCH", 4000)
-    written = self_written(model, tiny_tokenizer, Sequences(4000, 2))
-    observed = torch.bincount(written[:, 1], minlength=320) / 4000
-    assert expected.max() > 0.2
-    assert (observed - expected).abs().max() < 0.03
-
-
 def test_what_all_of_a_file_is(tmp_path):
     plain, asked = {"text": LONG}, {"instruction": "Say it.", "output": LONG}
     chat = {"messages": [{"role": "user", "content": "Say it."}, {"role": "assistant", "content": LONG}]}
@@ -170,4 +145,4 @@ def test_what_all_of_a_file_is(tmp_path):
     assert kind(asked, chat) == "instructions"
     assert kind(plain, chat) is None
     assert text.one_kind(str(write(tmp_path / "river.txt", LONG))) == "running text"
-    assert text.one_kind(None) is None and text.one_kind("self") is None and text.one_kind("org/name") is None
+    assert text.one_kind(None) is None and text.one_kind("org/name") is None

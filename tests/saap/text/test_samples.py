@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from saap.base.errors import UserError
 from saap.models.record import read_record
 from saap.text import samples
-from saap.text.documents import EVALUATION_SAMPLE, SELF, TRAINING_SAMPLES, Sequences, documents_of, load_documents
+from saap.text.documents import EVALUATION_SAMPLE, TRAINING_SAMPLES, Sequences, documents_of, load_documents
 from saap.text.overlap import refuse_overlap
 from saap.text.rows import training_rows, tuning_rows
 from saap.text.windows import Cut, windows_of
@@ -105,7 +105,6 @@ def test_what_is_given_comes_before_the_samples(tmp_path, monkeypatch, copied):
         (copied / f"{name}.gz").unlink()
     for split in ("calibration", "tuning", "evaluation"):
         assert load_documents(own, split=split).texts == ("A text of my own.\n",)
-        assert load_documents(SELF, split=split) is None
     monkeypatch.setenv("SAAP_DATA", str(tmp_path))
     (tmp_path / "wikitext2_test_raw.txt").write_text("Another.\n")
     assert load_documents(None, split="evaluation").texts == ("Another.\n",)
@@ -134,7 +133,7 @@ def test_without_any_text_commands_take_the_samples_and_say_so(tiny_model, tmp_p
     assert read_record(tmp_path / "slim")["lineage"]["calibration"]["text_sha256"] == of_samples
     assert read_record(tmp_path / "tuned")["tuning"]["text"]["text_sha256"] == of_samples
     assert bundle["parity"]["sample"] == TRAINING_SAMPLES
-    assert quality["protocol"]["text"] == EVALUATION_SAMPLE and not quality["protocol"]["self_written"]
+    assert quality["protocol"]["text"] == EVALUATION_SAMPLE
     assert all(row["perplexity"] > 1 for row in quality["rows"])
 
     article = json.loads(samples.read_sample("encyclopedia.jsonl").splitlines()[3])
