@@ -30,7 +30,7 @@ studies: $(VENV)/.test
 	$(BIN)/python -m studies.field.study run
 	$(BIN)/python -m studies.field.study table --write
 
-# Optimum as a client, a writer and a peer, with transformers 4: optimum-onnx does not allow 5 yet.
+# Optimum as a client and a peer, with transformers 4: optimum-onnx does not allow 5 yet.
 test-optimum: $(VENV_OPTIMUM)/.test
 	$(VENV_OPTIMUM)/bin/pytest -q -m "not slow and not device" -k optimum tests/export tests/bench/runtimes
 

@@ -59,14 +59,6 @@ class ExportOptions:
         ),
     ] = (ONNXRUNTIME,)
     device: Annotated[str, Option(COMPUTE, metavar="NAME", hidden=True)] = "auto"
-    accuracy_level: Annotated[
-        Literal[0, 4],
-        Option("What MatMulNBits computes in: 4 is int8, 0 is float32, slow and for checks.", shown=False),
-    ] = 4
-    graph_writer: Annotated[
-        Literal["saap", "optimum"] | None,
-        Option("Who writes the portable graph; default: optimum for uniform float32 LLaMA models.", shown=False),
-    ] = None
 
     def check(self) -> None:
         """Refuse values that are not allowed, and options that do not go together."""
@@ -76,9 +68,7 @@ class ExportOptions:
             allowed = ", ".join(map(str, BITS[self.target]))
             raise UserError(f"{self.bits} bits are not supported for the {self.target} target; allowed: {allowed}")
         if self.target != "cpu":
-            refuse_unused(self, ("kv_bits", "dotprod", "accuracy_level"), "--target cpu")
-        if self.target != "portable":
-            refuse_unused(self, ("graph_writer",), "--target portable")
+            refuse_unused(self, ("kv_bits", "dotprod"), "--target cpu")
         self.check_engines()
         if self.target == "gguf":
             none = ("onnxruntime", "group_size", "parity", "text", "device")
@@ -112,5 +102,5 @@ class ExportOptions:
 
     def check_floats(self) -> None:
         """Refuse what is said of integers where there are none."""
-        names = ("group_size", "head_bits", "integers", "accuracy_level")
+        names = ("group_size", "head_bits", "integers")
         refuse_unused(self, names, "integers, and these weights are floats", "give --bits 4 or 8")

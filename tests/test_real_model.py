@@ -78,7 +78,7 @@ def test_fp32_graph_prefill_and_64_greedy_steps(slim, slim_bundle, ids):
 
 
 def test_int4_graphs_against_torch_with_the_same_integers(slim, dense_bundle, ids, tmp_path):
-    export_bundle(slim, tmp_path / "level0", bits=4, accuracy_level=0)
+    export_bundle(slim, tmp_path / "level0", bits=4, dotprod=False)
     with torch.inference_mode():
         expected = reference_model(slim, 4, 32, 4)(input_ids=ids[:1], use_cache=False).logits.numpy()
     assert np.abs(BundleScorer(tmp_path / "level0", 2).logits(ids[:1].numpy()) - expected).max() <= 2e-3

@@ -149,7 +149,7 @@ def _precision(own: SlimQuant | None, bits: int | None, group_size: int | None) 
     if bits == 32:
         return Precision(32, 0, 32)
     head_bits = own["embedding_bits"] if own and own["bits"] == bits else bits
-    return CPU.precision(Precision(bits, group_size or (own and own["block"]) or 32, head_bits), 32, 4)
+    return CPU.precision(Precision(bits, group_size or (own and own["block"]) or 32, head_bits), 32)
 
 
 def _layer_count(one: ModelShape, precision: Precision, count: int, limit: int) -> int:

@@ -29,7 +29,7 @@ class Target:
     dotprod: bool = True  # the CPU multiplies int8 by hardware (every x86 since 2013, ARMv8.2 and newer)
     onnxruntime: str | None = None  # oldest version that must load it, as 1.23; None: whatever the graph needs
 
-    def precision(self, precision: Precision, kv_bits: int, accuracy_level: int) -> Precision:
+    def precision(self, precision: Precision, kv_bits: int) -> Precision:
         """``precision`` as this target computes it.
 
         Raises UserError: a combination that the target has no fast kernel for.
@@ -38,15 +38,13 @@ class Target:
             if kv_bits == 8:
                 raise UserError("the cuda target keeps its cache in float16: leave --kv out")
             return replace(precision, accuracy_level=0, floats="float16", kv="float16")
-        level = accuracy_level if self.dotprod else 0
-        if 8 in precision.all_bits and level != 4:
-            why = "a CPU without dot product has no 8-bit kernel" if not self.dotprod else "8 bit has no other kernel"
-            raise UserError(f"8 bit needs accuracy level 4, not {level}: {why}; export at 4 bit")
+        if 8 in precision.all_bits and not self.dotprod:
+            raise UserError("a CPU without dot product has no 8-bit kernel: export at 4 bit, or leave --no-dotprod out")
         if kv_bits == 8 and self.onnxruntime and _version(self.onnxruntime) < _version(ONNXRUNTIME_INT8_CACHE):
             raise UserError(
                 f"ONNX Runtime {self.onnxruntime} has no int8 cache, {ONNXRUNTIME_INT8_CACHE} has: leave --kv out"
             )
-        return replace(precision, accuracy_level=level, kv="int8" if kv_bits == 8 else "float32")
+        return replace(precision, accuracy_level=4 if self.dotprod else 0, kv="int8" if kv_bits == 8 else "float32")
 
     def oldest_runtime(self, shape: ModelShape, precision: Precision, windows: bool) -> str:
         """Return the oldest ONNX Runtime for a graph of these blocks and this precision, with windows or not."""

@@ -30,7 +30,7 @@ class MicrosoftWriter:
         target = Target(options.target, options.dotprod, options.onnxruntime)
         bits = 32 if options.bits == 16 and target.name == "cuda" else options.bits  # floats, of the target's type
         precision = source.precision(bits, options.group_size, options.head_bits)
-        self.precision = target.precision(precision, options.kv_bits, options.accuracy_level)
+        self.precision = target.precision(precision, options.kv_bits)
         self.lineage: dict[str, str] = {}
         config = source.transformers_config
         traits = traits_of(config)

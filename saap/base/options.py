@@ -39,6 +39,8 @@ NAMES = {int: "N", float: "X", Path: "PATH", str: "TEXT"}
 FROM_PYTHON = "leave it out, or set it from Python, in saap.tune.TuneOptions or its TrainOptions"
 # Options that earlier versions had, by name, and what to do instead.
 REMOVED = {
+    "graph_writer": "saap writes every portable graph; leave it out",
+    "accuracy_level": "--no-dotprod computes in float32, else int8 is used; leave it out",
     "cuda_graph": "--provider cuda runs every step without one; leave it out",
     "prepacked": "ONNX Runtime packs the weights at each start, which takes a tenth of a second; leave it out",
     **dict.fromkeys(("passes", "warmup_share", "weight_decay", "clip", "checkpointing", "evaluations"), FROM_PYTHON),

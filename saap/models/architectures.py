@@ -119,7 +119,6 @@ class Architecture:
     switched_rotary: bool = False  # ``config.position_embedding_type`` is rope, or there is no rotary embedding at all
     transformers: int = 4  # the oldest release whose classes are what we read
     gguf: Literal["no", "any widths", "one width"] = "no"  # whether llama.cpp holds it, and FFNs of many widths
-    optimum: bool = False  # optimum may write its portable graph; the others' windows and norms are tried in ours only
 
     @property
     def qkv(self) -> tuple[str, ...]:
@@ -209,7 +208,7 @@ POSITIONS = 2048  # what transformers takes where a LLaMA config names none
 UNREAD = "time_step_limit"  # of state space layers; it holds an infinity, for which JSON has only ways around
 PER_LAYER = ("layer_types", "no_rope_layers")  # fields of a config that have one entry for each layer
 QUERY_NORM, KEY_NORM = "self_attn.q_norm", "self_attn.k_norm"
-LLAMA = Architecture(gguf="any widths", optimum=True)
+LLAMA = Architecture(gguf="any widths")
 LFM2 = Architecture(  # short convolutions, and attention in every third layer or so
     "Lfm2", final_norm="model.embedding_norm", output="self_attn.out_proj", gate="feed_forward.w1",
     up="feed_forward.w3", down="feed_forward.w2", conv_in="conv.in_proj", conv_kernel="conv.conv",

@@ -226,7 +226,7 @@ def _models(place: Path) -> Iterator[Target]:
         def stream() -> None:
             load_streamed(model)(torch.arange(8).reshape(1, 8))
 
-        portable = ("--target", "portable", "--parity", "none", "--set", "graph_writer=saap")
+        portable = ("--target", "portable", "--parity", "none")
         runs: tuple[Run, ...] = (
             evaluate, lambda: export("--target", "gguf"), lambda: export("--parity", "none"), lambda: export(*portable),
         )  # fmt: skip

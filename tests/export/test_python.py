@@ -80,7 +80,7 @@ def test_a_dense_model_s_integers_are_chosen_by_text(tiny_model: Callable[..., P
     path, errors = tiny_model(), {}
     for integers in ("nearest", "gptq"):
         out = tmp_path / integers
-        manifest = export(path, ExportOptions(integers=integers, accuracy_level=0), output=out).manifest
+        manifest = export(path, ExportOptions(integers=integers, dotprod=False), output=out).manifest
         assert manifest.lineage["model_sha256"] == weights_hash(path)
         ids = sample_rows(path, None, 1).ids
         wanted = load_model(path)(ids).logits.detach().numpy()

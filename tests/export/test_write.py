@@ -49,7 +49,7 @@ def test_every_precision_computes_what_torch_does(kind, tiny_model, tmp_path):
     manifest = export_bundle(path, bundle, bits=32)
     assert manifest.weight_bytes_per_token == bytes_read(bundle)
     assert max(largest_differences(bundle, dense)) <= 1e-4
-    export_bundle(path, bundle, bits=4, accuracy_level=0)
+    export_bundle(path, bundle, bits=4, dotprod=False)
     expected = logits_of(reference_model(path, 4, 32, 4), IDS)
     assert np.abs(BundleScorer(bundle).logits(IDS.numpy()) - expected).max() <= 2e-3
     assert np.abs(expected - dense).max() > 0.05, "nothing was quantised"
@@ -195,7 +195,7 @@ def test_the_cuda_graph_is_half_precision_and_computes_the_same(tiny_model, tmp_
     graph = onnx.load(tmp_path / "cuda/model.onnx", load_external_data=False).graph
     floats = {i.data_type for i in graph.initializer} - {onnx.TensorProto.UINT8, onnx.TensorProto.INT64}
     assert floats == {onnx.TensorProto.FLOAT16}
-    reference = export_bundle(model, tmp_path / "cpu", bits=4 if bits == 4 else 32, accuracy_level=0)
+    reference = export_bundle(model, tmp_path / "cpu", bits=4 if bits == 4 else 32, dotprod=False)
     assert reference.kv_dtype == "float32"
     found = BundleScorer(tmp_path / "cuda").logits(IDS.numpy())
     expected = BundleScorer(tmp_path / "cpu").logits(IDS.numpy())
@@ -225,8 +225,7 @@ def test_what_cannot_be_exported_is_refused(tiny_model, tmp_path):
         (dynamic, {}, "rope type 'dynamic' is not supported"),
         (path, {"group_size": 64}, "not a multiple of the group size 64"),
         (path, {"bits": 3}, "3 bits are not supported"),
-        (path, {"bits": 8, "accuracy_level": 0}, "8 bit needs accuracy level 4"),
-        (path, {"head_bits": 8, "accuracy_level": 0}, "8 bit needs accuracy level 4"),
+        (path, {"head_bits": 8, "dotprod": False}, "without dot product has no 8-bit kernel"),
         (path, {"kv_bits": 8}, "needs text"),
         (path, {"bits": 8, "dotprod": False}, "without dot product has no 8-bit kernel"),
         (path, {"kv_bits": 8, "target": "cuda"}, "cache in float16"),

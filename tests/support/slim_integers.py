@@ -59,5 +59,5 @@ def stacked(directory, layer, part, tensor):
 class Level0(Target):
     """The float32 kernels at any number of bits, which for 8 the exporter refuses as far too slow."""
 
-    def precision(self, precision, kv_bits, accuracy_level):
+    def precision(self, precision, kv_bits):
         return replace(precision, accuracy_level=0)

@@ -323,7 +323,7 @@ def test_peers_decode_like_generate(kind: str, tiny_model: Callable[..., Path], 
     if kind == "optimum":
         pytest.importorskip("optimum.onnxruntime", reason="optimum-onnx is an extra of its own")
         path = tmp_path / "bundle"
-        export_portable(model, path, graph_writer="saap")
+        export_portable(model, path)
         shutil.copy(model / "config.json", path)
     (peer,) = read_peers([f"{kind}:{path}"], 12)
     assert (peer.kind, peer.vocab_size, peer.bundle_hash is None) == (kind, 320, kind == "torch")

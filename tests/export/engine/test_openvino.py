@@ -104,9 +104,7 @@ def test_a_directory_of_openvino_s_own_format_is_a_peer(uneven, tiny_model, tmp_
     place = tmp_path / "ir"
     place.mkdir()
     export_bundle(tiny_model(), tmp_path / "plain", bits=32)
-    export_portable(
-        tiny_model(), tmp_path / "portable", bits=32, graph_writer="saap"
-    )  # GroupQueryAttention has no form of its own there
+    export_portable(tiny_model(), tmp_path / "portable", bits=32)  # GroupQueryAttention has no form of its own there
     cache = read_manifest(tmp_path / "portable").cache
     model = module._with_state(openvino.Core().read_model(tmp_path / "portable/model.onnx"), cache)
     openvino.save_model(model, place / "openvino_model.xml")

@@ -1,14 +1,12 @@
 """The portable graphs: standard operators, checked in ONNX Runtime and in onnx's own reference implementation."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
 import torch
 from packaging.version import Version
-from support.cuts import WHOLE, cut
+from support.cuts import cut
 from support.export_cases import (
     FAMILIES,
     IDS,
@@ -28,8 +26,6 @@ from support.references import reference_model, streamed_logits
 from support.slim_integers import with_zero_points
 
 from export.bundle.manifest import read_manifest
-from export.engine.onnxruntime import OnnxRuntimeEngine
-from export.engine.protocol import EngineOptions
 from export.engine.scoring import BundleScorer, empty_past
 from export.source import Precision
 from saap.base.errors import UserError
@@ -44,15 +40,11 @@ def uneven(tiny_model, tmp_path):
     return cut(tiny_model(), tmp_path / "slim", PrunePlan(UNEVEN))
 
 
-def export(path, out, **options):
-    return export_portable(path, out, graph_writer="saap", **options)
-
-
 @pytest.mark.parametrize("kind", [*MODELS, "uneven"])
 def test_every_precision_computes_what_torch_does(kind, tiny_model, tmp_path):
     path, bundle = model_of(kind, tiny_model, tmp_path), tmp_path / "bundle"
     for bits in (32, 4, 8):
-        manifest = export(path, bundle, bits=bits, ids=IDS)
+        manifest = export_portable(path, bundle, bits=bits, ids=IDS)
         check_standard(bundle)
         model = reference_model(path, bits, 32, bits)
         check_reference(bundle, model)
@@ -98,7 +90,7 @@ def check_fused(bundle, optimised):
 def test_every_family_equals_transformers(family, tiny_family, tmp_path):
     model_type, overrides = FAMILIES[family]
     path = tiny_family(model_type, **overrides)
-    manifest = export(path, tmp_path / "bundle")
+    manifest = export_portable(path, tmp_path / "bundle")
     check_standard(tmp_path / "bundle")
     expected = logits_of(load_model(path), IDS)
     assert expected.std() > 0.3
@@ -122,7 +114,7 @@ def test_integers_of_packed_and_offset_families(family, bits, tiny_family, tmp_p
 @pytest.mark.parametrize("wrong", [WINDOW - 1, WINDOW + 1])
 def test_a_window_that_is_one_off_is_seen(wrong, tiny_family, tmp_path):
     path = tiny_family("mistral", sliding_window=wrong)
-    export(path, tmp_path / "bundle")
+    export_portable(path, tmp_path / "bundle")
     model = load_model(path)
     model.config.sliding_window = WINDOW
     for difference in largest_differences(tmp_path / "bundle", logits_of(model, IDS)):
@@ -130,7 +122,7 @@ def test_a_window_that_is_one_off_is_seen(wrong, tiny_family, tmp_path):
 
 
 def test_left_padding_changes_nothing(uneven, tmp_path):
-    manifest = export(uneven, tmp_path / "bundle")
+    manifest = export_portable(uneven, tmp_path / "bundle")
     session = onnxruntime.InferenceSession(str(tmp_path / "bundle/scoring.onnx"))
     row = IDS[:1, :9].numpy()
     (alone,) = session.run(["logits"], feed(manifest, row))
@@ -158,7 +150,7 @@ def test_zero_points_are_written_where_there_are_some(bits, uneven, tmp_path, mo
         "export.source.quantize",
         lambda weight, *form: (quantize if len(weight) == 320 else with_zero_points)(weight, *form),
     )
-    manifest = export(uneven, tmp_path / "bundle", bits=bits)
+    manifest = export_portable(uneven, tmp_path / "bundle", bits=bits)
     check_standard(tmp_path / "bundle")
     graph = onnx.load(tmp_path / "bundle/model.onnx", load_external_data=False).graph
     dequantised = [n for n in graph.node if n.op_type == "DequantizeLinear"]
@@ -169,30 +161,6 @@ def test_zero_points_are_written_where_there_are_some(bits, uneven, tmp_path, mo
     assert np.abs(found - expected.numpy()).max() <= 1e-4
     in_onnx_runtime = BundleScorer(tmp_path / "bundle").logits(ids.numpy())
     assert np.corrcoef(in_onnx_runtime.ravel(), found.ravel())[0, 1] > 0.999
-
-
-def test_optimum_where_it_can(tiny_model, tmp_path):
-    pytest.importorskip("optimum.exporters.onnx", reason="optimum-onnx is an extra of its own")
-    path = tiny_model()
-    manifest = export_portable(path, tmp_path / "bundle", ids=IDS)
-    assert manifest.lineage["graph_writer"] == "optimum"
-    assert {n.domain for n in onnx.load(tmp_path / "bundle/model.onnx").graph.node} <= {"", "ai.onnx"}
-    expected = logits_of(load_model(path), IDS)
-    decoder, row = OnnxRuntimeEngine(tmp_path / "bundle", EngineOptions(1, 48)), IDS[0].numpy()
-    assert np.abs(decoder.prefill(row[:17]) - expected[0, 16]).max() <= 1e-3
-    for position in range(17, 24):
-        assert np.abs(decoder.step(int(row[position])) - expected[0, position]).max() <= 1e-3
-    slim = cut(path, tmp_path / "slim", PrunePlan((WHOLE, WHOLE, UNEVEN[1])))
-    assert export_portable(slim, tmp_path / "other").lineage["graph_writer"] == "saap"
-    assert export_portable(path, tmp_path / "small", bits=8).lineage["graph_writer"] == "saap"
-
-
-def test_without_optimum_the_graph_is_ours(tiny_model, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        "export.portable.write.find_spec", lambda name: None if name == "optimum" else SimpleNamespace()
-    )
-    manifest = export_portable(tiny_model(), tmp_path / "bundle")
-    assert manifest.lineage["graph_writer"] == "saap"
 
 
 def test_bad_input_is_refused(tiny_model, tmp_path):

@@ -102,7 +102,7 @@ def test_pruned_tuned_and_exported_it_stays_so(tiny_model, tmp_path):
     with torch.inference_mode():
         logits = load_model(tmp_path / "tuned")(input_ids=IDS).logits
     assert set((logits > GONE / 2).any(0).any(0).nonzero().flatten().tolist()) == set(WORDS)
-    manifest = export_bundle(tmp_path / "tuned", tmp_path / "bundle", accuracy_level=0, ids=IDS)
+    manifest = export_bundle(tmp_path / "tuned", tmp_path / "bundle", dotprod=False, ids=IDS)
     assert manifest.words and manifest.parity.top1_agreement > 0.99
 
 

@@ -240,9 +240,8 @@ def test_a_config_that_does_not_fit_its_integers_is_refused(mixed, tmp_path):
 
 
 def test_eight_bits_anywhere_need_the_int8_kernels(mixed, tmp_path):
-    for options in ({"accuracy_level": 0}, {"dotprod": False}):
-        with pytest.raises(UserError, match="8 bit needs accuracy level 4"):
-            export_bundle(mixed, tmp_path / "bundle", **options)
+    with pytest.raises(UserError, match="without dot product has no 8-bit kernel"):
+        export_bundle(mixed, tmp_path / "bundle", dotprod=False)
 
 
 def test_the_bundle_says_what_it_holds(mixed, tmp_path, capsys):

@@ -80,7 +80,7 @@ def test_bundles_carry_the_biases(compensated, tmp_path, case):
 def test_bundles_of_4_bit_carry_the_biases(compensated, tmp_path, case):
     directory, _ = compensated(case)
     export_portable(directory, tmp_path / "portable", bits=4, ids=IDS)
-    export_bundle(directory, tmp_path / "cpu", bits=4, accuracy_level=0, ids=IDS)
+    export_bundle(directory, tmp_path / "cpu", bits=4, dotprod=False, ids=IDS)
     export_bundle(directory, tmp_path / "cuda", bits=4, target="cuda")
     float32, float16 = (BundleScorer(tmp_path / name).logits(IDS.numpy()) for name in ("cpu", "cuda"))
     assert np.abs(float32 - float16).max() <= 0.05
