@@ -72,7 +72,7 @@ def read_probe_model(
         check_groups(largest.query_heads * dense.head_dim, precision.group_size, "o_proj")
         check_groups(largest.ffn, precision.group_size, "down_proj")
         for kind in rare.blocks:
-            check_groups(dense.inner_width(kind, rare), precision.group_size, f"out_proj of {kind.said}")
+            check_groups(dense.inner_width(kind, rare), precision.group_size, f"out_proj of {kind.label}")
     traits = traits_of(config)
     attending = [traits.layers[i] for i, sizes in enumerate(dense.layers) if not (sizes.conv or sizes.delta)] or list(
         traits.layers

@@ -1,1 +1,1 @@
-"""What every package stands on: errors, files, documents, options, child processes; no torch, nothing else of ours."""
+"""The base of every package: errors, files, documents, options, child processes; no torch, nothing else of ours."""

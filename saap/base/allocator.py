@@ -21,7 +21,7 @@ USUAL = {M_TRIM_THRESHOLD: 64 << 20, M_TOP_PAD: 128 << 10, M_MMAP_THRESHOLD: 32 
 
 @contextmanager
 def kept_memory() -> Iterator[None]:
-    """What is freed inside the block or function is used again, and returned to the system at its end.
+    """Use freed memory again inside the block or function, and return it to the system at its end.
 
     Blocks do not nest. Nothing changes where the C library is another one, or the user has settings of his own.
     """

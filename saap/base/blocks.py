@@ -19,7 +19,7 @@ class BlockKind:
     """
 
     name: str
-    said: str  # how a person is told of it
+    label: str  # its name in messages
     sizes: tuple[str, ...]  # fields of :class:`LayerSizes` (and of a plan's layers) that are its own, the first leading
     types: tuple[str, ...]  # of the coupled structures that may go from it
     roles: tuple[str, ...]  # of its matrices; the last one writes to the residual stream
@@ -52,15 +52,15 @@ class OfBlocks:
     """Something about a layer whose fields belong to kinds of block: sizes, or what a plan keeps."""
 
     def has(self, kind: BlockKind) -> bool:
-        """Whether anything is said, or left, of that block."""
+        """Whether the layer has, or keeps, anything of that block."""
         return bool(getattr(self, kind.sizes[0]))
 
     def only(self: Layer, kind: BlockKind) -> Layer:
-        """The fields of one kind of block; the others are as they are by default."""
+        """Keep the fields of one kind of block; the others get their defaults."""
         return type(self)(**{name: getattr(self, name) for name in (*kind.sizes, *kind.facts)})
 
     def with_block(self: Layer, kind: BlockKind, other: Layer) -> Layer:
-        """This, but for one kind of block, of which it says what ``other`` says."""
+        """Replace the fields of one kind of block by those of ``other``."""
         return replace(self, **{name: getattr(other, name) for name in (*kind.sizes, *kind.facts)})
 
     @property
@@ -68,15 +68,15 @@ class OfBlocks:
         """The kinds of block that the layer has."""
         return [kind for kind in KINDS.values() if self.has(kind)]
 
-    def told(self) -> dict[str, object]:
-        """For a file: all fields but those of kinds of block that only some families have, where they are empty."""
+    def record(self) -> dict[str, object]:
+        """Return all fields for a file, without empty ones of kinds of block that only some families have."""
         rare = [*ATTENTION.facts, *(name for kind in RARE for name in kind.sizes)]
         return {name: value for name, value in asdict(self).items() if value or name not in rare}
 
 
 @dataclass(frozen=True)
 class LayerSizes(OfBlocks):
-    """What is left of one decoder layer; 0 of a block's leading size: no such block."""
+    """Sizes of one decoder layer; 0 of a block's leading size: no such block."""
 
     query_heads: Count = 0
     kv_heads: Count = 0
@@ -92,11 +92,11 @@ class LayerSizes(OfBlocks):
 
     @property
     def mixer(self) -> BlockKind:
-        """How the layer mixes tokens, or did before that went."""
+        """The block that mixes tokens, or did before it was removed."""
         return next((kind for kind in RARE if self.has(kind)), ATTENTION)
 
     def entry(self, rare: BlockKind | None) -> list[int]:
-        """The layer's entry in ``slim_layers``; the fourth number is of the family's rare kind of block."""
+        """Return the layer's entry in ``slim_layers``; the fourth number is of the family's rare kind of block."""
         fourth = [] if rare is None else [int(getattr(self, rare.sizes[0]))]
         return [self.query_heads, self.kv_heads, self.ffn, *fourth]
 

@@ -1,4 +1,4 @@
-"""How much memory a process may take: the host's, and the limits of its control groups, version 1 and 2."""
+"""The memory that a process may take: the host's, and the limits of its control groups, version 1 and 2."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from saap.base.tree import field, fields, number, text
 
 
 def memory_limit(root: Path = Path("/")) -> int | None:
-    """The tightest limit, bytes, from this process's group up to the root; None without one."""
-    found = [limit for level, name, _ in _levels(root) if (limit := number(level / name))]
-    return min(found, default=None)
+    """Return the tightest limit, bytes, from this process's group up to the root; None without one."""
+    limits = [limit for level, name, _ in _levels(root) if (limit := number(level / name))]
+    return min(limits, default=None)
 
 
 def memory_left(root: Path = Path("/")) -> int | None:
@@ -32,7 +32,7 @@ def available(root: Path = Path("/")) -> int | None:
 
 
 def _levels(root: Path) -> Iterator[tuple[Path, str, str]]:
-    """(group's directory, name of its limit, name of its usage) for every level that exists here."""
+    """Yield (group's directory, name of its limit, name of its usage) for every level that exists here."""
     mount = root / "sys/fs/cgroup"
     for line in (text(root / "proc/self/cgroup") or "").splitlines():
         _, controllers, path = line.split(":", 2)

@@ -44,7 +44,7 @@ class ChatTemplate:
         self._process: subprocess.Popen[bytes] | None = None
 
     def render(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = False) -> str:
-        """The conversation as text.
+        """Return the conversation as text.
 
         Raises:
             TemplateError: it refuses the conversation, or takes more time or memory than it may.
@@ -52,7 +52,7 @@ class ChatTemplate:
         return self._answer(messages, add_generation_prompt).replace(self._mark, "")
 
     def render_marked(self, messages: Sequence[Mapping[str, str]]) -> tuple[str, list[tuple[int, int]]]:
-        """The conversation, and where in it stands what ``{% generation %}`` marks: first character and end of each.
+        """Return the conversation, and the first character and the end of each part that ``{% generation %}`` marks.
 
         Raises:
             TemplateError: as above.
@@ -91,9 +91,9 @@ class ChatTemplate:
         )  # fmt: skip
         weakref.finalize(self, _end, process)
         assert process.stdin is not None
-        given = {"source": self._source, "special_tokens": self._special_tokens, "mark": self._mark}
+        template = {"source": self._source, "special_tokens": self._special_tokens, "mark": self._mark}
         with contextlib.suppress(OSError):  # it has ended already, which its first answer tells
-            process.stdin.write(json.dumps(given).encode() + b"\n")
+            process.stdin.write(json.dumps(template).encode() + b"\n")
             process.stdin.flush()
 
 
@@ -122,20 +122,20 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _main() -> None:
-    given = json.loads(sys.stdin.readline())
+    first = json.loads(sys.stdin.readline())
     _limit()
     template: Any = None
     for line in sys.stdin:
         _count_anew()
         job = json.loads(line)
         try:
-            template = template or _compiled(given["source"], given["mark"])
+            template = template or _compiled(first["source"], first["mark"])
             text = template.render(
                 messages=job["messages"],
                 tools=None,
                 documents=None,
                 add_generation_prompt=job["add_generation_prompt"],
-                **given["special_tokens"],
+                **first["special_tokens"],
             )
             if len(text) > MOST_TEXT:
                 raise ValueError(f"it writes more than {MOST_TEXT >> 20} million characters")
@@ -168,7 +168,7 @@ def _count_anew() -> None:
 
 
 def _compiled(source: str, mark: str) -> Any:
-    """A template with the helpers that transformers gives to chat templates."""
+    """Compile a template with the helpers that transformers gives to chat templates."""
     from datetime import datetime
     from typing import NoReturn
 

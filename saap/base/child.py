@@ -162,7 +162,7 @@ def job_and_tell(kind: type[T]) -> tuple[T, Tell]:
 def read_lines(
     pipe: IO[bytes], patience: Callable[[float], float], most: int, heard: Callable[[], None] = lambda: None
 ) -> Iterator[bytes]:
-    """The lines of a pipe as they come, without their ends.
+    """Yield the lines of a pipe as they come, without their ends.
 
     Args:
         patience: given the seconds since the last byte, how many more to wait before it is asked again; it raises to
@@ -261,7 +261,7 @@ def until_done(futures: Collection[Future[T]]) -> None:
 
 @contextlib.contextmanager
 def signals_wait() -> Iterator[None]:
-    """A signal that arrives inside the block takes effect after it.
+    """Let a signal that arrives inside the block take effect after it.
 
     An interrupt inside ``Popen`` would leave a process that nobody knows of. Blocking the signals instead would not do:
     a child inherits its parent's mask.

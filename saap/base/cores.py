@@ -24,7 +24,7 @@ def physical_cores(cpus: list[int] | None = None, root: Path = CPUS) -> int:
 
 
 def siblings(cpu: int, root: Path) -> str:
-    """The hardware threads that share a core with ``cpu``, as the kernel lists them."""
+    """Return the hardware threads that share a core with ``cpu``, as the kernel lists them."""
     try:
         return (root / f"cpu{cpu}/topology/thread_siblings_list").read_text().strip()
     except OSError:
@@ -32,7 +32,7 @@ def siblings(cpu: int, root: Path) -> str:
 
 
 def choose_cores(threads: int, cpus: list[int] | None = None, root: Path = CPUS) -> list[int]:
-    """The ``threads`` logical CPUs to pin to: highest capacity first, SMT siblings last, then lowest number."""
+    """Choose the ``threads`` logical CPUs to pin to: highest capacity first, SMT siblings last, then lowest number."""
     cpus = allowed_cores() if cpus is None else cpus
     ranks: dict[str, int] = {}
     keys = {}

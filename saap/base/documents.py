@@ -40,14 +40,14 @@ class Document(Generic[T]):
     mark: str = ""  # a key that every such file has, and others have not; by default that of the version
 
     def read(self, path: str | Path) -> T:
-        """The document in a file.
+        """Read the document in a file.
 
         Raises UserError: (``error``) not there, not JSON, changed since, of another version, or not of these types.
         """
         return self.parse(self.content(path), str(path))
 
     def content(self, path: str | Path) -> str:
-        """The text of such a file, unread; an error as of :meth:`read` where it cannot be one."""
+        """Return the text of such a file, not parsed; an error as of :meth:`read` where it cannot be one."""
         path = Path(path)
         try:
             return read_whole(path, LARGEST).decode("utf-8")
@@ -59,7 +59,7 @@ class Document(Generic[T]):
             raise self.error(f"{path} is damaged ({error}): {self.remedy}") from None
 
     def parse(self, text: str | bytes, name: str) -> T:
-        """The document in a text; ``name`` stands in messages for where it came from."""
+        """Parse the document in a text; ``name`` stands in messages for where it came from."""
         try:
             raw = parse_json(text, finite=True)
         except ValueError as error:
@@ -93,7 +93,7 @@ class Document(Generic[T]):
         return value
 
     def text(self, value: T, indent: int | None = 1) -> str:
-        """The document as JSON; one line where ``indent`` is None."""
+        """Return the document as JSON; one line where ``indent`` is None."""
         raw = plain(value)
         if self.version is not None and self.version not in raw:
             raw = {self.version: self.versions[-1], **raw}

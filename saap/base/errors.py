@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class UserError(ValueError):
-    """What happened, what is allowed, what to do: one line.
+    """One line: what happened, what is allowed, what to do.
 
     The command line prints the line and leaves with ``exit_code``; any other exception is a defect and is shown as one.
     """
@@ -13,5 +13,5 @@ class UserError(ValueError):
 
 
 def first_line(error: Exception) -> str:
-    """What a library says is wrong, without the lines on where."""
+    """Return a library's message without the lines that say where."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

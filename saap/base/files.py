@@ -98,7 +98,7 @@ def is_special(path: Path) -> bool:
 
 
 def stream_number(path: Path) -> int | None:
-    """The number of the stream that ``/dev/stdout``, ``/dev/stderr`` or ``/dev/fd/N`` names."""
+    """Return the number of the stream that ``/dev/stdout``, ``/dev/stderr`` or ``/dev/fd/N`` names."""
     named = re.fullmatch(r"/dev/(stdout|stderr)|/(?:dev|proc/self)/fd/(\d+)", str(path))
     if named is None:
         return None
@@ -106,7 +106,7 @@ def stream_number(path: Path) -> int | None:
 
 
 def read_whole(path: Path, most: int) -> bytes:
-    """The bytes of a file that somebody else may have made.
+    """Read a file that somebody else may have made.
 
     Raises:
         OSError: not there or not readable, or not a regular file (a device may have no end, a pipe never begin).
@@ -135,7 +135,7 @@ MOST_NESTED = 100  # lists and objects in one another; ours have ten
 
 
 def parse_json(text: str | bytes, *, finite: bool = False) -> object:
-    """The value of a JSON text.
+    """Parse a JSON text.
 
     Args:
         finite: refuse NaN and infinite numbers, which Python's own reader takes, and what is nested more than
@@ -157,7 +157,7 @@ def parse_json(text: str | bytes, *, finite: bool = False) -> object:
 
 
 def _inside(outer: object) -> list[object]:
-    """The lists and objects in a list or an object."""
+    """Return the lists and objects in a list or an object."""
     inner = outer.values() if isinstance(outer, dict) else outer if isinstance(outer, list) else ()
     return [each for each in inner if isinstance(each, dict | list)]
 
@@ -170,13 +170,13 @@ def _finite(number: str) -> float:
 
 
 def with_checksum(document: Mapping[str, object]) -> dict[str, object]:
-    """The document with its checksum, the last of its fields."""
+    """Add a document's checksum as the last of its fields."""
     fields = {name: value for name, value in document.items() if name != FIELD}
     return {**fields, FIELD: _checksum(json.loads(json.dumps(fields)))}  # as it will be read: lists, and keys of text
 
 
 def without_checksum(document: Mapping[str, object]) -> dict[str, object]:
-    """The fields of a document that was read. One without a checksum, of an earlier saap or by hand, passes.
+    """Check and remove a document's checksum. One without, of an earlier saap or written by hand, passes.
 
     Raises ChecksumError: the checksum is that of other fields.
     """
@@ -192,7 +192,7 @@ def _checksum(fields: Mapping[str, object]) -> str:
 
 
 def cache_directory() -> Path:
-    """Where saap keeps what it would make again; a temporary directory, and a warning, where nothing can be written.
+    """Return the place for what saap can make again; a temporary one, with a warning, if that cannot be written.
 
     Processes that this one starts take the same.
     """
@@ -210,7 +210,7 @@ def cache_directory() -> Path:
 
 
 def _unwritable(place: Path) -> str | None:
-    """Why there can be no files below a directory that need not be there yet."""
+    """Say why no file can be written below a directory, which need not exist yet; empty if one can."""
     there = next((folder for folder in (place, *place.parents) if folder.exists()), None)
     if there is None or not there.is_dir():
         return os.strerror(errno.ENOTDIR)

@@ -73,7 +73,7 @@ class GgufHeader:
     tensors: Mapping[str, Tensor]
 
     def counts(self, key: str) -> tuple[int, ...]:
-        """The values of ``<architecture>.key``: one for all layers or one for each; empty where it is not given."""
+        """Return the values of ``<architecture>.key``: one for all layers or one for each; empty if not there."""
         value = self.metadata.get(f"{self.metadata.get('general.architecture')}.{key}")
         return tuple(each for each in (value if isinstance(value, tuple) else (value,)) if isinstance(each, int))
 

@@ -1,4 +1,4 @@
-"""Which Python has a package: another runtime may be installed beside ours, in an environment of its own."""
+"""Pythons that have a package: another runtime may be installed beside ours, in an environment of its own."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PEER_PYTHON = "SAAP_PEER_PYTHON"
 
 
 def python_with(modules: Sequence[str], what: str, install: str) -> str:
-    """The interpreter that has ``modules``: the one that ``SAAP_PEER_PYTHON`` names, else our own.
+    """Return the interpreter that has ``modules``: the one that ``SAAP_PEER_PYTHON`` names, else our own.
 
     Raises:
         UserError: neither has them; ``what`` needs them, ``install`` is what to give to pip.
@@ -35,7 +35,7 @@ def python_with(modules: Sequence[str], what: str, install: str) -> str:
 
 
 def missing_in(python: str, modules: Sequence[str]) -> list[str]:
-    """Which of ``modules`` another interpreter does not have; none is imported.
+    """Return those of ``modules`` that another interpreter lacks; none is imported.
 
     Raises:
         UserError: it is no Python that can run our workers.

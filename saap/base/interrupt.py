@@ -8,30 +8,30 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
-_asked: list[int] = []
+_signals: list[int] = []
 
 
 def ask_to_end(number: int, frame: FrameType | None) -> None:
-    """A handler: raise KeyboardInterrupt, and remember it.
+    """Handle a signal: raise KeyboardInterrupt, and remember it.
 
     A library that is just being imported may turn it into an error of its own, of a module that is not there.
     """
-    _asked.append(number)
+    _signals.append(number)
     raise KeyboardInterrupt
 
 
-def was_asked_to_end() -> bool:
-    return bool(_asked)
+def is_to_end() -> bool:
+    return bool(_signals)
 
 
 @contextlib.contextmanager
 def ended_as_by_a_person() -> Iterator[None]:
-    """A closed terminal, or a workflow that is cancelled, leaves boards and workers as clean as Ctrl-C does.
+    """Leave boards and workers as clean as Ctrl-C does when a terminal is closed or a workflow is cancelled.
 
     A signal that is ignored stays so: under nohup the terminal may be closed.
     """
-    found = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
-    before = {number: handler for number, handler in found.items() if handler not in (signal.SIG_IGN, None)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    before = {number: handler for number, handler in handlers.items() if handler not in (signal.SIG_IGN, None)}
     if threading.current_thread() is threading.main_thread():
         for number in before:
             signal.signal(number, ask_to_end)

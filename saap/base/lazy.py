@@ -8,7 +8,7 @@ from importlib import import_module
 
 
 def handed_out(package: str, homes: Mapping[str, str]) -> Callable[[str], object]:
-    """A ``__getattr__`` for a package's ``__init__``; ``homes`` names the module that defines each name."""
+    """Make a ``__getattr__`` for a package's ``__init__``; ``homes`` names the module that defines each name."""
 
     def get(name: str) -> object:
         if name not in homes:
@@ -19,7 +19,7 @@ def handed_out(package: str, homes: Mapping[str, str]) -> Callable[[str], object
 
 
 def moved(old: str, new: str) -> Callable[[str], object]:
-    """A ``__getattr__`` for a module whose names have moved to another one; it warns once for each place of use."""
+    """Make a ``__getattr__`` for a module whose names have moved to another one; it warns once a place of use."""
 
     def get(name: str) -> object:
         value = getattr(import_module(new), name)

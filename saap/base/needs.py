@@ -1,4 +1,4 @@
-"""What a long command takes at its peak, in memory and on disk, against what there is; known before anything is read.
+"""Memory and disk that a long command takes at its peak, against what there is; known before anything is read.
 
 Sums of what has to be there at the same time; the constants were measured (docs/memory.md says how and how well
 they hold). A refusal names the sum, what there is, and the option that would make it fit.
@@ -84,6 +84,6 @@ def gigabytes(count: float) -> str:
 
 
 def parts(amounts: dict[str, int]) -> str:
-    """The summands, largest first."""
+    """List the summands, largest first."""
     ordered = sorted(amounts.items(), key=lambda item: -item[1])
     return ", ".join(f"{name} {gigabytes(count)}" for name, count in ordered if count)

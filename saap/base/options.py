@@ -154,7 +154,7 @@ class Setting:
         return " ".join([what, " and ".join(f"{words[k]} {limit}" for k, limit in (low | high).items())]).strip()
 
     def read(self, text: str) -> object:
-        """The value that a text means; of a repeated flag one element. Raises ValueError: what is allowed."""
+        """Return the value that a text means; of a repeated flag one element. Raises ValueError: what is allowed."""
         if self.choices and self.kind is frozenset:
             return self.checked(frozenset(parse_names(text)))
         choice = next((choice for choice in self.choices if str(choice) == text), None)
@@ -184,7 +184,7 @@ class Setting:
         raise self._refusal(text)
 
     def checked(self, value: object) -> object:
-        """The value as its annotation has it; whole numbers serve where fractions do.
+        """Return the value as its annotation has it; whole numbers serve where fractions do.
 
         Raises ValueError: what is allowed.
         """
@@ -206,7 +206,7 @@ class Setting:
 
 
 def _as_is(kind: type, value: object) -> object:
-    """A value of a type that msgspec does not know, such as a path."""
+    """Accept a value of a type that msgspec does not know, such as a path."""
     if not isinstance(value, kind):
         raise ValueError
     return value
@@ -217,7 +217,7 @@ def _plain(value: object) -> str:
 
 
 def settings_of(kind: type) -> dict[str, Setting]:
-    """The settings of an options dataclass and of those inside it, by name, in their order.
+    """Return the settings of an options dataclass and of those inside it, by name, in their order.
 
     Raises TypeError: two have the same name.
     """
@@ -230,12 +230,12 @@ def settings_of(kind: type) -> dict[str, Setting]:
 
 
 def _parts(hint: type) -> tuple[type, tuple[object, ...]]:
-    """A type and what ``Annotated`` says of it."""
+    """Return a type and the extras that ``Annotated`` gives it."""
     return (get_args(hint)[0], get_args(hint)[1:]) if get_origin(hint) is Annotated else (hint, ())
 
 
 def _settings(kind: type, base: object) -> Iterator[Setting]:
-    """``base`` is the instance that holds the defaults where a dataclass lies inside another."""
+    """Yield settings; ``base`` is the instance with the defaults where a dataclass lies inside another."""
     hints = get_type_hints(kind, include_extras=True)
     for each in fields(kind):
         hint, default = hints[each.name], _default(each, base)
@@ -288,7 +288,7 @@ def _default(each: Field[object], base: object) -> object:
 
 
 def build(kind: type[T], values_by_name: Mapping[str, object], base: T | None = None) -> T:
-    """The options dataclass of values by name; what is not given is at its default, or as in ``base``.
+    """Build the options dataclass of values by name; what is not given is at its default, or as in ``base``.
 
     Raises UserError: a value that must be given is missing.
     """
@@ -310,7 +310,7 @@ def build(kind: type[T], values_by_name: Mapping[str, object], base: T | None = 
 
 
 def setting_named(settings: Mapping[str, Setting], name: str) -> Setting:
-    """A setting by its name, with dashes or underscores. Raises UserError: no such name; says which are nearest."""
+    """Return a setting by its name, with dashes or underscores. Raises UserError: no such name, with the nearest."""
     plain = name.strip().lstrip("-").replace("-", "_")
     if plain in settings:
         return settings[plain]
@@ -329,7 +329,7 @@ def refuse_removed(name: str) -> None:
 
 
 def assigned(settings: Mapping[str, Setting], text: str) -> tuple[str, object]:
-    """``NAME=VALUE`` as a name and a value; elements of a tuple are separated by commas.
+    """Split ``NAME=VALUE`` into a name and a value; elements of a tuple are separated by commas.
 
     Raises UserError: no such name, or not a value for it.
     """
@@ -347,7 +347,7 @@ def assigned(settings: Mapping[str, Setting], text: str) -> tuple[str, object]:
 
 
 def from_toml(settings: Mapping[str, Setting], path: Path) -> dict[str, object]:
-    """The settings in a TOML file: the same names, in tables or not; text is read as on the command line.
+    """Read the settings in a TOML file: the same names, in tables or not; text is read as on the command line.
 
     Raises UserError: no such file, not TOML, no such name, or not a value for it.
     """
@@ -408,7 +408,7 @@ def check_values(options: object) -> None:
 
 
 def changed_in(options: object) -> Iterator[tuple[Setting, object]]:
-    """The settings that are not at their defaults, and their values."""
+    """Yield the settings that are not at their defaults, and their values."""
     defaults = settings_of(type(options))
     for now in _settings(type(options), options):
         if now.name in defaults and now.default != defaults[now.name].default:

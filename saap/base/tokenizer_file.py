@@ -50,22 +50,22 @@ def check_tokenizer(content: bytes) -> None:
 
 
 def _growth(document: _Document) -> int:
-    """How many times longer its replacements may make a text, each after the other."""
-    found, parts = 1, [document.normalizer, document.pre_tokenizer]
+    """Return how many times longer its replacements, one after the other, may make a text."""
+    growth, parts = 1, [document.normalizer, document.pre_tokenizer]
     while parts:
         part = parts.pop()
         if isinstance(part, dict):
             content = part.get("content", part.get("prepend"))
-            found *= max(1, len(content)) if isinstance(content, str) else 1
+            growth *= max(1, len(content)) if isinstance(content, str) else 1
             parts += part.values()
         elif isinstance(part, list):
             parts += part
-    return found
+    return growth
 
 
 @contextmanager
 def tokenizing(what: str, remedy: str, error: type[UserError] = UserError) -> Iterator[None]:
-    """The library at work by a file's rules: whatever goes wrong in it becomes an error of one line.
+    """Turn whatever goes wrong in the library, which follows a file's rules, into an error of one line.
 
     It raises a bare ``Exception``, or panics, which is no ``Exception``.
     """
@@ -76,5 +76,5 @@ def tokenizing(what: str, remedy: str, error: type[UserError] = UserError) -> It
     except BaseException as wrong:
         if not isinstance(wrong, Exception) and type(wrong).__name__ != "PanicException":
             raise
-        told = (str(wrong).strip().splitlines() or [type(wrong).__name__])[0]
-        raise error(f"{what} ({told}): {remedy}") from None
+        message = (str(wrong).strip().splitlines() or [type(wrong).__name__])[0]
+        raise error(f"{what} ({message}): {remedy}") from None

@@ -11,7 +11,7 @@ _COUNT = re.compile(r"[0-9]{1,5}")  # no machine has more processors
 
 
 def text(path: Path) -> str | None:
-    """The file's text without NUL and white space around it; None for an empty or unreadable one."""
+    """Return the file's text without NUL and white space around it; None for an empty or unreadable one."""
     try:
         raw = path.read_bytes()
     except OSError:
@@ -20,17 +20,17 @@ def text(path: Path) -> str | None:
 
 
 def number(path: Path) -> int | None:
-    found = text(path)
+    digits = text(path)
     try:
-        return int(found) if found else None
+        return int(digits) if digits else None
     except ValueError:
         return None
 
 
 def fields(path: Path) -> dict[str, int]:
-    """The counts of a file such as /proc/meminfo, a name and a number a line; bytes where the file says kB."""
-    found = _FIELD.findall(text(path) or "")
-    return {name: int(count) * (1024 if unit else 1) for name, count, unit in found}
+    """Return the counts of a file such as /proc/meminfo, a name and a number a line; bytes where the file says kB."""
+    matches = _FIELD.findall(text(path) or "")
+    return {name: int(count) * (1024 if unit else 1) for name, count, unit in matches}
 
 
 def field(path: Path, key: str) -> int | None:
@@ -38,25 +38,25 @@ def field(path: Path, key: str) -> int | None:
 
 
 def strings(path: Path) -> list[str]:
-    """A device tree's list of strings, which NUL separates."""
+    """Return a device tree's list of strings, which NUL separates."""
     return [part for part in (text(path) or "").split("\0") if part]
 
 
 def glob(base: Path, pattern: str) -> list[Path]:
-    """The matches in the order of the numbers in their names; a folder that may not be read has none."""
+    """Return the matches in the order of the numbers in their names; a folder that may not be read has none."""
     try:
-        found = list(base.glob(pattern))
+        matches = list(base.glob(pattern))
     except OSError:
         return []
-    return sorted(found, key=lambda path: (_digits(path.relative_to(base).as_posix()), path.as_posix()))
+    return sorted(matches, key=lambda path: (_digits(path.relative_to(base).as_posix()), path.as_posix()))
 
 
 def first_text(paths: Iterable[Path]) -> str | None:
-    return next((found for found in map(text, paths) if found), None)
+    return next(filter(None, map(text, paths)), None)
 
 
 def why_unreadable(paths: Iterable[Path]) -> str | None:
-    """Which of the files is there and cannot be read; None where none of them is there."""
+    """Name the first file that is there and cannot be read, and the reason; None without one."""
     for path in paths:
         try:
             path.read_bytes()
@@ -68,7 +68,7 @@ def why_unreadable(paths: Iterable[Path]) -> str | None:
 
 
 def parse_cpu_list(listed: str) -> list[int]:
-    """The kernel's list format, ``0-3,6`` -> [0, 1, 2, 3, 6]; pieces that are none are left out."""
+    """Parse the kernel's list format, ``0-3,6`` -> [0, 1, 2, 3, 6]; other pieces are left out."""
     cpus: list[int] = []
     for piece in listed.replace(" ", ",").split(","):
         first, _, last = piece.strip().partition("-")

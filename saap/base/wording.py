@@ -4,5 +4,5 @@ from __future__ import annotations
 
 
 def counted(count: int, noun: str, nouns: str = "") -> str:
-    """A number and its noun: ``1 thread``, ``2 threads``, ``3 matrices``."""
+    """Return a number and its noun: ``1 thread``, ``2 threads``, ``3 matrices``."""
     return f"{count} {noun if count == 1 else nouns or f'{noun}s'}"

@@ -1,5 +1,5 @@
-"""What a command reads and writes: JSON objects with checksums; outputs by one process at a time, beside their place
-and renamed, never over what saap did not write.
+"""Inputs and outputs of a command: JSON objects with checksums; outputs are written by one process at a time, beside
+their place, and renamed, never over what saap did not write.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def claimed(out: str | Path) -> Iterator[None]:
 
 
 def _locked(place: Path) -> int:
-    """A descriptor that holds the lock. Raises BlockingIOError: another one does."""
+    """Return a descriptor that holds the lock. Raises BlockingIOError: another one does."""
     import fcntl
 
     place.parent.mkdir(parents=True, exist_ok=True)
@@ -179,7 +179,7 @@ def beside(out: str | Path, purpose: str) -> Iterator[Path]:
 
 
 def _left(out: Path, purpose: str) -> Iterator[Path]:
-    """What processes that are gone left beside ``out``."""
+    """Yield the leftovers beside ``out`` of processes that are gone."""
     for left in out.parent.glob(f".{out.name}.{purpose}-*"):
         owner = left.name.rsplit("-", 1)[1]
         if owner.isdigit() and (int(owner) == os.getpid() or not psutil.pid_exists(int(owner))):
@@ -187,7 +187,7 @@ def _left(out: Path, purpose: str) -> Iterator[Path]:
 
 
 def read_object(path: Path, remedy: str) -> dict[str, Any]:
-    """The object in a JSON file, without its checksum.
+    """Read the object in a JSON file, without its checksum.
 
     ``remedy``: what to do when it is damaged, such as ``make the directory again``.
 

@@ -38,10 +38,10 @@ def export(model: str, out: Path | None, inspect: bool, as_json: bool, options: 
       saap export --inspect out/bundle
     """
     if inspect:
-        given = ["-o"] if out else []
-        given += [setting.flag for setting, _ in changed_in(options)]
-        if given:
-            raise UserError(f"--inspect writes nothing, so {given[0]} has no effect: leave one of them out")
+        flags = ["-o"] if out else []
+        flags += [setting.flag for setting, _ in changed_in(options)]
+        if flags:
+            raise UserError(f"--inspect writes nothing, so {flags[0]} has no effect: leave one of them out")
         show_inside(Path(model), as_json)
         return
     if as_json:

@@ -152,7 +152,7 @@ def _peak() -> int | None:
 
 @contextlib.contextmanager
 def _ctrl_c_stops(generation: Generation) -> Iterator[None]:
-    """The first Ctrl-C ends the answer, a second one the program."""
+    """Let the first Ctrl-C end the answer, and a second one the program."""
     before = signal.getsignal(signal.SIGINT)
 
     def stop(number: int, frame: FrameType | None) -> None:

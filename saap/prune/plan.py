@@ -105,9 +105,9 @@ class Reasons:
 
 def _recorded(reason: Reason) -> dict[str, object]:
     """Return the JSON of a reason."""
-    record = asdict(reason) | {"had": reason.had.told(), "keeps": reason.keeps.told()}
+    record = asdict(reason) | {"had": reason.had.record(), "keeps": reason.keeps.record()}
     moves = {name: getattr(reason, name) for name in ("last", "next", "quarter")}
-    return record | {name: asdict(move) | {"to": move.to.told()} for name, move in moves.items() if move}
+    return record | {name: asdict(move) | {"to": move.to.record()} for name, move in moves.items() if move}
 
 
 @dataclass(frozen=True)

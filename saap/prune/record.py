@@ -71,8 +71,8 @@ def record_of(
             "price_nats": plan.price,
             **({"gap": plan.gap} if plan.gap else {}),
             "reasons": plan.reasons.record() if plan.reasons else None,
-            "dense_layers": to_builtins([sizes.told() for sizes in pruning.budget.dense.layers]),
-            "layers": to_builtins([keep.told() for keep in plan.layers]),
+            "dense_layers": to_builtins([sizes.record() for sizes in pruning.budget.dense.layers]),
+            "layers": to_builtins([keep.record() for keep in plan.layers]),
         },
         "options": {
             "block": pruning.budget.group_size,

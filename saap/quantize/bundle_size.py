@@ -133,7 +133,7 @@ class BundleSize:
         """Refuse a model whose matrices are not whole groups."""
         widths = [("the hidden size", shape.hidden)]
         for index, sizes in enumerate(shape.layers):
-            widths += [(f"{kind.said} of layer {index}", shape.inner_width(kind, sizes)) for kind in sizes.blocks]
+            widths += [(f"{kind.label} of layer {index}", shape.inner_width(kind, sizes)) for kind in sizes.blocks]
         for what, width in widths:
             if self.bits != 32 and width % self.group_size:
                 raise UserError(

@@ -99,7 +99,7 @@ def check_widths(shape: ModelShape, group_size: int) -> None:
     check_groups(shape.hidden, group_size, "the hidden size")
     for index, sizes in enumerate(shape.layers):
         for kind in sizes.blocks:
-            name = {"attention": "o_proj", "ffn": "down_proj"}.get(kind.name, f"out_proj of {kind.said}")
+            name = {"attention": "o_proj", "ffn": "down_proj"}.get(kind.name, f"out_proj of {kind.label}")
             check_groups(shape.inner_width(kind, sizes), group_size, f"{name} of layer {index}")
 
 

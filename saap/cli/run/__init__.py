@@ -73,7 +73,7 @@ def run_all(model: str, out: Path, options: RunOptions, console: Console) -> Non
 
 
 def fitted(source: Path, options: RunOptions, console: Console) -> RunOptions:
-    """The options with a requirement that fits on the device. Raises UserError: what was asked for does not fit."""
+    """Return options with a requirement that fits on the device. Raises UserError: what was asked for does not fit."""
     from saap.prune.pruning import budget_of
 
     if (demands := options.demands) is None:

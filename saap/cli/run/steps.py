@@ -117,7 +117,7 @@ class Step:
 
 
 def settings_in(options: object) -> dict[str, object]:
-    """The fields of a step's options that its outcome depends on: all but where it is computed."""
+    """Return the fields of a step's options that its outcome depends on: all but the compute device."""
 
     def fields(pairs: list[tuple[str, object]]) -> dict[str, object]:
         return {name: value for name, value in pairs if name != "device"}
@@ -274,7 +274,7 @@ class Peer(Step):
 
     @property
     def specs(self) -> dict[str, str]:
-        """What is measured beside the bundles, by name: the file in llama.cpp, and the slim bundle's other engines."""
+        """The models that are measured beside the bundles, by name: the peer, and the slim bundle's other engines."""
         from bench.runtimes.peers import LLAMA_CPP
         from export.bundle.manifest import read_manifest
         from export.engine.table import ONNXRUNTIME, engines_in

@@ -119,7 +119,7 @@ def kinds_table(reasons: Reasons) -> tuple[str, list[str], list[list[str]]]:
     totals: dict[str, list[float]] = {}
     for block in reasons.blocks:
         gone = not block.keeps.blocks
-        name = "whole blocks" if gone else PARTS.get(block.kind, KINDS[block.kind].said)
+        name = "whole blocks" if gone else PARTS.get(block.kind, KINDS[block.kind].label)
         if block.saved:
             totals.setdefault(name, [0, 0.0, 0.0])
             for place, number in enumerate((1, block.saved, block.price or 0.0)):
@@ -176,7 +176,7 @@ def _row(layer: _Layer, fields: list[str], scale: float, priced: bool) -> list[s
 def to_words(block: Reason, move: Move) -> str:
     if block.kind != ATTENTION.name:
         kind = KINDS[block.kind]
-        name, (field,) = kind.said.removeprefix("the "), kind.sizes
+        name, (field,) = kind.label.removeprefix("the "), kind.sizes
         left = getattr(move.to, field)
         return f"{name} to {left}" if left else f"no {name}"
     if not move.to.query_heads:
@@ -267,7 +267,7 @@ def _next(reasons: Reasons) -> str:
 
 
 def _block(block: Reason) -> str:
-    return f"{KINDS[block.kind].said} of layer {block.layer}"
+    return f"{KINDS[block.kind].label} of layer {block.layer}"
 
 
 def _layers(reasons: Reasons) -> list[_Layer]:
