@@ -37,9 +37,7 @@ def test_the_program_runs_as_printed(tmp_path, tiny_model, data_dir):
 def test_the_program_is_typed(tmp_path):
     pytest.importorskip("mypy")
     (tmp_path / "program.py").write_text(PROGRAM, encoding="utf-8")
-    libraries = (
-        "torch transformers onnx onnx_ir onnxruntime numpy scipy tokenizers accelerate peft rich matplotlib gguf"
-    )
+    libraries = "torch transformers onnx onnx_ir onnxruntime numpy scipy tokenizers accelerate rich matplotlib gguf"
     skipped = "".join(f"[mypy-{name}.*]\nfollow_imports = skip\n" for name in libraries.split())
     (tmp_path / "mypy.ini").write_text("[mypy]\n" + skipped)
     done = subprocess.run(

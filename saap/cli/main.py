@@ -19,7 +19,7 @@ from saap.cli.console import shown
 from saap.cli.types import LazyGroup
 
 EXTRAS = {
-    "torch": "prune", "transformers": "prune", "safetensors": "prune", "gguf": "prune", "peft": "prune",
+    "torch": "prune", "transformers": "prune", "safetensors": "prune", "gguf": "prune",
     "accelerate": "prune",
     "onnx": "export", "onnx_ir": "export", "onnxruntime": "bench", "numpy": "bench", "scipy": "bench",
     "tokenizers": "bench", "jinja2": "bench", "matplotlib": "bench", "optimum": "optimum",

@@ -1,27 +1,18 @@
-"""The group adapter: a PEFT LoRA layer whose base is a matrix of integers, W = s (q - z).
+"""The group adapter: a linear layer around a matrix of integers, W = s (q - z).
 
 It trains D [N, groups], one number for each output row and group of input columns, 0 at the start. The layer computes
 with s' = s (1 + D), kept away from 0 and rounded to what float16 represents, so the deployed kernel stays as it is. (In
-the low-rank group form of QA-LoRA, Xu et al., arXiv 2309.14717, D is B A; here A is the identity, and PEFT's B is D.)
+the low-rank group form of QA-LoRA, Xu et al., arXiv 2309.14717, D is B A; here it is of full rank.)
 
-All rounding happens in the forward pass, with the gradient going straight through: :meth:`GroupAdapterLayer.merge`
-writes into the base what the last forward pass used, to the bit.
-
-:func:`attach` puts one on every linear of the decoder layers, :func:`fold` writes what was trained into the integers'
-holders.
+All rounding happens in the forward pass, with the gradient going straight through: :func:`fold` writes
+what the last forward pass used, to the bit. :func:`attach` puts an adapter on every linear of the decoder layers.
 """
 
 from __future__ import annotations
 
-import re
-import warnings
 from typing import Protocol, cast
 
-import peft
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
@@ -31,57 +22,33 @@ from saap.base.errors import UserError
 from saap.models.architectures import architecture_of
 from saap.models.modeling_slim import GroupQuantLinear
 
-NAME = "default"  # of the adapter, PEFT's own
-PREFIX = "base_model.model."  # before a module's name in a PeftModel
 SMALLEST_FACTOR = 0.05  # 1 + D stays positive: a group must not change its sign
 LARGEST_FLOAT16 = 65504.0
 
 Gradient = torch.Tensor | None
 
 
-class GroupAdapterLayer(nn.Module, LoraLayer):
-    """A GroupQuantLinear with one adapter; PEFT makes it, from the config that it is registered with."""
+class GroupAdapterLayer(nn.Module):
+    """A GroupQuantLinear with an adapter."""
 
     centred: torch.Tensor
     keeps_matrix = False  # between the passes of a step, where memory allows: see :func:`keep_matrices`
     _kept: tuple[object, torch.Tensor] | None = None
 
-    def __init__(self, base_layer: GroupQuantLinear, adapter_name: str, **_: object) -> None:
-        """Wrap ``base_layer``. PEFT's other options differ from version to version and have no effect here."""
+    def __init__(self, base: GroupQuantLinear) -> None:
         super().__init__()
-        with warnings.catch_warnings():  # PEFT asks for sizes of kinds of layers that it knows, and warns of ours
-            warnings.filterwarnings("ignore", "Unsupported layer type")
-            LoraLayer.__init__(self, base_layer)
-        self.name, self._active_adapter = adapter_name, adapter_name
-        groups, device = base_layer.columns // base_layer.block, base_layer.scales.device
-        self.r[adapter_name] = self.lora_alpha[adapter_name] = groups
-        self.scaling[adapter_name] = 1.0
-        self.lora_dropout[adapter_name] = self.lora_A[adapter_name] = nn.Identity()
-        factor = nn.Linear(groups, base_layer.out_features, bias=False)
-        nn.init.zeros_(factor.weight)
-        self.lora_B[adapter_name] = factor.to(device)
-        centred = base_layer.centred()
+        self.base = base
+        self.factor = nn.Parameter(torch.zeros_like(base.scales))
+        centred = base.centred()
         narrow = bool(centred.min() >= -128) and bool(centred.max() <= 127)
         self.register_buffer("centred", centred.to(torch.int8) if narrow else centred, persistent=False)
 
-    @property
-    def base(self) -> GroupQuantLinear:
-        return cast("GroupQuantLinear", self.base_layer)
-
-    def update_layer(self, *_: object, **__: object) -> None:
-        """PEFT's way to put a second adapter on a layer, which has no meaning for integers."""
-        raise ValueError("a matrix of integers takes one adapter: fold or detach the one that it has")
-
     def scales(self) -> torch.Tensor:
         """s' [N, groups], float32 under autocast too."""
-        factor = cast("torch.Tensor", self.lora_B[self.name].weight)
-        return float16_through(self.base.scales * (1 + factor).clamp_min(SMALLEST_FACTOR))
+        return float16_through(self.base.scales * (1 + self.factor).clamp_min(SMALLEST_FACTOR))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in_features] -> [..., out_features], what the folded matrix gives."""
-        if self.disable_adapters or self.merged:
-            plain: torch.Tensor = self.base(x)
-            return plain
         y = self.product(x)
         return y if self.base.bias is None else y + self.base.bias.to(y.dtype)
 
@@ -98,51 +65,25 @@ class GroupAdapterLayer(nn.Module, LoraLayer):
                 self._kept = versions, dequantized(self.centred, scales, dtype)
         return group_matmul(x, self.centred, scales, self._kept[1])
 
-    @torch.no_grad()
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Write into the base what the forward pass uses; PEFT's ``merge_and_unload`` calls it too."""
-        if not self.merged:
-            self.base.scales = self.scales()
-            self.merged_adapters.append(self.name)
 
-
-def attach(model: PreTrainedModel) -> PeftModel:
+def attach(model: PreTrainedModel) -> None:
     """Put an adapter on every linear of the decoder layers, in place; all other parameters are frozen.
 
-    Raises:
-        UserError: linears without integers or with an adapter, or a PEFT that did not put our layer on each of them.
+    Raises UserError: linears without integers.
     """
     holders = _holders(model)
-    lora = LoraConfig(task_type="CAUSAL_LM", target_modules=_pattern(model, holders))
-    lora._register_custom_module({GroupQuantLinear: GroupAdapterLayer})
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():  # nothing here is random
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")  # which PEFT reads
-        try:
-            adapted = cast("PeftModel", get_peft_model(model, lora, adapter_name=NAME))
-        except ValueError as error:
-            raise UserError(
-                f"PEFT {peft.__version__} does not take the layers of group adapters ({str(error).splitlines()[0]}): "
-                "install another version, 0.17 to 0.21"
-            ) from error
-    tuners = {
-        name.removeprefix(PREFIX): type(m) for name, m in adapted.named_modules() if isinstance(m, BaseTunerLayer)
-    }
-    if tuners != dict.fromkeys(holders, GroupAdapterLayer):
-        wrong = sorted(n for n in {*holders, *tuners} if tuners.get(n) is not GroupAdapterLayer or n not in holders)
-        raise UserError(
-            f"PEFT {peft.__version__} put no group adapter on {wrong[0]} ({len(wrong)} of {len(holders)} linears): "
-            "install another version, 0.17 to 0.21"
-        )
-    return adapted
+    model.requires_grad_(False)
+    for name, holder in holders.items():
+        model.set_submodule(name, GroupAdapterLayer(holder))
 
 
 def layers_of(model: nn.Module) -> dict[str, GroupAdapterLayer]:
-    """Return the adapted linears by their name in the plain model."""
-    return {n.removeprefix(PREFIX): m for n, m in model.named_modules() if isinstance(m, GroupAdapterLayer)}
+    """Return the adapted linears by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, GroupAdapterLayer)}
 
 
 def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
-    return [p for layer in layers_of(model).values() for p in layer.parameters() if p.requires_grad]
+    return [layer.factor for layer in layers_of(model).values()]
 
 
 def keep_matrices(model: nn.Module) -> None:
@@ -151,25 +92,16 @@ def keep_matrices(model: nn.Module) -> None:
         layer.keeps_matrix = True
 
 
-def fold(model: PeftModel) -> PreTrainedModel:
-    """Write what the adapted model computes into its integers' holders; the plain model, on the same modules."""
-    for layer in layers_of(model).values():
-        layer.merge()
-    return detach(model)
-
-
-def detach(model: PeftModel) -> PreTrainedModel:
-    """Take the adapter off and drop it; the plain model, on the same modules."""
-    plain = cast("PreTrainedModel", model.unload())
-    if hasattr(plain, "peft_config"):  # older PEFT leaves it there and warns at the next adapter
-        del plain.peft_config
-    return plain
+@torch.no_grad()
+def fold(model: PreTrainedModel) -> None:
+    """Write the trained scales into the integers' holders and put these back in place of the adapters."""
+    for name, layer in layers_of(model).items():
+        layer.base.scales = layer.scales()
+        model.set_submodule(name, layer.base)
 
 
 def _holders(model: PreTrainedModel) -> dict[str, GroupQuantLinear]:
-    """Return the decoder layers' linears by name, all of integers and untouched."""
-    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
-        raise UserError("the model has an adapter already: fold or detach it first")
+    """Return the decoder layers' linears by name, all of integers."""
     architecture = architecture_of(model.config)
     inside = architecture.layers
     linears = {
@@ -182,13 +114,6 @@ def _holders(model: PreTrainedModel) -> dict[str, GroupQuantLinear]:
         plain = next(iter(linears.keys() - holders.keys()), "the model")
         raise UserError(f"{plain} holds no integers, which a group adapter is put on: quantise the model first")
     return holders
-
-
-def _pattern(model: PreTrainedModel, holders: dict[str, GroupQuantLinear]) -> str:
-    """Write a regular expression for the names; PEFT would write a set of names in another order each time."""
-    inside = re.escape(architecture_of(model.config).layers)
-    names = sorted({re.sub(rf"^{inside}\.\d+\.", "", name) for name in holders})
-    return rf"{inside}\.\d+\.({'|'.join(re.escape(name) for name in names)})"
 
 
 class Context(Protocol):

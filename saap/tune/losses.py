@@ -59,7 +59,7 @@ class KeptMatrix(dict[torch.dtype, torch.Tensor]):
 
 
 def head_loss(
-    model: nn.Module, ids: torch.Tensor, places: torch.Tensor, loss_of: PieceLoss, kept: KeptMatrix | None = None
+    model: PreTrainedModel, ids: torch.Tensor, places: torch.Tensor, loss_of: PieceLoss, kept: KeptMatrix | None = None
 ) -> torch.Tensor:
     """Sum the losses at some places, bool [rows, tokens], of ids int64 [rows, tokens].
 
@@ -67,33 +67,31 @@ def head_loss(
     ``loss_of`` is the loss of a piece of them; in the order of rows they are numbered from 0. Without ``kept`` the
     head is dequantised each time.
     """
-    base: nn.Module = getattr(model, "get_base_model", lambda: model)()
-    matrix = _frozen_matrix(base) if isinstance(base, PreTrainedModel) else None
+    matrix = _frozen_matrix(model)
     if matrix is None:
         logits = model(input_ids=ids, use_cache=False).logits[places]
         return loss_of(logits, 0, len(logits))
-    backbone = base.get_submodule(architecture_of(base.config).layers.rpartition(".")[0])
+    backbone = model.get_submodule(architecture_of(model.config).layers.rpartition(".")[0])
     # A mask of ones is dropped. Without one transformers 4.57 makes a full mask, and the kernel cannot skip half of it.
     mask = torch.ones_like(ids)
     hidden = backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[places]
     dtype, kept = product_dtype(hidden), KeptMatrix() if kept is None else kept
-    traits, words = traits_of(base.config), head_words(base)
+    traits, words = traits_of(model.config), head_words(model)
     if dtype not in kept:
         kept[dtype] = matrix(dtype) if words is None else matrix(dtype)[words.to(hidden.device)]
     total: torch.Tensor = _HeadLoss.apply(hidden, kept[dtype], replace(traits, vocabulary=""), loss_of)
     return total
 
 
-def head_words(model: nn.Module) -> torch.Tensor | None:
+def head_words(model: PreTrainedModel) -> torch.Tensor | None:
     """Return the tokens, ascending int64, whose rows of the head are all that :func:`head_loss` computes; None: all.
 
     The logits that a loss is given are then of these alone, in their order.
     """
-    base: nn.Module = getattr(model, "get_base_model", lambda: model)()
-    if not isinstance(base, PreTrainedModel) or _frozen_matrix(base) is None:
+    if _frozen_matrix(model) is None:
         return None
-    packed = traits_of(base.config).vocabulary
-    return unpacked_ids(packed, base.config.vocab_size) if packed else None
+    packed = traits_of(model.config).vocabulary
+    return unpacked_ids(packed, model.config.vocab_size) if packed else None
 
 
 def _frozen_matrix(model: PreTrainedModel) -> Callable[[torch.dtype], torch.Tensor] | None:

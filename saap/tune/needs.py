@@ -16,7 +16,7 @@ from saap.system.processes import shares_parameters, training_device
 from saap.tune.losses import PLACES
 from saap.tune.options import TuneOptions
 
-TUNING = 70_000_000  # peft and accelerate, beside the process
+TUNING = 70_000_000  # accelerate, beside the process
 TRAINED = 24  # bytes per trained number: itself, its gradient, two moments, the best state and the start
 
 

@@ -18,10 +18,8 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import cast
 
 import torch
-from peft import PeftModel
 from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
@@ -187,12 +185,13 @@ class _Tuning:
             load_streamed(self.model, device=device) if placement.streamed else moved(load_model(self.model), device)
         )
         targets = targets_of(self.teacher, self.rows, options, StudentWords.of(self.model), self.progress)
-        adapted, groups, quant = _quantised(model, self.rows.ids, options, self._planned_forms(), self.progress)
+        quant = _quantised(model, self.rows.ids, options, self._planned_forms(), self.progress)
+        groups = _attached(model, options)
         trained = sum(p.numel() for group in groups for p in group["params"])
-        use_short_attention(cast("PreTrainedModel", adapted.get_base_model()))
+        use_short_attention(model)
         error = None
         try:
-            history = self._train(adapted, groups, targets, placement, weights)
+            history = self._train(model, groups, targets, placement, weights)
         except DivergedError as diverged:
             if not diverged.history.best_step:
                 raise
@@ -200,7 +199,7 @@ class _Tuning:
         self._report(WRITING)
         if writes:
             self._write(
-                adapted,
+                model,
                 quant,
                 {
                     "options": options.recorded(),
@@ -229,7 +228,7 @@ class _Tuning:
 
     def _train(
         self,
-        adapted: PeftModel,
+        model: PreTrainedModel,
         groups: list[Group],
         targets: TeacherTargets | None,
         placement: Placement,
@@ -240,7 +239,7 @@ class _Tuning:
         learned, judged = held_out(rows, options.held_out) if options.holds_out(len(rows)) else (rows, None)
         head = None if placement.recomputed else KeptMatrix()
         if not placement.recomputed:
-            adapters.keep_matrices(adapted)
+            adapters.keep_matrices(model)
         run = Run(
             replace(options.training, checkpointing=placement.recomputed),
             held_out=None if judged is None else tensors_of(judged, len(learned)),
@@ -254,11 +253,12 @@ class _Tuning:
                 "tuning": {key: value for key, value in options.recorded().items() if key != "training"},
             },
         )
-        return train(adapted, groups, tensors_of(learned, 0), loss_of(targets, options, head), run, self.progress)
+        return train(model, groups, tensors_of(learned, 0), loss_of(targets, options, head), run, self.progress)
 
-    def _write(self, adapted: PeftModel, quant: SlimQuant, tuning: Tuning) -> None:
+    def _write(self, model: PreTrainedModel, quant: SlimQuant, tuning: Tuning) -> None:
         """Write the directory; the states of the run are no longer needed."""
-        tensors = ((name, tensor.cpu()) for name, tensor in adapters.fold(adapted).state_dict().items())
+        adapters.fold(model)
+        tensors = ((name, tensor.cpu()) for name, tensor in model.state_dict().items())
         record, config = read_record(self.model), read_config(self.model)
         record["tuning"] = tuning
         write_slim(self.out, self.model, slim_config(config, shape_of(config), quant), tensors, record)
@@ -306,6 +306,7 @@ def loss_of(targets: TeacherTargets | None, options: TuneOptions, head: KeptMatr
     """Return a function of a batch: NLL, mixed with KL to the teacher, summed over learnt tokens, and their number."""
 
     def loss(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        assert isinstance(model, PreTrainedModel)
         learnt = batch["labels"][:, 1:] != IGNORED
         places = F.pad(learnt, (0, 1))  # what a row's last place predicts is not known
         labels, known = batch["labels"][:, 1:][learnt], None
@@ -341,8 +342,8 @@ def _quantised(
     options: TuneOptions,
     own: Mapping[str, MatrixForm],
     progress: Progress | None,
-) -> tuple[PeftModel, list[Group], SlimQuant]:
-    """Quantise a model and attach adapters; return it, its parameter groups, and the config's ``slim_quant``.
+) -> SlimQuant:
+    """Quantise a model in place and return its config's ``slim_quant``.
 
     ``own``: the integers that single matrices were planned in.
     """
@@ -362,13 +363,14 @@ def _quantised(
     settle(model)
     for parameter in model.parameters():  # a view of the loaded file keeps all pages of it that were written
         parameter.data = parameter.data.clone()
-    adapted = adapters.attach(model)
-    norms = [p for name, p in adapted.named_parameters() if "norm" in name]
+    return quant
+
+
+def _attached(model: PreTrainedModel, options: TuneOptions) -> list[Group]:
+    """Attach adapters and return the parameters to train: the factors of scales, and the norms' weights."""
+    adapters.attach(model)
+    norms = [parameter for name, parameter in model.named_parameters() if "norm" in name]
     for norm in norms:
         norm.requires_grad_(True)
-    trained = adapters.trained_parameters(adapted)
-    return (
-        adapted,
-        [{"params": trained, "lr": options.learning_rate}, {"params": norms, "lr": options.norm_rate}],
-        quant,
-    )
+    factors = adapters.trained_parameters(model)
+    return [{"params": factors, "lr": options.learning_rate}, {"params": norms, "lr": options.norm_rate}]

@@ -153,7 +153,7 @@ def tune_lora(variant: Variant, slim: Path, teacher_dir: Path, rows: TuningRows)
     lora = [p for n, p in adapted.named_parameters() if "lora_" in n]
     groups = [{"params": lora, "lr": variant.get("lr", 1e-3)}, {"params": norms, "lr": options.norm_rate}]
     history = train(
-        adapted, groups, tensors_of(learnt, 0), loss_of(targets, options),
+        model, groups, tensors_of(learnt, 0), loss_of(targets, options),
         Run(options.training, held_out=tensors_of(judged, len(learnt)), held_out_loss=loss_of(None, options),
             state_dir=OUT / f".{lora_name(variant)}.tuning", fingerprint={"rank": rank, "model": str(slim)}),
         say,
@@ -169,7 +169,7 @@ def tune_lora(variant: Variant, slim: Path, teacher_dir: Path, rows: TuningRows)
 
 
 def with_lora(model: PreTrainedModel, rank: int) -> Any:
-    """LoRA on every linear of the decoder layers."""
+    """Put LoRA on every linear of the decoder layers, in place."""
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(SEED)

@@ -39,7 +39,7 @@ class RunOptions:
         Part(
             flags=("ratio", "max_params", "max_bytes", "speedup", "ms_per_token", "costs", "method", "compensate",
                    "calibration", "seed"),
-            without=("bits", "group_size", "threads", "here", "explain", "onnxruntime", "vocabulary",
+            without=("bits", "group_size", "threads", "explain", "onnxruntime", "vocabulary",
                      "vocabulary_input"),
             headings={"What is planned for": MUST, "How it is chosen": _STEPS, "What may go": _STEPS},
         ),
@@ -144,7 +144,7 @@ class RunOptions:
         self.tune("the dense model").check()
         for tuned in (False, True):
             self.export(tuned=tuned).check()
-        for name in ("onnx", "onnx_ir", "onnxruntime", "tokenizers", "jinja2", "peft", "accelerate"):
+        for name in ("onnx", "onnx_ir", "onnxruntime", "tokenizers", "jinja2", "accelerate"):
             if find_spec(name) is None:
                 raise ModuleNotFoundError(name=name)
         for threads in self.thread_counts:
