@@ -46,11 +46,11 @@ TOKENS_AT_ONCE = 1024  # of one forward pass: the logits of 49152 words are then
 class TeacherTargets:
     """A teacher's answers for every row, read from memory-mapped shards: ``k`` tokens per predicted place.
 
-    ``note`` is what the user should be told, such as a lowered k, or None; ``directory`` is the entry of the cache.
+    ``directory`` is the entry of the cache.
     """
 
-    def __init__(self, directory: Path, rows: int, k: int, note: str | None) -> None:
-        self.directory, self.k, self.note = directory, k, note
+    def __init__(self, directory: Path, rows: int, k: int) -> None:
+        self.directory, self.k = directory, k
         self._rows, self._each = rows, _shard_rows(rows)
         self._shards = [safe_open(path, framework="pt") for path in _shard_paths(directory, rows)]
 
@@ -107,7 +107,7 @@ class Question:
     """The part of a teacher's answers that is kept.
 
     Attributes:
-        k: tokens per place; fewer where the rows would not fit into ``LIMIT_BYTES``, and then ``note`` says so.
+        k: tokens per place; fewer where the rows would not fit into ``LIMIT_BYTES``.
             64 of SmolLM2-135M's 49152 hold 88 % of its probability.
         autocast: compute in bfloat16 where the model allows: faster on CPUs that have it, and about as exact as
             bfloat16 logits are (three digits).
@@ -141,17 +141,13 @@ def teacher_targets(
             f"{counted(rows, 'row')} of {counted(length, 'token')} cannot predict anything: give at least 1 of 2 tokens"
         )
     vocabulary = _vocabulary(teacher_dir)
-    asked = min(k, vocabulary if words is None else len(words.ids))
     per_token = 2 + (2 if vocabulary <= 1 << 16 else 4)
-    k = min(asked, LIMIT_BYTES // (rows * (length - 1) * per_token))
+    k = min(k, vocabulary if words is None else len(words.ids), LIMIT_BYTES // (rows * (length - 1) * per_token))
     if k < 1:
         raise UserError(
             f"the teacher's answers to {rows} rows of {length} tokens do not fit into {LIMIT_BYTES / 1e6:.0f} MB: "
             "ask for fewer tokens, or tune without a teacher"
         )
-    note = None
-    if k < asked:
-        note = f"{k} instead of {asked} of the teacher's tokens are kept, to fit into {LIMIT_BYTES / 1e6:.0f} MB"
     store = Store("teacher", LIMIT_BYTES)
     kept = _Kept(replace(question, k=k), vocabulary)
     entry = store.folder / _key(teacher_dir, ids, kept)
@@ -160,7 +156,7 @@ def teacher_targets(
         os.utime(entry)
         store.make_room(entry, rows * (length - 1) * per_token * k)
         _fill(entry, teacher_dir, ids, kept, progress)
-        return TeacherTargets(entry, rows, k, note)
+        return TeacherTargets(entry, rows, k)
     except OSError as error:
         raise UserError(
             f"the teacher's answers cannot be kept in {store.folder} ({error.strerror or error}): "
