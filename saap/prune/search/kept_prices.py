@@ -3,24 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+from msgspec import msgpack
 
 from saap.base.store import Store
-from saap.models.slim_quant import MatrixForm
 from saap.prune.forms import Place
 from saap.prune.options import PruneOptions
 from saap.prune.plan import LayerPlan
 from saap.prune.scores.cache import key_of
 from saap.prune.search.milp import Gap, Library
-from saap.prune.search.rounding import Prices, Rounding
-from saap.quantize.bundle_size import VOCABULARY
+from saap.prune.search.rounding import Rounding
 from saap.system.sealed_tensors import load_sealed, save_sealed
 
+T = TypeVar("T")
 STORE = Store("prices", 256 << 20)  # some 20 kB each
-OFFERS, GAP, ROUNDED = "offers ", "gap ", "rounding "  # how names begin
+NAME = "prices"  # of the only tensor of an entry, whose bytes are MessagePack
+
+
+@dataclass(frozen=True)
+class KeptPrices:
+    """An entry: a library without the options, which are made anew."""
+
+    offers: dict[Place, tuple[float, ...]]  # prices of each block's options, in their order
+    gaps: tuple[Gap, ...]
+    rounding: Rounding | None
 
 
 def prices_path(weights: str, ids: torch.Tensor, options: PruneOptions, streamed: bool) -> Path:
@@ -41,40 +51,19 @@ def read_library(path: Path, choices: Mapping[Place, Sequence[LayerPlan]], round
     ``rounded``: prices of integers are wanted, too.
     """
 
-    def parsed(content: bytes) -> Library:
-        tensors, _ = load_sealed(content)
-        offers = {
-            place: tuple(zip(plans, tensors[OFFERS + _name(place)].tolist(), strict=True))
-            for place, plans in choices.items()
-        }
-        forms = {name: _prices(values) for name, values in tensors.items() if name.startswith(ROUNDED)}
-        rounding = None
-        if forms or rounded:
-            blocks = {place: (forms[_rounded(place, "reads")], forms[_rounded(place, "writes")]) for place in choices}
-            rounding = Rounding(blocks, forms[ROUNDED + VOCABULARY])
-        gaps = [
-            Gap(tuple(map(_place, name.split(" ")[2].split("+"))), float(tensors[name]))
-            for name in sorted(tensors)
-            if name.startswith(GAP)
-        ]
-        return Library(offers, tuple(gaps), rounding)
-
-    return STORE.read(path, parsed)
+    prices = _read(path, KeptPrices)
+    if prices is None or (rounded and prices.rounding is None):
+        return None
+    plans = {place: len(options) for place, options in choices.items()}
+    if plans != {place: len(offers) for place, offers in prices.offers.items()}:
+        return None
+    offers = {place: tuple(zip(options, prices.offers[place], strict=True)) for place, options in choices.items()}
+    return Library(offers, prices.gaps, prices.rounding)
 
 
 def keep_library(path: Path, library: Library) -> None:
-    tensors = {
-        OFFERS + _name(place): torch.tensor([price for _, price in offers], dtype=torch.float64)
-        for place, offers in library.offers.items()
-    }
-    for number, gap in enumerate(library.gaps):
-        tensors[f"{GAP}{number:06d} " + "+".join(map(_name, gap.blocks))] = torch.tensor(gap.price, dtype=torch.float64)
-    if library.rounding is not None:
-        for place, both in library.rounding.blocks.items():
-            for which, prices in zip(("reads", "writes"), both, strict=True):
-                tensors[_rounded(place, which)] = _rows(prices)
-        tensors[ROUNDED + VOCABULARY] = _rows(library.rounding.vocabulary)
-    STORE.write(path, lambda entry: save_sealed(tensors, entry))
+    offers = {place: tuple(price for _, price in offers) for place, offers in library.offers.items()}
+    _write(path, KeptPrices(offers, library.gaps, library.rounding))
 
 
 class KeptDivergences:
@@ -85,37 +74,22 @@ class KeptDivergences:
 
     def __init__(self, path: Path | None) -> None:
         self._path = None if path is None else path.with_suffix(".measured.safetensors")
-        self._numbers: dict[str, torch.Tensor] = {}
-        if self._path is not None and (content := STORE.read(self._path, load_sealed)) is not None:
-            self._numbers, _ = content
+        self._numbers = (self._path and _read(self._path, dict[str, float])) or {}
 
     def get(self, name: str) -> float | None:
-        return float(self._numbers[name]) if name in self._numbers else None
+        return self._numbers.get(name)
 
     def add(self, divergences: Mapping[str, float]) -> None:
-        self._numbers |= {name: torch.tensor(value, dtype=torch.float64) for name, value in divergences.items()}
+        self._numbers |= divergences
         if self._path is not None:
-            STORE.write(self._path, lambda entry: save_sealed(self._numbers, entry))
+            _write(self._path, self._numbers)
 
 
-def _rounded(place: Place, which: str) -> str:
-    return f"{ROUNDED}{_name(place)} {which}"
+def _read(path: Path, kind: type[T]) -> T | None:
+    """Read an entry; None if there is none, or a damaged one."""
+    return STORE.read(path, lambda content: msgpack.decode(load_sealed(content)[0][NAME].numpy().tobytes(), type=kind))
 
 
-def _rows(prices: Prices) -> torch.Tensor:
-    """Bits, group size and price of each form, [forms, 3]."""
-    rows = [(*form, price) for form, price in prices.items()]
-    return torch.tensor(rows, dtype=torch.float64).reshape(-1, 3)
-
-
-def _prices(rows: torch.Tensor) -> Prices:
-    return {MatrixForm(int(bits), int(size)): price for bits, size, price in rows.tolist()}
-
-
-def _name(place: Place) -> str:
-    return f"{place[0]}.{place[1]}"
-
-
-def _place(name: str) -> Place:
-    layer, _, kind = name.partition(".")
-    return int(layer), kind
+def _write(path: Path, value: object) -> None:
+    content = torch.frombuffer(bytearray(msgpack.encode(value)), dtype=torch.uint8)
+    STORE.write(path, lambda entry: save_sealed({NAME: content}, entry))
