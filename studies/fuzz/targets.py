@@ -92,7 +92,7 @@ def _documents(place: Path) -> Iterator[Target]:
     from saap.models.checkpoint import read_config
     from saap.models.integrity import check_directory
     from saap.models.record import read_record
-    from saap.models.shape import ModelShape
+    from saap.models.shape import LayerSizes, ModelShape
     from saap.prune.search.layer_costs import read_costs
     from studies.fuzz import seeds
 
@@ -122,7 +122,7 @@ def _documents(place: Path) -> Iterator[Target]:
 
     def costs() -> Any:
         table = read_costs(cost, shape, bits=4, group_size=32)
-        return table.attention_ms(9, 3), table.ffn_ms(512)
+        return table.layer_ms(LayerSizes(9, 3, 512))
 
     yield Target("cost.json", _from_file(cost, costs), _json(seeds.COSTS))
     result = place / "result.json"

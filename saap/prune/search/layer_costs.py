@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from saap.base.costs import AGAIN, CostError, CostFile, FormCost, read_cost_file
-from saap.models.shape import ATTENTION, CONV, DELTA, BlockKind, LayerSizes, ModelShape
+from saap.models.shape import ATTENTION, CONV, DELTA, FFN, BlockKind, LayerSizes, ModelShape
 from saap.models.slim_quant import MatrixForm
 
 
@@ -92,21 +92,14 @@ class CostTable:
         counts = sorted(row)
         return float(np.interp(per_group, counts, [row[count] for count in counts]))
 
-    def ffn_ms(self, width: int) -> float:
-        """Milliseconds of a feed-forward block, 0 of width 0; CostError where it is wider than was measured."""
-        return _interpolated(self.ffn, width, "an FFN width of")
-
-    def conv_ms(self, channels: int) -> float:
-        """Milliseconds of a short convolution; CostError where it has more channels than were measured."""
-        return _interpolated(self.conv, channels, "short convolutions of")
-
     def block_ms(self, kind: BlockKind, sizes: LayerSizes) -> float:
         """Milliseconds of one block of a layer, 0 where it has none; CostError where it is larger than measured."""
         if kind is ATTENTION:
             return self.attention_ms(sizes.query_heads, sizes.kv_heads)
-        if kind is DELTA:
-            return _interpolated(self.delta, sizes.delta, "delta nets of")
-        return self.conv_ms(sizes.conv) if kind is CONV else self.ffn_ms(sizes.ffn)
+        costs = {FFN: (self.ffn, "an FFN width of"), CONV: (self.conv, "short convolutions of"),
+                 DELTA: (self.delta, "delta nets of")}  # fmt: skip
+        (size,) = kind.sizes
+        return _interpolated(*costs[kind], getattr(sizes, size))
 
     def layer_ms(self, sizes: LayerSizes) -> float:
         return sum(self.block_ms(kind, sizes) for kind in sizes.blocks)
@@ -116,7 +109,7 @@ class CostTable:
         return self.outside_ms(rows) + sum(map(self.layer_ms, layers))
 
 
-def _interpolated(measured: dict[int, float], width: int, what: str) -> float:
+def _interpolated(measured: dict[int, float], what: str, width: int) -> float:
     if not width:
         return 0.0
     widths = sorted(measured)

@@ -46,11 +46,11 @@ def written(path: Path, content: dict[str, Any] | str) -> Path:
 
 def test_a_step_is_the_sum_of_what_was_measured_and_interpolated() -> None:
     assert [TABLE.attention_ms(q, kv) for q, kv in ATTENTION] == list(ATTENTION.values())
-    assert [TABLE.ffn_ms(width) for width in FFN] == list(FFN.values())
-    assert (TABLE.ffn_ms(896), TABLE.attention_ms(2, 1)) == pytest.approx((24.0, 12.0))
+    assert [TABLE.layer_ms(LayerSizes(ffn=width)) for width in FFN] == list(FFN.values())
+    assert (TABLE.layer_ms(LayerSizes(ffn=896)), TABLE.attention_ms(2, 1)) == pytest.approx((24.0, 12.0))
     assert TABLE.attention_ms(2, 2) == pytest.approx(20.0)  # between 1 on 1 and 3 on 3
     assert TABLE.attention_ms(4, 2) == pytest.approx((12 + 36) / 2)
-    assert TABLE.ffn_ms(32) == 5.0  # as the smallest that was measured
+    assert TABLE.layer_ms(LayerSizes(ffn=32)) == 5.0  # as the smallest that was measured
     assert TABLE.layer_ms(LayerSizes()) == 0
     assert TABLE.layer_ms(LayerSizes(9, 3, 0)) == 42 and TABLE.layer_ms(LayerSizes(0, 0, 1536)) == 40
     assert TABLE.total_ms([LayerSizes(9, 3, 1536), LayerSizes(0, 0, 64), LayerSizes(3, 1, 0)]) == 100 + 82 + 5 + 14

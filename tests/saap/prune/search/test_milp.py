@@ -193,7 +193,8 @@ def test_meet_returns_what_meets_although_plans_are_not_monotone():
 
 
 def test_meet_fails_with_the_least_that_can_be_had():
-    least = 1 + 2 * (0.9 + TABLE.ffn_ms(128 - next(n for n in range(129) if 576 * n >= 0.3999 * SHAPE.layer_weights)))
+    gone = next(n for n in range(129) if 576 * n >= 0.3999 * SHAPE.layer_weights)
+    least = 1 + 2 * TABLE.layer_ms(LayerSizes(6, 3, 128 - gone))
     with pytest.raises(UserError, match="asked 2 ms per token, the smallest that these options allow is") as error:
         meet(uniform, milliseconds(2.0), SHAPE)
     named = float(str(error.value).split("allow is ")[1].split()[0])
