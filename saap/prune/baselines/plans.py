@@ -75,13 +75,6 @@ class Ranking:
             chosen = [*chosen, *_fill(self.removals[len(chosen) :], need)]
         return self._plan(chosen)
 
-    def plan_below(self, share: float) -> PrunePlan:
-        """Return the plan of the longest beginning of the list that removes at most ``share``.
-
-        For methods with large removals (whole layers), which take the next larger model in a table.
-        """
-        return self._plan(self._beginning(math.floor(self._weights_in(share) * (1 + SLACK)))[0])
-
     def _weights_in(self, share: float) -> float:
         if not (math.isfinite(share) and 0 <= share < 1):
             raise UserError(f"share {share} is not allowed: give one from 0 to below 1, such as 0.2")

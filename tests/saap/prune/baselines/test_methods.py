@@ -30,8 +30,6 @@ def test_shortgpt_drops_the_layers_that_change_least(tiny_model):
         plan = ranking.plan_at(share)
         assert [i for i, layer in enumerate(plan.layers) if not layer.ffn] == sorted(order[:gone])
         check_plan(plan, shape)
-    assert sum(not layer.ffn for layer in ranking.plan_below(0.39).layers) == 1
-    assert sum(not layer.ffn for layer in ranking.plan_below(0.4).layers) == 2
     with pytest.raises(UserError, match=r"at most here, not 90\.00%"):
         ranking.plan_at(0.9)
     spared = rank(model, shape, IDS, PruneOptions(method="shortgpt", keep_layers=frozenset({order[0]}), heads=False))
