@@ -148,8 +148,9 @@ def slower(result: Result, factor: float) -> Result:
 
 @pytest.fixture(scope="module")
 def old() -> dict[str, Any]:
-    """The record that 1e82854a made."""
-    return document(HOME / "digests.json")
+    """The record that 1e82854a made, without what plans no longer say: the price of losing a quarter of a block."""
+    text = (HOME / "digests.json").read_text(encoding="utf-8")
+    return json.loads(text, object_hook=lambda fields: {k: v for k, v in fields.items() if k != "quarter"})
 
 
 @pytest.fixture(scope="module")

@@ -42,6 +42,7 @@ REMOVED = {
     "graph_writer": "saap writes every portable graph; leave it out",
     "accuracy_level": "--no-dotprod computes in float32, else int8 is used; leave it out",
     "cuda_graph": "--provider cuda runs every step without one; leave it out",
+    "here": "a cost table of another machine is taken as it is; leave it out",
     "prepacked": "ONNX Runtime packs the weights at each start, which takes a tenth of a second; leave it out",
     **dict.fromkeys(("passes", "warmup_share", "weight_decay", "clip", "checkpointing", "evaluations"), FROM_PYTHON),
     **dict.fromkeys(("save_seconds", "calibration_rows", "norm_rate", "kept_tokens"), FROM_PYTHON),

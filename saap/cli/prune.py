@@ -20,7 +20,7 @@ from saap.prune.options import PruneOptions
 
 if TYPE_CHECKING:
     from saap.models.record import Trial
-    from saap.prune.plan import PrunePlan
+    from saap.prune.plan import Reasons
     from saap.prune.pruning import PruneResult
     from saap.prune.search.budget import Budget
 
@@ -48,14 +48,6 @@ class PruneCommand:
             section="How it is chosen",
         ),
     ] = None
-    here: Annotated[
-        bool,
-        Option(
-            "The bundle is for this machine: refuse a table of costs of another one.",
-            section="What is planned for",
-            hidden=True,
-        ),
-    ] = False
     explain: Annotated[bool, Option("Say why each layer lost what it lost.", section="How it is chosen")] = False
 
     def check(self) -> None:
@@ -88,7 +80,7 @@ def prune(model: str, out: Path, options: PruneCommand) -> None:
         from saap.prune.pruning import prune as prune_model
         from saap.prune.vocabulary import trim_by_text
 
-        asked = for_this_machine(options)
+        asked = for_this_machine(options.options)
         if asked.vocabulary is not None and not asked.asked:
             trim_by_text(model, asked, output=out, calibration=options.calibration, progress=console)
             console.finish()
@@ -102,23 +94,19 @@ def show_pruned(result: PruneResult, asked: PruneCommand) -> None:
     """Print a chart of the plan, and its reasons if ``explain`` is set."""
     show_plan(result.path, result.budget)
     if asked.explain and result.plan.reasons:
-        show_reasons(result.plan, result.budget, asked.options)
+        show_reasons(result.plan.reasons)
 
 
-def for_this_machine(asked: PruneCommand) -> PruneOptions:
-    """Add the version of ONNX Runtime that a cost table from this machine must come from."""
-    costs = asked.options.costs
-    if asked.here and costs is None:
-        raise UserError("--here is for the cost table of --costs: give one, or leave --here out")
-    return replace(asked.options, onnxruntime=runtime_here(costs, asked.here) if costs else None)
+def for_this_machine(options: PruneOptions) -> PruneOptions:
+    """Add the version of ONNX Runtime that a cost table from this machine must come from.
 
-
-def runtime_here(costs: Path, here: bool) -> str | None:
-    """Return the version of ONNX Runtime here if the cost table was measured on this machine, else None.
-
-    A table of another machine is taken as it is, since the device is rarely where the model is pruned, unless the
-    bundle is for ``here``. One of this machine has to be of the version that will run the bundle.
+    A table of another machine is taken as it is, since the device is rarely where the model is pruned.
     """
+    return replace(options, onnxruntime=_runtime_here(options.costs) if options.costs else None)
+
+
+def _runtime_here(costs: Path) -> str | None:
+    """Return the version of ONNX Runtime here if the cost table was measured on this machine, else None."""
     from devices.probe.host import fingerprint, probe
     from saap.base.costs import read_cost_file
 
@@ -131,13 +119,6 @@ def runtime_here(costs: Path, here: bool) -> str | None:
     with suppress(KeyError, TypeError):  # it does not say what a host is
         if fingerprint({**there, **versions}) == ours["fingerprint"]:
             return ours["onnxruntime"]
-    if here:
-        name = there.get("board") or there.get("cpu_model") or "an unnamed device"
-        raise UserError(
-            f"{costs} was measured on {name} (fingerprint {there.get('fingerprint')}), this machine is "
-            f"{ours['board'] or ours['cpu_model']} (fingerprint {ours['fingerprint']}): "
-            "measure here with `saap devices costs MODEL`, or leave --here out"
-        )
     return None
 
 
@@ -200,14 +181,11 @@ def show_trials(trials: Sequence[Trial]) -> None:
     print_table("Tuned a little: KL to dense", heads, rows)
 
 
-def show_reasons(plan: PrunePlan, budget: Budget, options: PruneOptions) -> None:
-    """Print why each layer lost what it lost: a row each, then by kinds, then in words."""
-    from saap.prune.search.explain import kinds_table, layer_table, sentences
+def show_reasons(reasons: Reasons) -> None:
+    """Print why each layer lost what it lost: a row each, then by kinds, then the step that would be next."""
+    from saap.prune.search.explain import kinds_table, layer_table, next_step
 
-    reasons = plan.reasons
-    assert reasons is not None, "the method says why"
     print_table(*layer_table(reasons))
-    if options.method == "saap":
+    if words := next_step(reasons):
         print_table(*kinds_table(reasons))
-    for sentence in sentences(reasons, options.method, options.keep_layers or frozenset()):
-        tell(f"  {sentence}", otherwise=PROSE)
+        tell(f"  {words}", otherwise=PROSE)

@@ -59,7 +59,6 @@ class Reason:
     price: float | None = None  # predicted loss of what went, nats per token; None where the method has no prices
     last: Move | None = None  # the dearest part of the way to the chosen option; None where nothing went
     next: Move | None = None  # the cheapest way on, per unit; None where nothing smaller is on offer
-    quarter: Move | None = None  # of the first search: losing about a quarter of the block, by which blocks compare
 
 
 @dataclass(frozen=True)
@@ -106,7 +105,7 @@ class Reasons:
 def _recorded(reason: Reason) -> dict[str, object]:
     """Return the JSON of a reason."""
     record = asdict(reason) | {"had": reason.had.record(), "keeps": reason.keeps.record()}
-    moves = {name: getattr(reason, name) for name in ("last", "next", "quarter")}
+    moves = {name: getattr(reason, name) for name in ("last", "next")}
     return record | {name: asdict(move) | {"to": move.to.record()} for name, move in moves.items() if move}
 
 

@@ -268,7 +268,7 @@ def _measurements(place: Path) -> Iterator[Target]:
     from bench.judge.baselines import read_baselines
     from bench.judge.regression import retest
     from bench.report.verdicts import DEVICE, device_junit, sentence, verdict_table
-    from saap.cli.prune import PruneCommand, for_this_machine
+    from saap.cli.prune import for_this_machine
     from saap.prune.options import PruneOptions
     from saap.prune.pruning import budget_of
 
@@ -298,7 +298,7 @@ def _measurements(place: Path) -> Iterator[Target]:
         budget_of(place / "dense", asked)
 
     def plan_here() -> None:
-        budget_of(place / "dense", for_this_machine(PruneCommand(asked)))
+        budget_of(place / "dense", for_this_machine(asked))
 
     yield Target("cost.json", Changed(costs, _unsealed, (*[plan] * 9, plan_here)), (costs.read_bytes(),), "values", 1)
     folder = place / "baselines"

@@ -136,7 +136,7 @@ def run_needs(source: Path, options: RunOptions, *, peer: bool) -> dict[str, Nee
 
     shape, floats, tuning = shape_of(read_config(source)), weights_bytes(source), options.tuning.options
     bundle = bundle_size(read_config(source), tuning.bits, tuning.group).total(shape)
-    budget = budget_of(source, pruning := for_this_machine(options.prune))
+    budget = budget_of(source, pruning := for_this_machine(options.prune.options))
     share, training = budget.share, tuning.training
     tokens = (training.micro_rows or training.rows_per_step) * tuning.length
     disk = prune_disk(shape, floats, share)

@@ -154,7 +154,7 @@ class Prune(Step):
         from saap.prune.pruning import prune
 
         run, command = self.run, self.run.options.prune
-        options, slim = for_this_machine(command), run.out / SLIM
+        options, slim = for_this_machine(command.options), run.out / SLIM
         result = prune(run.model, options, output=slim, calibration=command.calibration, progress=run.console)
         run.console.finish()
         show_pruned(result, command)

@@ -1,11 +1,10 @@
 """Reasons of a plan: each block's price, its savings, and the price of the next step.
 
 The search (:mod:`saap.prune.search.milp`) looks for the steps that cost the fewest nats per unit saved over the whole
-model. Under
-a Lagrange multiplier of the budget, its shadow price (Everett, Operations Research 11(3), 1963), every step that costs
-less per unit is taken and none that costs more, so the dearest step taken and the cheapest one left enclose it. Options
-come in whole pieces, so the two may overlap a little. A person gets a row per layer (:func:`layer_table`) and a few
-:func:`sentences`.
+model. Under a Lagrange multiplier of the budget, its shadow price (Everett, Operations Research 11(3), 1963), every
+step that costs less per unit is taken and none that costs more, so the dearest step taken and the cheapest one left
+enclose it. Options come in whole pieces, so the two may overlap a little. A person gets a row per layer
+(:func:`layer_table`), a row per kind (:func:`kinds_table`) and the :func:`next_step`.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from saap.models.shape import ATTENTION, KINDS, RARE
-from saap.prune.options import TAYLOR
 from saap.prune.plan import Move, PrunePlan, Reason, Reasons
 from saap.prune.search.budget import Budget
 from saap.prune.search.milp import Block, Option
@@ -26,23 +24,11 @@ UNITS = {
     "bytes": (1e6, "MB", "MB"),
     "ms": (1.0, "millisecond", "ms"),
 }
-# docs/baselines.md has more.
-DECIDES = {
-    "vector": "vector removes the rows and columns whose weights times gradient sum up to least",
-    "param_mix": "param_mix removes the structures of which gradients of first and second order predict the least loss",
-    "wanda_sp": "wanda_sp removes the structures of least weight times norm of input; every layer loses the same share",
-    "flap": "flap removes the structures whose inputs fluctuate least, by one threshold for the whole model",
-    "shortgpt": "shortgpt drops whole layers, those first that turn the hidden state least",
-}
-SAME_SHARE = "; every layer loses the same share, but for the first and last, which are kept"
 COLUMNS = {
     "query_heads": "query heads", "kv_heads": "KV groups", "conv": "conv channels", "delta": "delta heads",
     "ffn": "FFN channels",
 }  # fmt: skip
 PARTS = {"attention": "query heads and KV groups", "ffn": "FFN channels"}  # of blocks that are narrower
-MOST_NAMED = 3  # layers that lost most, by name
-ALIKE = 0.005  # shares that are told as the same
-CHEAPER = 0.95  # times the price elsewhere, and less, is called cheap
 
 
 def reasons_of(searched: Sequence[Block], chosen: Sequence[Option], unit: str) -> Reasons:
@@ -52,7 +38,6 @@ def reasons_of(searched: Sequence[Block], chosen: Sequence[Option], unit: str) -
 
 def _reason(block: Block, chosen: Option) -> Reason:
     whole = block.whole
-    quarter = block.nearest(0.75, (o for o in block.options if 0 < o.kept < whole.kept and o.cost < whole.cost))
     steps = [_move(o, chosen) for o in block.options if o.cost > chosen.cost] if chosen is not whole else []
     left = [_move(chosen, o) for o in block.options if o.cost < chosen.cost]
     return Reason(
@@ -60,7 +45,6 @@ def _reason(block: Block, chosen: Option) -> Reason:
         chosen.price,
         max(steps, key=lambda move: move.per_unit, default=None),
         min(left, key=lambda move: move.per_unit, default=None),
-        _move(whole, quarter) if quarter else None,
     )  # fmt: skip
 
 
@@ -88,19 +72,6 @@ class _Layer:
     @property
     def saved(self) -> float:
         return sum(block.saved for block in self.blocks)
-
-    @property
-    def share(self) -> float:
-        return self.saved / sum(block.whole for block in self.blocks)
-
-    @property
-    def whole(self) -> bool:
-        return all(block.had == block.keeps for block in self.blocks)
-
-    @property
-    def dropped(self) -> bool:
-        """Whether it went whole without a price."""
-        return self.price is None and all(not block.keeps.blocks for block in self.blocks)
 
     @property
     def price(self) -> float | None:
@@ -185,73 +156,8 @@ def to_words(block: Reason, move: Move) -> str:
     return f"{move.to.query_heads} heads{groups}"
 
 
-def sentences(reasons: Reasons, method: str, kept: frozenset[int] = frozenset()) -> list[str]:
-    """Say which layers lost most, which stayed whole (``kept``: by an option), what is next; how a baseline decides."""
-    layers = _layers(reasons)
-    text = []
-    if method in DECIDES:
-        text.append(f"{DECIDES[method]}{SAME_SHARE if method in TAYLOR else ''}. It has no prices.")
-    gone = [layer for layer in layers if layer.dropped]
-    if gone and len(gone) < len(layers) and method not in DECIDES:  # those of DECIDES have no prices at all
-        went = _named([layer.index for layer in gone]).capitalize()
-        change = "they change" if len(gone) > 1 else "it changes"
-        text.append(f"{went} went whole, as asked: {change} least what passes through.")
-        layers = [layer for layer in layers if layer not in gone]
-    text += [_most(layers, reasons.unit), _whole(layers, reasons, kept), _next(reasons)]
-    return [sentence for sentence in text if sentence]
-
-
-def _most(layers: list[_Layer], unit: str) -> str:
-    """Say which layers lost the largest share, at what price, and whether an equal cut is cheaper there."""
-    scale, name, _ = UNITS[unit]
-    order = sorted((layer for layer in layers if not layer.whole), key=lambda layer: -layer.share)
-    if not order:
-        return ""
-    least = order[min(MOST_NAMED, len(order)) - 1].share - ALIKE
-    most = [layer for layer in order if layer.share >= least]
-    others = [layer for layer in layers if layer not in most]
-    shares = list(dict.fromkeys(f"{share(layer.share for layer in most):.0%}" for share in (min, max)))
-    what = {"ms": "time", "bytes": "bytes"}.get(unit, "weights")
-    whose = "its" if len(most) == 1 else "their"
-    text = f"Most went from {_named([layer.index for layer in most])}, {' to '.join(shares)} of {whose} {what}"
-    price, saved = sum(layer.price or 0.0 for layer in most), sum(layer.saved for layer in most)
-    if any(layer.price is None for layer in most) or saved <= 0:
-        return f"{text}."
-    text += f", at {short(price / saved * scale)} nats per {name}."
-    here, there = _quarter(most), _quarter(others)
-    if here is None or there is None or here > CHEAPER * there:
-        return text
-    return (
-        f"{text} It is cheap there: losing a quarter costs {short(here * scale)}, in the others {short(there * scale)}."
-    )
-
-
-def _quarter(layers: list[_Layer]) -> float | None:
-    """Nats per unit of losing a quarter of each block of these layers; None where there are no prices."""
-    moves = [block.quarter for layer in layers for block in layer.blocks if block.quarter]
-    return sum(move.price for move in moves) / sum(move.saved for move in moves) if moves else None
-
-
-def _whole(layers: list[_Layer], reasons: Reasons, kept: frozenset[int]) -> str:
-    whole = [layer for layer in layers if layer.whole]
-    asked = [layer.index for layer in whole if layer.index in kept]
-    rest = [layer for layer in whole if layer.index not in kept]
-    parts = [f"{_named(asked).capitalize()} stayed whole as asked."] if asked else []
-    if rest:
-        text = f"{_named([layer.index for layer in rest]).capitalize()} stayed whole"
-        steps = [layer.next[1].per_unit for layer in rest if layer.next]
-        dearest = reasons.dearest_step
-        if steps and dearest and dearest.last:
-            scale, name, _ = UNITS[reasons.unit]
-            text += (
-                f": the first step there costs {short(min(steps) * scale)} nats per {name} or more, "
-                f"the dearest step taken anywhere {short(dearest.last.per_unit * scale)}"
-            )
-        parts.append(f"{text}.")
-    return " ".join(parts)
-
-
-def _next(reasons: Reasons) -> str:
+def next_step(reasons: Reasons) -> str:
+    """Say which step would be taken next and which taken one was the dearest; empty without prices."""
     left, dearest = reasons.cheapest_left, reasons.dearest_step
     if left is None or left.next is None:
         priced = any(block.price is not None for block in reasons.blocks)
@@ -275,19 +181,6 @@ def _layers(reasons: Reasons) -> list[_Layer]:
     for block in reasons.blocks:
         blocks.setdefault(block.layer, []).append(block)
     return [_Layer(index, blocks[index]) for index in sorted(blocks)]
-
-
-def _named(layers: Sequence[int]) -> str:
-    """Layers in words; three or more in a row as a range: ``layers 0-2 and 29``."""
-    runs: list[list[int]] = []
-    for layer in sorted(layers):
-        if runs and layer == runs[-1][-1] + 1:
-            runs[-1].append(layer)
-        else:
-            runs.append([layer])
-    parts = [text for run in runs for text in ([f"{run[0]}-{run[-1]}"] if len(run) > 2 else map(str, run))]
-    *others, last = parts
-    return f"layer{'s' * (len(layers) > 1)} {', '.join(others)}{' and ' if others else ''}{last}"
 
 
 def short(value: float | None) -> str:

@@ -9,7 +9,7 @@ HiGHS (scipy.optimize.milp): exactly, or to a gap that the plan states.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -68,11 +68,6 @@ class Block:
     @cached_property
     def whole(self) -> Option:
         return max(self.options, key=lambda option: option.kept)
-
-    def nearest(self, share: float, among: Iterable[Option]) -> Option | None:
-        """Return the option that keeps closest to this share of the block; the cheaper of two."""
-        target = share * self.whole.kept
-        return min(among, key=lambda option: (abs(option.kept - target), option.price), default=None)
 
 
 @dataclass(frozen=True)

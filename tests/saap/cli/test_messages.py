@@ -49,7 +49,7 @@ UNUSED = {
     "prune dense -o o --ratio 0.2 --set c=1": "c was removed: it is the number of tokens per sequence; leave it out",
     "prune dense -o o --ratio 0.2 --threads 1": "--threads is for --speedup and --ms-per-token: leave it out, or ask",
     "prune dense -o o --ratio 0.2 --heads --keep heads": "--heads and --keep heads contradict each other: give one",
-    "prune dense -o o --ratio 0.2 --here": "--here is for the cost table of --costs",
+    "prune dense -o o --ratio 0.2 --here": "--here was removed: a cost table of another machine is taken as it is",
     "tune slim -o o --teacher-weight 0.5": "--teacher-weight is for --teacher: leave it out, or name one",
     "tune slim -o o --teacher dense --temperature 2": "--temperature was removed: saap tune compares with the",
     "tune slim -o o --set clip=2": "clip was removed: leave it out, or set it from Python, in saap.tune.TuneOptions",

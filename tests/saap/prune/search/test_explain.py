@@ -14,7 +14,7 @@ from saap.models.slim_quant import MatrixForm
 from saap.prune.options import PruneOptions
 from saap.prune.plan import LayerPlan, Move, PrunePlan, Reason, Reasons, whole_layer
 from saap.prune.pruning import prune
-from saap.prune.search.explain import kinds_table, layer_table, reasons_of, sentences, short, sizes_lost
+from saap.prune.search.explain import kinds_table, layer_table, next_step, reasons_of, short, sizes_lost
 from saap.prune.search.milp import Block, Option, search, solve
 from saap.prune.search.model_cost import StepTime
 
@@ -38,7 +38,6 @@ def test_what_a_block_lost_and_what_would_go_next():
     assert reason.last == Move(LayerSizes(0, 0, 64), 1.5, 10) and reason.last.per_unit == 0.15
     # All of it is cheaper per unit than the next width: 7.5 for 20, not 6.5 for 10.
     assert reason.next == Move(LayerSizes(0, 0, 0), 7.5, 20) and reason.next.per_unit == 0.375
-    assert reason.quarter == Move(LayerSizes(0, 0, 96), 1.0, 10)
 
 
 def test_the_ends_have_no_further_step():
@@ -47,7 +46,7 @@ def test_the_ends_have_no_further_step():
     assert gone.next is None and gone.saved == 40 and gone.last == Move(LayerSizes(0, 0, 0), 7.5, 20)
     only = Block(0, "ffn", (FFN.options[3],))
     (kept,) = reasons_of([only], [only.options[0]], "weights").blocks
-    assert kept.last is kept.next is kept.quarter is None
+    assert kept.last is kept.next is None
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -92,6 +91,7 @@ def test_a_baseline_has_sizes_and_no_prices():
     ]  # fmt: skip
     assert sum(b.saved for b in found.blocks) == budget.total(SHAPE) - budget.total(plan.kept_shape(SHAPE))
     assert found.record()["dearest_taken"] is found.record()["cheapest_left"] is None
+    assert len(layer_table(found)[1]) == 5 and not next_step(found)
 
 
 def block(layer, kind, had, keeps, whole, saved, price=None, **steps):
@@ -115,23 +115,23 @@ def test_the_record_of_a_slim_model_has_the_reasons(tiny_model, tmp_path):
     assert record["reasons"]["dearest_taken"] == plan.reasons.dearest_step.last.per_unit
 
 
-def told():
+def reasons():
     """Three layers: cut where it is cheap, whole where it is dear, whole as asked."""
-    cheap, dear = Move(LayerSizes(0, 0, 96), 0.01, 1e6), Move(LayerSizes(0, 0, 96), 0.5, 1e6)
+    dear = Move(LayerSizes(0, 0, 96), 0.5, 1e6)
     taken, left = Move(LayerSizes(0, 0, 64), 0.03, 1e6), Move(LayerSizes(0, 0, 32), 0.07, 1e6)
     heads = Move(LayerSizes(4, 2, 0), 0.4, 1e6)
     return Reasons("weights", (
         block(0, "attention", 4, 4, 2e6, 0.0, 0.0),
         block(0, "ffn", 128, 128, 4e6, 0.0, 0.0),
         block(1, "attention", 8, 8, 2e6, 0.0, 0.0, next=heads),
-        block(1, "ffn", 128, 64, 4e6, 2e6, 0.04, last=taken, next=left, quarter=cheap),
+        block(1, "ffn", 128, 64, 4e6, 2e6, 0.04, last=taken, next=left),
         block(2, "attention", 8, 8, 2e6, 0.0, 0.0, next=heads),
-        block(2, "ffn", 128, 128, 4e6, 0.0, 0.0, next=dear, quarter=dear),
+        block(2, "ffn", 128, 128, 4e6, 0.0, 0.0, next=dear),
     ))  # fmt: skip
 
 
 def test_a_row_per_layer():
-    title, headings, rows = layer_table(told())
+    title, headings, rows = layer_table(reasons())
     assert title.endswith("nats per million weights")
     assert headings[4:] == ["M saved", "nats", "per M", "next step", "per M then"]
     assert rows == [
@@ -141,21 +141,11 @@ def test_a_row_per_layer():
     ]
 
 
-def test_where_most_went_what_stayed_and_what_would_go_next():
-    assert sentences(told(), "saap", frozenset({0})) == [
-        "Most went from layer 1, 33% of its weights, at 0.02 nats per million weights. "
-        "It is cheap there: losing a quarter costs 0.01, in the others 0.5.",
-        "Layer 0 stayed whole as asked. Layer 2 stayed whole: the first step there costs 0.4 nats per million weights "
-        "or more, the dearest step taken anywhere 0.03.",
+def test_the_next_step_and_the_dearest_one_taken():
+    assert next_step(reasons()) == (
         "Next would go the FFN of layer 1, to 32, at 0.07 nats per million weights; "
-        "the dearest step taken, the FFN of layer 1, cost 0.03.",
-    ]
-
-
-def test_what_is_not_cheap_is_not_called_cheap():
-    dear = Move(LayerSizes(0, 0, 96), 0.49, 1e6)
-    blocks = [replace(b, quarter=dear) if b.quarter else b for b in told().blocks]
-    assert "cheap" not in sentences(Reasons("weights", tuple(blocks)), "saap")[0]
+        "the dearest step taken, the FFN of layer 1, cost 0.03."
+    )
 
 
 @pytest.mark.parametrize(
@@ -167,21 +157,10 @@ def test_what_is_not_cheap_is_not_called_cheap():
     ],
 )
 def test_the_unit_is_that_of_the_requirement(unit, saved, heading, name):
-    title, headings, rows = layer_table(replace(told(), unit=unit))
+    title, headings, rows = layer_table(replace(reasons(), unit=unit))
     assert (rows[1][4], headings[4]) == (saved, heading)
     assert title.endswith(f"nats per {name}")
-    assert f"nats per {name}" in " ".join(sentences(replace(told(), unit=unit), "saap"))
-
-
-def test_a_baseline_says_how_it_decides():
-    blocks = tuple(
-        block(i, "ffn", 128, 128 if i in (0, 1, 2, 9) else 64, 4e6, 0.0 if i in (0, 1, 2, 9) else 2e6)
-        for i in range(10)
-    )
-    words = sentences(Reasons("weights", blocks), "param_mix")
-    assert words[0].endswith("but for the first and last, which are kept. It has no prices.")
-    assert words[1:] == ["Most went from layers 3-8, 50% of their weights.", "Layers 0-2 and 9 stayed whole."]
-    assert len(layer_table(Reasons("weights", blocks))[1]) == 5
+    assert f"nats per {name}" in next_step(replace(reasons(), unit=unit))
 
 
 @pytest.mark.parametrize(
