@@ -41,5 +41,7 @@ def library(seed=0, allowed=None):
         offers[index, kind] = tuple(zip(plans, [0.0, *map(float, prices)], strict=True))
     gaps = tuple(Gap(run, float(rng.random() * 70 * len(run))) for run in runs_of(SHAPE, allowed))
     forms = [MatrixForm(bits, 32) for bits in (4, 8)]
-    blocks = {place: tuple(dict(zip(forms, (p, p / 256), strict=True)) for p in rng.random(2).tolist()) for place in offers}
+    blocks = {
+        place: tuple(dict(zip(forms, (p, p / 256), strict=True)) for p in rng.random(2).tolist()) for place in offers
+    }
     return Library(offers, gaps, Rounding(blocks, {forms[0]: 3.0, forms[1]: 0.01}))
