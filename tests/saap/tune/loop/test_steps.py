@@ -222,28 +222,21 @@ def test_the_state_of_another_run_is_neither_continued_nor_lost(run, tmp_path, c
     assert kept.read_bytes() == content and len(list(state.iterdir())) == 2
 
 
-def test_the_best_held_out_state_is_what_remains_and_the_run_stops_early(run):
-    options = TrainOptions(precision="fp32", evaluations=40, patience=4, passes=4)
-    model, history = run(options, rate=5e-2, rows=rows_of(IDS[:40].flip(1)), held_out=HELD_OUT)
+@pytest.mark.parametrize("patience", [4, None])
+def test_the_best_held_out_state_is_what_remains(run, patience):
+    options = TrainOptions(precision="fp32", evaluations=40, patience=patience, passes=4)
+    backwards = rows_of(IDS[:40].flip(1))  # better at them is worse at the held-out rows
+    model, history = run(options, rate=5e-2, rows=backwards, held_out=HELD_OUT)
     losses = dict(history.held_out)
-    assert history.best_step == min(losses, key=losses.get)
-    assert history.stopped == f"no lower held-out loss in 4 evaluations since step {history.best_step}"
-    assert len(history.losses) == history.best_step + 4 < history.steps == 40
+    assert history.best_step == min(losses, key=losses.get) and len(losses) == len(history.losses) + 1
+    if patience:
+        assert history.stopped == f"no lower held-out loss in 4 evaluations since step {history.best_step}"
+        assert len(history.losses) == history.best_step + 4 < history.steps == 40
+    else:
+        assert history.stopped is None and history.best_step < len(history.losses) == 40
     with torch.no_grad():
         total, count = loss_of(model, HELD_OUT)
     assert (total / count).item() == pytest.approx(losses[history.best_step], rel=1e-6)
-
-
-def test_without_patience_the_best_state_is_restored_at_the_end(run):
-    options = TrainOptions(precision="fp32", patience=None, micro_rows=3, evaluations=10)
-    backwards = rows_of(IDS[:40].flip(1))  # better at them is worse at the held-out rows
-    model, history = run(options, rate=0.3, rows=backwards, held_out=HELD_OUT)
-    assert len(history.losses) == 10 and history.stopped is None
-    assert [step for step, _ in history.held_out] == list(range(11))
-    assert history.best_step == min(history.held_out, key=lambda found: found[1])[0] < 10
-    with torch.no_grad():
-        total, count = loss_of(model, HELD_OUT)
-    assert (total / count).item() == pytest.approx(dict(history.held_out)[history.best_step], rel=1e-6)
 
 
 def poisoned(at, forward):
