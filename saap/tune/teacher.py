@@ -38,6 +38,7 @@ from saap.text.encoding import head_words_of
 
 FORMAT = 1  # counts up when the same inputs would give other numbers
 TEMPERATURE = 1.0  # of the answers; a part of the keys of entries, of which earlier versions had others
+MOST_UINT16 = 1 << 16  # tokens of a vocabulary whose ids are kept in two bytes
 LIMIT_BYTES = 4 << 30  # of all entries
 SHARD_ROWS, MOST_SHARDS = 32, 128  # a killed run loses one shard; every shard is an open file
 TOKENS_AT_ONCE = 1024  # of one forward pass: the logits of 49152 words are then 200 MB
@@ -141,7 +142,7 @@ def teacher_targets(
             f"{counted(rows, 'row')} of {counted(length, 'token')} cannot predict anything: give at least 1 of 2 tokens"
         )
     vocabulary = _vocabulary(teacher_dir)
-    per_token = 2 + (2 if vocabulary <= 1 << 16 else 4)
+    per_token = 2 + (2 if vocabulary <= MOST_UINT16 else 4)
     k = min(k, vocabulary if words is None else len(words.ids), LIMIT_BYTES // (rows * (length - 1) * per_token))
     if k < 1:
         raise UserError(
@@ -149,13 +150,13 @@ def teacher_targets(
             "ask for fewer tokens, or tune without a teacher"
         )
     store = Store("teacher", LIMIT_BYTES)
-    kept = _Kept(replace(question, k=k), vocabulary)
-    entry = store.folder / _key(teacher_dir, ids, kept)
+    question = replace(question, k=k)
+    entry = store.folder / _key(teacher_dir, ids, question)
     try:
         entry.mkdir(parents=True, exist_ok=True)
         os.utime(entry)
         store.make_room(entry, rows * (length - 1) * per_token * k)
-        _fill(entry, teacher_dir, ids, kept, progress)
+        _fill(entry, teacher_dir, ids, question, progress)
         return TeacherTargets(entry, rows, k)
     except OSError as error:
         raise UserError(
@@ -183,55 +184,51 @@ def check_same_vocabulary(teacher_dir: str | Path, student_dir: str | Path) -> N
         )
 
 
-class _Kept:
-    """The part of a teacher's numbers that is kept, and its form."""
-
-    def __init__(self, question: Question, vocabulary: int) -> None:
-        self.k, self.autocast, self.words = question.k, question.autocast, question.words
-        self.tokens = torch.uint16 if vocabulary <= 1 << 16 else torch.int32
-
-    @torch.inference_mode()
-    def of(self, teacher: PreTrainedModel, ids: torch.Tensor) -> dict[str, torch.Tensor]:
-        """``tokens`` and ``logprobs`` [rows, tokens - 1, k] of ids [rows, tokens]."""
-        tokens, logprobs, words = [], [], self.words
-        if words is not None and words.renumbered:
-            ids = words.ids[ids]
-        for few in ids.split(max(1, TOKENS_AT_ONCE // ids.shape[1])):
-            with torch.autocast(teacher.device.type, torch.bfloat16, enabled=self.autocast):
-                logits = teacher(input_ids=few.to(teacher.device), use_cache=False).logits
-            for row in logits:  # one by one: the float32 copies are as large as the logits
-                floats = row[:-1].float()
-                floats = floats if words is None else floats[:, words.ids.to(floats.device)]
-                likeliest = floats.topk(self.k)
-                places = likeliest.indices.cpu()
-                tokens.append((places if words is None or words.renumbered else words.ids[places]).to(self.tokens))
-                logprobs.append((likeliest.values - floats.logsumexp(-1, keepdim=True)).half().cpu())
-        return {"tokens": torch.stack(tokens), "logprobs": torch.stack(logprobs)}
-
-    def intact(self, path: Path, rows: int, places: int) -> bool:
-        """Whether a shard is what was written, and has the form it should."""
-        try:
-            tensors = load_sealed(path.read_bytes())[0]
-        except (OSError, ValueError):
-            return False
-        forms = {name: list(tensor.shape) for name, tensor in tensors.items()}
-        return forms == {name: [rows, places, self.k] for name in ("tokens", "logprobs")}
+@torch.inference_mode()
+def _answers(teacher: PreTrainedModel, ids: torch.Tensor, question: Question) -> dict[str, torch.Tensor]:
+    """``tokens`` and ``logprobs`` [rows, tokens - 1, k] of ids [rows, tokens]."""
+    tokens, logprobs, words = [], [], question.words
+    dtype = torch.uint16 if shape_of(teacher.config).vocab <= MOST_UINT16 else torch.int32
+    if words is not None and words.renumbered:
+        ids = words.ids[ids]
+    for few in ids.split(max(1, TOKENS_AT_ONCE // ids.shape[1])):
+        with torch.autocast(teacher.device.type, torch.bfloat16, enabled=question.autocast):
+            logits = teacher(input_ids=few.to(teacher.device), use_cache=False).logits
+        for row in logits:  # one by one: the float32 copies are as large as the logits
+            floats = row[:-1].float()
+            floats = floats if words is None else floats[:, words.ids.to(floats.device)]
+            likeliest = floats.topk(question.k)
+            places = likeliest.indices.cpu()
+            tokens.append((places if words is None or words.renumbered else words.ids[places]).to(dtype))
+            logprobs.append((likeliest.values - floats.logsumexp(-1, keepdim=True)).half().cpu())
+    return {"tokens": torch.stack(tokens), "logprobs": torch.stack(logprobs)}
 
 
-def _fill(entry: Path, teacher_dir: str | Path, ids: torch.Tensor, kept: _Kept, progress: Progress | None) -> None:
+def _intact(path: Path, size: list[int]) -> bool:
+    """Whether a shard is what was written, and its tensors are of this size."""
+    try:
+        tensors = load_sealed(path.read_bytes())[0]
+    except (OSError, ValueError):
+        return False
+    return {name: list(tensor.shape) for name, tensor in tensors.items()} == {"tokens": size, "logprobs": size}
+
+
+def _fill(
+    entry: Path, teacher_dir: str | Path, ids: torch.Tensor, question: Question, progress: Progress | None
+) -> None:
     """Make the shards that are missing or broken."""
     for left in entry.glob("*.partial-*"):
         owner = left.name.rsplit("-", 1)[1]
         if owner.isdigit() and not psutil.pid_exists(int(owner)):
             left.unlink(missing_ok=True)
-    label = f"asking the teacher (sequences), {kept.k} likeliest tokens"
+    label = f"asking the teacher (sequences), {question.k} likeliest tokens"
     teacher, done = None, 0
     for path, part in zip(_shard_paths(entry, len(ids)), ids.split(_shard_rows(len(ids))), strict=True):
-        if not kept.intact(path, len(part), ids.shape[1] - 1):
+        if not _intact(path, [len(part), ids.shape[1] - 1, question.k]):
             if progress:
                 progress(label, done, len(ids))
             teacher = teacher or open_model(teacher_dir, training_device())
-            save_sealed(kept.of(teacher, part), path)
+            save_sealed(_answers(teacher, part, question), path)
         done += len(part)
     if progress and teacher is not None:
         progress(label, len(ids), len(ids))
@@ -250,10 +247,10 @@ def _vocabulary(directory: str | Path) -> int:
     return shape_of(read_config(directory)).vocab
 
 
-def _key(teacher_dir: str | Path, ids: torch.Tensor, kept: _Kept) -> str:
-    about = [FORMAT, weights_hash(teacher_dir), list(ids.shape), kept.k, TEMPERATURE, kept.autocast]
+def _key(teacher_dir: str | Path, ids: torch.Tensor, question: Question) -> str:
+    about = [FORMAT, weights_hash(teacher_dir), list(ids.shape), question.k, TEMPERATURE, question.autocast]
     digest = hashlib.sha256(json.dumps(about).encode())
-    if kept.words is not None:
-        digest.update(bytes([kept.words.renumbered]) + kept.words.ids.numpy().tobytes())
+    if (words := question.words) is not None:
+        digest.update(bytes([words.renumbered]) + words.ids.numpy().tobytes())
     digest.update(ids.to(torch.int64).contiguous().numpy().tobytes())
     return digest.hexdigest()
