@@ -245,6 +245,8 @@ class PruneOptions:
                 raise UserError(
                     f"--keep {other[0]} is for the method saap: leave it out, or leave --method {self.method} out"
                 )
+        elif self.compensation == "bias":
+            raise UserError("--compensate bias is for other methods: saap refits, so leave it out, or give none")
         if self.heads and "heads" in self.keep:
             raise UserError("--heads and --keep heads contradict each other: give one")
         if self.stream and self.method in TAYLOR:

@@ -324,8 +324,7 @@ def _one_width(options: PruneOptions, config: Mapping[str, object]) -> bool:
         raise UserError(f"saap writes no GGUF files of {config['model_type']} models: leave --for {options.engine} out")
     if holds == "any widths":
         return False
-    asked = {"--heads": options.heads, "--keep-layers": options.kept_layers, "--method": options.method != "saap",
-             "--compensate bias": options.compensation == "bias"}  # fmt: skip
+    asked = {"--heads": options.heads, "--keep-layers": options.kept_layers, "--method": options.method != "saap"}
     if other := [name for name, value in asked.items() if value]:
         raise UserError(
             f"llama.cpp has one FFN width for all layers of {config['model_type']} models: leave {other[0]} or "

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from functools import partial
 
 import torch
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from saap.models.architectures import architecture_of, shape_of
@@ -42,6 +43,19 @@ def masked(model: PreTrainedModel, plans: dict[int, LayerPlan]) -> Iterator[None
 
 def _silence(mask: torch.Tensor, _: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
     return (args[0] * mask.to(args[0]),)
+
+
+@torch.inference_mode()
+def divergence(model: PreTrainedModel, plans: dict[int, LayerPlan], ids: torch.Tensor, every: int = 1) -> float:
+    """KL of the masked model from the model as it is, nats per token of ids; one of ``every`` tokens counts."""
+
+    def logprobs() -> torch.Tensor:
+        logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
+        return logits.flatten(0, 1)[::every].log_softmax(-1)
+
+    whole = logprobs()
+    with masked(model, plans):
+        return float(F.kl_div(logprobs(), whole, log_target=True, reduction="batchmean"))
 
 
 @torch.inference_mode()

@@ -57,8 +57,8 @@ def adaptive_plan(
     scored, priced = divided(ids[: options.sequences])
     scores = scores_of(model, budget.dense, scored, options.adaptive, weights=weights, progress=progress)
     ranked = fuse(scores, budget.dense, options.adaptive.fusion)
-    texts, kind = (scored, priced), options.compensation
-    pricing = Pricing(model, budget.dense, ranked, texts, budget.allowed, kind, rounded=bool(budget.forms))
+    refits = options.compensation == "refit"
+    pricing = Pricing(model, ranked, (scored, priced), budget.allowed, refits=refits, rounded=bool(budget.forms))
     path = prices_path(weights, ids, options, is_streamed(model)) if weights else None
     library = _library(pricing, path, progress)
     result = search(library.counted(options.adaptive.recovered), budget, options.adaptive.most_gone)

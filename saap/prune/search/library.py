@@ -22,14 +22,13 @@ from transformers import PreTrainedModel
 
 from saap.base.errors import UserError
 from saap.base.progress import Progress
-from saap.models.architectures import architecture_of
+from saap.models.architectures import architecture_of, shape_of
 from saap.models.layer_walk import Batch, batches_of, inputs_of, layers_of, output_of, outputs_of, run_layer
-from saap.models.shape import ATTENTION, KINDS, BlockKind, ModelShape
+from saap.models.shape import ATTENTION, KINDS, BlockKind
 from saap.models.streaming import is_streamed, present
 from saap.prune.cut.ridge import Products, regression
 from saap.prune.cut.surgery import kept_columns
 from saap.prune.forms import Place
-from saap.prune.options import Compensation
 from saap.prune.plan import LayerPlan
 from saap.prune.scores.gradients import NOT_FINITE, adding_module, block_gradients
 from saap.prune.search.choices import RUNS, Allowed, choices, runs_of
@@ -41,8 +40,7 @@ DAMPING = 0.3
 ANCHORS = (0.125, 0.25, 0.5, 0.75, 0.875)  # shares of a block's channels that are refitted; widths between are read off
 MOST_STREAMED = 1  # layers in one piece, where layers are read one at a time: what enters their matrices is held
 
-# By the columns of a matrix that stay: what compensation adds to them, [outputs, kept], and to the outputs.
-Learnt = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+Learnt = Callable[[torch.Tensor], torch.Tensor]  # from the kept columns of a matrix to what a refit adds to them
 Run = tuple[Place, ...]
 
 
@@ -93,13 +91,11 @@ class Change:
     Attributes:
         of: the block that keeps less, or in front of the run; None where nothing is.
         weight: [outputs, inputs] of its matrix, 0 in columns that go.
-        constant: what is added to the matrix's outputs.
         gone: blocks that add nothing.
     """
 
     of: Place | None
     weight: torch.Tensor | None
-    constant: torch.Tensor | None
     gone: Run
 
 
@@ -118,29 +114,29 @@ class Pricing:
 
     Args:
         scores: P of every structure by its type, per layer [structures]; they say which go first of a block.
-        fitted, judged: ids [sequences, tokens] of two texts.
+        texts: ids [sequences, tokens] that are fitted, and that are judged.
+        refits: a matrix makes up for what goes.
         rounded: price integers, too; it takes a fifth of the time, and only a search that chooses them asks.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
-        shape: ModelShape,
         scores: Mapping[str, list[torch.Tensor]],
         texts: tuple[torch.Tensor, torch.Tensor],
         allowed: Allowed,
-        compensation: Compensation = "refit",
         *,
+        refits: bool = True,
         rounded: bool = True,
     ) -> None:
-        self.model, self.shape, self.rounded = model, shape, rounded
-        self._allowed, self._compensation = allowed, compensation
+        self.model, self.shape, self.rounded = model, shape_of(model.config), rounded
+        self._allowed, self._refits = allowed, refits
         ranked = {type_: [row.double().cpu().numpy() for row in rows] for type_, rows in scores.items()}
-        self.choices = choices(shape, allowed, ranked)
+        self.choices = choices(self.shape, allowed, ranked)
         self._fitted, self._judged = texts[0][: fitted_on(is_streamed(model))], texts[1]
         architecture = architecture_of(model.config)
         normed = architecture.attention_post_norm or architecture.ffn_post_norm
-        self._makes_up = compensation == "refit" and not normed  # whether a matrix does for what is behind it
+        self._makes_up = refits and not normed  # whether a matrix does for what is behind it
 
     def library(self, progress: Progress | None = None) -> Library:
         """Price everything. Raises UserError: a price is not finite."""
@@ -178,15 +174,14 @@ class Pricing:
         places = {*options, *(place for run in runs for place in self._with_before(run))}
         for point in self._with_runs(self._points(self._fitted, places=places), runs):
             weight = point.linear.weight
-            changes = [Change(None, None, None, run) for run, _ in point.bare]
+            changes = [Change(None, None, run) for run, _ in point.bare]
             for (run, _), change in zip(point.later, self._parts(point), strict=True):
-                changes.append(Change(point.place, weight if change is None else weight + change, None, run))
+                changes.append(Change(point.place, weight if change is None else weight + change, run))
             if point.place in options:
                 kept = kept_columns(KINDS[point.place[1]], options[point.place], self.shape)
                 new = torch.zeros_like(weight)
-                add, constant = self._learnt(point)(kept)
-                new[:, kept] = weight[:, kept] + add
-                changes.append(Change(point.place, new, constant, ()))
+                new[:, kept] = weight[:, kept] + self._learnt(point)(kept)
+                changes.append(Change(point.place, new, ()))
             yield from changes
             left -= len(changes)
             if not left:
@@ -327,10 +322,10 @@ class Pricing:
         kept = kept_columns(KINDS[point.place[1]], plan, self.shape)
         weight, bias = point.linear.weight, point.linear.bias
         change = -weight
-        change[:, kept], constant = learnt(kept)
+        change[:, kept] = learnt(kept)
         left = []
         for x, out in list(zip(point.x, point.out, strict=True))[point.fitted :]:
-            changed = x @ change.t() + constant
+            changed = x @ change.t()
             if point.behind is not None:
                 whole = x @ weight.t() + (0 if bias is None else bias)
                 changed = point.behind(whole + changed) - out
@@ -338,26 +333,22 @@ class Pricing:
         return judge.price(point.place, left)
 
     def _learnt(self, point: _Point) -> Learnt:
-        """Return a function of the kept columns that computes what compensation adds."""
+        """Return a function of the kept columns that computes what a refit adds to them, [outputs, kept]."""
         weight, fitted = point.linear.weight, point.x[: point.fitted]
-        none = weight.new_zeros(())
-        if self._compensation == "none":
-            return lambda kept: (none, none)
-        if self._compensation == "bias":
-            mean = torch.cat([x.flatten(0, -2) for x in fitted]).mean(0)
-            return lambda kept: (none, weight @ mean.index_fill(0, kept.to(mean.device), 0))
+        if not self._refits:
+            return lambda kept: weight.new_zeros(())
         inputs = weight.shape[1]
         if point.tokens < inputs:
 
-            def of_rows(kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            def of_rows(kept: torch.Tensor) -> torch.Tensor:
                 gone = torch.ones(inputs, dtype=torch.bool).index_fill(0, kept, False)
-                return self._fit(point, kept, [x[..., gone] @ weight[:, gone].t() for x in fitted]), none
+                return self._fit(point, kept, [x[..., gone] @ weight[:, gone].t() for x in fitted])
 
             return of_rows
         products = Products(inputs, 0, weight.device)  # the same for every choice of what stays
         for x, weigh in zip(fitted, point.weigh, strict=False):
             products.add(rows := (x.float() * weigh).flatten(0, -2), rows[:, :0])
-        return lambda kept: (products.on(kept, weight.float()).solved(DAMPING).to(weight.dtype), none)
+        return lambda kept: products.on(kept, weight.float()).solved(DAMPING).to(weight.dtype)
 
 
 def between(prices: Mapping[int, float], channels: int, widths: Sequence[int]) -> list[float]:

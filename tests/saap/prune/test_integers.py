@@ -12,7 +12,6 @@ from support.cost_files import cost_file
 from export import ExportOptions, export
 from export.bundle.manifest import read_manifest
 from saap.base.errors import UserError
-from saap.models.architectures import shape_of
 from saap.models.checkpoint import load_model, read_config
 from saap.models.record import read_record
 from saap.models.slim_quant import MatrixForm
@@ -206,11 +205,10 @@ def test_prices_of_rounding_are_the_divergence(model):
     for parameter in found.parameters():  # so that rounding matters
         if parameter.ndim == 2:
             parameter.mul_(1.4)
-    shape = shape_of(found.config)
     scores = {type_: torch.ones(4, count) for type_, count in (("ffn", 512), ("group", 4), ("head", 8))}
     ids = torch.randint(320, (24, 64), generator=torch.Generator().manual_seed(1))
     with torch.enable_grad():
-        rounding = Pricing(found, shape, scores, (IDS, ids), Allowed()).library().rounding
+        rounding = Pricing(found, scores, (IDS, ids), Allowed()).library().rounding
     whole = found(input_ids=ids).logits.log_softmax(-1)
 
     def divergence(names, form, rows):

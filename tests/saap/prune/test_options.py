@@ -45,6 +45,7 @@ def test_what_a_researcher_sets_has_no_flag() -> None:
             PruneOptions(ratio=0.2, vocabulary="auto", effort="normal"),
             "--effort chooses layers only: leave --vocabulary",
         ),
+        (PruneOptions(ratio=0.2, compensate="bias"), "--compensate bias is for other methods: saap refits, so leave"),
         (PruneOptions(ratio=0.2, vocabulary_input=True), "--vocabulary-input is for models that lose words"),
         (PruneOptions(ratio=0.2, method="vector", stream=True), "vector needs the gradients of all weights at once"),
         (
