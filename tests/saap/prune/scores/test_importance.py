@@ -1,13 +1,11 @@
 from __future__ import annotations
 
-import os
 import weakref
 
 import pytest
 import torch
 
 from saap.base.errors import UserError
-from saap.base.store import Store
 from saap.models.architectures import shape_of
 from saap.models.checkpoint import load_model
 from saap.prune.scores.cache import keep_scores, read_scores, scores_path
@@ -243,24 +241,6 @@ def test_scores_are_cached_by_content(tiny_model, tmp_path, monkeypatch):
     for entry in (tmp_path / "cache" / "scores").glob("*.safetensors"):
         entry.write_bytes(b"torn")
     assert not kept("weights", IDS, {"c": None}, compute)[1]
-
-
-def test_the_cache_stays_below_its_limit_and_keeps_what_was_used_last(tiny_model, tmp_path, monkeypatch):
-    monkeypatch.setenv("SAAP_CACHE", str(tmp_path / "cache"))
-    model = load_model(tiny_model())
-    scores = estimate(model, shape_of(model.config), IDS)
-    folder = tmp_path / "cache" / "scores"
-    for number, name in enumerate(("first", "second")):
-        kept(name, IDS, {}, lambda: scores)
-        for entry in folder.iterdir():
-            if entry.stat().st_mtime > 1e6:
-                os.utime(entry, (number, number))
-    size = sum(entry.stat().st_size for entry in folder.iterdir()) // 2
-    monkeypatch.setattr("saap.prune.scores.cache.STORE", Store("scores", int(2.5 * size)))
-    assert kept("first", IDS, {}, lambda: scores)[1]  # used last now
-    kept("third", IDS, {}, lambda: scores)
-    hits = {name: kept(name, IDS, {}, lambda: scores)[1] for name in ("first", "third", "second")}
-    assert hits == {"first": True, "third": True, "second": False}
 
 
 @pytest.mark.parametrize("overrides", [{}, {"attention_bias": True, "mlp_bias": True}])

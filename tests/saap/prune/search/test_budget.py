@@ -8,15 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from support.cost_files import cost_file
 
 from saap.base.errors import UserError
 from saap.models.architectures import shape_of
-from saap.models.checkpoint import load_model, read_config
 from saap.models.shape import ATTENTION, FFN, LayerSizes
-from saap.prune.baselines.methods import rank
-from saap.prune.baselines.plans import meet
 from saap.prune.options import PruneOptions
 from saap.prune.search.budget import budget_for
 
@@ -200,16 +196,3 @@ def test_the_floor_that_is_named_can_be_asked_for(kind: str, costs: Path) -> Non
     words = str(budget.below_floor(budget.total(shape)))
     named = float(words.split("allow is ")[1].split()[0].rstrip(":"))
     assert budget_for(PruneOptions(**{kind: named}, **timed), DENSE, CONFIG).meets(shape)
-
-
-@pytest.mark.parametrize("given", [{"max_bytes": 200_000}, {"ms_per_token": 5.0}, {"max_params": 180_000}])
-@pytest.mark.parametrize("method", ["wanda_sp", "shortgpt"])
-def test_a_baseline_is_brought_to_a_requirement(tiny_model: Any, costs: Path, method: str, given: Any) -> None:
-    path = tiny_model()
-    ids = torch.randint(320, (4, 16), generator=torch.Generator().manual_seed(3))
-    heads = method == "wanda_sp"
-    ranking = rank(load_model(path), DENSE, ids, PruneOptions(method=method, heads=heads))
-    options = PruneOptions(**given, costs=costs if "ms_per_token" in given else None)
-    budget = budget_for(options, DENSE, read_config(path))
-    kept = meet(ranking.plan_at, budget, DENSE).kept_shape(DENSE)
-    assert budget.meets(kept) and budget.total(kept) > 0.6 * budget.most
