@@ -8,23 +8,14 @@ batches must not be padded on bundles of the ``cpu`` target: their operator take
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 from export.bundle.genai import GENAI_CONFIG, genai_config
 from export.bundle.manifest import BundleManifest
-from export.bundle.tokenizer import BundleTokenizer
 from saap.base.files import write_text
 from saap.models.architectures import PER_LAYER, SLIM, entries_of
 
 CONFIG = "config.json"
-PROBES = (  # what tokenizers disagree about: spaces, digits, code, other scripts, joined emoji, special tokens
-    "The quick brown fox jumps over the lazy dog.",
-    " It's I'LL  don't\n\n  two\tspaces\r\n",
-    "In 1998: 1234567 x 3.14159, 12:30.",
-    "def f(x):\n    return x ** 2  # {'a': [1]}",
-    "naïve café, Ελλάδα, 日本語, 👩\u200d👩\u200d👧 🤷🏽",
-)
 
 
 def optimum_config(config: dict[str, object], manifest: BundleManifest) -> dict[str, object] | None:
@@ -54,40 +45,8 @@ def optimum_config(config: dict[str, object], manifest: BundleManifest) -> dict[
     }
 
 
-def write_client_files(directory: Path, config: dict[str, object], manifest: BundleManifest) -> BundleManifest:
-    """Write what onnxruntime-genai and optimum read, before the manifest hashes the files.
-
-    Returns the manifest, with what is known of genai's tokenizer.
-    """
+def write_client_files(directory: Path, config: dict[str, object], manifest: BundleManifest) -> None:
+    """Write what onnxruntime-genai and optimum read, before the manifest hashes the files."""
     for name, document in ((GENAI_CONFIG, genai_config(manifest)), (CONFIG, optimum_config(config, manifest))):
         if document is not None:
             write_text(directory / name, json.dumps(document, indent=2) + "\n")
-    has_tokenizer = (directory / "tokenizer.json").is_file()
-    note = genai_tokenizer_note(directory) if has_tokenizer else "not compared: the model came without tokenizer.json"
-    return replace(manifest, lineage={**manifest.lineage, "genai_tokenizer": note})
-
-
-def genai_tokenizer_note(directory: str | Path) -> str | None:
-    """None when onnxruntime-genai's own tokenizer agrees with the bundle's; else one line that says where it does not.
-
-    It loads the tokenizer only, not the model. A bundle with a note still runs in genai: give it ids.
-    """
-    try:
-        import onnxruntime_genai as genai
-    except ImportError:
-        return "onnxruntime-genai is not installed, so its tokenizer was not compared"
-    name = f"onnxruntime-genai {genai.__version__}"
-    ours = BundleTokenizer(directory)
-    try:
-        theirs = genai.Tokenizer(str(directory))
-        for text in PROBES:
-            ids, expected = [int(token) for token in theirs.encode(text)], ours.encode(text)
-            if ids != expected:
-                return f"{name} encodes {text!r} as {ids}, not {expected}: give it ids"
-            stream = theirs.create_stream()
-            pieces = "".join(stream.decode(token) for token in ids)
-            if pieces != ours.decode(ids):
-                return f"{name} decodes {ids} to {pieces!r}, not {ours.decode(ids)!r}: decode with another tokenizer"
-    except RuntimeError as error:  # what its binding raises for a tokenizer that it does not know
-        return f"{name} cannot read the tokenizer ({str(error).splitlines()[0]}): give it ids"
-    return None

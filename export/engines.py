@@ -10,10 +10,10 @@ from torch.nn import functional as F
 
 from export.bundle.manifest import Parity
 from export.engine.opening import logits_in_process
-from export.engine.table import DELTA, INT8_CACHE, ONNXRUNTIME, SHARED_KEYS, Row, bundle_engines, row_of
+from export.engine.table import ONNXRUNTIME, Row, bundle_engines, demands_of, row_of
 from export.gguf.families import open_source
 from export.gguf.write import BITS as GGUF_TYPES
-from export.gguf.write import write_gguf
+from export.gguf.write import export_gguf
 from export.options import ExportOptions
 from export.source import ModelSource
 from saap.base.errors import UserError
@@ -54,25 +54,15 @@ def check_engines(directory: Path, options: ExportOptions) -> None:
 
 def check_engine(row: Row, directory: Path, options: ExportOptions) -> None:
     """Raise UserError for an engine that cannot hold the model."""
+    shape = shape_of(read_config(directory))
     try:
-        row.check_demands(demands_of_model(directory, options), str(directory))
+        row.check_demands(demands_of(shape.delta, shape.layers, options.kv_bits == 8), str(directory))
         if row.file is not None:
             if options.integers == "nearest":
                 raise UserError("its file holds other integers: leave --integers nearest out")
             open_source(directory, None, None)
     except UserError as error:
         raise UserError(f"--engines {row.name}: {error}") from None
-
-
-def demands_of_model(directory: Path, options: ExportOptions) -> tuple[str, ...]:
-    """List what an engine must read to run the bundle of a model (:func:`export.engine.table.demands_of`)."""
-    shape = shape_of(read_config(directory))
-    present = {
-        DELTA: shape.delta is not None,
-        SHARED_KEYS: bool(shape.per_layer),
-        INT8_CACHE: options.kv_bits == 8,
-    }
-    return tuple(demand for demand, needed in present.items() if needed)
 
 
 def write_engine(
@@ -86,7 +76,7 @@ def write_engine(
         return {"exact": True}  # it reads the graph
     kind = None if source.quant else GGUF_TYPES[options.bits or 4]
     try:
-        report = write_gguf(source.directory, out / row.file, kind=kind, progress=progress)
+        report = export_gguf(source.directory, out / row.file, kind=kind, progress=progress)
     except UserError as error:
         raise UserError(f"--engines {row.name}: {error}") from None
     return {"exact": report.worst_error_rounded in (None, 0.0), "type": report.kind, "notes": report.notes}

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 
@@ -17,12 +17,11 @@ from export.engines import check_engines, engine_nll, engines_of, write_engine
 from export.gguf.llama_cpp import quantize, quantizer
 from export.gguf.write import BITS as GGUF_TYPES
 from export.gguf.write import GGUFReport, export_gguf
-from export.graph.write import MicrosoftWriter
+from export.graph_writer import GraphWriter
 from export.needs import export_needs
 from export.options import LLAMA_CPP_TYPES, PARITY_ROWS, PARITY_TOKENS, ExportOptions
 from export.parity.verify import check_parity
-from export.portable.write import PortableWriter
-from export.source import ModelSource, Precision, sized_manifest
+from export.source import ModelSource, sized_manifest
 from saap.base.errors import UserError
 from saap.base.files import calling
 from saap.base.needs import check_disk, check_memory
@@ -57,17 +56,6 @@ class ExportResult:
     path: Path  # the bundle, or the GGUF file
     manifest: BundleManifest | None = None  # the bundle's ``bundle.json``; None for a GGUF file
     gguf: GGUFReport | None = None  # what became of the matrices in a GGUF file; None for a bundle
-
-
-class GraphWriter(Protocol):
-    """A writer of a bundle's graphs; its constructor refuses what cannot be written."""
-
-    precision: Precision
-    onnxruntime_min: str  # oldest version that runs it
-    lineage: dict[str, str]  # what the manifest says about the writer
-
-    def write(self, out: Path, progress: Progress | None = None) -> int:
-        """Write weights and graphs; the bytes of weights that one token reads."""
 
 
 def export(
@@ -166,7 +154,7 @@ def write_bundle(
         copy_sidecars(source.directory, partial_out)
         read = writer.write(partial_out, progress)
         manifest = _manifest(source, writer, read, options.target)
-        manifest = write_client_files(partial_out, source.config, manifest)
+        write_client_files(partial_out, source.config, manifest)
         if parity is not None:
             write_manifest(partial_out, manifest)
             with computing_on(options.device):
@@ -188,11 +176,7 @@ def graph_writer(source: ModelSource, options: ExportOptions, calibration: torch
         UserError: as :func:`write_bundle`.
         RunError: a tokenizer, or ids that end a text, that cannot be read.
     """
-    writer: GraphWriter
-    if options.target == "portable":
-        writer = PortableWriter(source, options)
-    else:
-        writer = MicrosoftWriter(source, options, calibration)
+    writer = GraphWriter(source, options, calibration)
     _eos_ids(source)
     if (source.directory / "tokenizer.json").is_file():
         BundleTokenizer(source.directory)
@@ -279,7 +263,6 @@ def _manifest(source: ModelSource, writer: GraphWriter, bytes_per_token: int, ta
             "plan": {key: value for key, value in record.get("plan", {}).items() if not isinstance(value, list)},
             "tuning": record.get("tuning", {}).get("text"),
             **record.get("lineage", {}),
-            **writer.lineage,
         },
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from export.bundle import Bundle
 from export.bundle.manifest import BundleError, BundleManifest
+from saap.base.blocks import DeltaHeads, LayerSizes
 from saap.base.child import absent
 from saap.base.errors import UserError
 from saap.base.gguf_header import read_header
@@ -62,7 +63,7 @@ class Row:
     def _check(self, manifest: BundleManifest, where: str) -> None:
         if manifest.target != "cpu":
             raise BundleError(f"{where} is for {manifest.target}: {self.name} reads bundles of --target cpu")
-        self.check_demands(demands_of(manifest), where)
+        self.check_demands(demands_of(manifest.delta, manifest.layers, manifest.kv_dtype == "int8"), where)
         if self.file is not None and self.file not in manifest.files:
             raise BundleError(
                 f"{where} has no file for {self.name}: export it with --engines {ONNXRUNTIME},{self.name}"
@@ -139,12 +140,12 @@ def bundle_engines() -> tuple[str, ...]:
     return tuple(row.name for row in ROWS if row.of_bundles)
 
 
-def demands_of(manifest: BundleManifest) -> tuple[str, ...]:
+def demands_of(delta: DeltaHeads | None, layers: Iterable[LayerSizes], int8_cache: bool) -> tuple[str, ...]:
     """List what an engine must read to run a bundle."""
     present = {
-        DELTA: manifest.delta is not None,
-        SHARED_KEYS: any(layer.reads for layer in manifest.layers),
-        INT8_CACHE: manifest.kv_dtype == "int8",
+        DELTA: delta is not None,
+        SHARED_KEYS: any(layer.reads for layer in layers),
+        INT8_CACHE: int8_cache,
     }
     return tuple(demand for demand, needed in present.items() if needed)
 

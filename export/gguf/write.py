@@ -18,7 +18,6 @@ from export.gguf.rotary import RotaryFields, rotary_fields
 from export.gguf.tensors import KINDS, encode
 from export.gguf.tokenizer import TokenizerFields, tokenizer_fields
 from saap.base.errors import UserError
-from saap.base.outputs import GGUF, check_place
 from saap.base.progress import Progress
 from saap.base.writing import writing_file
 from saap.models.record import read_record
@@ -62,7 +61,7 @@ def export_gguf(
     head_kind: str | None = None,
     progress: Progress | None = None,
 ) -> GGUFReport:
-    """Write one .gguf file, which appears when it is complete.
+    """Write one .gguf file, which appears when it is complete; what is there is written over.
 
     Args:
         kind: of the linears: F32, F16, Q8_0, Q4_0 or Q4_1; None is Q4_1 for floats and, for tuned integers, the type
@@ -71,31 +70,18 @@ def export_gguf(
 
     Raises UserError: another architecture, sizes or a tokenizer that a GGUF file cannot hold.
     """
-    check_place(Path(out), GGUF, model_dir)
-    return write_gguf(Path(model_dir), Path(out), kind=kind, head_kind=head_kind, progress=progress)
-
-
-def write_gguf(
-    model_dir: Path,
-    out: Path,
-    *,
-    kind: str | None = None,
-    head_kind: str | None = None,
-    progress: Progress | None = None,
-) -> GGUFReport:
-    """Write a GGUF file as :func:`export_gguf` does, to a place that is ours."""
     for each in (kind, head_kind):
         if each is not None and each not in KINDS:
             raise UserError(f"GGUF type {each!r} is not written; allowed: {', '.join(KINDS)}")
-    source = open_source(model_dir, kind, head_kind)
+    source = open_source(Path(model_dir), kind, head_kind)
     rotary = rotary_fields(source.directory)
     tensors = list(source.tensors(rotary.factors))
     source.check_all_written()
     tokenizer = tokenizer_fields(source.directory, source.shape.vocab)
-    with writing_file(out) as partial:
+    with writing_file(Path(out)) as partial:
         writer = _writer(partial, source, rotary, tokenizer)
         written = _write_tensors(writer, tensors, progress)
-    return _report(out, source, written, [*source.notes, *rotary.notes, *tokenizer.notes])
+    return _report(Path(out), source, written, [*source.notes, *rotary.notes, *tokenizer.notes])
 
 
 def _writer(path: Path, source: GGUFSource, rotary: RotaryFields, tokenizer: TokenizerFields) -> GGUFWriter:

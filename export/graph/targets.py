@@ -2,6 +2,7 @@
 
 * ``cpu``: float32 activations, integers by the int8-activation kernels (accuracy level 4).
 * ``cpu`` without dot product (Raspberry Pi 3 and 4): the float32 kernels, which 8 bit does not have.
+* ``portable``: float32 and integers, in standard operators.
 * ``cuda``: float16 throughout, since attention on CUDA takes no float32; MatMulNBits' fast kernels need symmetric
   groups and multiples of 8 as N and K.
 """
@@ -14,6 +15,7 @@ from export.source import Precision
 from saap.base.errors import UserError
 from saap.models.shape import ModelShape
 
+ONNXRUNTIME_PORTABLE = "1.20"
 ONNXRUNTIME_MIN = "1.23"  # GatherBlockQuantized on packed uint8
 ONNXRUNTIME_WINDOWS = "1.24"  # before, GroupQueryAttention on a CPU gets sliding windows wrong
 ONNXRUNTIME_INT8_CACHE = "1.27"  # GroupQueryAttention with an int8 cache on a CPU
@@ -38,6 +40,8 @@ class Target:
             if kv_bits == 8:
                 raise UserError("the cuda target keeps its cache in float16: leave --kv out")
             return replace(precision, accuracy_level=0, floats="float16", kv="float16")
+        if self.name == "portable":  # ONNX Runtime fuses DequantizeLinear and MatMul to its int8 kernel by default
+            return replace(precision, accuracy_level=4 if precision.bits != 32 else 0)
         if 8 in precision.all_bits and not self.dotprod:
             raise UserError("a CPU without dot product has no 8-bit kernel: export at 4 bit, or leave --no-dotprod out")
         if kv_bits == 8 and self.onnxruntime and _version(self.onnxruntime) < _version(ONNXRUNTIME_INT8_CACHE):
@@ -48,6 +52,8 @@ class Target:
 
     def oldest_runtime(self, shape: ModelShape, precision: Precision, windows: bool) -> str:
         """Return the oldest ONNX Runtime for a graph of these blocks and this precision, with windows or not."""
+        if self.name == "portable":
+            return ONNXRUNTIME_PORTABLE
         if shape.delta is not None:
             return ONNXRUNTIME_LINEAR
         if precision.kv == "int8":

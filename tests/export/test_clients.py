@@ -12,7 +12,7 @@ from support.tiny_graphs import CONTEXT, HEAD_DIM, HIDDEN, VOCAB, tiny_bundle
 from export.bundle.genai import genai_config
 from export.bundle.manifest import DECODE_GRAPH, LayerSizes, read_manifest
 from export.bundle.tokenizer import BundleTokenizer
-from export.clients import genai_tokenizer_note, optimum_config, write_client_files
+from export.clients import optimum_config, write_client_files
 from export.engine.onnxruntime import OnnxRuntimeEngine
 from export.engine.protocol import EngineOptions
 from export.generate.loop import AnswerSettings, begin_text
@@ -92,22 +92,6 @@ def test_onnxruntime_genai_streams_what_our_decoder_draws(tiny_model, tmp_path, 
     # genai's stream swallows what follows a byte that is no UTF-8, which a random model may draw: a real text instead.
     stream, sentence = theirs.create_stream(), "naïve 日本 foxes, 12 of them"
     assert "".join(stream.decode(token) for token in tokenizer.encode(sentence)) == sentence
-
-
-def test_genai_tokenizer_gets_a_note_where_it_differs(tiny_model, tmp_path):
-    pytest.importorskip("onnxruntime_genai")
-    export_bundle(tiny_model(), tmp_path / "bundle", bits=32)
-    assert genai_tokenizer_note(tmp_path / "bundle") is None
-    path = tmp_path / "bundle/tokenizer.json"
-    # A split that ours obeys and genai 0.18 does not know.
-    document = json.loads(path.read_text())
-    document["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [
-        {"type": "Split", "pattern": {"String": "o"}, "behavior": "Isolated", "invert": False},
-        {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}]}  # fmt: skip
-    path.write_text(json.dumps(document))
-    (tmp_path / "bundle/bundle.json").unlink()  # the note is made before the manifest
-    note = genai_tokenizer_note(tmp_path / "bundle")
-    assert note is not None and "encodes 'The quick brown fox" in note and "give it ids" in note
 
 
 @pytest.mark.parametrize("words", ["all", "half"])

@@ -12,6 +12,7 @@ from support.cuts import cut
 from support.export_cases import IDS, YARN
 from support.gguf_texts import TEXTS
 
+from export import ExportOptions, export
 from export.gguf.write import export_gguf
 from saap.base.errors import UserError
 from saap.models.checkpoint import load_model
@@ -169,9 +170,9 @@ def test_what_is_there_and_no_gguf_is_not_written_over(tiny_model, tmp_path):
     path, thesis = tiny_model(), tmp_path / "thesis.txt"
     thesis.write_text("years of work")
     with pytest.raises(UserError, match="is not a GGUF file of saap, and is not written over"):
-        export_gguf(path, thesis)
+        export(path, ExportOptions(target="gguf"), output=thesis)
     assert thesis.read_text() == "years of work"
     with pytest.raises(UserError, match="is a directory: give the name of a file"):
-        export_gguf(path, tmp_path)
+        export(path, ExportOptions(target="gguf"), output=tmp_path)
     sizes = [export_gguf(path, tmp_path / "model.gguf", kind=kind).bytes for kind in ("F32", "F16")]
     assert sizes[0] > sizes[1] == (tmp_path / "model.gguf").stat().st_size

@@ -86,7 +86,7 @@ def test_every_graph_holds_the_integers_of_the_directory(kind, tiny_model, tmp_p
             assert size == manifest.files["model.onnx.data"].bytes
     export_portable(integers, tmp_path / "portable", ids=IDS)
     check_portable_graph(integers, tmp_path / "portable")
-    monkeypatch.setattr("export.graph.write.Target", Level0)
+    monkeypatch.setattr("export.graph_writer.Target", Level0)
     export_bundle(integers, tmp_path / "level0")
     expected = logits_of(load_model(integers), IDS)
     assert np.abs(BundleScorer(tmp_path / "level0").logits(IDS.numpy()) - expected).max() <= 2e-3
