@@ -17,7 +17,7 @@ from export.gguf.write import export_gguf
 from export.options import ExportOptions
 from export.source import ModelSource
 from saap.base.errors import UserError
-from saap.base.progress import Progress
+from saap.base.progress import Progress, advance
 from saap.models.architectures import shape_of
 from saap.models.checkpoint import read_config
 from saap.system.device_names import AUTO
@@ -96,12 +96,10 @@ def engine_nll(
         compute = logits_in_process(row, source, torch.get_num_threads())
     except UserError:
         return None
-    if progress:
-        progress(f"checking what {row.name} computes (rows)", 0, len(ids))
+    advance(progress, f"checking what {row.name} computes (rows)", 0, len(ids))
     logits = torch.from_numpy(compute(ids.numpy()))
     nll = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).item()
-    if progress:
-        progress(f"checking what {row.name} computes (rows)", len(ids), len(ids))
+    advance(progress, f"checking what {row.name} computes (rows)", len(ids), len(ids))
     if abs(nll - parity.nll_graph) > FARTHEST:
         raise UserError(
             f"{row.name} computes something else than the graph (NLL {nll:.4f} instead of {parity.nll_graph:.4f}): "

@@ -110,8 +110,8 @@ class WeightSource(Protocol):
     def rates(self, layer: int) -> DeltaRates:
         """Read the rates of a layer's gated delta net."""
 
-    def outside(self, module: str, precision: Precision) -> torch.Tensor | QuantMatrix:
-        """Read a matrix [N, K] that is in no layer, by its name in the model."""
+    def matrix(self, module: str, precision: Precision) -> torch.Tensor | QuantMatrix:
+        """Read a matrix [N, K] by its name in the model."""
 
     def numbers(self, name: str) -> torch.Tensor:
         """Read a tensor that is no matrix, float32, by its name in the model."""
@@ -224,10 +224,6 @@ class ModelSource:
 
         matrix = torch.cat([read(f"{module}.weight") for module in (names.beta, names.decay)])
         return DeltaRates(matrix, -read(names.log_decay).exp(), read(names.decay_bias), read(f"{names.norm}.weight"))
-
-    def outside(self, module: str, precision: Precision) -> torch.Tensor | QuantMatrix:
-        """Read a matrix [N, K] that is in no layer, by its name in the model."""
-        return self.matrix(module, precision)
 
     def numbers(self, name: str) -> torch.Tensor:
         """Read a tensor that is no matrix, float32, by its name in the model."""

@@ -103,42 +103,47 @@ def read_contents(graph: Path) -> Contents:
     contents = Contents()
     try:
         with graph.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            _read(data, "Model", 0, len(data), contents, 0)
+            _Reader(data, contents).read("Model", 0, len(data))
     except (IndexError, ValueError):  # of an empty file, too
         raise BundleError(f"{graph} is not an ONNX file: export the bundle again") from None
     return contents
 
 
-def _read(
-    data: mmap.mmap, message: str, start: int, end: int, contents: Contents, depth: int, scans: bool = False
-) -> None:
-    """Note what a message and those below it hold; ``scans``: it is an attribute of a Scan."""
-    if depth > DEEPEST:
-        raise ValueError("graphs within graphs within graphs")
-    leads = _PATHS[message]
-    dimensions = []
-    if message == "Node":
-        scans = any(n == _KIND and w == _LENGTH and data[c:d] == _SCAN for n, w, c, d in _fields(data, start, end))
-    for number, wire, a, b in _fields(data, start, end):
-        if message == "Tensor" and number == _DIMENSIONS:
-            dimensions += [_varint(data, a)[0]] if wire == _VARINT else _packed(data, a, b)
-        elif wire != _LENGTH:
-            continue
-        elif message == "Node" and number == _DOMAIN:
-            if (domain := data[a:b]) not in _DOMAINS:
-                contents.domains.add(domain.decode(errors="replace")[:40])
-        elif kind := leads.get(number):
-            contents.nodes += kind == "Node"
-            contents.nested |= kind == "Function" or (message == "Attribute" and kind == "Graph" and not scans)
-            if kind == "Entry":
-                parts = {n: data[c:d] for n, w, c, d in _fields(data, a, b) if w == _LENGTH}
-                if parts.get(_KEY) == b"location":
-                    contents.locations[parts.get(_VALUE, b"").decode()] = None
-            else:
-                _read(data, kind, a, b, contents, depth + (kind == "Graph"), scans and message == "Node")
-    if len(dimensions) > MOST_DIMENSIONS:
-        raise ValueError("a tensor of too many dimensions")
-    contents.largest = max(contents.largest, prod(dimensions))
+@dataclass(frozen=True)
+class _Reader:
+    """Notes in ``contents`` what the messages of a file hold."""
+
+    data: mmap.mmap
+    contents: Contents
+
+    def read(self, message: str, start: int, end: int, depth: int = 0, scans: bool = False) -> None:
+        """Read a message and those below it; ``scans``: it is an attribute of a Scan."""
+        if depth > DEEPEST:
+            raise ValueError("graphs within graphs within graphs")
+        data, contents, leads = self.data, self.contents, _PATHS[message]
+        dimensions = []
+        if message == "Node":
+            scans = any(n == _KIND and w == _LENGTH and data[c:d] == _SCAN for n, w, c, d in _fields(data, start, end))
+        for number, wire, a, b in _fields(data, start, end):
+            if message == "Tensor" and number == _DIMENSIONS:
+                dimensions += [_varint(data, a)[0]] if wire == _VARINT else _packed(data, a, b)
+            elif wire != _LENGTH:
+                continue
+            elif message == "Node" and number == _DOMAIN:
+                if (domain := data[a:b]) not in _DOMAINS:
+                    contents.domains.add(domain.decode(errors="replace")[:40])
+            elif kind := leads.get(number):
+                contents.nodes += kind == "Node"
+                contents.nested |= kind == "Function" or (message == "Attribute" and kind == "Graph" and not scans)
+                if kind == "Entry":
+                    parts = {n: data[c:d] for n, w, c, d in _fields(data, a, b) if w == _LENGTH}
+                    if parts.get(_KEY) == b"location":
+                        contents.locations[parts.get(_VALUE, b"").decode()] = None
+                else:
+                    self.read(kind, a, b, depth + (kind == "Graph"), scans and message == "Node")
+        if len(dimensions) > MOST_DIMENSIONS:
+            raise ValueError("a tensor of too many dimensions")
+        contents.largest = max(contents.largest, prod(dimensions))
 
 
 def _fields(data: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, int, int, int]]:

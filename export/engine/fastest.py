@@ -7,7 +7,6 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from statistics import median
@@ -22,9 +21,11 @@ from export.engine.worker import Job
 from saap.base.cgroup import available
 from saap.base.cores import allowed_cores, choose_cores, physical_cores
 from saap.base.errors import UserError
-from saap.base.files import cache_directory, write_text
+from saap.base.files import write_text
 from saap.base.progress import Progress, note
+from saap.base.store import Store
 
+STORE = Store("engines", 1 << 20)  # some 100 bytes each
 TURNS_S = 30.0
 BUSY = 0.1  # of the cores' time, beside which an answer is not kept
 PROMPT, GENERATE = 128, 64
@@ -42,18 +43,18 @@ def fastest_engine(bundle: Path, progress: Progress | None = None, *, here: bool
     rows = [row for row in map(row_of, engines_in(manifest)) if _usable(row, here, progress)]
     if len(rows) == 1:
         return rows[0].name
-    kept = cache_directory() / "engines" / f"{_key(manifest, rows)}.json"
-    with suppress(OSError, ValueError, KeyError):
-        engine = str(json.loads(kept.read_text(encoding="utf-8"))["engine"])
-        if engine in [row.name for row in rows]:
-            return engine
+    kept = STORE.folder / f"{_key(manifest, rows)}.json"
+    known = STORE.read(kept, lambda data: str(json.loads(data)["engine"]))
+    if known in [row.name for row in rows]:
+        return known
     share_of_others = time_of_others()
     seconds = seconds_per_token(bundle, rows, progress)
     engine = min(seconds, key=lambda name: seconds[name])
     if (share := share_of_others()) > BUSY:
         note(progress, f"other processes took {share:.0%} of the cores meanwhile, so the answer is not kept")
     else:
-        write_text(kept, json.dumps({"engine": engine, "token_s": seconds}))
+        document = json.dumps({"engine": engine, "token_s": seconds})
+        STORE.write(kept, lambda path: write_text(path, document))
     speeds = ", ".join(f"{name} {1 / value:.1f}" for name, value in sorted(seconds.items(), key=lambda each: each[1]))
     note(progress, f"{bundle} decodes fastest in {engine} here (tokens per second: {speeds})")
     return engine

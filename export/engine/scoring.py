@@ -1,11 +1,10 @@
-"""ONNX Runtime with the logits of every position, and log-probabilities from them. No torch and no transformers."""
+"""ONNX Runtime with the logits of every position. No torch and no transformers."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from export.bundle import Bundle
 from export.bundle.manifest import FIRST_LOGIT, SCORING_GRAPH, BundleManifest, too_old
@@ -14,24 +13,6 @@ from export.engine.session import open_session
 from saap.base.errors import first_line
 
 Cache = dict[str, np.ndarray]  # name of an input -> keys or values [batch, kv_heads, tokens, head_dim], or a state
-
-
-def next_token_logprobs(logits: np.ndarray, ids: np.ndarray) -> NDArray[np.float64]:
-    """Log-probability that each position gives to the token that follows it.
-
-    Args:
-        logits: [..., s, vocab].
-        ids: [..., s].
-
-    Returns [..., s - 1]; entry i is log p(ids[i + 1] | ids[: i + 1]).
-    """
-    heads, targets = logits[..., :-1, :], np.asarray(ids, dtype=np.int64)[..., 1:]
-    top = heads.max(axis=-1, keepdims=True)
-    # Shifted by the largest logit nothing overflows; float64 holds the sum over the vocabulary.
-    log_sum = np.log(np.exp(heads - top).sum(axis=-1, dtype=np.float64))
-    chosen = np.take_along_axis(heads, targets[..., None], axis=-1)[..., 0]
-    difference: NDArray[np.float64] = chosen.astype(np.float64) - top[..., 0] - log_sum
-    return difference
 
 
 class BundleScorer(Engine):
@@ -105,10 +86,6 @@ class BundleScorer(Engine):
         except Exception as error:  # as in own_session
             raise EngineError(f"the graph cannot be run: {first_line(error)}; export the bundle again") from None
         return [np.asarray(logits, dtype=np.float32), *rest]
-
-    def logprobs(self, ids: np.ndarray) -> NDArray[np.float64]:
-        """Log-probabilities [b, s - 1] of each next token in rows ``ids`` [b, s]."""
-        return next_token_logprobs(self.logits(ids), ids)
 
 
 def graph_feed(ids: np.ndarray, past: Cache) -> dict[str, np.ndarray]:

@@ -23,7 +23,7 @@ import numpy as np
 from export.engine.process import EngineProcess
 from export.engine.worker import Job
 from saap.base.child import ChildFailedError
-from saap.base.progress import Progress
+from saap.base.progress import Progress, advance
 
 BURST_S = 0.03  # a clock was seen to move by a tenth within 0.1 s; a turn costs 0.2 ms
 LEAST_STEPS = 2
@@ -69,8 +69,7 @@ def take_turns(
     """
     loads: list[Load] = []
     begun, longest, failure = time.monotonic(), 0.0, None
-    report = progress or (lambda label, done, total: None)
-    report("taking turns (s), load 1", 0, seconds)
+    advance(progress, "taking turns (s), load 1", 0, seconds)
     for number in range(MOST_LOADS):
         started = time.monotonic()
         try:
@@ -85,8 +84,8 @@ def take_turns(
         if number == 0 and LEAST_LOADS * longest > 2 * seconds:
             failure = f"a load and a turn take {longest:.0f} s: give --ratio-time {LEAST_LOADS * longest:.0f} or more"
             break
-        report(f"taking turns (s), load {number + 2}", min(spent, 0.99 * seconds), seconds)
-    report("taking turns (s)", seconds, seconds)
+        advance(progress, f"taking turns (s), load {number + 2}", min(spent, 0.99 * seconds), seconds)
+    advance(progress, "taking turns (s)", seconds, seconds)
     return loads, failure
 
 

@@ -39,10 +39,6 @@ class Conversation:
         self._settings, self._draw = settings, settings.sampling.sampler()
         self.reset()
 
-    @property
-    def cached_ids(self) -> list[int]:
-        return list(self._sequence.ids)
-
     def reset(self) -> None:
         """Start a new conversation; the system prompt stays in the cache."""
         self.messages = [] if self._system is None else [{"role": "system", "content": self._system}]

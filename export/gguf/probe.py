@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.gguf.families import OWN
-from export.gguf.write import BITS
+from export.gguf.write import BITS, write_header
 from export.graph.probe_model import CONTEXT, ProbeModel
 from export.graph.probe_stacks import ProbeStack
 from saap.base.errors import UserError
@@ -40,8 +40,7 @@ def check_probe(model: ProbeModel) -> None:
 
 def write_probe_gguf(model: ProbeModel, stack: ProbeStack, out: Path) -> None:
     """Write one stack as a GGUF file; where its head says fewer words, it has no others."""
-    from gguf import GGMLQuantizationType, GGUFWriter
-    from gguf.quants import quant_shape_to_byte_shape
+    from gguf import GGUFWriter
 
     layers, kind = stack.layers, KINDS[model.precision.bits]
     shape = replace(model.shape, vocab=stack.head_rows or model.shape.vocab)
@@ -58,17 +57,8 @@ def write_probe_gguf(model: ProbeModel, stack: ProbeStack, out: Path) -> None:
     writer.add_array(f"{name}.attention.head_count_kv", [each.kv_heads for each in layers])
     writer.add_array(f"{name}.feed_forward_length", [_ffn(each) for each in layers])
     writer.add_string("tokenizer.ggml.model", "no_vocab")
-    types = GGMLQuantizationType[kind], GGMLQuantizationType.F32
     matrices = list(_matrices(shape, layers))
-    for called, rows, columns in matrices:
-        stored = quant_shape_to_byte_shape((rows, columns), types[0]) if rows and kind != "F32" else (rows, columns)
-        stored = stored if rows else (columns,)
-        dtype = np.dtype(np.uint8 if rows and kind != "F32" else np.float32)
-        length = int(np.prod(stored)) * dtype.itemsize
-        writer.add_tensor_info(called, stored, dtype, length, raw_dtype=types[0 if rows else 1])
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
+    write_header(writer, ((n, (rows, k), kind) if rows else (n, (k,), "F32") for n, rows, k in matrices))
     most = max(rows * columns for _, rows, columns in matrices)
     drawn = _blocks(kind, most)
     for _, rows, columns in matrices:

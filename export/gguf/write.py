@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +19,7 @@ from export.gguf.rotary import RotaryFields, rotary_fields
 from export.gguf.tensors import KINDS, encode
 from export.gguf.tokenizer import TokenizerFields, tokenizer_fields
 from saap.base.errors import UserError
-from saap.base.progress import Progress
+from saap.base.progress import Progress, advance
 from saap.base.writing import writing_file
 from saap.models.record import read_record
 from saap.models.weight_files import weights_hash
@@ -151,24 +152,13 @@ def _licence(directory: Path) -> str | None:
 
 def _write_tensors(writer: GGUFWriter, tensors: list[Tensor], progress: Progress | None) -> dict[str, WrittenMatrix]:
     """Write the header, then tensor by tensor; returns what became of each matrix."""
-    from gguf import GGMLQuantizationType
-    from gguf.quants import quant_shape_to_byte_shape
-
-    for tensor in tensors:
-        kind, floats = GGMLQuantizationType[tensor.kind], {"F16": np.float16, "F32": np.float32}.get(tensor.kind)
-        stored = tensor.shape if floats else quant_shape_to_byte_shape(tensor.shape, kind)
-        dtype = np.dtype(floats or np.uint8)
-        writer.add_tensor_info(tensor.name, stored, dtype, int(np.prod(stored)) * dtype.itemsize, raw_dtype=kind)
     try:
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
+        write_header(writer, [(tensor.name, tensor.shape, tensor.kind) for tensor in tensors])
     except (struct.error, OverflowError) as error:
         raise UserError(f"a GGUF file cannot hold a number of the model ({error}): mend its config.json") from None
     written: dict[str, WrittenMatrix] = {}
     for index, tensor in enumerate(tensors):
-        if progress:
-            progress("writing GGUF (tensors)", index, len(tensors))
+        advance(progress, "writing GGUF (tensors)", index, len(tensors))
         values = tensor.load()
         tensor.check(values)
         if isinstance(values, torch.Tensor) and (values.dim() == 1 or (not tensor.measured and tensor.kind == "F32")):
@@ -179,9 +169,22 @@ def _write_tensors(writer: GGUFWriter, tensors: list[Tensor], progress: Progress
         if tensor.measured:
             written[tensor.name] = WrittenMatrix(tensor.kind, matrix.error, matrix.carried)
     writer.close()
-    if progress:
-        progress("writing GGUF (tensors)", len(tensors), len(tensors))
+    advance(progress, "writing GGUF (tensors)", len(tensors), len(tensors))
     return written
+
+
+def write_header(writer: GGUFWriter, tensors: Iterable[tuple[str, tuple[int, ...], str]]) -> None:
+    """Write the fields, and the name, shape and GGUF type of each tensor."""
+    from gguf import GGMLQuantizationType
+    from gguf.quants import quant_shape_to_byte_shape
+
+    for name, shape, kind in tensors:
+        floats, raw = {"F16": np.float16, "F32": np.float32}.get(kind), GGMLQuantizationType[kind]
+        stored, dtype = shape if floats else quant_shape_to_byte_shape(shape, raw), np.dtype(floats or np.uint8)
+        writer.add_tensor_info(name, stored, dtype, int(np.prod(stored)) * dtype.itemsize, raw_dtype=raw)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
 
 
 def _report(out: Path, source: GGUFSource, written: dict[str, WrittenMatrix], notes: list[str]) -> GGUFReport:

@@ -1,18 +1,15 @@
-"""The sizes of a model's decode step, from a config or a manifest: enough to build graphs that take as long."""
+"""The sizes of a model's decode step, from a config: enough to build graphs that take as long."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
 
-from export.bundle.manifest import MANIFEST, BundleManifest, read_manifest
+from export.bundle.manifest import MANIFEST
 from export.graph.targets import CPU
 from export.source import Precision
 from saap.base.errors import UserError
 from saap.models.architectures import (
-    LAYER_TYPES,
-    SLIM,
     Architecture,
     ModelConfig,
     Traits,
@@ -45,21 +42,22 @@ class ProbeModel:
 def read_probe_model(
     directory: Path, bits: int | None = None, group_size: int | None = None, weight_limit: int = WEIGHT_LIMIT
 ) -> ProbeModel:
-    """Read a model directory, of which ``config.json`` is enough, or a bundle.
+    """Read a model directory, of which ``config.json`` is enough.
 
     Args:
-        bits: 4, 8 or 32, of all matrices; None is 4, or what a bundle or a tuned directory holds. Where some matrices
-            hold other bits, the probe does not: its layers are all alike.
-        group_size: weights per scale; None is 32, or what a bundle or a tuned directory holds.
+        bits: 4, 8 or 32, of all matrices; None is 4, or what a tuned directory holds. Where some matrices hold other
+            bits, the probe does not: its layers are all alike.
+        group_size: weights per scale; None is 32, or what a tuned directory holds.
         weight_limit: bytes; a model of more is probed with fewer layers. It should be several times the device's
             last-level cache.
 
-    Raises:
-        UserError: no config, an unsupported architecture, precision or size.
-        BundleError: a damaged bundle.
+    Raises UserError: no config, a bundle, or an unsupported architecture, precision or size.
     """
-    config, own = _of_bundle(directory) if (directory / MANIFEST).is_file() else _of_model(directory)
-    precision = _precision(own, bits, group_size)
+    if (directory / MANIFEST).is_file():
+        raise UserError(f"{directory} is a bundle: give the model that it was made of")
+    raw = read_config(directory)
+    architecture_of(raw)
+    config, precision = transformers_config(directory), _precision(quant_of(raw), bits, group_size)
     # Reading single rows of a table takes hardly any time.
     dense = replace(shape_of(config), per_layer=0, sources=(), head_tokens=0)
     groups = max(sizes.kv_heads for sizes in dense.layers)
@@ -80,66 +78,6 @@ def read_probe_model(
     traits = replace(traits, layers=tuple(attending[i % len(attending)] for i in range(count)), vocabulary="")
     config.max_position_embeddings = min(config.max_position_embeddings, CONTEXT)
     return ProbeModel(dense.with_layers((largest,) * count), traits, architecture_of(config), precision, config, rare)
-
-
-def _of_model(directory: Path) -> tuple[ModelConfig, SlimQuant | None]:
-    """Read the config, and the quantisation of a tuned directory."""
-    raw = read_config(directory)
-    architecture_of(raw)
-    return transformers_config(directory), quant_of(raw)
-
-
-def _of_bundle(directory: Path) -> tuple[ModelConfig, SlimQuant]:
-    """Build a config with the sizes of a manifest, and the bundle's quantisation."""
-    from transformers import AutoConfig
-
-    manifest = read_manifest(directory)
-    family = SLIM + manifest.model_type.removeprefix(SLIM)
-    dense: dict[str, object] = {}
-    if architecture_of({"model_type": family}).switched_rotary:  # Granite 4, by default a hybrid of experts
-        kinds = ["full_attention"] * len(manifest.layers)
-        dense = {"num_local_experts": 0, "layer_types": kinds, "position_embedding_type": "rope"}
-        dense["mamba_n_heads"] = 2  # which has to divide, also where there is none
-    architecture = architecture_of({"model_type": family})
-    if architecture.per_layer:
-        raise UserError(f"{directory} has layers of several kinds of attention: give the model that it was made of")
-    if (rare := architecture.rare) is not None:
-        kinds = [getattr(layer, rare.sizes[0]) for layer in manifest.layers]
-        dense["layer_types"] = [LAYER_TYPES[rare] if count else "full_attention" for count in kinds]
-    if architecture.conv_in:
-        dense["conv_L_cache"] = manifest.conv_kernel
-    if (heads := manifest.delta) is not None:
-        dense |= {
-            "linear_conv_kernel_dim": manifest.conv_kernel, "linear_key_head_dim": heads.key,
-            "linear_value_head_dim": heads.value, "linear_num_key_heads": 1, "linear_num_value_heads": heads.values,
-        }  # fmt: skip
-    config = AutoConfig.for_model(
-        family,
-        vocab_size=manifest.vocab_size,
-        hidden_size=manifest.hidden_size,
-        head_dim=manifest.head_dim,
-        max_position_embeddings=manifest.context_length,
-        num_hidden_layers=len(manifest.layers),
-        num_attention_heads=1,  # which divides any hidden size, as transformers wants it; slim_layers has the counts
-        num_key_value_heads=1,
-        tie_word_embeddings=_tied(manifest),
-        slim_layers=[sizes.entry(rare) for sizes in manifest.layers],
-        **dense,
-    )
-    head_bits = manifest.lineage.get("head_bits", manifest.bits)
-    return cast(ModelConfig, config), {
-        "bits": manifest.bits,
-        "block": manifest.block,
-        "embedding_bits": head_bits,
-        "tied": False,
-    }
-
-
-def _tied(manifest: BundleManifest) -> bool:
-    """Whether the head is the embedding, told from the count of parameters."""
-    sizes = manifest.hidden_size, manifest.head_dim, manifest.vocab_size
-    shape = ModelShape(*sizes, False, tuple(manifest.layers), delta=manifest.delta)
-    return manifest.parameters < shape.parameters
 
 
 def _precision(own: SlimQuant | None, bits: int | None, group_size: int | None) -> Precision:

@@ -31,7 +31,7 @@ from export.graph.rotary import all_rotary_tables
 from export.graph.targets import CPU
 from export.graph.weights import Array, MicrosoftLayout, WeightFile, write_model
 from export.source import DeltaRates, Kernel, Precision, StackedLinear, sized_manifest
-from saap.base.progress import Progress
+from saap.base.progress import Progress, advance
 from saap.models.modeling_slim import packed_ids
 from saap.models.shape import DELTA, KINDS, DeltaHeads, LayerSizes, ModelShape
 from saap.models.slim_quant import GROUP_SIZES, MatrixForm
@@ -143,11 +143,9 @@ def write_probe_stacks(
     write_model(_MadeUp(model, everything, "cpu", model.shape.vocab), largest, MicrosoftLayout(whole), rotary)
     whole.close()
     for index, stack in enumerate(stacks):
-        if progress:
-            progress("writing probe graphs (stacks)", index, len(stacks))
+        advance(progress, "writing probe graphs (stacks)", index, len(stacks))
         written.append(_write_stack(model, stack, whole, rotary, out / f"{index:02}"))
-    if progress:
-        progress("writing probe graphs (stacks)", len(stacks), len(stacks))
+    advance(progress, "writing probe graphs (stacks)", len(stacks), len(stacks))
     return written
 
 
@@ -207,7 +205,7 @@ class _MadeUp:
         bias = self._filled(0.01, channels) if shape.conv_bias else None
         return Kernel(self._filled(1 / shape.conv_kernel, channels, 1, shape.conv_kernel), bias)
 
-    def outside(self, module: str, precision: Precision) -> torch.Tensor | QuantMatrix:
+    def matrix(self, module: str, precision: Precision) -> torch.Tensor | QuantMatrix:
         raise NotImplementedError("a probe has no matrices outside its layers")
 
     def numbers(self, name: str) -> torch.Tensor:

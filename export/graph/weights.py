@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from export.bundle.manifest import WEIGHTS
 from export.source import DeltaRates, Precision, WeightSource, is_symmetric
-from saap.base.progress import Progress
+from saap.base.progress import Progress, advance
 from saap.models.shape import LayerSizes
 from saap.quantize.groups import QuantMatrix
 
@@ -110,8 +110,7 @@ def write_model(
     count, names = len(source.shape.layers), source.architecture.per_layer
     beside = {"layer_norm": f"{names.output_norm}.weight", "layer_scale": names.scale} if names else {}
     for index, sizes in enumerate(source.shape.layers):
-        if progress:
-            progress("writing weights (layers)", index, count)
+        advance(progress, "writing weights (layers)", index, count)
         for piece in _pieces(sizes, layout.norms_last, bool(source.shape.per_layer)):
             name = f"layers.{index}.{piece}"
             if piece == "conv_kernel":
@@ -135,12 +134,11 @@ def write_model(
     layout.add_vocabulary(source, precision)
     if names is not None:
         layout.add_table("per_layer", source.table(names.table, precision))
-        layout.add_matrix("per_layer_in", source.outside(names.matrix, precision))
+        layout.add_matrix("per_layer_in", source.matrix(names.matrix, precision))
         layout.file.add("per_layer_norm", source.numbers(f"{names.norm}.weight"))
     for name, table in tables.items():
         layout.file.add(name, table)
-    if progress:
-        progress("writing weights (layers)", count, count)
+    advance(progress, "writing weights (layers)", count, count)
 
 
 def _add_rates(file: WeightFile, name: str, rates: DeltaRates) -> None:

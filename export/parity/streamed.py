@@ -18,15 +18,16 @@ from torch.utils.hooks import RemovableHandle
 from transformers import AutoModelForCausalLM
 
 from export.source import ModelSource, Precision
-from saap.base.progress import Progress
+from saap.base.progress import Progress, advance
 from saap.models.architectures import traits_of
 from saap.models.checkpoint import transformers_config
 from saap.models.layer_walk import finished_logits
-from saap.models.streaming import LayerWeights, empty_parameters, move_buffers
+from saap.models.streaming import LayerWeights, empty_parameters, move_buffers, stream_layers
 from saap.quantize.groups import QuantMatrix, check_groups, quantize
 from saap.system.processes import training_device
 
 HEAD_ROWS = 8192  # of the head in float32 at a time
+LABEL = "computing what torch says (layers)"
 LOGIT_BYTES = 256 << 20  # of logits at a time; each such portion of rows reads the head once
 
 
@@ -51,32 +52,28 @@ class StreamedModel:
             self._model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
         move_buffers(self._model, self._device)
         self._linears = {name for name, child in self._model.named_modules() if isinstance(child, nn.Linear)}
-        self._linears = {name for name in self._linears if not source.architecture.is_float(name)}
+        arch = source.architecture
+        self._linears = {name for name in self._linears if not arch.is_float(name)}
+        stream_layers(self._model, arch.layers, self._parameter, torch.float32, self._device)
+        for name in (arch.final_norm, *((arch.per_layer.matrix, arch.per_layer.norm) if arch.per_layer else ())):
+            module = self._model.get_submodule(name)
+            LayerWeights(module, name, self._parameter, torch.float32, self._device).enter()
 
     def hidden_states(self, ids: torch.Tensor, progress: Progress | None = None) -> torch.Tensor:
         """States after the final norm, [rows, tokens, hidden], of ids [rows, tokens]."""
         arch = self._source.architecture
         layers = list(self._model.get_submodule(arch.layers).children())
         hooks = [self._hook_embedding(name) for name in arch.tables if name != arch.head]
-        for name in (arch.per_layer.matrix, arch.per_layer.norm) if arch.per_layer else ():
-            module = self._model.get_submodule(name)
-            LayerWeights(module, name, self._parameter, torch.float32, self._device).enter()
         for index, layer in enumerate(layers):
-            weights = LayerWeights(layer, f"{arch.layers}.{index}", self._parameter, torch.float32, self._device)
-            hooks += [
-                layer.register_forward_pre_hook(partial(_before, weights, (index, len(layers)), progress)),
-                layer.register_forward_hook(lambda *_, weights=weights: weights.leave()),
-            ]
-        norm = self._model.get_submodule(arch.final_norm)
-        LayerWeights(norm, arch.final_norm, self._parameter, torch.float32, self._device).enter()
+            show = partial(advance, progress, LABEL, index, len(layers))
+            hooks.append(layer.register_forward_pre_hook(lambda *_, show=show: show()))
         with torch.inference_mode():
             # Not base_model: Gemma 3 names it for its pictures' model, and gives the whole one.
             decoder = self._model.get_submodule(arch.layers.rpartition(".")[0])
             states: torch.Tensor = decoder(input_ids=ids.to(self._device), use_cache=False).last_hidden_state
         for hook in hooks:
             hook.remove()
-        if progress:
-            progress("computing what torch says (layers)", len(layers), len(layers))
+        advance(progress, LABEL, len(layers), len(layers))
         return states
 
     def logits(self, states: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -133,12 +130,6 @@ class StreamedModel:
             return lambda rows: weight[rows].float()
         check_groups(weight.shape[1], group_size, module)
         return lambda rows: dequantised(quantize(weight[rows].float(), bits, group_size))
-
-
-def _before(weights: LayerWeights, place: tuple[int, int], progress: Progress | None, *_: object) -> None:
-    if progress:
-        progress("computing what torch says (layers)", *place)
-    weights.enter()
 
 
 def dequantised(matrix: torch.Tensor | QuantMatrix) -> torch.Tensor:

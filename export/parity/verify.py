@@ -18,7 +18,7 @@ from export.parity.pieces import logits_in_pieces
 from export.parity.streamed import StreamedModel
 from export.source import ModelSource, Precision
 from saap.base.errors import UserError
-from saap.base.progress import Progress
+from saap.base.progress import Progress, advance
 from saap.system.precision import fast_float32
 
 FLOAT_DIFFERENCE = 1e-3  # floats throughout: largest logit difference
@@ -44,13 +44,11 @@ def check_parity(
     sums, largest = np.zeros(4), 0.0
     last = torch.empty(0)
     for index, (row, expected, logits) in enumerate(zip(ids, reference.logits(states), scored, strict=True)):
-        if progress:
-            progress("checking parity (rows)", index, len(ids))
+        advance(progress, "checking parity (rows)", index, len(ids))
         last = logits[-1] if index == 0 else last
         largest = max(largest, (expected - logits).abs().max().item())
         sums += _row_sums(expected[:-1], logits[:-1], row[1:])
-    if progress:
-        progress("checking parity (rows)", len(ids), len(ids))
+    advance(progress, "checking parity (rows)", len(ids), len(ids))
     _check_decode_graph(bundle, ids[:1], last, threads)
     kl, top1, nll_torch, nll_graph = sums / (ids.shape[0] * (ids.shape[1] - 1))
     report = Parity(

@@ -28,6 +28,12 @@ class Noting(Protocol):
         """Show a sentence."""
 
 
+def advance(progress: Progress | None, label: str, done: float, total: float) -> None:
+    """Tell a progress how much is done, where there is one."""
+    if progress is not None:
+        progress(label, done, total)
+
+
 def note(progress: Progress | None, text: str) -> None:
     """Tell a sentence to a progress that shows them; a plain function does not."""
     if isinstance(progress, Noting):

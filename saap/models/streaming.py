@@ -104,15 +104,20 @@ def load_streamed(
         if parameter.is_meta and not name.startswith(prefix):
             read(name)  # which says that it is missing
     move_buffers(model, device)
-    for index, layer in enumerate(model.get_submodule(architecture.layers)):
-        weights = LayerWeights(layer, f"{prefix}{index}", read, dtype, device)
-        layer.streamed = weights
+    stream_layers(model, architecture.layers, read, dtype, device)
+    result: PreTrainedModel = model.eval().requires_grad_(False)
+    return result
+
+
+def stream_layers(model: nn.Module, layers: str, read: Read, dtype: torch.dtype, device: torch.device) -> None:
+    """Let the layers of a model, below this name, read their weights when they run and drop them after."""
+    for index, layer in enumerate(model.get_submodule(layers).children()):
+        weights = LayerWeights(layer, f"{layers}.{index}", read, dtype, device)
+        layer.streamed = weights  # type: ignore[assignment]
         weights.hooks = [
             layer.register_forward_pre_hook(lambda module, _: module.streamed.enter()),
             layer.register_forward_hook(lambda module, _, __: module.streamed.leave(), always_call=True),
         ]
-    result: PreTrainedModel = model.eval().requires_grad_(False)
-    return result
 
 
 def move_buffers(model: nn.Module, device: torch.device) -> None:

@@ -29,6 +29,7 @@ from saap.text.closed_words import forest_of
 from saap.tune import TuneOptions, tune
 
 BOTH = ("onnxruntime", "llama.cpp")
+TIMED = ("-p", 16, "-n", 4, "-t", 1, "-r", 1)
 TEXT = "the quick brown fox jumps over the lazy dog\n" * 400
 
 
@@ -84,19 +85,24 @@ def test_llama_cpp_and_onnxruntime_say_the_same(bundle, llama_cpp):
     assert np.abs(theirs - ours).max() < 0.2 * ours.std()
 
 
+def judged_and_timed(bundle, engine, place, ratio_time=0):
+    """Measurements of a bundle in ONNX Runtime and in another engine, which says the same."""
+    (place / "judge.txt").write_text("a river rose and a bridge was closed\n" * 60)
+    words = ["--text", place / "judge.txt", "--chunk", 32, "--max-chunks", 4, "--json", place / "q.json"]
+    spec = f"{bundle}@{engine}"
+    here("eval", bundle, spec, *words)
+    one, other = json.loads((place / "q.json").read_text())["rows"]
+    assert other["name"] == spec and other["nll"] == pytest.approx(one["nll"], rel=0.01)
+    here("bench", bundle, spec, *TIMED, "--ratio-time", ratio_time, "--json", place / "r.json")
+    measured = json.loads((place / "r.json").read_text())["measurements"]
+    assert [m["kind"] for m in measured][:2] == ["onnx", engine] and measured[1]["name"] == f"bundle@{engine}"
+    assert measured[0]["bundle_hash"] == measured[1]["bundle_hash"]
+    return measured
+
+
 def test_eval_and_bench_run_the_engine_that_is_named(bundle, llama_cpp, tmp_path):
-    (tmp_path / "judge.txt").write_text("a river rose and a bridge was closed\n" * 60)
-    words = ["--text", tmp_path / "judge.txt", "--chunk", 32, "--max-chunks", 4, "--json", tmp_path / "q.json"]
-    here("eval", bundle, f"{bundle}@llama.cpp", *words)
-    one, other = json.loads((tmp_path / "q.json").read_text())["rows"]
-    assert other["name"] == f"{bundle}@llama.cpp" and other["nll"] == pytest.approx(one["nll"], rel=0.01)
-    settings = ["-p", 16, "-n", 4, "-t", 1, "-r", 1, "--ratio-time", 0, "--json", tmp_path / "r.json"]
-    here("bench", bundle, f"{bundle}@llama.cpp", *settings)
-    result = json.loads((tmp_path / "r.json").read_text())
-    measured = result["measurements"]
-    assert [m["kind"] for m in measured][:2] == ["onnx", "llama.cpp"] and measured[1]["name"] == "bundle@llama.cpp"
-    assert measured[1]["bundle_hash"] == measured[0]["bundle_hash"] and measured[1]["choice"].startswith("flash")
-    alone = [*settings[:8], "--json", tmp_path / "alone.json"]
+    assert judged_and_timed(bundle, "llama.cpp", tmp_path)[1]["choice"].startswith("flash")
+    alone = [*TIMED, "--json", tmp_path / "alone.json"]
     assert "fastest: decode flash attention" in here("bench", f"{bundle}@llama.cpp", *alone).stdout
 
 
@@ -206,17 +212,8 @@ def test_openvino_reads_the_graph_of_any_bundle(tiny_model, tiny_tokenizer, tmp_
     assert told["exact"] is True and told["nll"] == pytest.approx(made.manifest.parity.nll_graph, abs=0.02)
     assert engines_in(read_manifest(tmp_path / "bundle")) == ["onnxruntime", "openvino"]
     assert {path.name for path in (tmp_path / "bundle").iterdir()} == {*made.manifest.files, "bundle.json"}
+    assert len(judged_and_timed(tmp_path / "bundle", "openvino", tmp_path, ratio_time=2)) == 2
     spec = f"{tmp_path / 'bundle'}@openvino"
-    (tmp_path / "judge.txt").write_text("a river rose and a bridge was closed\n" * 60)
-    words = ["--text", tmp_path / "judge.txt", "--chunk", 32, "--max-chunks", 4, "--json", tmp_path / "q.json"]
-    here("eval", tmp_path / "bundle", spec, *words)
-    one, other = json.loads((tmp_path / "q.json").read_text())["rows"]
-    assert other["name"] == spec and other["nll"] == pytest.approx(one["nll"], rel=0.01)
-    settings = ["-p", 16, "-n", 4, "-t", 1, "-r", 1, "--ratio-time", 2, "--json", tmp_path / "r.json"]
-    here("bench", tmp_path / "bundle", spec, *settings)
-    measured = json.loads((tmp_path / "r.json").read_text())["measurements"]
-    assert [m["kind"] for m in measured] == ["onnx", "openvino"]
-    assert measured[0]["bundle_hash"] == measured[1]["bundle_hash"]
     words = ["--raw", "--max-tokens", 8, "the quick"]
     assert here("generate", spec, *words).stdout == here("generate", tmp_path / "bundle", *words).stdout
     assert "only ONNX Runtime is asked zero-shot tasks" in refused("eval", spec, "--tasks", "piqa")

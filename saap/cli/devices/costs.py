@@ -29,12 +29,12 @@ CACHES = 4  # last-level caches that the probe's weights should exceed, where th
 
 @dataclass(frozen=True)
 class CostsCommand:
-    """The options of ``saap devices costs``; None is 4 bits in groups of 32, or as a bundle or tuned model holds."""
+    """The options of ``saap devices costs``; None is 4 bits in groups of 32, or as a tuned model holds."""
 
     options: CostsOptions = field(default_factory=CostsOptions)
-    bits: Annotated[Literal[4, 8, 32] | None, Option("Bits of the linears; default: 4, or the bundle's.")] = None
+    bits: Annotated[Literal[4, 8, 32] | None, Option("Bits of the linears; default: 4, or the tuned model's.")] = None
     group_size: Annotated[
-        Literal[32, 64, 128] | None, Option("Weights per scale; default: 32, or the bundle's.", old=("--group",))
+        Literal[32, 64, 128] | None, Option("Weights per scale; default: 32, or the tuned model's.", old=("--group",))
     ] = None
     on: Annotated[
         str | None, Option("A board: ssh://user@host[:port], adb://[serial], labgrid://PLACE.", metavar="URL")
@@ -80,7 +80,7 @@ def probe_costs(
 ) -> Costs:
     """Time a model's layers at all their sizes on a device; the graphs are made here.
 
-    The model is a directory (its ``config.json`` is enough), a bundle, or anything that ``saap prune`` takes; ``out``
+    The model is a directory (its ``config.json`` is enough) or anything that ``saap prune`` takes; ``out``
     is where the table will go, refused before the work where it cannot.
     """
     from devices.probe.host import probe

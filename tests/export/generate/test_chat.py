@@ -10,7 +10,7 @@ from export.bundle.tokenizer import BundleTokenizer, RunError
 from export.engine.onnxruntime import OnnxRuntimeEngine
 from export.engine.protocol import EngineOptions
 from export.generate.chat import Conversation
-from export.generate.loop import AnswerSettings
+from export.generate.loop import AnswerSettings, begin_text
 
 APPENDS = (
     "{% for message in messages %}<s>{{ message['role'] }} {{ message['content'] }}</s>{% endfor %}"
@@ -59,7 +59,7 @@ def test_only_the_new_turn_is_read(tmp_path):
     assert talk.messages == expected
     assert second.prompt_ids == whole(tokenizer, expected)
     drawn = tokenizer.encode("A dog", add_special_tokens=False)
-    assert talk.cached_ids == [*whole(tokenizer, expected), *drawn]  # the end-of-text id was drawn, not read
+    assert talk._sequence.ids == [*whole(tokenizer, expected), *drawn]  # the end-of-text id was drawn, not read
     # The first turn and its answer were in the cache; its end-of-text id is the first that was not.
     assert second.read_tokens == second.prompt_tokens - first.prompt_tokens - (first.tokens - 1)
     assert talk._sequence.engine.read == [first.prompt_tokens, second.read_tokens]
@@ -72,7 +72,7 @@ def test_a_template_that_rewrites_is_read_again_from_where_it_differs(tmp_path):
     list(second)
     assert second.prompt_ids == whole(tokenizer, talk.messages)
     length = second.prompt_tokens
-    assert talk.cached_ids[:length] == second.prompt_ids == talk._sequence.engine.seen[:length]
+    assert talk._sequence.ids[:length] == second.prompt_ids == talk._sequence.engine.seen[:length]
     assert second.read_tokens > second.prompt_tokens // 2
 
 
@@ -122,7 +122,7 @@ def test_an_answer_is_stopped_while_a_long_turn_is_read(tmp_path, monkeypatch):
     answer = talk.ask("Who was it that jumped over the dog?")
     decoder.prefill = stopped
     assert list(answer) == [] and answer.stop_reason == "interrupted" and answer.tokens == 0
-    assert reads == [4] and answer.read_tokens == 4 < answer.prompt_tokens and len(talk.cached_ids) == 4
+    assert reads == [4] and answer.read_tokens == 4 < answer.prompt_tokens and len(talk._sequence.ids) == 4
     decoder.prefill = read
     second = talk.ask("Go on")
     assert list(second) and second.prompt_ids == whole(tokenizer, talk.messages)
@@ -154,7 +154,7 @@ def test_a_context_that_is_full_says_so_and_leaves_the_conversation_as_it_was(tm
     _, talk = conversation(tmp_path, APPENDS, ["word " * 100], room=40)  # the answer itself fills it
     answer = talk.ask("one")
     list(answer)
-    assert answer.stop_reason == "context" and len(talk.cached_ids) == 40
+    assert answer.stop_reason == "context" and len(talk._sequence.ids) == 40
     with pytest.raises(RunError, match="context is full"):
         talk.ask("two")
 
@@ -162,6 +162,8 @@ def test_a_context_that_is_full_says_so_and_leaves_the_conversation_as_it_was(tm
 def test_no_chat_template_and_empty_turns(tmp_path):
     with pytest.raises(RunError, match="no chat template"):
         Conversation(ScriptedDecoder([1], 300), BundleTokenizer(bpe_directory(tmp_path)))
+    with pytest.raises(RunError, match="no chat template"):
+        begin_text(ScriptedDecoder([1], 300), BundleTokenizer(tmp_path), "hi")
     _, talk = conversation(tmp_path, APPENDS, ["a"])
     with pytest.raises(RunError, match="empty"):
         talk.ask("  \n")

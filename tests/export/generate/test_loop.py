@@ -1,7 +1,6 @@
 import json
 from dataclasses import replace
 
-import numpy as np
 import pytest
 from support.old_products import old_products
 from support.scripted_decoder import TEXTS, ScriptedDecoder, bpe_directory
@@ -9,9 +8,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from export.bundle.manifest import read_manifest, write_manifest
 from export.bundle.tokenizer import BundleTokenizer, RunError, TextStream
-from export.engine.scoring import next_token_logprobs
 from export.generate.loop import AnswerSettings, begin_text
-from export.generate.sampling import Sampling
 
 TEMPLATE = (
     "{% for message in messages %}\n"
@@ -181,27 +178,6 @@ def test_generation_stops_at_max_tokens_and_at_a_full_context(tiny):
         assert (out.tokens, out.stop_reason) == (tokens, reason)
 
 
-def test_sampling_follows_the_softmax_and_the_seed(tiny):
-    class Coin(ScriptedDecoder):
-        def _next(self):
-            logits = np.full(self.vocab, -np.inf, np.float32)
-            logits[70:73] = np.log([0.6, 0.3, 0.1]) * 2  # temperature 2 gives back 0.6, 0.3, 0.1
-            return logits
-
-    def draw(seed, temperature=2.0):
-        decoder = Coin([0], 300, 4000)
-        sampling = Sampling(temperature=temperature, seed=seed)
-        list(begin_text(decoder, tiny, "a", AnswerSettings(3001, sampling, stop_ids=()), chat=False))
-        return decoder.seen[len(tiny.encode("a")) :]
-
-    drawn = draw(1)
-    assert drawn == draw(1) != draw(2)
-    share = np.bincount(drawn, minlength=300) / len(drawn)
-    assert np.allclose(share[70:73], [0.6, 0.3, 0.1], atol=0.04)  # 4 standard errors
-    assert share[:70].sum() == share[73:].sum() == 0
-    assert set(draw(1, temperature=1e-300)) == {70}
-
-
 @pytest.mark.parametrize(
     ("prompt", "arguments", "message"),
     [
@@ -216,26 +192,3 @@ def test_bad_input_is_told_before_anything_runs(tiny, prompt, arguments, message
     with pytest.raises(RunError, match=message):
         begin_text(decoder, tiny, prompt, AnswerSettings(**arguments), chat=False)
     assert decoder.resets == 0
-
-
-def test_chat_without_template_says_so(tmp_path):
-    tokenizer = BundleTokenizer(bpe_directory(tmp_path))
-    assert not tokenizer.has_chat_template
-    with pytest.raises(RunError, match="no chat template"):
-        begin_text(ScriptedDecoder([1], 300), tokenizer, "hi")
-
-
-def test_logprobs_are_those_of_a_careful_softmax():
-    random = np.random.default_rng(0)
-    logits = random.normal(size=(2, 5, 11)).astype(np.float32) * 3
-    ids = random.integers(0, 11, (2, 5))
-    exact = logits.astype(np.float64) - np.log(np.exp(logits.astype(np.float64)).sum(-1, keepdims=True))
-    expected = [[exact[b, i, ids[b, i + 1]] for i in range(4)] for b in range(2)]
-    ours = next_token_logprobs(logits, ids)
-    assert ours.shape == (2, 4)
-    assert np.allclose(ours, expected, atol=1e-6)
-    assert np.allclose(next_token_logprobs(logits[0], ids[0]), expected[0], atol=1e-6)
-    # Far from zero float32's exp would overflow or vanish.
-    assert np.allclose(next_token_logprobs(logits + np.float32(4e4), ids), expected, atol=0.01)
-    far = np.array([[0.0, -5e4, 0.0], [0.0, 0.0, 0.0]], np.float32)
-    assert np.allclose(next_token_logprobs(far, np.array([0, 1])), [-5e4 - np.log(2)])

@@ -7,8 +7,7 @@ from support.exported import export_bundle, export_portable
 
 from export.bundle.manifest import BundleError
 from export.bundle.tokenizer import RunError
-from export.engine.onnxruntime import OnnxRuntimeEngine
-from export.engine.protocol import EngineError, EngineOptions
+from export.engine.protocol import EngineError
 from export.generate.ort_model import BundleForCausalLM
 from saap.models.checkpoint import load_model
 from saap.prune.plan import LayerPlan, PrunePlan
@@ -101,14 +100,3 @@ def test_text_generation_pipeline(pair, tiny_tokenizer):
     options = {"max_new_tokens": 8, "do_sample": False}
     pipelines = [pipeline("text-generation", model=model, tokenizer=tiny_tokenizer) for model in pair]
     assert pipelines[0](texts, **options) == pipelines[1](texts, **options)
-
-
-def test_four_bits_draw_what_the_decoder_that_is_measured_draws(slim, tmp_path):
-    export_bundle(slim, tmp_path / "bundle")
-    decoder, ours = OnnxRuntimeEngine(tmp_path / "bundle", EngineOptions(1, 64)), []
-    logits = decoder.prefill(IDS[0].numpy())
-    for _ in range(16):
-        ours.append(int(logits.argmax()))
-        logits = decoder.step(ours[-1])
-    found = BundleForCausalLM.from_bundle(tmp_path / "bundle").generate(IDS[:1], max_new_tokens=16, eos_token_id=None)
-    assert found[0, 9:].tolist() == ours

@@ -145,7 +145,19 @@ def nibbles(blocks):
     return np.concatenate([blocks & 15, blocks >> 4], axis=-1)
 
 
-def packed(read, name, bits, group_size):
+BLOCKS = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}  # bytes
+
+
+def stored(tensor):
+    """(integers [rows, groups, 32], scales d, minima m) of a matrix; m is None for a type without minima."""
+    kind = tensor.tensor_type.name
+    blocks = tensor.data.reshape(len(tensor.data), -1, BLOCKS[kind])
+    d, m = (blocks[..., at : at + 2].copy().view(np.float16)[..., 0] for at in (0, 2))
+    integers = blocks[..., 2:].view(np.int8) if kind == "Q8_0" else nibbles(blocks[..., 4 if kind == "Q4_1" else 2 :])
+    return integers, d.astype(np.float32), m if kind == "Q4_1" else None
+
+
+def packed(read, name, bits=4, group_size=32):
     """(codes, zero points, scales) of a tuned matrix in the order of the file and in groups of 32."""
     module = module_of(name)
     codes, zeros, scales = (read(f"{module}.{part}").numpy() for part in ("qweight", "zero_points", "scales"))
@@ -170,43 +182,35 @@ def test_tuned_integers_of_4_bits_arrive_bit_for_bit(tiny_model, tmp_path):
     report = export_gguf(path, tmp_path / "model.gguf")
     read, tensors = tensor_reader(path)[1], tensors_of(tmp_path / "model.gguf")
     assert report.tensors["token_embd.weight"] == WrittenMatrix("Q4_0", 0.0, 1.0)
-    for name in report.tensors.keys() - {"token_embd.weight"}:
-        codes, zeros, scales = packed(read, name, 4, 32)
-        blocks = tensors[name].data.reshape(*scales.shape, 20)
-        assert report.tensors[name].type == tensors[name].tensor_type.name == "Q4_1"
-        assert np.array_equal(nibbles(blocks[..., 4:]), codes), name
-        d, m = (blocks[..., at : at + 2].copy().view(np.float16)[..., 0] for at in (0, 2))
-        assert np.array_equal(d.astype(np.float32), scales), name
+    for name, entry in report.tensors.items():
+        codes, zeros, scales = packed(read, name)
+        integers, d, m = stored(tensors[name])
+        assert np.array_equal(integers, codes) and np.array_equal(d, scales), name
+        if name == "token_embd.weight":
+            continue
+        assert entry.type == tensors[name].tensor_type.name == "Q4_1"
         assert np.array_equal(m, (-scales * zeros).astype(np.float16)), name
-        wanted = ((codes.astype(np.float32) - zeros[..., None]) * scales[..., None]).reshape(len(codes), -1)
-        assert report.tensors[name].relative_error == pytest.approx(
-            worst_group(floats(tensors[name]), wanted), rel=1e-5
-        )
-    codes, _, scales = packed(read, "token_embd.weight", 4, 32)
-    blocks = tensors["token_embd.weight"].data.reshape(*scales.shape, 18)
-    assert np.array_equal(nibbles(blocks[..., 2:]), codes)
-    assert np.array_equal(blocks[..., :2].copy().view(np.float16)[..., 0].astype(np.float32), scales)
+        exact = ((codes.astype(np.float32) - zeros[..., None]) * scales[..., None]).reshape(len(codes), -1)
+        assert entry.relative_error == pytest.approx(worst_group(floats(tensors[name]), exact), rel=1e-5)
     assert 0 < report.worst_error_carried <= 2**-11  # of m
     assert report.worst_error_rounded is None and report.notes == []
 
 
-def test_tuned_symmetric_integers_lose_nothing(tiny_model, tmp_path):
+@pytest.mark.parametrize(("bits", "kind", "zero"), [(4, "Q4_0", 0), (8, "Q8_0", 128)])
+def test_tuned_symmetric_integers_lose_nothing(tiny_model, tmp_path, bits, kind, zero):
     path = cut(tiny_model(), tmp_path / "slim", PrunePlan(UNEVEN))
-    for bits, kind, size in ((4, "Q4_0", 18), (8, "Q8_0", 34)):
-        tune(path, TuneOptions(bits=bits, learning_rate=2e-2), output=tmp_path / "tuned", data=IDS.repeat(8, 1))
-        report = export_gguf(tmp_path / "tuned", tmp_path / "model.gguf")
-        read, tensors = tensor_reader(tmp_path / "tuned")[1], tensors_of(tmp_path / "model.gguf")
-        signs = set()
-        for name, entry in report.tensors.items():
-            assert entry == WrittenMatrix(kind, 0.0, 1.0), name
-            codes, _, scales = packed(read, name, bits, 32)
-            blocks = tensors[name].data.reshape(*scales.shape, size)
-            assert np.array_equal(blocks[..., :2].copy().view(np.float16)[..., 0].astype(np.float32), scales)
-            found = nibbles(blocks[..., 2:]) if bits == 4 else blocks[..., 2:] ^ 0x80
-            assert np.array_equal(found, codes), name
-            signs |= set(np.sign(scales).flatten().tolist())
-        assert signs == {-1.0, 1.0}
-        assert report.worst_error_carried == 0 and report.notes == []
+    tune(path, TuneOptions(bits=bits, learning_rate=2e-2), output=tmp_path / "tuned", data=IDS.repeat(8, 1))
+    report = export_gguf(tmp_path / "tuned", tmp_path / "model.gguf")
+    read, tensors = tensor_reader(tmp_path / "tuned")[1], tensors_of(tmp_path / "model.gguf")
+    signs = set()
+    for name, entry in report.tensors.items():
+        assert entry == WrittenMatrix(kind, 0.0, 1.0), name
+        codes, _, scales = packed(read, name, bits)
+        integers, d, _ = stored(tensors[name])
+        assert np.array_equal(integers + np.int16(zero), codes) and np.array_equal(d, scales), name
+        signs |= set(np.sign(scales).flatten().tolist())
+    assert signs == {-1.0, 1.0}
+    assert report.worst_error_carried == 0 and report.notes == []
 
 
 def test_wider_groups_repeat_their_scale(tiny_model, tmp_path):
@@ -215,10 +219,9 @@ def test_wider_groups_repeat_their_scale(tiny_model, tmp_path):
     read, tensors = tensor_reader(tmp_path / "tuned")[1], tensors_of(tmp_path / "model.gguf")
     assert {entry.carried for entry in report.tensors.values()} == {1.0}
     for name in ("blk.1.attn_v.weight", "blk.0.ffn_down.weight"):
-        codes, _, scales = packed(read, name, 4, 64)
-        blocks = tensors[name].data.reshape(*scales.shape, 20)
-        assert np.array_equal(nibbles(blocks[..., 4:]), codes)
-        assert np.array_equal(blocks[..., :2].copy().view(np.float16)[..., 0].astype(np.float32), scales)
+        codes, _, scales = packed(read, name, group_size=64)
+        integers, d, _ = stored(tensors[name])
+        assert np.array_equal(integers, codes) and np.array_equal(d, scales)
 
 
 def test_tuned_integers_of_8_bits_arrive_where_a_signed_byte_holds_them(tiny_model, tmp_path):
@@ -228,11 +231,10 @@ def test_tuned_integers_of_8_bits_arrive_where_a_signed_byte_holds_them(tiny_mod
     assert report.tensors["token_embd.weight"] == WrittenMatrix("Q8_0", 0.0, 1.0)
     both = set()
     for name in report.tensors:
-        codes, zeros, scales = packed(read, name, 8, 32)
+        codes, zeros, _ = packed(read, name, 8)
         centred = codes.astype(int) - zeros[..., None]
         fits = (centred.min(-1) >= -128) & (centred.max(-1) <= 127)
-        blocks = tensors[name].data.reshape(*scales.shape, 34)
-        assert np.array_equal(blocks[..., 2:].view(np.int8)[fits], centred[fits]), name
+        assert np.array_equal(stored(tensors[name])[0][fits], centred[fits]), name
         assert report.tensors[name].carried == pytest.approx(fits.mean())
         both |= set(fits.flatten().tolist())
     assert both == {True, False}

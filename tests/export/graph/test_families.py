@@ -44,10 +44,11 @@ def nodes_of(bundle, kind):
     ]
 
 
+@pytest.mark.parametrize("target", ["cpu", "portable"])
 @pytest.mark.parametrize("wrong", [WINDOW - 1, WINDOW + 1])
-def test_a_window_that_is_one_off_is_seen(tiny_family, tmp_path, wrong):
+def test_a_window_that_is_one_off_is_seen(tiny_family, tmp_path, wrong, target):
     path = tiny_family("mistral", sliding_window=wrong)
-    export_bundle(path, tmp_path / "bundle", bits=32)
+    export_bundle(path, tmp_path / "bundle", bits=32, target=target)
     model = load_model(path)
     model.config.sliding_window = WINDOW
     for difference in largest_differences(tmp_path / "bundle", logits_of(model, IDS)):

@@ -13,7 +13,7 @@ pytest.importorskip("onnx_ir")
 from support.exported import export_bundle
 
 from bench.costs.worker import UnfilledStack
-from export.bundle.manifest import WEIGHTS, BundleError, read_manifest
+from export.bundle.manifest import WEIGHTS, read_manifest
 from export.engine.protocol import EngineOptions
 from export.graph.probe_model import LEAST_LAYERS, read_probe_model
 from export.graph.probe_stacks import ProbeStack, stack_layers, stacks_of, write_probe_stacks
@@ -25,6 +25,12 @@ SMOLLM2 = {
     "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
     "head_dim": 64, "max_position_embeddings": 8192, "hidden_act": "silu", "rms_norm_eps": 1e-5, "rope_theta": 1e5,
     "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+SMALL = {
+    "vocab_size": 128, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16,
 }  # fmt: skip
 
 
@@ -80,34 +86,22 @@ def test_norms_and_biases_of_other_families_are_in_the_stack(
     assert facts(written[0]) == facts(tmp_path / "bundle")
 
 
-def test_a_bundle_gives_the_sizes_of_its_largest_layer(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_slim_model_gives_the_sizes_of_its_largest_layer_and_a_bundle_none(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
     model = tiny_model(num_hidden_layers=5)
     raw = json.loads((model / "config.json").read_text())
     sizes = [[6, 3, 64], [0, 0, 96], [2, 1, 128], [2, 2, 0], [6, 3, 32]]
     (model / "config.json").write_text(json.dumps({**raw, "model_type": "saap_llama", "slim_layers": sizes}))
-    bundle = tmp_path / "bundle"
-    bundle.mkdir()
-    manifest = {
-        "target": "cpu", "model_type": "saap_llama", "vocab_size": 320, "hidden_size": 96, "head_dim": 16,
-        "context_length": 256, "layers": [dict(zip(("query_heads", "kv_heads", "ffn"), s, strict=True)) for s in sizes],
-        "bits": 8, "block": 32, "accuracy_level": 4, "parameters": read_probe_model(model).shape.hidden * 320,
-        "weight_bytes_per_token": 1, "kv_bytes_per_token": 1, "kv_dtype": "float32", "bos_token_id": None,
-        "eos_token_ids": [], "onnxruntime_min": "1.23", "lineage": {"head_bits": 8}, "files": {}, "format": 1,
-    }  # fmt: skip
-    (bundle / "bundle.json").write_text(json.dumps(manifest))
-    of_model, of_bundle = read_probe_model(model), read_probe_model(bundle)
-    assert of_model.shape.layers == of_bundle.shape.layers == (LayerSizes(6, 3, 128),) * 5
-    assert of_bundle.shape.tied and of_model.precision.bits == 4 and of_bundle.precision.bits == 8
-    (bundle / "bundle.json").write_text("{")
-    with pytest.raises(BundleError, match="is damaged"):
-        read_probe_model(bundle)
+    probed = read_probe_model(model)
+    assert probed.shape.layers == (LayerSizes(6, 3, 128),) * 5 and probed.precision.bits == 4
+    (tmp_path / "bundle.json").write_text("{")
+    with pytest.raises(UserError, match="is a bundle: give the model that it was made of"):
+        read_probe_model(tmp_path)
 
 
 def test_every_stack_runs_and_all_share_one_file(tmp_path: Path) -> None:
-    directory = config_only(
-        tmp_path / "m", vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=4,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=16,
-    )  # fmt: skip
+    directory = config_only(tmp_path / "m", **SMALL)
     (out := tmp_path / "stacks").mkdir()
     seen: list[tuple[float, float]] = []
     source = read_probe_model(directory)
@@ -129,10 +123,7 @@ def test_every_stack_runs_and_all_share_one_file(tmp_path: Path) -> None:
 
 def test_a_part_takes_other_integers_in_all_layers(tmp_path: Path) -> None:
     """Groups of 128 do not divide the hidden state, so only what writes of an FFN has them."""
-    directory = config_only(
-        tmp_path / "m", vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=4,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=16,
-    )  # fmt: skip
+    directory = config_only(tmp_path / "m", **SMALL)
     source = read_probe_model(directory)
     wanted = [stack for stack in stacks_of(source) if stack.part]
     parts = ("attention", "ffn", "outside")

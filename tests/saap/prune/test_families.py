@@ -134,13 +134,11 @@ def test_an_uneven_bundle_passes_parity_and_is_probed(dense_dir, tmp_path, case)
     planned = [plan.layers[i].sizes for i in plan.kept_layers]
     assert manifest.layers == planned
     heads = (4, 2) if case == "qwen3.5" else (6, 3)  # whose first layer, which stays whole, does not attend
-    for directory in (path,) if case == "gemma4" else (path, bundle):
-        probed = read_probe_model(directory)
-        assert probed.architecture is ROWS[CASES[case][0]]
-        assert probed.shape.layers == (LayerSizes(*heads, 64),) * len(planned) and probed.largest == HYBRID.get(
-            case, LayerSizes()
-        )
-        assert probed.config.model_type == f"saap_{CASES[case][0]}"
+    probed = read_probe_model(path)
+    assert probed.architecture is ROWS[CASES[case][0]]
+    assert probed.shape.layers == (LayerSizes(*heads, 64),) * len(planned)
+    assert probed.largest == HYBRID.get(case, LayerSizes())
+    assert probed.config.model_type == f"saap_{CASES[case][0]}"
 
 
 def test_heads_that_a_norm_spans_stay_together(dense_dir, tmp_path):
