@@ -62,33 +62,7 @@ class Inspection:
 
     def lines(self) -> list[str]:
         """Lines above the tables."""
-        manifest = self.manifest
-        lines = [UNVERIFIED] if manifest.parity is None else []
-        lines += [
-            f"{self.bundle}: {manifest.model_type} for {manifest.target}, "
-            f"{manifest.parameters / 1e6:.1f} M parameters in {len(manifest.layers)} layers, "
-            f"hidden {manifest.hidden_size}, head {manifest.head_dim}, "
-            f"vocabulary {manifest.vocab_size}, context {manifest.context_length}",
-            f"  read per token: {manifest.weight_bytes_per_token / 1e6:.2f} MB of weights; written: "
-            f"{manifest.kv_bytes_per_token} bytes of {manifest.kv_dtype} KV cache",
-            f"  needs onnxruntime >= {manifest.onnxruntime_min}",
-            f"  bundle hash {manifest.content_hash[:16]}",
-        ]
-        if own := Counter(manifest.lineage.get("matrices", {}).values()):
-            linears = ", ".join(f"{count} of {bits} bits" for bits, count in sorted(own.items()))
-            lines.append(f"  mixed: of the model's linears {linears}, the others of {manifest.bits}")
-        if own := Counter(manifest.lineage.get("blocks", {}).values()):
-            matrices = ", ".join(f"{count} in groups of {size}" for size, count in sorted(own.items()))
-            lines.append(f"  mixed: of the model's matrices {matrices}, the others of {manifest.block}")
-        if parity := manifest.parity:
-            lines.append(
-                f"  parity on {parity.tokens} tokens ({parity.sample}): logit difference "
-                f"{parity.max_abs_logit_difference:.2g}, KL {parity.kl:.2g}, top-1 agreement "
-                f"{parity.top1_agreement:.2%}, perplexity x {parity.perplexity_ratio:.4f}"
-            )
-        else:
-            lines.append("  parity: UNVERIFIED")
-        lines += _provenance_lines(manifest)
+        lines = [*summary(self.bundle, self.manifest), *_provenance_lines(self.manifest)]
         bad = [f"{file.name} ({file.state})" for file in self.files if file.state != "ok"]
         return lines + ([f"  DAMAGED: {', '.join(bad)}: export the bundle again"] if bad else [])
 
@@ -96,6 +70,36 @@ class Inspection:
         """Tables for ``saap.cli.console.print_table``."""
         files = [[file.name, str(file.bytes), file.state] for file in self.files]
         return [_layer_table(self.manifest.layers), ("files", ["file", "bytes", "state"], files)]
+
+
+def summary(bundle: Path, manifest: BundleManifest) -> list[str]:
+    """Describe a bundle's sizes, precision and parity in lines."""
+    size = sum(entry.bytes for name, entry in manifest.files.items() if ".onnx" in name)
+    bits = " and ".join(map(str, sorted({manifest.bits, *manifest.lineage.get("matrices", {}).values()})))
+    lines = [UNVERIFIED] if manifest.parity is None else []
+    lines += [
+        f"{bundle}: {manifest.model_type} for {manifest.target}, "
+        f"{manifest.parameters / 1e6:.1f} M parameters in {len(manifest.layers)} layers, {size / 1e6:.1f} MB, "
+        f"{bits} bit, hidden {manifest.hidden_size}, head {manifest.head_dim}, "
+        f"vocabulary {manifest.vocab_size}, context {manifest.context_length}",
+        f"  read per token: {manifest.weight_bytes_per_token / 1e6:.2f} MB of weights; written: "
+        f"{manifest.kv_bytes_per_token} bytes of {manifest.kv_dtype} KV cache",
+        f"  needs onnxruntime >= {manifest.onnxruntime_min}",
+        f"  bundle hash {manifest.content_hash[:16]}",
+    ]
+    if own := Counter(manifest.lineage.get("matrices", {}).values()):
+        linears = ", ".join(f"{count} of {own_bits} bits" for own_bits, count in sorted(own.items()))
+        lines.append(f"  mixed: of the model's linears {linears}, the others of {manifest.bits}")
+    if own := Counter(manifest.lineage.get("blocks", {}).values()):
+        matrices = ", ".join(f"{count} in groups of {size}" for size, count in sorted(own.items()))
+        lines.append(f"  mixed: of the model's matrices {matrices}, the others of {manifest.block}")
+    if parity := manifest.parity:
+        lines.append(
+            f"  parity on {parity.tokens} tokens ({parity.sample}): logit difference "
+            f"{parity.max_abs_logit_difference:.2g}, KL {parity.kl:.2g}, top-1 agreement "
+            f"{parity.top1_agreement:.2%}, perplexity x {parity.perplexity_ratio:.4f}"
+        )
+    return lines
 
 
 def inspect_bundle(path: str | Path) -> Inspection:

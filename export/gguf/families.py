@@ -7,35 +7,20 @@ llama.cpp reads sizes by layer in few of them: ``gemma4`` takes an FFN width for
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from export.gguf.layout import GGUFSource, Tensor, model_type_of, rotary_order, vector
+from export.gguf.layout import Family, GGUFSource, Tensor, model_type_of, vector
 from export.gguf.rotary import RotaryFields, partial_factors
 from export.gguf.tensors import BLOCK, take_columns
 from saap.base.errors import UserError
 from saap.models.architectures import PerLayerNames, entries_of, field_of, number_of, rope_of, traits_of
 from saap.models.checkpoint import transformers_config
-from saap.models.shape import ATTENTION, CONV, DELTA, FFN, LayerSizes
-from saap.quantize.groups import QuantMatrix
+from saap.models.shape import ATTENTION, CONV, DELTA, LayerSizes
 
 Field = int | float | bool | list[int] | list[bool]
-
-
-@dataclass(frozen=True)
-class Family:
-    """One architecture of llama.cpp: its name, what may differ by layer, and the names of norms."""
-
-    name: str
-    output_norm: str = "output_norm"
-    ffn_norm: str = "ffn_norm"
-    attention_post_norm: str = ""
-    ffn_post_norm: str = ""
-    pairs: bool = False  # its rotary turns neighbours, as that of ``llama`` and ``deci``, not the two halves of a head
-    biases: bool = False
 
 
 GRANITE = Family("granite", pairs=True, biases=True)
@@ -58,10 +43,6 @@ class FamilySource(GGUFSource):
         self._uneven, self._traits = self.architecture.gguf == "any widths", traits_of(self.config)
         self._full = transformers_config(directory)
         self._check_alike()
-
-    @property
-    def name(self) -> str:
-        return self._family.name
 
     @property
     def uniform(self) -> bool:
@@ -205,52 +186,23 @@ class FamilySource(GGUFSource):
             fields["final_logit_softcapping"] = self._traits.logit_cap
         return fields
 
-    def tensors(self, rope_factors: torch.Tensor | None) -> Iterator[Tensor]:
+    def _tables(self, rope_factors: torch.Tensor | None) -> Iterator[Tensor]:
         arch, hidden, vocab = self.architecture, self.shape.hidden, self.shape.vocab
-        yield self._matrix("token_embd", arch.embedding, vocab, hidden, self.head_kind)
-        if self.name == "gemma4":
-            yield vector("rope_freqs.weight", partial_factors(self._full, self.shape))
-        elif rope_factors is not None:
-            yield vector("rope_freqs.weight", rope_factors)
+        yield from super()._tables(partial_factors(self._full, self.shape) if self.name == "gemma4" else rope_factors)
         if (names := arch.per_layer) is not None:
             width = len(self.layers) * self.shape.per_layer
             yield self._matrix("per_layer_token_embd", names.table, vocab, width, self.head_kind)
             yield self._matrix("per_layer_model_proj", names.matrix, width, hidden, self.kind)
             yield self._norm("per_layer_proj_norm", names.norm)
-        for index, (old, sizes) in enumerate(self.layers):
-            yield from self._layer(f"{arch.layers}.{old}.", f"blk.{index}.", sizes, index)
-        yield self._norm(self._family.output_norm, arch.final_norm)
-        if not self.shape.tied:
-            yield self._matrix("output", arch.head, vocab, hidden, self.head_kind)
 
     def _layer(self, prefix: str, block: str, sizes: LayerSizes, index: int) -> Iterator[Tensor]:
-        arch, family = self.architecture, self._family
-        mix: Callable[[str, str, LayerSizes], Iterator[Tensor]] = {
-            ATTENTION: self._heads, CONV: self._convolution, DELTA: self._delta_net,
-        }[sizes.mixer]  # fmt: skip
-        if sizes.has(ATTENTION) or sizes.mixer is not ATTENTION:
-            yield self._norm(block + "attn_norm", prefix + arch.attention_norm)
-            yield from mix(prefix, block, sizes)
-            if family.attention_post_norm:
-                yield self._norm(block + family.attention_post_norm, prefix + arch.attention_post_norm)
-        else:
-            yield from self._no_attention(block, index)
-        if sizes.has(FFN):
-            yield self._norm(block + family.ffn_norm, prefix + arch.ffn_norm)
-            if arch.packed_gate_up:
-                yield from self._halves(block, prefix + arch.packed_gate_up, sizes.ffn)
-            else:
-                yield from self._linear(block + "ffn_gate", prefix + arch.gate, sizes.ffn, self.shape.hidden)
-                yield from self._linear(block + "ffn_up", prefix + arch.up, sizes.ffn, self.shape.hidden)
-            yield from self._linear(block + "ffn_down", prefix + arch.down, self.shape.hidden, sizes.ffn)
-            if family.ffn_post_norm:
-                yield self._norm(block + family.ffn_post_norm, prefix + arch.ffn_post_norm)
-        else:
-            ones = [family.ffn_norm, *([family.ffn_post_norm] if family.ffn_post_norm else [])]
-            yield from (vector(f"{block}{name}.weight", torch.ones(self.shape.hidden)) for name in ones)
-            yield from self._no_feed_forward(block)
-        if arch.per_layer is not None:
-            yield from self._per_layer(prefix, block, arch.per_layer)
+        yield from super()._layer(prefix, block, sizes, index)
+        if (names := self.architecture.per_layer) is not None:
+            yield from self._per_layer(prefix, block, names)
+
+    def _mix(self, prefix: str, block: str, sizes: LayerSizes) -> Iterator[Tensor]:
+        mixers = {ATTENTION: self._heads, CONV: self._convolution, DELTA: self._delta_net}
+        return mixers[sizes.mixer](prefix, block, sizes)
 
     def _no_attention(self, block: str, index: int) -> Iterator[Tensor]:
         """Zeros in the place of an attention that went; only ``gemma4`` has layers of their own and none without."""
@@ -268,40 +220,6 @@ class FamilySource(GGUFSource):
             norms["attn_k_norm"] = dim
         yield self._zeros(block + "attn_output", hidden, sizes.query_heads * dim)
         yield from (vector(f"{block}{name}.weight", torch.ones(width)) for name, width in norms.items())
-
-    def _heads(self, prefix: str, block: str, sizes: LayerSizes) -> Iterator[Tensor]:
-        arch, hidden, dim = self.architecture, self.shape.hidden, self.shape.head_of(sizes)
-        queries, keys = sizes.query_heads * dim, sizes.kv_heads * dim
-        rows = sizes.query_heads * self.shape.width_of("query", sizes)
-        turned, turned_keys = (
-            (rotary_order(queries, sizes.query_heads), rotary_order(keys, sizes.kv_heads))
-            if self._family.pairs
-            else (None, None)
-        )
-        yield from self._linear(block + "attn_q", prefix + arch.query, rows, hidden, turned)
-        if not sizes.reads:
-            yield from self._linear(block + "attn_k", prefix + arch.key, keys, hidden, turned_keys)
-            yield from self._linear(block + "attn_v", prefix + arch.value, keys, hidden)
-        if arch.query_norm:
-            yield self._norm(block + "attn_q_norm", prefix + arch.query_norm)
-        if arch.key_norm and not sizes.reads:
-            yield self._norm(block + "attn_k_norm", prefix + arch.key_norm)
-        yield from self._linear(block + "attn_output", prefix + arch.output, hidden, queries)
-
-    def _halves(self, block: str, module: str, width: int) -> Iterator[Tensor]:
-        """Split one module into the gate and the up matrix."""
-        (whole,) = self._linear(block + "ffn_gate", module, 2 * width, self.shape.hidden)
-
-        def half(rows: slice) -> QuantMatrix | torch.Tensor:
-            values = whole.load()
-            whole.check(values)
-            return values[rows]
-
-        for name, start in (("ffn_gate", 0), ("ffn_up", width)):
-            rows = slice(start, start + width)
-            yield replace(
-                whole, name=f"{block}{name}.weight", shape=(width, self.shape.hidden), load=partial(half, rows)
-            )
 
     def _convolution(self, prefix: str, block: str, sizes: LayerSizes) -> Iterator[Tensor]:
         arch, hidden = self.architecture, self.shape.hidden
@@ -346,10 +264,6 @@ class FamilySource(GGUFSource):
         self._written.add(stored)
         values = self.numbers(stored)
         return vector(name, values if change is None else change(values))
-
-    def _norm(self, name: str, module: str) -> Tensor:
-        self._written.add(f"{module}.weight")
-        return vector(f"{name}.weight", self.numbers(f"{module}.weight") + float(self.architecture.offset_norms))
 
 
 def _without_axis(kernel: torch.Tensor) -> torch.Tensor:

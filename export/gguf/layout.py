@@ -21,7 +21,7 @@ from export.source import ModelSource
 from saap.base.errors import UserError
 from saap.models.architectures import FAMILIES, SLIM
 from saap.models.checkpoint import read_config
-from saap.models.shape import LayerSizes
+from saap.models.shape import ATTENTION, FFN, LayerSizes
 from saap.models.slim_quant import module_form
 from saap.quantize.groups import QuantMatrix
 
@@ -48,6 +48,22 @@ class Tensor:
             shape = tuple(values.shape)
         if shape != self.shape:
             raise UserError(f"{self.name} is {shape} in the weights and {self.shape} by config.json: make them again")
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture of llama.cpp: its name, what may differ by layer, and the names of norms."""
+
+    name: str
+    output_norm: str = "output_norm"
+    ffn_norm: str = "ffn_norm"
+    attention_post_norm: str = ""
+    ffn_post_norm: str = ""
+    pairs: bool = False  # its rotary turns neighbours, as that of ``llama`` and ``deci``, not the two halves of a head
+    biases: bool = False
+
+
+LLAMA = Family("deci", pairs=True, biases=True)  # or ``llama``, where all layers are alike
 
 
 class GGUFSource(ModelSource):
@@ -78,6 +94,7 @@ class GGUFSource(ModelSource):
         self.layers = [(i, s) for i, s in enumerate(self.shape.layers) if s.query_heads or s.ffn]
         self.notes: list[str] = []
         self._written: set[str] = set()
+        self._family = LLAMA
         quantised = any(k not in ("F32", "F16") for k in (self.kind, self.head_kind))
         if quantised and self.shape.hidden % BLOCK:
             raise UserError(
@@ -102,7 +119,7 @@ class GGUFSource(ModelSource):
 
     @property
     def name(self) -> str:
-        return "llama" if self.uniform else "deci"
+        return "llama" if self.uniform else self._family.name
 
     def counts(self) -> dict[str, list[int]]:
         """Head counts and FFN widths as the file states them, one per layer."""
@@ -119,15 +136,17 @@ class GGUFSource(ModelSource):
         """Every tensor of the file, in its order; ``rope_factors`` [head_dim / 2] float32."""
         arch, hidden, vocab = self.architecture, self.shape.hidden, self.shape.vocab
         yield self._matrix("token_embd", arch.embedding, vocab, hidden, self.head_kind)
-        if rope_factors is not None:
-            yield vector("rope_freqs.weight", rope_factors)
+        yield from self._tables(rope_factors)
         for index, (old, sizes) in enumerate(self.layers):
-            prefix, block = f"{arch.layers}.{old}.", f"blk.{index}."
-            yield from self._attention(prefix, block, sizes, index == 0)
-            yield from self._feed_forward(prefix, block, sizes)
-        yield self._norm("output_norm", arch.final_norm)
+            yield from self._layer(f"{arch.layers}.{old}.", f"blk.{index}.", sizes, index)
+        yield self._norm(self._family.output_norm, arch.final_norm)
         if not self.shape.tied:
             yield self._matrix("output", arch.head, vocab, hidden, self.head_kind)
+
+    def _tables(self, rope_factors: torch.Tensor | None) -> Iterator[Tensor]:
+        """Yield what all layers read."""
+        if rope_factors is not None:
+            yield vector("rope_freqs.weight", rope_factors)
 
     def check_all_written(self) -> None:
         """Refuse a directory with tensors that llama.cpp's architecture does not have."""
@@ -139,30 +158,73 @@ class GGUFSource(ModelSource):
                 "export it for the cpu target"
             )
 
-    def _attention(self, prefix: str, block: str, sizes: LayerSizes, first: bool) -> Iterator[Tensor]:
-        arch, hidden, dim = self.architecture, self.shape.hidden, self.shape.head_dim
-        queries, keys = sizes.query_heads * dim, sizes.kv_heads * dim
-        if queries:
+    def _layer(self, prefix: str, block: str, sizes: LayerSizes, index: int) -> Iterator[Tensor]:
+        arch, family = self.architecture, self._family
+        if sizes.has(ATTENTION) or sizes.mixer is not ATTENTION:
             yield self._norm(block + "attn_norm", prefix + arch.attention_norm)
-            turned, turned_keys = rotary_order(queries, sizes.query_heads), rotary_order(keys, sizes.kv_heads)
-            yield from self._linear(block + "attn_q", prefix + arch.query, queries, hidden, turned)
+            yield from self._mix(prefix, block, sizes)
+            if family.attention_post_norm:
+                yield self._norm(block + family.attention_post_norm, prefix + arch.attention_post_norm)
+        else:
+            yield from self._no_attention(block, index)
+        if sizes.has(FFN):
+            yield self._norm(block + family.ffn_norm, prefix + arch.ffn_norm)
+            if arch.packed_gate_up:
+                yield from self._halves(block, prefix + arch.packed_gate_up, sizes.ffn)
+            else:
+                yield from self._linear(block + "ffn_gate", prefix + arch.gate, sizes.ffn, self.shape.hidden)
+                yield from self._linear(block + "ffn_up", prefix + arch.up, sizes.ffn, self.shape.hidden)
+            yield from self._linear(block + "ffn_down", prefix + arch.down, self.shape.hidden, sizes.ffn)
+            if family.ffn_post_norm:
+                yield self._norm(block + family.ffn_post_norm, prefix + arch.ffn_post_norm)
+        else:
+            ones = [family.ffn_norm, *([family.ffn_post_norm] if family.ffn_post_norm else [])]
+            yield from (vector(f"{block}{name}.weight", torch.ones(self.shape.hidden)) for name in ones)
+            yield from self._no_feed_forward(block)
+
+    def _mix(self, prefix: str, block: str, sizes: LayerSizes) -> Iterator[Tensor]:
+        """Yield what mixes the tokens of a layer."""
+        return self._heads(prefix, block, sizes)
+
+    def _no_attention(self, block: str, index: int) -> Iterator[Tensor]:
+        """Yield what stands in the place of an attention that went; ``deci`` runs all layers but the first without."""
+        if index == 0:
+            yield vector(block + "attn_norm.weight", torch.ones(self.shape.hidden))
+            yield self._zeros(block + "attn_output", self.shape.hidden, self.shape.hidden)
+
+    def _heads(self, prefix: str, block: str, sizes: LayerSizes) -> Iterator[Tensor]:
+        arch, hidden, dim = self.architecture, self.shape.hidden, self.shape.head_of(sizes)
+        queries, keys = sizes.query_heads * dim, sizes.kv_heads * dim
+        rows = sizes.query_heads * self.shape.width_of("query", sizes)
+        turned, turned_keys = (
+            (rotary_order(queries, sizes.query_heads), rotary_order(keys, sizes.kv_heads))
+            if self._family.pairs
+            else (None, None)
+        )
+        yield from self._linear(block + "attn_q", prefix + arch.query, rows, hidden, turned)
+        if not sizes.reads:
             yield from self._linear(block + "attn_k", prefix + arch.key, keys, hidden, turned_keys)
             yield from self._linear(block + "attn_v", prefix + arch.value, keys, hidden)
-            yield from self._linear(block + "attn_output", prefix + arch.output, hidden, queries)
-        elif first:
-            yield vector(block + "attn_norm.weight", torch.ones(hidden))
-            yield self._zeros(block + "attn_output", hidden, hidden)
+        if arch.query_norm:
+            yield self._norm(block + "attn_q_norm", prefix + arch.query_norm)
+        if arch.key_norm and not sizes.reads:
+            yield self._norm(block + "attn_k_norm", prefix + arch.key_norm)
+        yield from self._linear(block + "attn_output", prefix + arch.output, hidden, queries)
 
-    def _feed_forward(self, prefix: str, block: str, sizes: LayerSizes) -> Iterator[Tensor]:
-        arch, hidden = self.architecture, self.shape.hidden
-        if sizes.ffn:
-            yield self._norm(block + "ffn_norm", prefix + arch.ffn_norm)
-            yield from self._linear(block + "ffn_gate", prefix + arch.gate, sizes.ffn, hidden)
-            yield from self._linear(block + "ffn_up", prefix + arch.up, sizes.ffn, hidden)
-            yield from self._linear(block + "ffn_down", prefix + arch.down, hidden, sizes.ffn)
-        else:
-            yield vector(block + "ffn_norm.weight", torch.ones(hidden))
-            yield from self._no_feed_forward(block)
+    def _halves(self, block: str, module: str, width: int) -> Iterator[Tensor]:
+        """Split one module into the gate and the up matrix."""
+        (whole,) = self._linear(block + "ffn_gate", module, 2 * width, self.shape.hidden)
+
+        def half(rows: slice) -> QuantMatrix | torch.Tensor:
+            values = whole.load()
+            whole.check(values)
+            return values[rows]
+
+        for name, start in (("ffn_gate", 0), ("ffn_up", width)):
+            rows = slice(start, start + width)
+            yield replace(
+                whole, name=f"{block}{name}.weight", shape=(width, self.shape.hidden), load=partial(half, rows)
+            )
 
     def _no_feed_forward(self, block: str) -> Iterator[Tensor]:
         """Zeros in the place of an FFN that went."""
@@ -220,7 +282,7 @@ class GGUFSource(ModelSource):
 
     def _norm(self, name: str, module: str) -> Tensor:
         self._written.add(f"{module}.weight")
-        return vector(f"{name}.weight", self.read(f"{module}.weight").float())
+        return vector(f"{name}.weight", self.numbers(f"{module}.weight") + float(self.architecture.offset_norms))
 
     def _zeros(self, name: str, rows: int, columns: int) -> Tensor:
         return Tensor(f"{name}.weight", (rows, columns), self.kind or "Q8_0", lambda: torch.zeros(rows, columns))

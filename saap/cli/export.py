@@ -16,7 +16,6 @@ from saap.cli.options import OptionsCommand, options_of
 from saap.cli.types import directory, force
 
 if TYPE_CHECKING:
-    from export.bundle.manifest import BundleManifest
     from export.gguf.write import GGUFReport
 
 
@@ -78,7 +77,10 @@ def export_model(model: str | Path, out: Path, options: ExportOptions, console: 
     if result.gguf is not None:
         show_gguf(result.gguf)
     elif result.manifest is not None:
-        show_bundle(out, result.manifest)
+        from export.bundle.inspect import summary
+
+        for line in summary(out, result.manifest):
+            tell(line)
 
 
 def show_gguf(report: GGUFReport) -> None:
@@ -92,21 +94,3 @@ def show_gguf(report: GGUFReport) -> None:
             tell(f"  largest relative error of a matrix whose groups were {what}: {error:.2g}")
     for note in report.notes:
         tell(f"  note: {note}")
-
-
-def show_bundle(bundle: Path, manifest: BundleManifest) -> None:
-    size = sum(entry.bytes for name, entry in manifest.files.items() if ".onnx" in name)
-    parity = manifest.parity
-    bits = " and ".join(map(str, sorted({manifest.bits, *manifest.lineage.get("matrices", {}).values()})))
-    tell(
-        f"{bundle}: {manifest.parameters / 1e6:.1f} M parameters, {bits} bit, {size / 1e6:.1f} MB, "
-        f"{manifest.weight_bytes_per_token / 1e6:.1f} MB read per token"
-    )
-    if parity is None:
-        tell("  UNVERIFIED: parity with the torch model was not checked (--parity none)")
-    else:
-        tell(
-            f"  parity on {parity.tokens} tokens ({parity.sample}): logit difference "
-            f"{parity.max_abs_logit_difference:.2g}, top-1 agreement {parity.top1_agreement:.2%}, "
-            f"perplexity x {parity.perplexity_ratio:.4f}"
-        )
