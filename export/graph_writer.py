@@ -33,10 +33,10 @@ class GraphWriter:
         portable = target.name == "portable"
         if portable and source.words is not None:
             raise UserError(
-                f"the head of {source.directory} says some words only, which is not written in standard operators: "
+                f"the head of {source.directory} predicts some tokens only, which no graph of standard operators does: "
                 "give --target cpu, or prune it with --vocabulary-input"
             )
-        if bits == 16 or (portable and bits is None and not source.quant):
+        if (bits == 16 and target.name == "cuda") or (portable and bits is None and not source.quant):
             bits = 32  # floats, of the target's type
         precision = source.precision(bits, options.group_size, options.head_bits)
         if precision.bits == 32:

@@ -53,7 +53,7 @@ class ExportOptions:
     engines: Annotated[
         tuple[str, ...],
         Option(
-            "What shall run it: onnxruntime,llama.cpp,openvino, or auto for those here that hold the model.",
+            "Engines that run it: onnxruntime,llama.cpp,openvino; auto: those installed that hold the model.",
             metavar="NAMES",
             parse=parse_names,
         ),

@@ -22,7 +22,7 @@ class GenerateOptions:
         bool | None,
         Option("Use the chat template; default: where there is one.", flags=("--chat/--no-chat", " /--raw")),
     ] = None
-    system: Annotated[str | None, Option("What the model is told before the first turn.")] = None
+    system: Annotated[str | None, Option("System prompt, before the first turn.")] = None
     sample: Annotated[bool, Option("Draw tokens, with the settings that the model comes with.")] = False
     temperature: Annotated[
         float | None, Option("Above 0 draws tokens; default: 0, or the model's with --sample."), Meta(ge=0, le=1000)

@@ -85,8 +85,8 @@ class GGUFSource(ModelSource):
         super().__init__(directory)
         if self.words is not None:
             raise UserError(
-                f"llama.cpp has one vocabulary for what is read and what is said, and the head of {directory} says "
-                f"{len(self.words)} of {self.shape.vocab} words: prune it with --vocabulary-input, or export it "
+                f"llama.cpp has one vocabulary for input and output, and the head of {directory} predicts "
+                f"{len(self.words)} of {self.shape.vocab} tokens: prune it with --vocabulary-input, or export it "
                 "for the cpu target"
             )
         self.kind = kind or (None if self.quant else "Q4_1")

@@ -27,7 +27,7 @@ from saap.quantize.groups import QuantMatrix, check_groups, quantize
 from saap.system.processes import training_device
 
 HEAD_ROWS = 8192  # of the head in float32 at a time
-LABEL = "computing what torch says (layers)"
+LABEL = "computing torch's logits (layers)"
 LOGIT_BYTES = 256 << 20  # of logits at a time; each such portion of rows reads the head once
 
 

@@ -26,8 +26,7 @@ from support.export_cases import (
 from support.exported import export_bundle
 from support.references import reference_model
 
-from export.bundle import Bundle
-from export.bundle.manifest import BundleError, read_manifest
+from export.bundle.manifest import read_manifest
 from export.engine.onnxruntime import OnnxRuntimeEngine
 from export.engine.protocol import EngineOptions
 from export.engine.scoring import BundleScorer
@@ -117,20 +116,9 @@ def test_kv_heads_are_concrete_per_layer(tiny_model, tmp_path):
     assert json.loads((tmp_path / "bundle/genai_config.json").read_text())["model"]["decoder"]["num_hidden_layers"] == 2
 
 
-def test_ends_of_text_are_told_and_damage_is_found(tiny_model, tmp_path):
-    bundle = tmp_path / "bundle"
-    manifest = export_bundle(tiny_model(), bundle)
+def test_ends_of_text_are_in_the_manifest(tiny_model, tmp_path):
+    manifest = export_bundle(tiny_model(), tmp_path / "bundle")
     assert (manifest.bos_token_id, manifest.eos_token_ids) == (1, [2, 0])
-    data = bytearray((bundle / "model.onnx.data").read_bytes())
-    data[12345] ^= 1
-    (bundle / "model.onnx.data").write_bytes(data)
-    with pytest.raises(BundleError, match=r"model\.onnx\.data does not match the hash"):
-        Bundle.open(bundle).check()
-    files = json.loads((bundle / "bundle.json").read_text())["files"]
-    for name in ("../tiny/config.json", "/etc/hostname", "model\0.onnx"):
-        edited(bundle / "bundle.json", files={**files, name: {"bytes": 1, "sha256": "0"}})
-        with pytest.raises(BundleError, match="outside the bundle"):
-            read_manifest(bundle)
 
 
 def test_parity_that_fails_exports_nothing(tiny_model, tmp_path, monkeypatch):

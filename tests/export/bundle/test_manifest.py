@@ -30,7 +30,10 @@ def test_it_is_read_as_it_was_written(tmp_path: Path) -> None:
         ({"bits": "4"}, r"is damaged \(.*`\$\.bits`\): export the bundle again"),
         ({"layers": [{"query_heads": 1, "kv_heads": 1, "ffn": -1}]}, r"is damaged \(.*`\$\.layers\[0\]\.ffn`\)"),
         ({"files": {"model.onnx": {"bytes": 1}}}, r"is damaged \(.*sha256.*\$\.files"),
-        ({"files": {"../secret": {"bytes": 1, "sha256": "0"}}}, "outside the bundle"),
+        *(
+            ({"files": {name: {"bytes": 1, "sha256": "0"}}}, "outside the bundle")
+            for name in ("../secret", "/etc/hostname", "model\0.onnx")
+        ),
         ({"checksum": "sha256:0"}, r"is damaged \(it was changed after it was written"),
     ],
 )

@@ -118,9 +118,9 @@ def test_a_teacher_is_asked_for_these_words_alone(tiny_model):
 
 def test_what_cannot_hold_it_says_so(models_of, tmp_path):
     _, slim, _ = models_of
-    with pytest.raises(UserError, match="not written in standard operators: give --target cpu"):
+    with pytest.raises(UserError, match="which no graph of standard operators does: give --target cpu"):
         export_bundle(slim, tmp_path / "portable", bits=32, target="portable")
-    with pytest.raises(UserError, match=r"llama.cpp has one vocabulary .* says 150 of 320 words"):
+    with pytest.raises(UserError, match=r"llama.cpp has one vocabulary .* predicts 150 of 320 tokens"):
         export_gguf(slim, tmp_path / "model.gguf", kind="F32")
 
 
