@@ -88,10 +88,8 @@ def _read_columns(
 ) -> Iterator[tuple[Matrix, InputStatistics]]:
     for matrix in matrices_of(model, shape):
         if matrix.role in ("output", "down"):
-            statistics = (activations.output if matrix.role == "output" else activations.down)[matrix.layer]
-            assert statistics is not None
             with present(layers_of(model)[matrix.layer]):
-                yield matrix, statistics
+                yield matrix, activations.inputs[matrix.layer, matrix.role]
 
 
 def _summed(slices: Slices, shape: ModelShape) -> StructureScores:

@@ -39,10 +39,10 @@ class InputStatistics:
 
 @dataclass(frozen=True)
 class Activations:
-    """Statistics of one pass, one entry per layer; None for a layer without such a linear."""
+    """Statistics of one pass."""
 
-    output: list[InputStatistics | None]  # inputs of the output projection, K = query_heads * head_dim
-    down: list[InputStatistics | None]  # inputs of down_proj, K = the FFN's width; convolutions are not looked at
+    # By layer and role: of the output projection, K = query_heads * head_dim, and of down_proj, K = the FFN's width.
+    inputs: dict[tuple[int, str], InputStatistics]
     influence: torch.Tensor  # block influence, [layers] float32, between 0 (nothing changes) and 2
     tokens: int  # how many tokens the numbers are of
 
@@ -67,10 +67,8 @@ def collect(
             model.base_model(input_ids=ids[start : start + batch].to(model.device), use_cache=False)
     if progress:
         progress("reading activations (sequences)", len(ids), len(ids))
-    layers = range(len(shape.layers))
     return Activations(
-        output=[running[i, "output"].statistics() if (i, "output") in running else None for i in layers],
-        down=[running[i, "down"].statistics() if (i, "down") in running else None for i in layers],
+        inputs={place: numbers.statistics() for place, numbers in running.items()},
         influence=1 - torch.tensor(cosines, dtype=torch.float64).div(ids.numel()).float(),
         tokens=ids.numel(),
     )

@@ -45,7 +45,8 @@ def test_statistics_are_those_of_all_tokens_at_once(tiny_model, batch):
     kept = seen_inputs(model, IDS)
     assert found.tokens == 80
     for layer in range(3):
-        for role, statistics in (("output", found.output[layer]), ("down", found.down[layer])):
+        for role in ("output", "down"):
+            statistics = found.inputs[layer, role]
             rows = torch.cat(kept[layer, role])
             assert statistics.mean.shape == ({"output": 96, "down": 128}[role],)
             torch.testing.assert_close(statistics.mean, rows.mean(0).float(), rtol=1e-4, atol=1e-6)
@@ -62,8 +63,7 @@ def test_a_large_mean_does_not_swallow_a_small_variance(tiny_model):
     values = [1e4 + 1e-2 * torch.randn(1, 16, 128, generator=torch.Generator().manual_seed(i)) for i in range(5)]
     feed = iter(values)
     model.model.layers[0].mlp.down_proj.register_forward_pre_hook(lambda module, args: (next(feed),))
-    found = collect(model, shape, IDS, batch=1).down[0]
-    assert found is not None
+    found = collect(model, shape, IDS, batch=1).inputs[0, "down"]
     expected = torch.cat(values, dim=1)[0].double().var(0).float()
     torch.testing.assert_close(found.fluctuation, expected, rtol=1e-3, atol=0)
 
@@ -81,8 +81,10 @@ def test_a_layer_that_changes_nothing_has_no_influence(tiny_model):
 def test_packed_matrices_and_missing_modules(tiny_family):
     model = load_model(tiny_family("phi3"))
     found = collect(model, shape_of(model.config), IDS)
-    assert [s.mean.shape for s in found.output] == [(96,)] * 3
-    assert [s.mean.shape for s in found.down] == [(128,)] * 3
+    sizes = {"output": (96,), "down": (128,)}
+    assert {place: s.mean.shape for place, s in found.inputs.items()} == {
+        (i, r): sizes[r] for i in range(3) for r in sizes
+    }
 
 
 def test_progress_counts_sequences_and_hooks_are_gone(tiny_model):
