@@ -6,7 +6,7 @@ masked model is the loss of the slim model.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
@@ -20,9 +20,11 @@ from saap.models.shape import KINDS
 from saap.prune.cut.surgery import kept_columns
 from saap.prune.plan import LayerPlan
 
+Plans = dict[int, LayerPlan]  # of some layers
+
 
 @contextmanager
-def masked(model: PreTrainedModel, plans: dict[int, LayerPlan]) -> Iterator[None]:
+def masked(model: PreTrainedModel, plans: Plans) -> Iterator[None]:
     """Silence everything that the plans of the given layers do not keep, inside the block; no weight is written."""
     architecture, shape = architecture_of(model.config), shape_of(model.config)
     layers = layers_of(model)
@@ -45,17 +47,21 @@ def _silence(mask: torch.Tensor, _: torch.nn.Module, args: tuple[torch.Tensor, .
     return (args[0] * mask.to(args[0]),)
 
 
-@torch.inference_mode()
-def divergence(model: PreTrainedModel, plans: dict[int, LayerPlan], ids: torch.Tensor, every: int = 1) -> float:
-    """KL of the masked model from the model as it is, nats per token of ids; one of ``every`` tokens counts."""
+def divergence_from(model: PreTrainedModel, ids: torch.Tensor, every: int = 1) -> Callable[[Plans], float]:
+    """KL of a masked model from the model as it is, nats per token of ids; one of ``every`` tokens counts."""
 
+    @torch.inference_mode()
     def logprobs() -> torch.Tensor:
         logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
         return logits.flatten(0, 1)[::every].log_softmax(-1)
 
     whole = logprobs()
-    with masked(model, plans):
-        return float(F.kl_div(logprobs(), whole, log_target=True, reduction="batchmean"))
+
+    def divergence(plans: Plans) -> float:
+        with masked(model, plans):
+            return float(F.kl_div(logprobs(), whole, log_target=True, reduction="batchmean"))
+
+    return divergence
 
 
 @torch.inference_mode()

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.masking import divergence
+from support.masking import divergence_from
 
 from saap.models.architectures import shape_of
 from saap.models.checkpoint import load_model
@@ -38,8 +38,7 @@ def test_what_is_measured_is_the_divergence(tiny_family, family):
     """Of single options and runs without a refit, from the logits of the whole model."""
     model = load_model(tiny_family(family))
     shape, pricing = shape_of(model.config), pricing_of(model, compensate="none")
-    windows = IDS[:2]
-    measured = Windows(model, windows)
+    measured, divergence = Windows(model, IDS[:2]), divergence_from(model, IDS[:2], EVERY)
     attention = {place: plans[-1] for place, plans in pricing.choices.items() if place[1] == ATTENTION.name}
     options = {place: keep for place, keep in attention.items() if not shape.sources}  # those are of several layers
     runs = list(runs_of(shape, Allowed()))
@@ -49,9 +48,7 @@ def test_what_is_measured_is_the_divergence(tiny_family, family):
         for index, name in change.gone or (change.of,):
             keep = LayerPlan() if change.gone else options[change.of]
             plans[index] = plans.get(index, whole[index]).with_block(KINDS[name], keep)
-        assert measured.divergence(change) == pytest.approx(
-            divergence(model, plans, windows, EVERY), rel=1e-3, abs=1e-6
-        )
+        assert measured.divergence(change) == pytest.approx(divergence(plans), rel=1e-3, abs=1e-6)
         seen += 1
     assert seen == len(options) + len(runs) > 2
 
