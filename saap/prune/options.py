@@ -264,17 +264,17 @@ class PruneOptions:
         """Raise UserError for a requirement that is none, two, or out of range."""
         check_values(self)
         if len(self.asked) != 1:
-            names = " and ".join(map(_flag, self.asked)) or "none"
+            names = " and ".join(map(flag_of, self.asked)) or "none"
             allowed = "--ratio, --max-params, --max-bytes, --speedup or --ms-per-token"
             raise UserError(f"give one requirement: {allowed} (given: {names})")
         (kind,) = self.asked
         if kind in TIMED and self.costs is None:
             raise UserError(
-                f"{_flag(kind)} needs --costs FILE: measure one on the device with `saap devices costs MODEL`"
+                f"{flag_of(kind)} needs --costs FILE: measure one on the device with `saap devices costs MODEL`"
             )
         if kind not in TIMED:
             refuse_unused(self, ("costs", "threads"), "--speedup and --ms-per-token", "ask for a time")
 
 
-def _flag(name: str) -> str:
+def flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")

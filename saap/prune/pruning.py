@@ -63,7 +63,6 @@ class PruneResult:
     budget: Budget  # what that model was required to meet
     achieved: dict[str, float | None]  # ratio, parameters and so on of the slim model; None is unknown
     text: str | None  # where the calibration text is from; None where its ids were given
-    streamed: bool  # whether layers were read one at a time
 
 
 def prune(
@@ -114,7 +113,7 @@ def prune(
         note(progress, "the model is read layer by layer, one is in memory at a time")
     pruning, plan = _prune(pruning.choosing(words), source, output, progress)
     achieved = pruning.budget.report(shape_of(config := read_config(output)), config, plan)
-    return PruneResult(output, plan, pruning.budget, achieved, pruning.text, bool(pruning.options.stream))
+    return PruneResult(output, plan, pruning.budget, achieved, pruning.text)
 
 
 def _named_rows(source: Path, text: str | None, options: PruneOptions, progress: Progress | None) -> Rows:
@@ -202,7 +201,7 @@ def _by_trials(
         best = choose_by_tuning(make, source, trials, kept, text, progress)
         put_in_place(best, output)
     plan = read_record(output)["plan"]
-    return PruneResult(output, plan_of(plan), pruning.budget, plan["achieved"], text.source, False)
+    return PruneResult(output, plan_of(plan), pruning.budget, plan["achieved"], text.source)
 
 
 def _prune(pruning: Pruning, source: Path, output: Path, progress: Progress | None) -> tuple[Pruning, PrunePlan]:

@@ -63,7 +63,6 @@ class TuneResult:
     path: Path  # the directory, with integer weights
     history: History  # the losses
     text: TuningRows  # the training text
-    trained_parameters: int  # numbers that were trained
 
 
 @fast_float32()
@@ -214,7 +213,7 @@ class _Tuning:
             )
         if error is not None:
             raise DivergedError(f"{error}; it was written to {self.out}", error.step, history)
-        return TuneResult(self.out, history, self.rows, trained)
+        return TuneResult(self.out, history, self.rows)
 
     def _report(self, label: str) -> None:
         if self.progress:

@@ -212,15 +212,13 @@ def _silenced(blocks: list[_Block]) -> Iterator[None]:
         yield
 
 
-def _zeros(block: _Block) -> torch.Tensor:
-    return torch.zeros(block.linear.in_features, dtype=torch.float64, device=block.linear.weight.device)
-
-
 def _biases(
     layer: nn.Module, blocks: list[_Block], stream: list[torch.Tensor], arguments_of_batches: Arguments, tokens: int
 ) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
     """Return the mean of the removed output, per block that keeps something, and the stream after the layer."""
-    totals = {block.matrix: _zeros(block) for block in blocks}
+    totals = {
+        block.matrix: block.linear.weight.new_zeros(block.linear.in_features, dtype=torch.float64) for block in blocks
+    }
     after = []
     for hidden, arguments in zip(stream, arguments_of_batches, strict=True):
         with inputs_of({block.matrix: block.linear for block in blocks}) as entering:

@@ -22,12 +22,12 @@ from saap.models.architectures import architecture_of
 from saap.models.layer_walk import HEAD_ROWS, layers_of, logits_after, removed_hooks
 from saap.models.shape import KINDS, BlockKind, ModelShape
 from saap.models.streaming import is_streamed
+from saap.prune.forms import Place
 from saap.prune.scores.importance import frozen
 from saap.prune.scores.layerwise import down_again
 
 SAYING = "pricing (gradients)"
 NOT_FINITE = "a price is not finite on the calibration text: check the model and the text"
-Place = tuple[int, str]  # a layer, and the name of a kind of block
 
 
 def adding_module(model: PreTrainedModel, index: int, kind: BlockKind) -> nn.Module:

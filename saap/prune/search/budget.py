@@ -17,7 +17,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from msgspec import convert
 
@@ -27,14 +26,11 @@ from saap.models.record import Costs, Plan, PlannedBundle
 from saap.models.shape import BlockKind, LayerSizes, ModelShape
 from saap.models.slim_quant import BITS, GROUP_SIZES, MatrixForm
 from saap.prune.forms import BlockForms
-from saap.prune.options import TIMED, PruneOptions
+from saap.prune.options import TIMED, PruneOptions, flag_of
 from saap.prune.search.choices import Allowed
 from saap.prune.search.layer_costs import CostTable, read_costs
 from saap.prune.search.model_cost import FileSize, Measure, ModelCost, StepTime, Weights
 from saap.quantize.bundle_size import BundleSize, bundle_size
-
-if TYPE_CHECKING:
-    pass
 
 ROUNDING = 1e-12  # relative; a sum of milliseconds depends on its order by as much
 
@@ -118,18 +114,14 @@ class Budget(ModelCost):
             name = {"ratio": "a ratio", "speedup": "a speed-up"}[kind]
             largest = _rounded(best, math.floor)
             words = f"asked {name} of {asked:g}, the largest that these options allow is {largest:g}"
-            advice = [f"give a smaller {_flag(kind)}"] if largest > (kind == "speedup") else []
+            advice = [f"give a smaller {flag_of(kind)}"] if largest > (kind == "speedup") else []
         else:
             least = _rounded(floor, math.ceil) if self.unit == "ms" else floor
             words = f"asked {self.in_words(asked)}, the smallest that these options allow is {self.in_words(least)}"
-            advice = [f"give a larger {_flag(kind)}"]
+            advice = [f"give a larger {flag_of(kind)}"]
         if self.further:
             advice.append(f"allow more with {' or '.join(self.further)}")
         return UserError(f"{words}: {', or '.join(advice) or 'prune another model'}")
-
-
-def _flag(kind: str) -> str:
-    return "--" + kind.replace("_", "-")
 
 
 def _rounded(value: float, way: Callable[[float], float]) -> float:
@@ -171,7 +163,7 @@ def budget_for(
     if budget.meets(dense):
         raise UserError(
             f"the model has {budget.in_words(whole)} already, which meets {budget.in_words(value)}: "
-            f"give a smaller {_flag(kind)}"
+            f"give a smaller {flag_of(kind)}"
         )
     return _with_forms(budget, options)
 

@@ -45,7 +45,7 @@ def test_lineage_names_base_text_and_versions(tiny_model, tmp_path):
     assert lineage["calibration"]["sequences"] == 8
     assert len(lineage["base_sha256"]) == len(lineage["calibration"]["sha256"]) == 64
     assert set(lineage["versions"]) == {"saap", "torch", "transformers"}
-    assert record["plan"]["achieved"] == result.achieved and result.path == tmp_path / "slim" and not result.streamed
+    assert record["plan"]["achieved"] == result.achieved and result.path == tmp_path / "slim"
     assert record["plan"]["asked"] == result.budget.asked
 
 
