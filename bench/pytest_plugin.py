@@ -65,14 +65,14 @@ class Device:
             AssertionError: something is worse, or could not be compared or told.
             RegressionError: no baseline of this model, or none of this device.
         """
+        from bench.judge.baselines import name_of, read_baselines
         from bench.judge.regression import Limits, keep_tested, retest
         from bench.judge.verdict import CANNOT_TELL, NOT_COMPARABLE, WORSE
         from bench.report.verdicts import sentence
         from devices.probe.host import probe
 
         test = retest(
-            self.baselines,
-            name or Path(str(bundle)).resolve().name,  # as the commands name it
+            read_baselines(self.baselines, name or name_of(str(bundle))),
             lambda options: self._run(bundle, options),
             on=self.target.url,
             here=None if self.target.url else probe()["fingerprint"],

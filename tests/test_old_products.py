@@ -132,9 +132,10 @@ def test_a_device_is_judged_by_an_old_baseline(factor: float, worse: list[str], 
 
 def judged(baselines: Path, factor: float) -> DeviceTest:
     """A test of the very device, on which each token takes ``factor`` as long as when the baseline was recorded."""
-    (baseline,) = read_baselines(baselines, "bundle")
+    recorded = read_baselines(baselines, "bundle")
+    (baseline,) = recorded
     runs = [slower(result, factor) for result in [*baseline.results, baseline.results[0]]]
-    return retest(baselines, "bundle", lambda plan: runs.pop(0))
+    return retest(recorded, lambda plan: runs.pop(0))
 
 
 def slower(result: Result, factor: float) -> Result:

@@ -13,6 +13,7 @@ from urllib.parse import quote
 import msgspec
 
 from bench.measure.result import RESULT, Result
+from export.engine.spec import BundleSpec
 from saap.base.documents import Document
 from saap.base.errors import UserError
 from saap.base.files import write_text
@@ -91,6 +92,12 @@ def writable_folder(folder: Path, name: str) -> Path:
     for path in folder.glob(f"{_stem(name)}.*.json"):
         check_place(path, BASELINE_FILE)
     return folder
+
+
+def name_of(bundle: str) -> str:
+    """Return the name of a bundle's baselines: its folder's, and the engine's where the bundle is given with one."""
+    spec = BundleSpec.of(bundle)
+    return spec.bundle.resolve().name + (f"-{spec.engine}" if spec.engine else "")
 
 
 def write_baseline(folder: Path, baseline: Baseline) -> Path:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.judge.baselines import Baseline, NoBaselineError, RegressionError, read_baselines, write_baseline
+from bench.judge.baselines import Baseline, NoBaselineError, RegressionError, write_baseline
 from bench.judge.comparison import LEAST_REPETITIONS, device_differs, obstacle_between
 from bench.judge.confirm import bundle_gone
 from bench.judge.verdict import (
@@ -151,8 +151,7 @@ def _valid_run(number: int, measure: Measure, plan: BenchOptions, say: Callable[
 
 
 def retest(
-    folder: Path,
-    name: str,
+    baselines: Sequence[Baseline],
     measure: Measure,
     *,
     on: str | None = None,
@@ -163,11 +162,12 @@ def retest(
     """Measure again and judge against the baseline of this device.
 
     Args:
+        baselines: of the model, on all devices.
         on: the board's address, None for this host: of several baselines the one recorded there gives the setting.
         here: the device's fingerprint where it is known before measuring.
 
     Raises:
-        NoBaselineError: none of that name, or none of this device.
+        NoBaselineError: none of this device.
     """
     allowed = limits or Limits()
 
@@ -178,16 +178,15 @@ def retest(
                 return result
         return measure(plan)
 
-    baselines = read_baselines(folder, name)
     if here is not None and all(b.fingerprint != here for b in baselines):
-        raise _other_device(name, baselines, probe())
+        raise _other_device(baselines, probe())
     chosen = next((b for b in baselines if b.fingerprint == here), None) or next(
         (b for b in baselines if b.on == on), baselines[0]
     )
     first = measured(chosen)
     same = next((b for b in baselines if b.fingerprint == first.device.get("fingerprint")), None)
     if same is None:
-        raise _other_device(name, baselines, first.device)
+        raise _other_device(baselines, first.device)
     if plan_of(same) != plan_of(chosen):  # recorded with other lengths or another text
         first = measured(same)
     results = [first]
@@ -276,11 +275,12 @@ def _check(plan: BenchOptions, sessions: int) -> None:
         raise RegressionError(f"{plan.repetitions} repetitions are too few to tell a change later: give 6 or more")
 
 
-def _other_device(name: str, baselines: Sequence[Baseline], device: Mapping[str, object]) -> NoBaselineError:
+def _other_device(baselines: Sequence[Baseline], device: Mapping[str, object]) -> NoBaselineError:
     reasons = [device_differs(b.results[0].device, device) or "" for b in baselines]
     differs = "; ".join(dict.fromkeys(text.removeprefix("measured on different devices: ") for text in reasons))
     return NoBaselineError(
-        f"no baseline of {name} is of this device: {differs}; record one here with `saap devices baseline BUNDLE`"
+        f"no baseline of {baselines[0].name} is of this device: {differs}; record one here with "
+        "`saap devices baseline BUNDLE`"
     )
 
 

@@ -306,7 +306,7 @@ def _measurements(place: Path) -> Iterator[Target]:
     (good,) = read_baselines(folder, "bundle")
 
     def test() -> None:
-        outcome = retest(folder, "bundle", lambda plan: good.results[0])
+        outcome = retest(read_baselines(folder, "bundle"), lambda plan: good.results[0])
         verdict_table(outcome.checks, DEVICE), list(map(sentence, outcome.checks)), device_junit(outcome)
 
     yield Target("baseline", Changed(path, _unsealed, (test,)), (path.read_bytes(),), "values", 1)

@@ -5,22 +5,18 @@ from __future__ import annotations
 import sys
 from importlib.metadata import EntryPoint
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from support.bench_samples import instant_workers
 from support.tiny_graphs import tiny_bundle
 
-from bench.judge import regression
-from bench.judge.baselines import write_baseline
+from bench.judge.baselines import NoBaselineError, write_baseline
 from bench.judge.regression import record
-from bench.judge.verdict import WORSE, Verdict
 from bench.measure.options import BenchOptions
 from bench.measure.run import measure
 from bench.pytest_plugin import Device
 from bench.remote.options import BoardOptions
 from bench.remote.target import Target
-from saap.cli.devices.test import name_of
 
 pytest_plugins = ["pytester"]
 
@@ -88,17 +84,11 @@ def test_on_this_host_against_a_baseline(suite: pytest.Pytester, monkeypatch: py
     done.stdout.fnmatch_lines(["*greedy tokens: worse, token 1 of 16*"])
 
 
-def test_a_bundle_has_the_name_that_the_commands_give_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    names = []
-
-    def retest(folder: Path, name: str, measure: object, **options: object) -> object:
-        names.append(name)
-        return SimpleNamespace(checks=[Verdict(WORSE, "decode")], extended=None)
-
-    monkeypatch.setattr(regression, "retest", retest)
-    with pytest.raises(AssertionError, match="decode: worse"):
-        Device(Target("ssh://board", BoardOptions()), tmp_path, 1.0).check("some/tiny")
-    assert names == ["tiny"] == [name_of("some/tiny", None)]
+@pytest.mark.parametrize(("bundle", "name"), [("some/tiny", "tiny"), ("some/tiny@llama.cpp", "tiny-llama.cpp")])
+def test_a_bundle_has_the_name_that_the_commands_give_it(tmp_path: Path, bundle: str, name: str) -> None:
+    tiny_bundle(tmp_path / "some/tiny")
+    with pytest.raises(NoBaselineError, match=f"no baseline of {name}:"):
+        Device(Target("ssh://board", BoardOptions()), tmp_path, 1.0).check(tmp_path / bundle)
 
 
 def test_no_baseline_says_how_to_make_one(suite: pytest.Pytester) -> None:

@@ -24,7 +24,7 @@ from saap.cli.types import force
 
 if TYPE_CHECKING:
     from bench.judge.baselines import Baseline
-    from bench.judge.regression import Measure
+    from bench.judge.regression import DeviceTest, Measure
     from bench.measure.options import BenchOptions
     from bench.remote.target import Target
 
@@ -112,7 +112,7 @@ def baseline(bundle: str, options: BaselineCommand) -> None:
       saap devices baseline out/demo/slim-int4 --on ssh://pi@board --spread 1h
       saap devices baseline out/demo/slim-int4 --add
     """
-    from bench.judge.baselines import checked_folder, writable_folder, write_baseline
+    from bench.judge.baselines import checked_folder, name_of, writable_folder, write_baseline
     from bench.judge.regression import Recording, plan_of, record, visible_changes
     from bench.measure.options import BenchOptions
     from bench.remote.target import target
@@ -128,7 +128,7 @@ def baseline(bundle: str, options: BaselineCommand) -> None:
         **{name: getattr(options, name) for name in of_bench}, max_time_s=device_options.max_time_s,
         text=text_ids(_path(bundle), options.text), greedy=GREEDY,
     )  # fmt: skip
-    name = name_of(bundle, device_options.name)
+    name = device_options.name or name_of(bundle)
     writable_folder(folder, name)
     there = _baseline_there(folder, name, device_options.on) if options.add else None
     how = Recording(options.sessions, options.spread, there, say=console.say)
@@ -173,49 +173,65 @@ def test(bundle: str, options: TestCommand) -> None:
     Example:
       saap devices test out/demo/slim-int4 --baselines ours/baselines --junit devices.xml
     """
-    from bench.judge.baselines import NoBaselineError, checked_folder
-    from bench.judge.regression import Limits, keep_tested, retest
-    from bench.judge.verdict import NOT_COMPARABLE, SAME
-    from bench.judge.wording import threads
-    from bench.remote.target import target
-    from bench.report.verdicts import DEVICE, LEAST, Case, device_junit, junit, sentence, verdict_table
-    from devices.probe.host import probe
+    from bench.judge.baselines import checked_folder, name_of
+    from bench.judge.regression import keep_tested
+    from bench.report.verdicts import device_junit
     from saap.base.files import write_text
-    from saap.base.interrupt import ended_as_by_a_person
     from saap.base.outputs import JUNIT, RESULT, check_folder, check_place
 
     console = Console.of_command()
-    device_options, junit_path = options.device, options.junit
-    check_place(junit_path, JUNIT, bundle)
+    check_place(options.junit, JUNIT, bundle)
     if options.history is not None:
         check_folder(options.history, RESULT, "--history")
-    device_options.check()
-    name = name_of(bundle, device_options.name)
+    options.device.check()
+    folder, name = checked_folder(options.device.folder), options.device.name or name_of(bundle)
+    outcome = _measured_again(bundle, folder, name, options, console)
+    console.finish()
+    if options.junit is not None:
+        write_text(options.junit, device_junit(outcome))
+    for result in outcome.results:
+        keep(result, None, options.history)
+    keep_tested(folder, outcome)
+    _show(outcome)
+    sys.exit(outcome.exit_code)
+
+
+def _measured_again(bundle: str, folder: Path, name: str, options: TestCommand, console: Console) -> DeviceTest:
+    """Test a bundle; where it has no baseline, JUnit says so too."""
+    from bench.judge.baselines import NoBaselineError, read_baselines
+    from bench.judge.regression import Limits, retest
+    from bench.judge.verdict import NOT_COMPARABLE
+    from bench.remote.target import target
+    from bench.report.verdicts import Case, junit
+    from devices.probe.host import probe
+    from saap.base.files import write_text
+    from saap.base.interrupt import ended_as_by_a_person
+
     try:
         with ended_as_by_a_person():
-            device = target(device_options.on, device_options.board, console.say)
-            outcome = retest(
-                checked_folder(device_options.folder),
-                name,
+            device = target(options.device.on, options.device.board, console.say)
+            return retest(
+                read_baselines(folder, name),
                 measuring(device, bundle, name, console),
                 on=device.url,
                 here=None if device.url else probe()["fingerprint"],
-                limits=Limits(speed=options.min_effect, max_time_s=device_options.max_time_s),
+                limits=Limits(speed=options.min_effect, max_time_s=options.device.max_time_s),
                 beside=lambda old, plan: device.bench(
                     [old, bundle], plan, names=["then", "now"], progress=console.report
                 ),
             )
     except NoBaselineError as error:
-        if junit_path is not None:
+        if options.junit is not None:
             case = Case(name, "error", NOT_COMPARABLE, str(error))
-            write_text(junit_path, junit("saap devices test", [case]))
+            write_text(options.junit, junit("saap devices test", [case]))
         raise
-    console.finish()
-    if junit_path is not None:
-        write_text(junit_path, device_junit(outcome))
-    for result in outcome.results:
-        keep(result, None, options.history)
-    keep_tested(checked_folder(device_options.folder), outcome)
+
+
+def _show(outcome: DeviceTest) -> None:
+    from bench.judge.verdict import SAME
+    from bench.judge.wording import threads
+    from bench.report.verdicts import DEVICE, LEAST, sentence, verdict_table
+
     show_reasons(outcome.results[-1])
     (m,) = outcome.results[-1].measurements
     table = verdict_table(outcome.checks, DEVICE)
@@ -224,16 +240,10 @@ def test(bundle: str, options: TestCommand) -> None:
     for check in outcome.checks:
         if check.verdict != SAME or check.reason:
             tell(f"  {sentence(check)}")
-    sys.exit(outcome.exit_code)
 
 
 def measuring(device: Target, bundle: str, name: str, console: Console) -> Measure:
     return lambda plan: device.bench([bundle], plan, names=[name], progress=console.report)
-
-
-def name_of(bundle: str, name: str | None) -> str:
-    named = BundleSpec.of(bundle)
-    return name or named.bundle.resolve().name + (f"-{named.engine}" if named.engine else "")
 
 
 def text_ids(bundle: Path, text: Path | None = None) -> tuple[int, ...]:

@@ -105,7 +105,7 @@ def recorded(folder: Path, device: Device | None = None) -> Path:
 def guarded(folder: Path, device: Device) -> DeviceTest:
     """A test of ``device`` against a baseline of an ordinary one, which has a sensor where this one has."""
     ordinary = Device(*FIVE, joules=None if device.joules is None else 1.0)
-    return retest(recorded(folder, ordinary), "tiny", device)
+    return retest(read_baselines(recorded(folder, ordinary), "tiny"), device)
 
 
 def verdicts(verdict: DeviceTest) -> dict[str, str]:
@@ -125,7 +125,7 @@ def test_no_noise_of_that_size_is_taken_for_a_change(tmp_path: Path) -> None:
     for seed in range(20):
         device = Device(1.0, 1.0, 1.0)
         device.noise = iter(np.random.default_rng(100 + seed).normal(1.0, 0.02, 400))
-        assert not retest(tmp_path, "tiny", device).worse, seed
+        assert not retest(read_baselines(tmp_path, "tiny"), device).worse, seed
 
 
 @pytest.mark.parametrize(("waited", "verdict"), [(0.4, CANNOT_TELL), (0.01, WORSE)])
@@ -146,12 +146,12 @@ def test_what_differs_from_session_to_session_is_no_change(tmp_path: Path) -> No
     """Sessions that lie 4 % apart: 5 % is neither there nor excluded, which says how much would be seen."""
     recorded(tmp_path, Device(0.96, 1.0, 1.05, 0.98, 1.01))
     device = Device(1.05, 1.0, 1.04)
-    verdict = retest(tmp_path, "tiny", device)
+    verdict = retest(read_baselines(tmp_path, "tiny"), device)
     (decode,) = [check for check in verdict.checks if check.what == "decode"]
     assert (decode.verdict, verdict.exit_code, len(device.asked)) == (CANNOT_TELL, 3, 3)
     assert decode.visible is not None and 0.06 < decode.visible < 0.15
     assert "5 sessions and 3 of now would show" in (decode.reason or "") and "--add" in (decode.reason or "")
-    assert retest(tmp_path, "tiny", Device(1.3, 1.3, 1.3)).worse
+    assert retest(read_baselines(tmp_path, "tiny"), Device(1.3, 1.3, 1.3)).worse
 
 
 def test_a_change_of_the_size_that_matters_is_hardly_ever_the_same(tmp_path: Path) -> None:
@@ -159,7 +159,7 @@ def test_a_change_of_the_size_that_matters_is_hardly_ever_the_same(tmp_path: Pat
     for _ in range(20):
         baseline = record("tiny", Device(*random.normal(1.0, 0.01, 5)), PLAN)
         write_baseline(tmp_path, baseline)
-        checks = retest(tmp_path, "tiny", Device(*random.normal(1.05, 0.01, 3))).checks
+        checks = retest(read_baselines(tmp_path, "tiny"), Device(*random.normal(1.05, 0.01, 3))).checks
         told += [check.verdict for check in checks if check.what == "decode"]
     assert told.count(SAME) <= 1 and WORSE in told and CANNOT_TELL in told
 
@@ -175,11 +175,11 @@ def test_sessions_are_added_by_hand_and_by_good_tests(tmp_path: Path) -> None:
     more = record("tiny", Device(*FIVE), plan_of(baseline), Recording(sessions=2, add_to=baseline))
     assert len(more.results) == 5 and more.results[:3] == baseline.results
     write_baseline(tmp_path, more)
-    test = retest(tmp_path, "tiny", Device(1.0))
+    test = retest(read_baselines(tmp_path, "tiny"), Device(1.0))
     keep_tested(tmp_path, test)
     (kept,) = read_baselines(tmp_path, "tiny")
     assert len(kept.results) == 6 and kept.tested == 1 and kept.results[:5] == more.results
-    keep_tested(tmp_path, retest(tmp_path, "tiny", Device(1.2, 1.2, 1.2)))
+    keep_tested(tmp_path, retest(read_baselines(tmp_path, "tiny"), Device(1.2, 1.2, 1.2)))
     assert read_baselines(tmp_path, "tiny") == [kept]
     crowded = kept.with_tested(test.results * 40, 30)
     assert len(crowded.results) == 30 and crowded.tested == 25 and crowded.results[:5] == more.results
@@ -226,7 +226,7 @@ def test_a_changed_model_is_told_from_a_changed_device(tmp_path: Path) -> None:
         return measure_both
 
     def told(device: Device, *ratios: float) -> tuple[dict[str, str], int]:
-        found = retest(tmp_path, "tiny", device, beside=beside(*ratios))
+        found = retest(read_baselines(tmp_path, "tiny"), device, beside=beside(*ratios))
         return {check.what: check.verdict for check in found.checks if "both now" in check.what}, found.exit_code
 
     other = {"spec": "now", "bundle_hash": "f" * 64}
@@ -407,14 +407,14 @@ def test_another_device_is_named_with_what_differs(tmp_path: Path) -> None:
 def test_a_known_other_device_is_not_measured_first(tmp_path: Path) -> None:
     device = Device()
     with pytest.raises(NoBaselineError):
-        retest(recorded(tmp_path), "tiny", device, here="c" * 16)
+        retest(read_baselines(recorded(tmp_path), "tiny"), device, here="c" * 16)
     assert not device.asked
 
 
 def test_each_device_has_its_own(tmp_path: Path) -> None:
     slow, again = Device(*[2.0] * 5), Device(2.0, 2.0)
     slow.fingerprint = again.fingerprint = "b" * 16
-    assert retest(recorded(recorded(tmp_path), slow), "tiny", again).exit_code == 0
+    assert retest(read_baselines(recorded(recorded(tmp_path), slow), "tiny"), again).exit_code == 0
 
 
 def test_it_survives_the_disk(tmp_path: Path) -> None:
