@@ -12,7 +12,7 @@ from msgspec import Meta
 from saap.base.cores import physical_cores
 from saap.base.errors import UserError
 from saap.base.options import THREADS, Option, check_values
-from saap.base.values import parse_counts, parse_pair
+from saap.base.values import parse_counts
 
 Counts = int | tuple[int, ...]  # one value, or a sweep
 Length = Annotated[int, Meta(ge=0, le=1_000_000)]
@@ -47,7 +47,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """Settings are the product of ``prompt``, ``generate``, ``depth`` and ``threads``, and ``pairs`` beside them."""
+    """Settings are the product of ``prompt``, ``generate``, ``depth`` and ``threads``."""
 
     prompt: Annotated[
         Lengths, Option("Prompt tokens; 0 measures decode alone.", flags=("-p", "--prompt"), parse=parse_counts)
@@ -62,16 +62,6 @@ class BenchOptions:
         Threads | tuple[Threads, ...] | None,
         Option("Default: all physical cores.", flags=("-t", "--threads"), parse=parse_counts),
     ] = None
-    pairs: Annotated[
-        tuple[tuple[int, int], ...],
-        Option(
-            "A pair beside -p and -n, such as 512,128.",
-            flags=("-pg", "--pairs"),
-            metavar="PP,TG",
-            parse=parse_pair,
-            repeated=True,
-        ),
-    ] = ()
     repetitions: Annotated[
         Annotated[int, Meta(ge=1, le=10_000)] | None,
         Option(
@@ -144,8 +134,8 @@ class BenchOptions:
     def settings(self) -> list[Setting]:
         """All settings, each once, fewest threads and shortest first."""
         threads = (physical_cores(),) if self.threads is None else counts(self.threads)
-        lengths = [*product(counts(self.prompt), counts(self.generate)), *self.pairs]
-        settings = (Setting(t, d, p, n) for t, d, (p, n) in product(threads, counts(self.depth), lengths))
+        lengths = (counts(values) for values in (self.depth, self.prompt, self.generate))
+        settings = (Setting(*numbers) for numbers in product(threads, *lengths))
         return sorted({setting for setting in settings if setting.prompt or setting.generate})
 
     def check(self) -> None:
@@ -155,8 +145,6 @@ class BenchOptions:
             UserError: naming the option.
         """
         check_values(self)
-        if any(value < 0 for pair in self.pairs for value in pair):
-            raise UserError("-pg takes a prompt and a generated length of 0 or more, such as 512,128")
         if not self.settings():
             raise UserError("nothing to time: --prompt and --generate are both 0; give one of them")
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -16,7 +14,6 @@ from bench.measure.result import Measurement, Result
 from bench.measure.statistics import percentile, summarize
 from bench.power.sensors import NO_SENSOR
 
-FORMATS = ("md", "csv", "json", "jsonl")
 _MARKS = re.compile(r"([\\`*_\[\]~$])")
 _ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;", "|": "&#124;"}
 
@@ -139,16 +136,6 @@ def built_without(result: Result) -> str | None:
     )
 
 
-def formatted(result: Result, form: str) -> str:
-    """Format the result in one of ``FORMATS``, ending with a newline.
-
-    ``md`` holds both tables; ``csv`` one line per measurement in base units.
-    """
-    if form == "md":
-        return f"{markdown(main_table(result))}\n{markdown(detail_table(result))}"
-    return _csv(table_rows(result))
-
-
 def markdown(table: Table) -> str:
     """Write a table of GitHub's Markdown, in which every cell is plain text."""
     lines = [table.header, ["---"] * len(table.header), *([markdown_cell(c) for c in row] for row in table.rows)]
@@ -232,13 +219,3 @@ def _quartiles(row: Row) -> str:
 
 def _table(rows: Sequence[Row], columns: Sequence[Column]) -> Table:
     return Table([header for header, _ in columns], [[cell(row) for _, cell in columns] for row in rows])
-
-
-def _csv(rows: Sequence[Row]) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    if rows:
-        writer.writerow(rows[0])
-    for row in rows:
-        writer.writerow("; ".join(value) if isinstance(value, list) else value for value in row.values())
-    return text.getvalue()

@@ -46,6 +46,9 @@ REMOVED = {
     "prepacked": "ONNX Runtime packs the weights at each start, which takes a tenth of a second; leave it out",
     **dict.fromkeys(("passes", "warmup_share", "weight_decay", "clip", "checkpointing", "evaluations"), FROM_PYTHON),
     **dict.fromkeys(("save_seconds", "calibration_rows", "norm_rate", "kept_tokens"), FROM_PYTHON),
+    **dict.fromkeys(("pg", "pairs"), "give lists of lengths, such as -p 512,0 -n 128,0"),
+    "costs": "it has a command of its own, `saap devices costs MODEL -o cost.json`",
+    "quality": "give both documents to saap report",
     "iterative_steps": "one stage is better than several; leave it out",
     "stages": "one stage is better than several; leave it out",
     "c": "it is the number of tokens per sequence; leave it out",
@@ -81,7 +84,6 @@ class Option:
     shown: bool = True
     hidden: bool = False  # a flag that only ``--help-all`` shows
     parse: Callable[[str], object] | None = None
-    repeated: bool = False  # the flag may be given several times, each text is an element of the tuple
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,7 @@ class Setting:
 
     @property
     def repeated(self) -> bool:
-        return self.option.repeated or (self.kind is tuple and self.option.parse is None)
+        return self.kind is tuple and self.option.parse is None
 
     @property
     def metavar(self) -> str:
@@ -165,7 +167,7 @@ class Setting:
             return None
         if self.option.parse is not None:
             value = self.option.parse(text)
-            return value if self.option.repeated else self.checked(value)
+            return self.checked(value)
         if self.kind is tuple:
             if self.choices:
                 raise self._refusal(text)
@@ -340,8 +342,7 @@ def assigned(settings: Mapping[str, Setting], text: str) -> tuple[str, object]:
     setting = setting_named(settings, name)
     try:
         if setting.repeated:
-            separator = ";" if setting.option.repeated else ","
-            return setting.name, tuple(setting.read(part.strip()) for part in value.split(separator))
+            return setting.name, tuple(setting.read(part.strip()) for part in value.split(","))
         return setting.name, setting.read(value)
     except ValueError as error:
         raise UserError(f"{setting.name} {error}") from None

@@ -49,14 +49,6 @@ def parse_counts(text: str) -> tuple[int, ...]:
         ) from None
 
 
-def parse_pair(text: str) -> tuple[int, int]:
-    """llama-bench's pair of prompt and generated tokens, such as ``512,128``."""
-    pair = parse_counts(text)
-    if len(pair) != 2:
-        raise ValueError(f"{text!r} is not a pair: write prompt and generated tokens, such as 512,128")
-    return pair[0], pair[1]
-
-
 def parse_duration(text: str) -> float:
     """``90s``, ``30m`` or ``1h`` in seconds; a number alone is seconds."""
     match = re.fullmatch(r"(\d+(?:\.\d*)?)([smh]?)", text.strip().lower())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -39,9 +39,8 @@ class BenchCommand:
         ),
     ] = ()
     board: BoardOptions = field(default_factory=BoardOptions)
-    quality: Annotated[Path | None, Option("What `saap eval --json` wrote, to go with the speeds.")] = None
     history: Annotated[Path | None, Option("A folder that keeps this result, for the report's history.")] = None
-    form: Annotated[Literal["md", "csv"] | None, Option("Print this instead of tables.", flags=("--format",))] = None
+    form: Annotated[Literal["md"] | None, Option("Print this instead of tables.", flags=("--format",))] = None
 
     def check(self) -> None:
         if len(self.on) > 1:
@@ -101,14 +100,14 @@ def bench(specs: tuple[str, ...], json_path: Path | None, options: BenchCommand)
     from saap.base.outputs import RESULT, check_folder, check_place
 
     options.check()
-    check_place(json_path, RESULT, *specs, options.quality)
+    check_place(json_path, RESULT, *specs)
     if options.history is not None:
         check_folder(options.history, RESULT, "--history")
     if len(options.specs(specs)) == 1:
         refuse_unused(options, ("ratio_time_s",), "the ratio of two models or more", "give another")
     else:
         check_turns(options, options.options)
-    quality, plan = read_quality(options.quality), options.options
+    plan = options.options
     with Console() as console, ended_as_by_a_person():
         if options.board_url is None:
             verify_models(specs)
@@ -116,7 +115,6 @@ def bench(specs: tuple[str, ...], json_path: Path | None, options: BenchCommand)
         else:
             board = target(options.board_url, options.board, console.say)
             result = board.bench(options.specs(specs), plan, progress=console.report)
-    result = replace(result, quality=quality)
     try:
         keep(result, json_path, options.history)  # first: a terminal may be gone
     finally:  # as may the room for a file
@@ -125,21 +123,11 @@ def bench(specs: tuple[str, ...], json_path: Path | None, options: BenchCommand)
     sys.exit(0 if any(m.samples for m in result.measurements) else NOTHING_MEASURED)
 
 
-def read_quality(path: Path | None) -> dict[str, object] | None:
-    from bench.judge import quality
-    from saap.base.writing import read_object
-
-    if path is None:
-        return None
-    quality.read_quality(path)
-    return read_object(path, "write it with `saap eval --json`")
-
-
 def _show(result: Result, command: BenchCommand) -> None:
-    from bench.report.tables import formatted
+    from bench.report.tables import detail_table, main_table, markdown
 
     if command.form:
-        click.echo(formatted(result, command.form), nl=False)
+        click.echo(f"{markdown(main_table(result))}\n{markdown(detail_table(result))}", nl=False)
         show_reasons(result, to_stderr=True)
     else:
         show_result(result, noise_floor=command.noise_floor)

@@ -83,18 +83,18 @@ def test_two_bundles_end_to_end(two: tuple[Result, object], tmp_path: Path) -> N
 
 
 def test_a_sweep_has_one_measurement_per_spec_and_setting(bundles: list[Path], jobs: list[dict[str, Any]]) -> None:
-    plan = replace(ONE, prompt=(4, 0), depth=(0, 5), pairs=((7, 0),))
+    plan = replace(ONE, prompt=(7, 0), generate=(3, 0), depth=(0, 5))
     result = measure([str(b) for b in bundles], plan)
-    assert [m.test for m in result.of("dense")] == ["tg3", "pp4+tg3", "pp7", "tg3@d5", "pp4+tg3@d5", "pp7@d5"]
+    assert [m.test for m in result.of("dense")] == ["tg3", "pp7", "pp7+tg3", "tg3@d5", "pp7@d5", "pp7+tg3@d5"]
     assert len({m.key for m in result.measurements}) == 12
     lengths = [(len(job["context"]), len(job["prompt"]), job["n_gen"]) for job in jobs[::2]]
-    assert lengths == [(1, 0, 3), (0, 4, 3), (0, 7, 0), (5, 0, 3), (5, 4, 3), (5, 7, 0)]
+    assert lengths == [(1, 0, 3), (0, 7, 0), (0, 7, 3), (5, 0, 3), (5, 7, 0), (5, 7, 3)]
     with pytest.raises(EngineError, match="do not fit"):
         measure([str(bundles[0])], replace(plan, depth=CONTEXT - 5))
 
 
 def test_prefill_or_decode_alone(bundles: list[Path]) -> None:
-    result = measure([str(bundles[0])], replace(ONE, prompt=0, depth=5, pairs=((7, 0),)))
+    result = measure([str(bundles[0])], replace(ONE, prompt=(7, 0), generate=(3, 0), depth=5))
     for m in result.measurements:
         (s,) = m.samples
         assert (s.prefill_s is None) == (m.n_prompt == 0) and len(s.token_s) == m.n_gen

@@ -305,7 +305,7 @@ def test_a_test_of_a_board_is_ended_like_a_bench(bundles, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize(
-    "options", [dataclasses.replace(QUICK, threads=(1, 2), pairs=((512, 128),), warmup=1, text=(1, 2)), CostsOptions()]
+    "options", [dataclasses.replace(QUICK, threads=(1, 2), prompt=(512, 0), warmup=1, text=(1, 2)), CostsOptions()]
 )
 def test_options_travel_as_json(options):
     sent = {name: value for name, value in dataclasses.asdict(options).items() if name not in target.HERE_ONLY}

@@ -155,7 +155,6 @@ WRONG = {
     "bench torch:empty": "give torch: a Hugging Face model directory",
     "bench llama.cpp:long.txt": "is no GGUF file: give one that llama.cpp reads",
     "bench optimum:dense": "make one with `saap export --target portable`",
-    "bench bundle --quality result.json": "result.json is another kind of file (it has no 'version')",
     "compare cost.json result.json": "cost.json is another kind of file (it has no 'measurements'): make one with",
     "compare result.json quality.json": "do not compare: one is of `saap eval`, the other is not; give two of a kind",
     "compare bundle result.json": "do not compare: give two results of `saap bench --json`, or two bundles",

@@ -13,7 +13,7 @@ from msgspec import Meta
 
 from saap.base.errors import UserError
 from saap.base.options import REMOVED, Option, build, check_values, settings_of
-from saap.base.values import parse_bytes, parse_counts, parse_layers, parse_pair, parse_parameters
+from saap.base.values import parse_bytes, parse_counts, parse_layers, parse_parameters
 from saap.cli.options import OptionsCommand, options_of
 
 
@@ -38,7 +38,6 @@ class Options:
     most: Annotated[int | None, Option("Bytes.", parse=parse_bytes), Meta(ge=1)] = None
     keep: Annotated[frozenset[int] | None, Option("Layers.", parse=parse_layers)] = frozenset()
     prompt: Annotated[tuple[Annotated[int, Meta(ge=0)], ...], Option("P.", flags=("-p",), parse=parse_counts)] = (128,)
-    pairs: Annotated[tuple[tuple[int, int], ...], Option("A pair.", parse=parse_pair, repeated=True)] = ()
     on: Annotated[tuple[str, ...], Option("There.", metavar="URL")] = ()
     weight: Annotated[float, Option("Weight.", shown=False), Meta(ge=0, le=1)] = 0.5
     exact: Annotated[bool, Option("Exact.", shown=False)] = False
@@ -81,14 +80,13 @@ def given(*arguments):
         ("--keep 0-2,5", {"keep": frozenset({0, 1, 2, 5})}),
         ("--keep none", {"keep": None}),
         ("-p 1,2", {"prompt": (1, 2)}),
-        ("--pairs 5,6 --pairs 7,8", {"pairs": ((5, 6), (7, 8))}),
         ("--on a --on b", {"on": ("a", "b")}),
         ("--rows 4", {"inner": Inner(rows=4)}),
         ("--set slices=3", {"inner": Inner(slices=3, rows=2)}),
         ("--set score=fused --set weight=0.25", {"inner": Inner(score="fused", rows=2), "weight": 0.25}),
         ("--set group-size=64 --set exact=yes", {"group_size": 64, "exact": True}),
         ("--set keep=none --set prompt=3,4 --set on=a,b", {"keep": None, "prompt": (3, 4), "on": ("a", "b")}),
-        ("--set pairs=5,6;7,8 --set heads=none --set most=1k", {"pairs": ((5, 6), (7, 8)), "most": 1000}),
+        ("--set heads=none --set most=1k", {"most": 1000}),
         ("--set ratio=0.1 --ratio 0.3", {"ratio": 0.3}),
     ],
 )
@@ -99,11 +97,11 @@ def test_what_is_given_is_in_the_dataclass(arguments, changed):
 def test_a_file_gives_way_to_set_and_set_to_a_flag(tmp_path):
     file = tmp_path / "o.toml"
     file.write_text(
-        'ratio = 0.1\nmost = "80MB"\nprompt = [1, 2]\non = ["a"]\npairs = ["5,6"]\ncold = false\ngroup-size = 64\n'
+        'ratio = 0.1\nmost = "80MB"\nprompt = [1, 2]\non = ["a"]\ncold = false\ngroup-size = 64\n'
         "[research]\nslices = 5\nweight = 1\n"
     )
     want = Options(
-        ratio=0.3, most=80_000_000, prompt=(1, 2), on=("a",), pairs=((5, 6),), cold=False, group_size=64, weight=1.0,
+        ratio=0.3, most=80_000_000, prompt=(1, 2), on=("a",), cold=False, group_size=64, weight=1.0,
         inner=Inner(slices=6, rows=2),
     )  # fmt: skip
     got = given("--config", file, "--set", "slices=6", "--set", "ratio=0.2", "--ratio", "0.3")
@@ -123,7 +121,6 @@ def test_a_file_gives_way_to_set_and_set_to_a_flag(tmp_path):
         ("--most 0", "--most 0 is not allowed: give 1 or more"),
         ("-p 1,-2", "-p 1,-2 is not allowed: give 0 or more"),
         ("--most much", "--most 'much' is not a number of bytes: write something like 80MB, 80MiB or 1.5G"),
-        ("--pairs 5", "--pairs '5' is not a pair: write prompt and generated tokens, such as 512,128"),
         ("--set weight=2", "weight 2.0 is not allowed: give a number from 0 to 1"),
         ("--set exact=perhaps", "exact perhaps is not allowed: give true or false"),
         ("--set score=best", "score best is not allowed: give fused or token"),
@@ -151,7 +148,6 @@ def test_a_mistake_is_one_line(arguments, message):
         ("slices = true", "slices True is not allowed: give 1 or more"),
         ("prompt = -3", "prompt -3 is not allowed: give 0 or more"),
         ("costs = 1", "costs 1 is not allowed: give a path"),
-        ('pairs = ["5"]', "pairs '5' is not a pair"),
         ("slices =", "is not TOML"),
     ],
 )
