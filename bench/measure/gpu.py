@@ -1,4 +1,4 @@
-"""Memory and clocks of the GPU, by NVML on discrete boards and from the kernel's files on Jetson.
+"""Memory of the GPU, by NVML on discrete boards and from the kernel's files on Jetson.
 
 Where a GPU has memory of its own, NVML tells what a process holds (in a container it may not: it knows the host's
 process numbers only). A Jetson shares one memory, and there CUDA's part is not in any resident set: boards with the
@@ -18,11 +18,10 @@ from types import ModuleType
 from typing import TypeVar
 
 from devices.probe.jetson import GPUS
-from saap.base.tree import field, number, text
+from saap.base.tree import field, text
 
 NVMAP_CLIENTS = "sys/kernel/debug/nvmap/iovmm/clients"  # root only
-MEMORY_CLOCKS = ("sys/kernel/debug/bpmp/debug/clk/emc/rate", "sys/kernel/debug/clk/emc/clk_rate")  # root only
-MHZ, KIB = 1_000_000, 1024
+KIB = 1024
 
 Answer = TypeVar("Answer")
 
@@ -50,25 +49,8 @@ class GpuWatch:
 
     def __init__(self, root: Path = Path("/"), nvml: ModuleType | None = None) -> None:
         self._root, self._nvml = root, nvml
-        folders = (path for pattern in GPUS for path in sorted((root / "sys/class/devfreq").glob(pattern)))
-        self._folder = next(folders, None)
+        self._on_board = any(any((root / "sys/class/devfreq").glob(pattern)) for pattern in GPUS)
         self._before = self.in_use()
-
-    def clocks(self) -> dict[str, float | None]:
-        """Clocks and load at this moment; to be read while the GPU works, since clocks fall soon after.
-
-        Returns:
-            ``gpu_clock_hz``, ``gpu_memory_clock_hz`` and ``gpu_busy`` (share of the last moments in which something
-            ran, 0 to 1); None where it is not told.
-        """
-        board = number(self._folder / "cur_freq") if self._folder else None
-        load = number(self._folder / "device/load") if self._folder else None  # in thousandths
-        memory = next((rate for name in MEMORY_CLOCKS if (rate := number(self._root / name)) is not None), None)
-        return {
-            "gpu_clock_hz": board if board is not None else self._nvml_clock("NVML_CLOCK_SM"),
-            "gpu_memory_clock_hz": memory if memory is not None else self._nvml_clock("NVML_CLOCK_MEM"),
-            "gpu_busy": load / 1000 if load is not None else self._nvml_busy(),
-        }
 
     def in_use(self) -> int | None:
         """Bytes that all processes hold on the GPU."""
@@ -97,7 +79,7 @@ class GpuWatch:
     def _why(self) -> str:
         if self._nvml is not None:
             return "NVML of this GPU tells neither what a process holds nor all of it"
-        if self._folder is not None:
+        if self._on_board:
             return "this board's nvmap tells nothing, and NVML is not there: pip install nvidia-ml-py"
         return "no NVML: pip install nvidia-ml-py, and NVIDIA's driver must be there"
 
@@ -115,12 +97,6 @@ class GpuWatch:
             return None if not sizes or None in sizes else sum(sizes)
 
         return self._ask(used)
-
-    def _nvml_clock(self, kind: str) -> float | None:
-        return self._ask(lambda nvml, device: float(nvml.nvmlDeviceGetClockInfo(device, getattr(nvml, kind)) * MHZ))
-
-    def _nvml_busy(self) -> float | None:
-        return self._ask(lambda nvml, device: float(nvml.nvmlDeviceGetUtilizationRates(device).gpu / 100))
 
     def _ask(self, question: Callable[[ModuleType, object], Answer]) -> Answer | None:
         """Ask about the GPU that CUDA takes first; None where NVML has no answer."""

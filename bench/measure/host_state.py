@@ -7,7 +7,6 @@ the chosen ones where nothing else is said, and a share is of 1.
 |---|---|---|
 | wall_s | s | between the snapshots |
 | steal_share | share | of the cores' time, taken by the hypervisor |
-| others_share | share | of the cores' time, used by other processes |
 | neighbours_cores | cores | CPU seconds of other processes per second, on all CPUs |
 | elsewhere_cores | cores | the part of it on CPUs that were not chosen, which share the memory |
 | runnable_others | threads | of other processes that ran or could have run, the lesser of both ends: a hint |
@@ -107,7 +106,6 @@ def counters(before: Snapshot, after: Snapshot, cores: int) -> dict[str, float |
     return {
         "wall_s": wall,
         "steal_share": per_second(_rise(before.steal_s, after.steal_s), cores),
-        "others_share": per_second(None if busy is None else busy - own, cores),
         "neighbours_cores": per_second(None if everywhere is None else everywhere - own),
         "elsewhere_cores": per_second(None if everywhere is None or busy is None else everywhere - busy),
         "runnable_others": _extreme(min, before.runnable, after.runnable),

@@ -105,7 +105,7 @@ class ColdLoad:
 
 
 def sample(job: Repetition, live: Live | None = None) -> Measured:
-    """Load, warm up, measure once; clocks, memory and the host's counters are read between the parts."""
+    """Load, warm up, measure once; memory and the host's counters are read between the parts."""
     linux = sys.platform.startswith("linux")  # whose monotonic clock all processes share
     startup_s = time.monotonic() - job.spawned_at if job.spawned_at is not None and linux else None
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
@@ -121,8 +121,7 @@ def sample(job: Repetition, live: Live | None = None) -> Measured:
     warmup_s, steady = warm_up(engine, prompt, job.warmup, clock, context, job.n_gen)
     probes, before = probe_clock(), snapshot(job.cpus, root)
     timed = timed_pass(engine, prompt, job.n_gen, clock, context, live)
-    clocks = gpu.clocks() if gpu else {}  # first: they fall within moments
-    happened = {**counters(before, snapshot(job.cpus, root), len(job.cpus)), **clocks}
+    happened = counters(before, snapshot(job.cpus, root), len(job.cpus))
     happened["clock_drift"], happened["clock_limit"] = drift(probes, probe_clock())
     happened["clock_s"] = level(probes)
     gpu_bytes, no_gpu = gpu.memory() if gpu else (None, "the CPU computed")

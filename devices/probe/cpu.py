@@ -41,15 +41,6 @@ PARTS = {
 }  # fmt: skip
 
 
-class ClockDomain(TypedDict):
-    """CPUs that share a clock; the limits that are set and the clock of the moment, hertz."""
-
-    cpus: str | None
-    min_hz: int | None
-    max_hz: int | None
-    current_hz: int | None
-
-
 class Cluster(TypedDict):
     """Cores of one kind that share a clock."""
 
@@ -156,19 +147,6 @@ def policies(root: Path) -> list[Path]:
 def governor(root: Path) -> str | None:
     governors = [text(policy / "scaling_governor") for policy in policies(root)]
     return ", ".join(unique(name for name in governors if name)) or None
-
-
-def frequencies(root: Path) -> list[ClockDomain] | None:
-    domains: list[ClockDomain] = [
-        {
-            "cpus": first_text((policy / "affected_cpus", policy / "related_cpus")),
-            "min_hz": hertz(policy / "scaling_min_freq"),
-            "max_hz": hertz(policy / "scaling_max_freq"),
-            "current_hz": hertz(policy / "scaling_cur_freq"),
-        }
-        for policy in policies(root)
-    ]
-    return domains or None
 
 
 def clusters(root: Path, cpus: list[dict[str, str]]) -> list[Cluster] | None:

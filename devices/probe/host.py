@@ -43,7 +43,6 @@ _REASONS: dict[str, tuple[str, tuple[str, ...]]] = {
     "numa": ("the kernel describes no memory nodes", ()),
     "memory_bytes": ("neither /proc/meminfo nor a control group tells", ("proc/meminfo",)),
     "governor": ("no cpufreq: the clock is the firmware's or a hypervisor's", ()),
-    "frequencies": ("no cpufreq: the clock is the firmware's or a hypervisor's", ()),
     "power_mode": ("no nvpmodel: not a Jetson, or not its own system", (jetson.STATUS, jetson.MODES)),
     "clocks": ("not Jetson Linux", (jetson.RELEASE,)),
     "l4t": ("not Jetson Linux", (jetson.RELEASE,)),
@@ -80,7 +79,6 @@ class HostFacts(TypedDict):
     numa: list[probe_cpu.MemoryNode] | None
     memory_bytes: int | None  # the smaller of RAM and cgroup limit
     governor: str | None
-    frequencies: list[probe_cpu.ClockDomain] | None
     power_mode: jetson.PowerMode | None
     clocks: jetson.Clocks | None  # of a Jetson
     l4t: str | None
@@ -116,7 +114,6 @@ def probe(root: Path = Path("/"), run: Run | None = None) -> HostFacts:
         "numa": probe_cpu.numa_nodes(root),
         "memory_bytes": _memory(root, host),
         "governor": probe_cpu.governor(root),
-        "frequencies": probe_cpu.frequencies(root),
         "power_mode": jetson.power_mode(root, run),
         "clocks": None if l4t is None else jetson.clocks(root),
         "l4t": l4t,

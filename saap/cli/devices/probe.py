@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, TypedDict
 
 import click
 
-from saap.base.errors import UserError
 from saap.cli.console import print_table
 from saap.cli.types import Sections
 
@@ -20,16 +19,7 @@ UNKNOWN = "unknown"
 NO_PROFILE = f"{UNKNOWN}: no profile names this board"
 
 
-class ProbeCommand(Sections):
-    """It once timed layers too."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        if any(word.partition("=")[0] == "--costs" for word in args):
-            raise UserError("the costs of layers have a command of their own: `saap devices costs MODEL -o cost.json`")
-        return super().parse_args(ctx, args)
-
-
-@click.command(cls=ProbeCommand)
+@click.command(cls=Sections)
 @click.option("--json", "as_json", is_flag=True, help="For machines.")
 @click.option("--bandwidth", is_flag=True, help="Also read memory with 1, 2, 4, ... threads, for some seconds.")
 def probe(as_json: bool, bandwidth: bool) -> None:
@@ -90,7 +80,7 @@ def _rate(speed: Speed) -> str:
 
 
 def _host_rows(facts: HostFacts) -> Iterable[list[str]]:
-    nested = {"clusters", "frequencies", "unknown"}
+    nested = {"clusters", "unknown"}
     for key, value in facts.items():
         if key not in nested:
             yield [key, _plain(value, facts["unknown"].get(key, ""))]

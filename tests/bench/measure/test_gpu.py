@@ -1,4 +1,4 @@
-"""GPU memory and clocks on fake boards: their trees, and NVML modules that answer as their drivers do."""
+"""GPU memory on fake boards: their trees, and NVML modules that answer as their drivers do."""
 
 from __future__ import annotations
 
@@ -24,13 +24,11 @@ total                                                218292K
 class Nvml:
     """An NVML module; an answer of None is a driver that does not support the question."""
 
-    NVML_CLOCK_SM, NVML_CLOCK_MEM = 1, 2
-
     class NVMLError(Exception):
         pass
 
-    def __init__(self, processes=None, used=None, busy=None, clocks=None, count=1) -> None:
-        self.processes, self.used, self.busy, self.clocks, self.count = processes, used, busy, clocks or {}, count
+    def __init__(self, processes=None, used=None, count=1) -> None:
+        self.processes, self.used, self.count = processes, used, count
         self.asked: list[object] = []
 
     def _answer(self, value):
@@ -52,32 +50,17 @@ class Nvml:
     def nvmlDeviceGetMemoryInfo(self, _):  # noqa: N802
         return SimpleNamespace(used=self._answer(self.used))
 
-    def nvmlDeviceGetUtilizationRates(self, _):  # noqa: N802
-        return SimpleNamespace(gpu=self._answer(self.busy))
-
-    def nvmlDeviceGetClockInfo(self, _, kind):  # noqa: N802
-        return self._answer(self.clocks.get(kind))
-
-
-NOTHING = {"gpu_clock_hz": None, "gpu_memory_clock_hz": None, "gpu_busy": None}
-
 
 ORIN = {
     "proc/meminfo": "MemTotal: 7802040 kB\nNvMapMemFree:  0 kB\nNvMapMemUsed:  218292 kB\n",
-    "sys/class/devfreq/17000000.gpu/cur_freq": "918000000\n",
-    "sys/class/devfreq/17000000.gpu/device/load": "985\n",
 }
-ROOT_ONLY = {
-    "sys/kernel/debug/nvmap/iovmm/clients": CLIENTS,
-    "sys/kernel/debug/bpmp/debug/clk/emc/rate": "3199000000\n",
-}
+ROOT_ONLY = {"sys/kernel/debug/nvmap/iovmm/clients": CLIENTS}
 
 
 def test_a_discrete_gpu_tells_what_the_process_holds(tmp_path) -> None:
-    nvml = Nvml([(7, 100 * MIB), (4711, 900 * MIB)], used=1200 * MIB, busy=97, clocks={1: 1980, 2: 2619})
+    nvml = Nvml([(7, 100 * MIB), (4711, 900 * MIB)], used=1200 * MIB)
     gpu = GpuWatch(tmp_path, nvml)
     assert gpu.memory(4711) == (900 * MIB, None) and gpu.in_use() == 1200 * MIB
-    assert gpu.clocks() == {"gpu_clock_hz": 1.98e9, "gpu_memory_clock_hz": 2.619e9, "gpu_busy": 0.97}
 
 
 @pytest.mark.parametrize("processes", [[(99, 5 * MIB)], [(4711, None)], None])  # a container, no answer, no support
@@ -97,53 +80,43 @@ def test_where_the_process_is_not_told_the_growth_of_all_is(tmp_path, processes)
 def test_orin_lists_its_clients_to_root_and_to_others_the_board_only(tmp_path) -> None:
     gpu = GpuWatch(plant(tmp_path / "root", ORIN | ROOT_ONLY))
     assert gpu.memory(4711) == (201 * MIB, None)
-    assert gpu.clocks() == {"gpu_clock_hz": 918e6, "gpu_memory_clock_hz": 3.199e9, "gpu_busy": 0.985}
     gpu = GpuWatch(plant(tmp_path, ORIN))
     assert gpu.in_use() == 218292 * 1024
     plant(tmp_path, {"proc/meminfo": "NvMapMemUsed:  418292 kB\n"})
     size, why = gpu.memory(4711)
     assert size == 200000 * 1024 and "of all on the GPU" in why
-    assert gpu.clocks() == {"gpu_clock_hz": 918e6, "gpu_memory_clock_hz": None, "gpu_busy": 0.985}
 
 
 def test_thor_reads_0_in_nvmap_and_answers_per_process(tmp_path) -> None:
     files = {
         "proc/meminfo": "MemTotal: 128000000 kB\nNvMapMemUsed:  0 kB\n",
         "sys/kernel/debug/nvmap/iovmm/clients": "user  python3  4711  0K\ntotal  0K\n",
-        "sys/class/devfreq/gpu-gpc-0/cur_freq": "1575000000\n",
-        "sys/class/devfreq/gpu-nvd-0/cur_freq": "1692000000\n",
     }
     gpu = GpuWatch(plant(tmp_path, files), Nvml([(4711, 3000 * MIB)]))
     assert gpu.memory(4711) == (3000 * MIB, None) and gpu.in_use() is None
-    assert gpu.clocks() == {**NOTHING, "gpu_clock_hz": 1.575e9}  # its load is unknown, not 0
     size, why = gpu.memory(1)
     assert size is None and "neither what a process holds" in why
 
 
-@pytest.mark.parametrize(
-    "name", ["57000000.gpu", "17000000.gp10b", "17000000.gv11b", "17000000.ga10b", "57000000.gm20b"]
-)
-def test_every_jetson_calls_its_gpu_something_else(tmp_path, name) -> None:
-    plant(tmp_path, {f"sys/class/devfreq/{name}/cur_freq": "76800000\n"})
-    plant(tmp_path, {"sys/kernel/debug/clk/emc/clk_rate": "1600000000\n"})
-    plant(tmp_path, {"sys/class/devfreq/13d40000.bpmp/cur_freq": "1\n"})
-    assert GpuWatch(tmp_path).clocks() == {**NOTHING, "gpu_clock_hz": 76.8e6, "gpu_memory_clock_hz": 1.6e9}
-
-
 def test_a_host_without_a_gpu_says_why_it_knows_nothing(tmp_path) -> None:
     gpu = GpuWatch(tmp_path)
-    assert gpu.clocks() == NOTHING and gpu.in_use() is None
     size, why = gpu.memory(1)
     assert size is None and "pip install nvidia-ml-py" in why
-    size, why = GpuWatch(plant(tmp_path, {"sys/class/devfreq/17000000.gpu/cur_freq": "1"})).memory(1)
+
+
+@pytest.mark.parametrize(
+    "name", ["57000000.gpu", "17000000.gp10b", "17000000.gv11b", "17000000.ga10b", "57000000.gm20b", "gpu-gpc-0"]
+)
+def test_every_jetson_calls_its_gpu_something_else(tmp_path, name) -> None:
+    size, why = GpuWatch(plant(tmp_path, {f"sys/class/devfreq/{name}/cur_freq": "1"})).memory(1)
     assert size is None and "this board's nvmap tells nothing" in why
 
 
 @pytest.mark.parametrize(("visible", "asked"), [("", 0), ("1,0", 1), ("GPU-8a5f", "GPU-8a5f"), ("-1", 0)])
 def test_the_gpu_is_the_first_that_cuda_may_see(tmp_path, monkeypatch, visible, asked) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    nvml = Nvml(busy=10, count=2)
-    assert GpuWatch(tmp_path, nvml).clocks()["gpu_busy"] == 0.1
+    nvml = Nvml(used=MIB, count=2)
+    assert GpuWatch(tmp_path, nvml).in_use() == MIB
     assert set(nvml.asked) == {asked}
 
 

@@ -63,7 +63,6 @@ def test_counters_are_what_changed_in_between(tmp_path: Path, monkeypatch: pytes
         {
             "wall_s": 2.0,
             "steal_share": 0.05,
-            "others_share": 0.1,
             "neighbours_cores": 0.7,
             "elsewhere_cores": 0.5,
             "runnable_others": 1,
@@ -83,7 +82,7 @@ def test_short_intervals_have_no_shares(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr("time.perf_counter", iter([1.0, 1.1]).__next__)
     before = snapshot([0], plant(tmp_path, PROC))
     values = counters(before, snapshot([0], tmp_path), cores=1)
-    shares = ("steal_share", "others_share", "neighbours_cores", "elsewhere_cores", "wait_share", "memory_stall_share")
+    shares = ("steal_share", "neighbours_cores", "elsewhere_cores", "wait_share", "memory_stall_share")
     assert {values[name] for name in shares} == {None}
     assert values["swapped_pages"] == 0 and values["runnable_others"] == 2
 

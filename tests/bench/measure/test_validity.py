@@ -10,7 +10,7 @@ from bench.measure.validity import drift, judge
 
 # What a host that tells everything tells when all is well.
 QUIET: dict[str, float | None] = {
-    "wall_s": 1.0, "steal_share": 0.0, "others_share": 0.01, "neighbours_cores": 0.02, "elsewhere_cores": 0.01,
+    "wall_s": 1.0, "steal_share": 0.0, "neighbours_cores": 0.02, "elsewhere_cores": 0.01,
     "runnable_others": 1, "wait_share": 0.0, "swapped_pages": 0.0, "read_bytes": 4096.0, "memory_stall_share": 0.0,
     "memory_bytes": 8e9, "room_bytes": 6e9, "taken_bytes": 2e7, "boot_id": 12345, "clock_share": 1.0, "fixed_clock": 1,
     "temperature_c": 60.0, "temperature_start_c": 50.0, "firmware_throttled": 0, "throttle_events": 0,
