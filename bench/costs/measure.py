@@ -106,15 +106,15 @@ def measure_costs(
     groups = schedule(len(stacks), options.rounds, _stacks_together(manifests[0].weight_bytes_per_token))
     device, tables = probe(), []
     report, of = progress or (lambda label, done, total: None), len(threads) * len(groups)
-    runner = None if options.engine == ONNXRUNTIME else Runner.of(bundles[0], options)
+    peer = _peer_of(bundles[0], options)
     for turn, count in enumerate(threads):
         cpus, processes = choose_cores(count), []
-        choice = None if runner is None else runner.choice(count, progress)
+        choice = None if peer is None else _choice(peer, options.depth, count, progress)
         for index, group in enumerate(groups):
             report(f"timing operators (processes), {counted(count)}", turn * len(groups) + index, of)
             paths = [str(bundles[i]) for i in group]
             job = CostsJob(paths, count, cpus, options.depth, options.seconds, options.engine, choice)
-            processes.append(_process(job, group, options.timeout_s, runner))
+            processes.append(_process(job, group, options.timeout_s, peer))
         bandwidth = probe_bandwidth(cpus, device["last_level_cache_bytes"])
         tables.append(costs_from(stacks, processes, cpus, bandwidth))
     report("timing operators (processes)", of, of)
@@ -131,23 +131,17 @@ def measure_costs(
     )
 
 
-@dataclass(frozen=True)
-class Runner:
-    """Another engine: a stack in it, and the Python that has it."""
+def _peer_of(bundle: Path, options: CostsOptions) -> Peer | None:
+    """Return what runs a stack in another engine. Raises UserError: it is not installed, or cannot hold the stack."""
+    if options.engine == ONNXRUNTIME:
+        return None
+    return read_peers([f"{LLAMA_CPP}{bundle / str(row_of(options.engine).file)}"], options.depth + PILOT)[0]
 
-    peer: Peer
-    depth: int
 
-    @classmethod
-    def of(cls, bundle: Path, options: CostsOptions) -> Runner:
-        """Open the engine's peer. Raises UserError: the engine is not installed, or cannot hold the stack."""
-        (peer,) = read_peers([f"{LLAMA_CPP}{bundle / str(row_of(options.engine).file)}"], options.depth + PILOT)
-        return cls(peer, options.depth)
-
-    def choice(self, threads: int, progress: Progress | None) -> str | None:
-        """Return the engine's own setting that is fastest in decode at this depth."""
-        plan = BenchOptions(prompt=self.depth, generate=PILOT, threads=threads)
-        return at_their_best([self.peer], plan, progress)[0][0].choice
+def _choice(peer: Peer, depth: int, threads: int, progress: Progress | None) -> str | None:
+    """Return the engine's own setting that is fastest in decode at this depth."""
+    plan = BenchOptions(prompt=depth, generate=PILOT, threads=threads)
+    return at_their_best([peer], plan, progress)[0][0].choice
 
 
 def check_depth(base: BundleManifest, depth: int) -> None:
@@ -179,9 +173,9 @@ def _stacks_together(weight_bytes: int) -> int:
     return max(2, min(TOGETHER, int(free / 2 // needed)))
 
 
-def _process(job: CostsJob, group: list[int], timeout_s: float, runner: Runner | None) -> CostProcess:
-    environment = None if runner is None else runner.peer.environment(job.threads)
-    python = sys.executable if runner is None else runner.peer.python
+def _process(job: CostsJob, group: list[int], timeout_s: float, peer: Peer | None) -> CostProcess:
+    environment = None if peer is None else peer.environment(job.threads)
+    python = sys.executable if peer is None else peer.python
     try:
         answer = call("bench.costs.worker", asdict(job), timeout_s, environment, python)
     except ChildFailedError as error:

@@ -71,23 +71,13 @@ def run_at(url: str, shipment: Shipment, task: Task[T], progress: Progress | Non
     stop = threading.Event()
     with closing(open_board(url)) as transport, ThreadPoolExecutor(1) as pool:
         board = Board(transport, stop, say)
-        future = pool.submit(run_on, board, shipment, task, progress and _with_name(transport.name, progress))
+        future = pool.submit(run_on, board, shipment, task, progress)
         try:
             until_done([future])
         except BaseException:
             stop.set()
             raise
         return future.result()
-
-
-def _with_name(board: str, progress: Progress) -> Progress:
-    """Progress whose labels name the board."""
-
-    def report(label: str, done: float, total: float) -> None:
-        what, _, rest = label.partition(", ")
-        progress(f"{what}, {board}: {rest}" if rest else f"{what}, {board}", done, total)
-
-    return report
 
 
 def run_on(board: Board, shipment: Shipment, task: Task[T], progress: Progress | None = None) -> T:

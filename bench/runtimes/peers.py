@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, count
 from pathlib import Path
-from typing import TypeVar
 
 import msgspec
 
@@ -45,7 +44,7 @@ from saap.base.progress import Progress
 TORCH, LLAMA_CPP, GENAI, OPTIMUM, OPENVINO = "torch:", "llama.cpp:", "genai:", "optimum:", "openvino:"
 OTHER_RUNTIMES = (TORCH, LLAMA_CPP, GENAI, OPTIMUM, OPENVINO)
 FORMS = "a bundle's path, BUNDLE@ENGINE, torch:DIR, llama.cpp:FILE.gguf, genai:DIR, optimum:DIR or openvino:DIR"
-T = TypeVar("T")
+CONFIG = "config.json"
 RUNTIME_BYTES = {"torch": 350 << 20, "optimum": 400 << 20}  # interpreter and libraries, resident; ours is smaller
 ONNXRUNTIME_BYTES = 64 << 20
 
@@ -157,13 +156,9 @@ def _bundle(spec: str, length: int, progress: Progress | None) -> Peer:
 
 
 def _torch(spec: str, length: int) -> Peer:
-    path = _path(spec)
-    if (path / MANIFEST).is_file():
-        raise PeerError(f"{spec}: {path} is a bundle; leave torch: out, or give the model that it was made from")
-    otherwise = "is damaged or names no vocab_size; get the model again"
-    config = _read_config(spec, path / "config.json", _Config, "torch: a Hugging Face model directory", otherwise)
-    _check_context(spec, length, config.max_position_embeddings)
-    peer = _peer(spec, "torch", path, config.vocab_size, row_of("torch"))
+    if (_path(spec) / MANIFEST).is_file():
+        raise PeerError(f"{spec}: it is a bundle; leave torch: out, or give the model that it was made from")
+    peer = _directory(spec, length, row_of("torch"), "a Hugging Face model directory")
     return replace(peer, unknown={"bundle_hash": "a model directory is not a bundle"})
 
 
@@ -193,23 +188,27 @@ def genai_peer(spec: str, length: int) -> Peer:
 
 def _optimum(spec: str, length: int) -> Peer:
     """Read a portable bundle of uniform sizes, or optimum's own export, to run in optimum-onnx."""
-    path = _path(spec)
-    if not (path / DECODE_GRAPH).is_file():
-        raise PeerError(f"{spec}: there is no {DECODE_GRAPH} in {path}; make one with `saap export --target portable`")
     allowed = "a directory of `saap export --target portable` or of optimum"
-    config = _read_config(spec, path / "config.json", _Config, allowed, "names no vocab_size; export the model again")
-    _check_context(spec, length, config.max_position_embeddings)
-    return _peer(spec, "optimum", path, config.vocab_size, OPTIMUM_ROW, _manifest(path))
+    return _directory(spec, length, OPTIMUM_ROW, allowed, DECODE_GRAPH)
 
 
 def _openvino(spec: str, length: int) -> Peer:
     """Read a directory of optimum-intel, ``optimum-cli export openvino`` for one."""
+    return _directory(spec, length, row_of("openvino"), "a directory of optimum-intel, or BUNDLE@openvino", IR)
+
+
+def _directory(spec: str, length: int, row: Row, allowed: str, graph: str | None = None) -> Peer:
+    """Read a directory with a ``config.json`` and a graph; ``allowed`` says what to give."""
     path = _path(spec)
-    if not (path / IR).is_file():
-        raise PeerError(f"{spec}: there is no {IR} in {path}; give a directory of optimum-intel, or BUNDLE@openvino")
-    config = _read_config(spec, path / "config.json", _Config, "a directory of optimum-intel", "names no vocab_size")
+    for name in filter(None, (graph, CONFIG)):
+        if not (path / name).is_file():
+            raise PeerError(f"{spec}: there is no {name} in {path}; give {allowed}")
+    try:
+        config = msgspec.convert(parse_json((path / CONFIG).read_text(encoding="utf-8")), _Config)
+    except (OSError, ValueError):
+        raise PeerError(f"{spec}: {CONFIG} is damaged or names no vocab_size; give {allowed}") from None
     _check_context(spec, length, config.max_position_embeddings)
-    return _peer(spec, "openvino", path, config.vocab_size, row_of("openvino"))
+    return _peer(spec, row.name, path, config.vocab_size, row, _manifest(path))
 
 
 def _peer(spec: str, kind: str, path: Path, vocab: int, row: Row, manifest: BundleManifest | None = None) -> Peer:
@@ -300,17 +299,3 @@ def _path(spec: str) -> Path:
 def _check_context(spec: str, length: int, context: int | None) -> None:
     if context is not None and length > context:
         raise PeerError(f"{length} tokens of context do not fit {spec}: give 1 to {context}")
-
-
-def _read_config(spec: str, path: Path, kind: type[T], allowed: str, otherwise: str) -> T:
-    """Read a JSON file of this type; ``otherwise`` is the message for one that has another shape."""
-    if not path.is_file():
-        raise PeerError(f"{spec}: no {path.name} in {path.parent}; give {allowed}")
-    try:
-        document = parse_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise PeerError(f"{spec}: {path} is damaged; give {allowed}") from None
-    try:
-        return msgspec.convert(document, kind)
-    except ValueError:
-        raise PeerError(f"{spec}: {path} {otherwise}") from None

@@ -75,7 +75,7 @@ def report(results: tuple[Path, ...], out: Path, history: Path | None) -> None:
 
 def make_report(results: list[Path], out: Path, history: Path | None = None) -> None:
     """Write a page of files of `saap bench` and `saap eval`, or of a run's directory (``run.json``)."""
-    from bench.report import report as write_report
+    from bench.report.page import report as write_report
     from saap.base.outputs import PAGE, check_place
 
     check_place(out, PAGE, *results, history)

@@ -21,8 +21,8 @@ from saap.cli.options import OptionsCommand, options_of
 from saap.cli.types import directory, force
 
 if TYPE_CHECKING:
-    from bench.costs import Costs
-    from bench.remote import Target
+    from bench.costs.measure import Costs
+    from bench.remote.target import Target
 
 CACHES = 4  # last-level caches that the probe's weights should exceed, where the model does
 

@@ -176,8 +176,8 @@ def finish(job: Run, results: list[Path], begun: float) -> None:
 
     from bench.judge.planned import planned_speed
     from bench.measure.result import read_result
-    from bench.report import report
     from bench.report.headline import bought_by
+    from bench.report.page import report
     from saap import __version__
     from saap.base.quality import QUALITY
     from saap.cli.bench import show_result

@@ -10,7 +10,7 @@ import pytest
 from support.report_page import RUN, document, measurement, result, row, task
 
 from bench.measure.result import write_result
-from bench.report import report
+from bench.report.page import report
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 sync_api = pytest.importorskip("playwright.sync_api", reason="pip install playwright")

@@ -13,9 +13,9 @@ from support.report_page import RUN, measurement, result, sample, text_of
 
 from bench.judge.comparison import compare_within
 from bench.measure.result import ModelFacts, ResultError, read_result, write_result
-from bench.report import report
 from bench.report.headline import cards_of, entries_of, pair_of
 from bench.report.history import add
+from bench.report.page import report
 
 HOSTILE = "</svg></title><script>alert('$x$')</script><img src=x onerror=alert(1)>\x07"
 

@@ -9,8 +9,8 @@ import json
 from support.report_page import document, measurement, result, row, task
 
 from bench.measure.result import write_result
-from bench.report import report
 from bench.report.headline import cards_of, entries_of, pair_of
+from bench.report.page import report
 from bench.report.quality import sections_of, task_table
 
 

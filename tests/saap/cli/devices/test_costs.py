@@ -14,11 +14,11 @@ from support.command_line import here, last_line
 from support.remote_runs import remains, running
 from support.sshd import Sshd
 
-from bench.costs import CostsOptions
 from bench.costs import measure as costs
 from bench.costs.fit import MeasuredCosts
+from bench.costs.options import CostsOptions
 from bench.measure.result import Bandwidth
-from bench.remote import BoardOptions
+from bench.remote.options import BoardOptions
 from bench.remote.target import Target, _costs
 from devices.transport import BoardError
 from export.bundle.manifest import read_manifest
