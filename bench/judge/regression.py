@@ -45,7 +45,7 @@ from bench.measure.statistics import ratio_of_sessions, typical
 from devices.probe.host import probe
 from saap.base.errors import UserError
 
-KEPT = ("repetitions", "seed", "warmup", "cool_down_s", "choice")  # settings of a session, besides its lengths
+KEPT = ("repetitions", "seed", "warmup", "choice")  # settings of a session, besides its lengths
 SESSIONS = 5  # of a baseline
 MOST_FRESH = 3  # sessions of a test
 MOST_KEPT = 30  # sessions; of those that tests added the oldest go

@@ -10,7 +10,6 @@ shares (memory, vector units, a second hardware thread). It allocates nothing.
 
 from __future__ import annotations
 
-import math
 import re
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -129,35 +128,3 @@ def _spread(probes: Sequence[float]) -> float:
     values = np.asarray(probes)
     median = np.median(values)
     return float(np.median(np.abs(values - median)) / median)
-
-
-ABOVE_START_C = 3.0
-LOOK_EVERY_S = 0.5
-
-
-class CoolDown:
-    """Keeps every repetition's start within 3 degrees of the first one's.
-
-    Args:
-        limit_s: longest wait before one repetition; 0 never waits.
-        root: of /sys. Without a temperature there it never waits.
-        clock, sleep: of the wait.
-    """
-
-    def __init__(
-        self,
-        limit_s: float,
-        root: Path = Path("/"),
-        clock: Callable[[], float] = time.monotonic,
-        sleep: Callable[[float], None] = time.sleep,
-    ) -> None:
-        self._limit_s, self._root, self._clock, self._sleep = limit_s, root, clock, sleep
-        start_c = temperature(root) if limit_s > 0 else None
-        self._cool_c = math.inf if start_c is None else start_c + ABOVE_START_C
-
-    def wait(self) -> float:
-        """Wait, and say for how many seconds."""
-        begun = self._clock()
-        while (spent := self._clock() - begun) < self._limit_s and (temperature(self._root) or 0.0) > self._cool_c:
-            self._sleep(LOOK_EVERY_S)
-        return spent

@@ -65,7 +65,7 @@ class BenchOptions:
     repetitions: Annotated[
         Annotated[int, Meta(ge=1, le=10_000)] | None,
         Option(
-            "Fresh processes per spec, interleaved; default: 10, then as --precision and --max-time say.",
+            "Fresh processes per spec, interleaved; default: 10, then until the rate is known or time is up.",
             flags=("-r", "--repetitions"),
         ),
     ] = None
@@ -88,14 +88,6 @@ class BenchOptions:
     warmup: Annotated[Length | None, Option("Warm-up steps; default: until they are steady.", shown=False)] = None
     seed: Annotated[int, Option("Of the prompt's tokens, the same for all specs."), Meta(ge=0)] = 0
     provider: Annotated[Provider, Option("Of ONNX Runtime, for bundles.")] = "cpu"
-    cool_down_s: Annotated[
-        float,
-        Option(
-            "Most seconds to wait for cores to cool to 3 C above their start.",
-            flags=("--cool-down",),
-        ),
-        Meta(ge=0),
-    ] = 0.0
     cold: Annotated[bool, Option("Also time a load from storage.")] = True
     choice: Annotated[
         str | None,

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import msgspec
 
-from bench.measure.cores import CoolDown
 from bench.measure.options import KNOWN_ROUNDS, LEAST_ROUNDS, BenchOptions, Setting
 from bench.measure.result import ModelFacts, Sample
 from bench.measure.statistics import relative_half_width, typical
@@ -56,7 +55,6 @@ class Rounds:
     ) -> None:
         self.plan, self.recorder, self._progress = plan, recorder, progress
         self.outcomes = {setting: [Outcome(peer, setting) for peer in peers] for setting in plan.settings()}
-        self._cooling = CoolDown(plan.cool_down_s, plan.root)
         self._idle: tuple[float, float] | None = None
         self._turns = plan.turns_s > 0 and len(peers) > 1  # which tell the ratios, so that rounds need not
         self._vocab = min(peer.vocab_size for peer in peers)
@@ -110,7 +108,6 @@ class Rounds:
         """One process of a spec that has not failed before."""
         self._say(outcome, f"round {self._round + 1}")
         if outcome.failure is None:
-            self._cooling.wait()
             peer, job = outcome.peer, self._job(outcome)
             job = replace(job, spawned_at=time.monotonic(), available_before=available(self.plan.root))
             try:

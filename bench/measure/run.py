@@ -26,7 +26,7 @@ from export.engine.protocol import check_threads
 from saap.base.cores import choose_cores
 from saap.base.progress import Progress
 
-RECORDED = ("seed", "repetitions", "precision", "max_time_s", "ratio_time_s", "warmup", "timeout_s", "cool_down_s")
+RECORDED = ("seed", "repetitions", "precision", "max_time_s", "ratio_time_s", "warmup", "timeout_s")
 
 
 def measure(

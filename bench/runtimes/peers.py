@@ -158,7 +158,7 @@ def _bundle(spec: str, length: int, progress: Progress | None) -> Peer:
 def _torch(spec: str, length: int) -> Peer:
     if (_path(spec) / MANIFEST).is_file():
         raise PeerError(f"{spec}: it is a bundle; leave torch: out, or give the model that it was made from")
-    peer = _directory(spec, length, row_of("torch"), "a Hugging Face model directory")
+    peer = _directory(spec, length, row_of("torch"), "torch: a Hugging Face model directory")
     return replace(peer, unknown={"bundle_hash": "a model directory is not a bundle"})
 
 
@@ -188,7 +188,7 @@ def genai_peer(spec: str, length: int) -> Peer:
 
 def _optimum(spec: str, length: int) -> Peer:
     """Read a portable bundle of uniform sizes, or optimum's own export, to run in optimum-onnx."""
-    allowed = "a directory of `saap export --target portable` or of optimum"
+    allowed = "a directory of optimum, or make one with `saap export --target portable`"
     return _directory(spec, length, OPTIMUM_ROW, allowed, DECODE_GRAPH)
 
 

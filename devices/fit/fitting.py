@@ -1,6 +1,6 @@
 """Will a bundle run on a device: does it load, how much memory does it take, how fast could it be at most.
 
-Numbers in, numbers out: whoever calls reads the bundle and the device. What the kernels are was read from ONNX
+Numbers in, numbers out: whoever calls reads the bundle and the device. Which kernels there are was read from ONNX
 Runtime's sources (MLAS, KleidiAI) and, on x86-64, measured; nobody has run them on the boards.
 """
 
@@ -59,7 +59,6 @@ class Fit:
     fits: bool  # it loads, and the memory suffices at ``context``
     largest_context: int  # tokens that fit in the memory, at most the model's; 0 where not even one does
     ceiling: tuple[float | None, float | None]
-    kernels: tuple[str, ...]
     refusals: tuple[Finding, ...]
     remarks: tuple[str, ...]
     remedies: tuple[Finding, ...]  # what would make it fit
@@ -89,7 +88,7 @@ def fit(model: Model, device: Device, context: int) -> Fit:
         notes += ("tight: less than a tenth of the memory is left, and other processes want some",)
     return Fit(
         context, memory, device.memory_bytes, not against, not against and suffices, largest, ceiling,
-        kernels(model, device), against, notes, remedies,
+        against, notes, remedies,
     )  # fmt: skip
 
 
@@ -123,17 +122,6 @@ def refusals(model: Model, device: Device) -> tuple[Finding, ...]:
     return tuple(findings)
 
 
-def kernels(model: Model, device: Device) -> tuple[str, ...]:
-    """Name the kernels that multiply its matrices, for people; empty where that is not known."""
-    if model.target == "cuda":
-        return (f"CUDA, {device.cuda or 'a GPU that is not known'}: float16, {model.bits}-bit weights",)
-    if model.bits == 32:
-        return ("float32",)
-    if device.architecture == "aarch64":
-        return _arm_kernels(model, device)
-    return _x86_kernels(model, device) if device.architecture == "x86_64" else ()
-
-
 def remarks(model: Model, device: Device) -> tuple[str, ...]:
     notes = []
     if device.onnxruntime is None:
@@ -147,29 +135,6 @@ def remarks(model: Model, device: Device) -> tuple[str, ...]:
     if model.target == "portable":
         notes.append("standard operators copy the cache at every token: it counts twice, and decode slows with depth")
     return (*notes, *(_cuda_remarks(model, device) if model.target == "cuda" else ()))
-
-
-def _arm_kernels(model: Model, device: Device) -> tuple[str, ...]:
-    dot = device.dotprod
-    if model.accuracy_level != 4 or dot is False:
-        return ("float32 (NEON) on weights of 4 bit",) if model.bits == 4 else ()
-    if dot is None:
-        return ("int8 dot product if the CPU has dotprod, else float32 (NEON)",)
-    decode = "int8 dot product (dotprod)"
-    if device.has("i8mm") and model.block % 32 == 0:
-        return (f"decode: {decode}", "prefill: int8 matrix product (i8mm)")
-    return (decode,)
-
-
-def _x86_kernels(model: Model, device: Device) -> tuple[str, ...]:
-    if device.has("avx2") is False:
-        return ("float32 after unpacking: without AVX2 there is no kernel for packed weights, and it is very slow",)
-    wide = "AVX512" if device.has("avx512f") else "AVX2" if device.has("avx2") else "AVX2 or AVX512"
-    if model.accuracy_level != 4:
-        return (f"float32 ({wide}) on weights of {model.bits} bit",)
-    if device.has("avx512_vnni") or (wide == "AVX2" and device.has("avx_vnni")):
-        return (f"int8 dot product ({wide}-VNNI)",)
-    return (f"int8 products in several instructions ({wide} without VNNI)",)
 
 
 def _cuda_remarks(model: Model, device: Device) -> list[str]:

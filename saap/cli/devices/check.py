@@ -48,8 +48,8 @@ class CheckOptions:
 def check(bundle: Path, as_json: bool, options: CheckOptions) -> None:
     """Will a bundle run there? Exit 1 when it does not fit.
 
-    Whether it loads, how much memory it takes, how much context fits, which kernels run it, how fast it could be at
-    most, and what would make it fit. Nothing is run.
+    Whether it loads, how much memory it takes, how much context fits, how fast it could be at most, and what would make
+    it fit. Nothing is run.
 
     \b
     Example:
@@ -91,7 +91,7 @@ def _here(options: DeviceOptions, measure: bool) -> Device:
         raise UserError("how much memory this host has cannot be read: check with --device and --memory")
     bandwidth: tuple[float | None, str] = (None, "measure it with --bandwidth")
     if measure:
-        best = max((row["bytes_per_s"] or 0 for row in read_bandwidth(facts["last_level_cache_bytes"])), default=0)
+        best = max(each.bytes_per_s or 0 for each in read_bandwidth(facts["last_level_cache_bytes"]))
         bandwidth = (best or None, "read just now")
     elif known:
         bandwidth = (known.numbers["memory_bandwidth"].value, known.numbers["memory_bandwidth"].source)
@@ -136,8 +136,6 @@ def _show(bundle: Path, device: Device, verdict: Fit) -> None:
             f"  ceiling: {empty:.1f} tokens/s, {full:.1f} with a full cache ({rate}: "
             f"{device.bandwidth_source}); what it will do is less, measure it"
         )
-    for line in verdict.kernels:
-        tell(f"  kernels: {line}")
     for line in verdict.remarks:
         tell(f"  note: {line}")
     if verdict.remedies:

@@ -32,8 +32,7 @@ class EmulateCommand:
     cpu: Annotated[
         tuple[Literal["cortex-a72", "cortex-a76", "max"], ...], Option("May be given again; default: all three.")
     ] = ()
-    text: Annotated[Path | None, Option("A text file to ask the model about; default: a few sentences of ours.")] = None
-    tokens: Annotated[int, Option("Of the text."), COUNT] = 64
+    tokens: Annotated[int, Option("Of the text that the bundle is asked about."), COUNT] = 64
 
 
 @click.command(cls=OptionsCommand)
@@ -61,10 +60,10 @@ def emulate(bundle: str, json_path: Path | None, options: EmulateCommand) -> Non
 
     if options.tokens < 2:
         raise UserError(f"a text of {counted(options.tokens, 'token')} has no likelihood: give --tokens 2 or more")
-    check_place(json_path, EMULATION, bundle, options.text)
-    ids = text_ids(Path(bundle), options.text)[: options.tokens]
+    check_place(json_path, EMULATION, bundle)
+    ids = text_ids(Path(bundle))[: options.tokens]
     if len(ids) < 2:
-        raise UserError(f"a text of {counted(len(ids), 'token')} has no likelihood: give a longer --text")
+        raise UserError(f"{bundle} has room for {counted(len(ids), 'token')} of text, and 2 are needed: export it anew")
     onnxruntime = probe()["onnxruntime"]
     if onnxruntime is None:
         raise UserError("ONNX Runtime is not installed here, and answers are compared with its: install saap[bench]")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, TypedDict
+from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 import click
 
@@ -12,6 +13,7 @@ from saap.cli.console import print_table
 from saap.cli.types import Sections
 
 if TYPE_CHECKING:
+    from bench.measure.result import Bandwidth
     from devices.probe.cpu import Cluster
     from devices.probe.host import HostFacts
 
@@ -36,47 +38,29 @@ def probe(as_json: bool, bandwidth: bool) -> None:
     profile = profile_of(facts["compatible"], load_profiles())
     speeds = read_bandwidth(facts["last_level_cache_bytes"]) if bandwidth else []
     if as_json:
-        click.echo(json.dumps({**facts, "profile": profile, **({"bandwidth": speeds} if bandwidth else {})}, indent=1))
+        read = {"bandwidth": [{**asdict(speed), "bytes_per_s": speed.bytes_per_s} for speed in speeds]}
+        click.echo(json.dumps({**facts, "profile": profile, **(read if bandwidth else {})}, indent=1))
         return
     print_table("this host", ["fact", "value"], [*_host_rows(facts), ["profile", profile or NO_PROFILE]])
     headings = ["CPUs", "core", "capacity", "governor", "clock MHz", "from", "to", "hardware"]
     print_table("clusters", headings, [*map(_cluster, facts["clusters"] or [])])
     if bandwidth:
-        print_table("reading memory", ["threads", "GB/s"], [[str(speed["threads"]), _rate(speed)] for speed in speeds])
+        print_table("reading memory", ["threads", "GB/s"], [[str(speed.n_threads), _rate(speed)] for speed in speeds])
 
 
-class Speed(TypedDict, total=False):
-    """Measure how fast memory can be read; ``unknown`` says why it could not be."""
-
-    threads: int
-    cpus: list[int]
-    bytes_per_s: float | None  # the best sample
-    samples: list[float]
-    unknown: dict[str, str]
-
-
-def read_bandwidth(cache_bytes: int | None) -> list[Speed]:
+def read_bandwidth(cache_bytes: int | None) -> list[Bandwidth]:
     """Read memory with 1, 2, 4, ... threads and with all cores, one thread each."""
     from bench.measure.roofline import probe_bandwidth
     from saap.base.cores import choose_cores, physical_cores
 
     most = physical_cores()
     counts = sorted({most, *(1 << power for power in range(most.bit_length()) if 1 << power <= most)})
-    readings = []
-    for count in counts:
-        cpus = choose_cores(count)
-        probed = probe_bandwidth(cpus, cache_bytes)
-        best = max(probed.samples, default=None)
-        speed: Speed = {"threads": count, "cpus": cpus, "bytes_per_s": best, "samples": probed.samples}
-        if best is None:
-            speed["unknown"] = probed.unknown
-        readings.append(speed)
-    return readings
+    return [probe_bandwidth(choose_cores(count), cache_bytes) for count in counts]
 
 
-def _rate(speed: Speed) -> str:
-    best = speed["bytes_per_s"]
-    return f"{best / 1e9:.1f}" if best else speed["unknown"]["samples"]
+def _rate(bandwidth: Bandwidth) -> str:
+    best = bandwidth.bytes_per_s
+    return f"{best / 1e9:.1f}" if best else bandwidth.unknown["samples"]
 
 
 def _host_rows(facts: HostFacts) -> Iterable[list[str]]:

@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 import click
 from msgspec import Meta
 
-from bench.measure.options import Provider
+from bench.measure.options import BenchOptions
 from bench.remote.options import BoardOptions
 from export.engine.spec import BundleSpec
-from saap.base.errors import UserError
-from saap.base.options import THREADS, Option
+from saap.base.options import Option, Part
 from saap.base.values import parse_duration
 from saap.base.wording import counted
 from saap.cli.bench import check_ending, keep, show_reasons
@@ -25,7 +24,6 @@ from saap.cli.types import force
 if TYPE_CHECKING:
     from bench.judge.baselines import Baseline
     from bench.judge.regression import DeviceTest, Measure
-    from bench.measure.options import BenchOptions
     from bench.remote.target import Target
 
 GREEDY = 16
@@ -66,16 +64,22 @@ class DeviceOptions:
 class BaselineCommand:
     """The options of ``saap devices baseline``."""
 
-    prompt: Annotated[int, Option("Prompt tokens.", flags=("-p", "--prompt")), Meta(ge=0, le=1_000_000)] = 128
-    generate: Annotated[int, Option("Generated tokens.", flags=("-n", "--generate")), Meta(ge=0, le=1_000_000)] = 128
-    depth: Annotated[int, Option("Tokens in the cache before.", flags=("-d", "--depth")), Meta(ge=0, le=1_000_000)] = 0
-    threads: Annotated[int | None, Option("Default: all physical cores.", flags=("-t", "--threads")), THREADS] = None
-    repetitions: Annotated[
-        int | None,
-        Option("Of each session; default: until the rate is known to 2 %.", flags=("-r", "--repetitions")),
-        Meta(ge=1, le=10_000),
-    ] = None
-    provider: Annotated[Provider, Option("Of ONNX Runtime.")] = "cpu"
+    options: Annotated[
+        BenchOptions,
+        Part(
+            ("prompt", "generate", "depth", "threads", "repetitions", "provider"),
+            without=(
+                "precision",
+                "max_time_s",
+                "ratio_time_s",
+                "timeout_s",
+                "warmup",
+                "seed",
+                "cold",
+                "choice",
+            ),
+        ),
+    ] = field(default_factory=BenchOptions)
     sessions: Annotated[int, Option("What differs between them is taken for noise."), Meta(ge=1, le=100)] = 5
     spread: Annotated[
         float,
@@ -83,7 +87,6 @@ class BaselineCommand:
         Meta(ge=0, le=604_800),
     ] = 0.0
     add: Annotated[bool, Option("Add the sessions to the baseline that is there.")] = False
-    text: Annotated[Path | None, Option("A text file to ask the model about; default: a few sentences of ours.")] = None
     device: DeviceOptions = field(default_factory=DeviceOptions)
 
 
@@ -114,20 +117,16 @@ def baseline(bundle: str, options: BaselineCommand) -> None:
     """
     from bench.judge.baselines import checked_folder, name_of, writable_folder, write_baseline
     from bench.judge.regression import Recording, plan_of, record, visible_changes
-    from bench.measure.options import BenchOptions
     from bench.remote.target import target
     from saap.base.interrupt import ended_as_by_a_person
 
     console = Console.of_command()
     device_options = options.device
     device_options.check()
-    check_ending(options, options.repetitions)
+    check_ending(options, options.options.repetitions)
     folder = checked_folder(device_options.folder)
-    of_bench = ("prompt", "generate", "depth", "threads", "repetitions", "provider")
-    plan = BenchOptions(
-        **{name: getattr(options, name) for name in of_bench}, max_time_s=device_options.max_time_s,
-        text=text_ids(_path(bundle), options.text), greedy=GREEDY,
-    )  # fmt: skip
+    text = text_ids(_path(bundle))
+    plan = replace(options.options, max_time_s=device_options.max_time_s, text=text, greedy=GREEDY)
     name = device_options.name or name_of(bundle)
     writable_folder(folder, name)
     there = _baseline_there(folder, name, device_options.on) if options.add else None
@@ -246,8 +245,8 @@ def measuring(device: Target, bundle: str, name: str, console: Console) -> Measu
     return lambda plan: device.bench([bundle], plan, names=[name], progress=console.report)
 
 
-def text_ids(bundle: Path, text: Path | None = None) -> tuple[int, ...]:
-    """Token ids of the text that a model is asked about: as many as it holds beside the tokens it shall say.
+def text_ids(bundle: Path) -> tuple[int, ...]:
+    """Return token ids of the text that a model is asked about: as many as it holds beside the tokens that it writes.
 
     Random ids, always the same, where a bundle has no tokenizer.
     """
@@ -257,14 +256,9 @@ def text_ids(bundle: Path, text: Path | None = None) -> tuple[int, ...]:
 
     manifest = read_manifest(bundle)
     most = min(MOST_TEXT, manifest.context_length - GREEDY)
-    if text is None and not (bundle / "tokenizer.json").is_file():
+    if not (bundle / "tokenizer.json").is_file():
         return tuple(random_tokens(most, manifest.vocab_size, seed=0))
-    try:
-        words = TEXT if text is None else text.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
-        raise UserError(f"cannot read {text} ({reason}): give a text file in UTF-8") from None
-    return tuple(BundleTokenizer(bundle).encode(words)[:most])
+    return tuple(BundleTokenizer(bundle).encode(TEXT)[:most])
 
 
 def fastest_setting(device: Target, bundle: str, plan: BenchOptions, console: Console) -> str | None:

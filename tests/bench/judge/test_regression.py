@@ -191,10 +191,10 @@ def test_sessions_are_added_by_hand_and_by_good_tests(tmp_path: Path) -> None:
 
 
 def test_a_test_measures_with_the_settings_of_its_baseline() -> None:
-    plan = replace(PLAN, provider="cuda", warmup=3, cool_down_s=7.0, seed=4, repetitions=6)
+    plan = replace(PLAN, provider="cuda", warmup=3, seed=4, repetitions=6)
     device = Device(*FIVE, provider="cuda")
     baseline = record("tiny", device, plan)
-    settings = {name: getattr(plan, name) for name in ("seed", "repetitions", "warmup", "cool_down_s")}
+    settings = {name: getattr(plan, name) for name in ("seed", "repetitions", "warmup")}
     told = [replace(result, settings=result.settings | settings) for result in baseline.results]
     assert plan_of(replace(baseline, results=told)) == replace(plan, cold=False)
 

@@ -1,4 +1,4 @@
-"""Which cores are chosen, what they tell of themselves, whether they kept their clock and cooled down."""
+"""Which cores are chosen, what they tell of themselves, and whether they kept their clock."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from support.fake_trees import CPU, capacities, plant, zones
 
-from bench.measure.cores import IDLE_PROBES, CoolDown, board_state, drift, level, probe_clock, temperature
+from bench.measure.cores import IDLE_PROBES, board_state, drift, level, probe_clock, temperature
 from bench.measure.host_state import counters, snapshot
 from saap.base.cores import allowed_cores, choose_cores, physical_cores
 
@@ -194,40 +194,3 @@ def test_a_noisy_side_widens_the_limit_and_preempted_probes_are_no_slower_clock(
     preempted = [seconds + 4e-3 * (i % 10 < 4) for i, seconds in enumerate(IDLE)]
     change, limit = drift(IDLE, preempted)
     assert abs(change) < 0.005 < limit
-
-
-class Board:
-    """Two degrees cooler with every look, and a clock that the waits move."""
-
-    def __init__(self, root: Path) -> None:
-        self.zone, self.now = root / "sys/class/thermal/thermal_zone0", 0.0
-        self.zone.mkdir(parents=True)
-        (self.zone / "type").write_text("cpu-thermal\n")
-
-    def set(self, celsius: float) -> None:
-        (self.zone / "temp").write_text(f"{int(celsius * 1000)}\n")
-
-    def sleep(self, seconds: float) -> None:
-        self.now += seconds
-        self.set(int((self.zone / "temp").read_text()) / 1000 - 2)
-
-
-def test_it_waits_until_the_start_is_near_and_not_for_ever(tmp_path: Path) -> None:
-    board = Board(tmp_path)
-    board.set(40)
-    cool, hasty = (CoolDown(limit, tmp_path, lambda: board.now, board.sleep) for limit in (60, 2))
-    for celsius, waited in ((40, 0), (52, 2.5), (43, 0)):  # 52, 50, 48, 46, 44, 42
-        board.set(celsius)
-        assert cool.wait() == pytest.approx(waited)
-    board.set(90)
-    assert hasty.wait() == pytest.approx(2)
-
-
-@pytest.mark.parametrize("limit_s", [0, 60])
-def test_it_does_not_wait_where_it_was_not_asked_or_nothing_is_told(tmp_path: Path, limit_s: float) -> None:
-    def never(seconds: float) -> None:
-        raise AssertionError("it waited")
-
-    if limit_s == 0:
-        Board(tmp_path).set(90)
-    assert CoolDown(limit_s, tmp_path, sleep=never).wait() < 0.1

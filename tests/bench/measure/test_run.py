@@ -173,7 +173,6 @@ def test_prompt_is_deterministic_and_in_the_vocabulary() -> None:
         (["{b}"], {"prompt": -1}, UserError, "--prompt -1"),
         (["{b}"], {"prompt": 0, "generate": 0}, UserError, "nothing to time"),
         (["{b}"], {"depth": (0, -2)}, UserError, "--depth 0,-2"),
-        (["{b}"], {"pairs": ((4, -1),)}, UserError, "-pg takes"),
         (["{b}"], {"precision": 2.0}, UserError, "--precision 2.0"),
         (["{b}"], {"max_time_s": 0.0}, UserError, "--max-time 0.0"),
         (["{b}"], {"warmup": -1}, UserError, "warmup -1 is not allowed"),

@@ -150,9 +150,9 @@ def test_the_command_refuses_what_it_does_not_know(tmp_path: Path, monkeypatch: 
     bundle = tiny_bundle(tmp_path / "tiny")
     assert "cortex-a72" in refused("devices", "emulate", bundle, "--cpu", "cortex-m4")
     assert "--tokens 2 or more" in refused("devices", "emulate", bundle, "--tokens", "1")
-    monkeypatch.setattr(emulate_command, "text_ids", lambda bundle, text: (1,))
-    assert "give a longer --text" in refused("devices", "emulate", bundle)
-    monkeypatch.setattr(emulate_command, "text_ids", lambda bundle, text: TEXT)
+    monkeypatch.setattr(emulate_command, "text_ids", lambda bundle: (1,))
+    assert "has room for 1 token of text, and 2 are needed" in refused("devices", "emulate", bundle)
+    monkeypatch.setattr(emulate_command, "text_ids", lambda bundle: TEXT)
     monkeypatch.setattr(devices_emulate.shutil, "which", lambda name: None)
     assert "apt install qemu-user mmdebstrap" in refused("devices", "emulate", bundle)
 

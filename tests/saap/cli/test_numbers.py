@@ -10,13 +10,13 @@ from support.command_line import every_command, here
 
 # Options that may be 0, as large as 10^9 or below 0, by their names in Python.
 ZERO = {
-    "cool_down_s", "depth", "generate", "held_out", "keep_layers",
+    "depth", "generate", "held_out", "keep_layers",
     "learning_rate", "memory", "min_p", "most_gone", "patience", "prompt", "ratio_time_s",
     "recovered",
     "seconds", "seed", "skip", "spread", "stability", "teacher_weight", "temperature", "warmup",
 }  # fmt: skip
 HUGE = {
-    "context", "cool_down_s", "max_bytes", "max_chunks", "max_examples", "max_params", "max_time_s", "max_tokens",
+    "context", "max_bytes", "max_chunks", "max_examples", "max_params", "max_time_s", "max_tokens",
     "memory", "ms_per_token", "ratio_time_s", "seconds", "seed", "timeout_s", "tokens", "top_k",
 }  # fmt: skip
 NEGATIVE = {"stability"}

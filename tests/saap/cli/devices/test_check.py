@@ -42,7 +42,7 @@ def test_command_exits_with_1_when_it_does_not_fit(bundle: Path) -> None:
 def test_command_about_this_host(bundle: Path) -> None:
     told = json.loads(here("devices", "check", bundle, "--json").stdout)
     assert told["fits"] is True and told["device"]["memory_source"] == "available at the moment"
-    assert told["model"]["bits"] == 32 and told["kernels"] == ["float32"]
+    assert told["model"]["bits"] == 32
 
 
 def test_mistakes(bundle: Path, tmp_path: Path) -> None:
