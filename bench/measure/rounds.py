@@ -31,6 +31,8 @@ class Outcome:
 
     peer: Peer
     setting: Setting
+    job: Repetition
+    environment: dict[str, str]  # of its workers
     samples: list[Sample] = field(default_factory=list)
     model: ModelFacts | None = None
     versions: dict[str, str] = field(default_factory=dict)
@@ -54,10 +56,17 @@ class Rounds:
         self, peers: Sequence[Peer], plan: BenchOptions, recorder: Recorder, progress: Progress | None
     ) -> None:
         self.plan, self.recorder, self._progress = plan, recorder, progress
-        self.outcomes = {setting: [Outcome(peer, setting) for peer in peers] for setting in plan.settings()}
+        self._orders = [turn(len(peers), number) for number in range(plan.most_rounds)]
+        vocab = min(peer.vocab_size for peer in peers)
+        self.outcomes = {
+            setting: [
+                Outcome(peer, setting, job_of(peer, setting, plan, vocab), peer.environment(setting.threads))
+                for peer in peers
+            ]
+            for setting in plan.settings()
+        }
         self._idle: tuple[float, float] | None = None
         self._turns = plan.turns_s > 0 and len(peers) > 1  # which tell the ratios, so that rounds need not
-        self._vocab = min(peer.vocab_size for peer in peers)
         self._order = self._round = 0
         self._total = float(
             len(peers) * len(self.outcomes) * (plan.repetitions or (LEAST_ROUNDS if self._turns else KNOWN_ROUNDS))
@@ -77,7 +86,7 @@ class Rounds:
         while active and self._round < self.plan.most_rounds:
             started = time.monotonic()
             for setting in active:
-                for index in turn(len(self.outcomes[setting]), self._round):
+                for index in self._orders[self._round]:
                     self._one(self.outcomes[setting][index])
             self._round += 1
             if self.plan.adaptive and self._round >= LEAST_ROUNDS:
@@ -98,7 +107,7 @@ class Rounds:
         """One load per spec with its files dropped from the page cache first."""
         for index, outcome in enumerate(next(iter(self.outcomes.values()))):
             self._say_load(outcome, index)
-            seconds, reason = cold_load(outcome.peer, self._job(outcome), self.plan.timeout_s)
+            seconds, reason = cold_load(outcome, self.plan.timeout_s)
             for others in self.outcomes.values():
                 others[index].cold_load_s = seconds
                 if reason:
@@ -108,11 +117,11 @@ class Rounds:
         """One process of a spec that has not failed before."""
         self._say(outcome, f"round {self._round + 1}")
         if outcome.failure is None:
-            peer, job = outcome.peer, self._job(outcome)
-            job = replace(job, spawned_at=time.monotonic(), available_before=available(self.plan.root))
+            memory = available(self.plan.root)
+            job = replace(outcome.job, order=self._order, spawned_at=time.monotonic(), available_before=memory)
             try:
                 answer = call(
-                    WORKER, asdict(job), self.plan.timeout_s, peer.environment(job.options.threads), peer.python,
+                    WORKER, asdict(job), self.plan.timeout_s, outcome.environment, outcome.peer.python,
                     lambda note: self._say(outcome, f"round {self._round + 1}, {_rate(note)}"),
                 )  # fmt: skip
             except ChildFailedError as error:
@@ -129,9 +138,6 @@ class Rounds:
             spelling = outcome.peer.model.spelling
             outcome.model = replace(answer.model, vocab_size=outcome.peer.vocab_size, spelling=spelling)
         outcome.versions |= answer.versions
-
-    def _job(self, outcome: Outcome) -> Repetition:
-        return replace(job_of(outcome.peer, outcome.setting, self.plan, self._vocab), order=self._order)
 
     def _estimate(self, widths: dict[Setting, float], begun: float, now: float) -> None:
         """Estimate the number of processes: an interval shrinks with the root of it, and time is limited."""
@@ -175,14 +181,14 @@ def half_width(outcomes: Sequence[Outcome]) -> float:
     return max(relative_half_width(base, other, paired=True) for other in others)
 
 
-def cold_load(peer: Peer, job: Repetition, timeout_s: float) -> tuple[float | None, str | None]:
+def cold_load(outcome: Outcome, timeout_s: float) -> tuple[float | None, str | None]:
     """Seconds of a load from storage, or None and why it is not known."""
-    files = [peer.path] if peer.path.is_file() else [f for f in peer.path.rglob("*") if f.is_file()]
+    path = outcome.peer.path
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
     total = sum(drop_from_cache(file) for file in files)
     try:
-        answer = call(
-            WORKER, asdict(replace(job, only_load=True)), timeout_s, peer.environment(job.options.threads), peer.python
-        )
+        job = asdict(replace(outcome.job, only_load=True))
+        answer = call(WORKER, job, timeout_s, outcome.environment, outcome.peer.python)
     except ChildFailedError as error:
         return None, str(error)
     load = msgspec.convert(answer, ColdLoad)
