@@ -62,16 +62,12 @@ class Baseline:
         return replace(self, results=[*self.results[:recorded], *tested], tested=len(tested))
 
 
-def checked_folder(folder: Path, installed: Sequence[Path] | None = None) -> Path:
+def checked_folder(folder: Path) -> Path:
     """Return a folder for baselines, which is created when it is first written to.
 
-    Args:
-        installed: folders of installed packages; those of this Python where not given.
-
-    Raises:
-        RegressionError: inside an installed package, where the next update would remove it.
+    Raises RegressionError: inside an installed package, where the next update would remove it.
     """
-    installed = [Path(sysconfig.get_path(k)) for k in ("purelib", "platlib")] if installed is None else installed
+    installed = [Path(sysconfig.get_path(kind)) for kind in ("purelib", "platlib")]
     place = folder.resolve()
     if any(place.is_relative_to(packages.resolve()) for packages in installed):
         raise RegressionError(
