@@ -212,10 +212,11 @@ def test_openvino_reads_the_graph_of_any_bundle(tiny_model, tiny_tokenizer, tmp_
     assert told["exact"] is True and told["nll"] == pytest.approx(made.manifest.parity.nll_graph, abs=0.02)
     assert engines_in(read_manifest(tmp_path / "bundle")) == ["onnxruntime", "openvino"]
     assert {path.name for path in (tmp_path / "bundle").iterdir()} == {*made.manifest.files, "bundle.json"}
+    spec, prompt = f"{tmp_path / 'bundle'}@openvino", ["--raw", "--max-tokens", 8, "the quick"]
+    assert here("generate", spec, *prompt).stdout == here("generate", tmp_path / "bundle", *prompt).stdout
+    if words == "fewer":  # the commands below see the same engine
+        return
     assert len(judged_and_timed(tmp_path / "bundle", "openvino", tmp_path, ratio_time=2)) == 2
-    spec = f"{tmp_path / 'bundle'}@openvino"
-    words = ["--raw", "--max-tokens", 8, "the quick"]
-    assert here("generate", spec, *words).stdout == here("generate", tmp_path / "bundle", *words).stdout
     assert "only ONNX Runtime is asked zero-shot tasks" in refused("eval", spec, "--tasks", "piqa")
 
 
