@@ -195,7 +195,7 @@ class ModelSource:
                     f"{self.directory}: {module} holds other integers than the {form} that config.json says: make the "
                     "directory again"
                 )
-            return QuantMatrix(qweight, scales, zero_points, *form)
+            return check_symmetric(module, QuantMatrix(qweight, scales, zero_points, *form))
         form, weight = self._form(module, precision), self.read(f"{module}.weight").float()
         if form.bits == 32:
             return weight
@@ -234,10 +234,7 @@ class ModelSource:
         return self.read(name).float() if name in self.names else None
 
     def table(self, module: str, precision: Precision) -> torch.Tensor | QuantMatrix:
-        """Read the embedding or the head, [vocab, hidden].
-
-        Raises UserError: integers with zero points of their own, which no graph has nodes for.
-        """
+        """Read the embedding or the head, [vocab, hidden]."""
         table = self.matrix(module, precision)
         rows = len(table.scales if isinstance(table, QuantMatrix) else table)
         if rows != self.shape.vocab:
@@ -245,8 +242,6 @@ class ModelSource:
                 f"{self.directory} has {rows} rows in {module}, but its config.json names a vocabulary of "
                 f"{self.shape.vocab}: get it again"
             )
-        if isinstance(table, QuantMatrix) and not is_symmetric(table):
-            raise UserError(f"{module} has zero points other than {2 ** (table.bits - 1)}: quantise it symmetrically")
         return table
 
     def linear(self, layer: int, part: str, precision: Precision) -> StackedLinear:
@@ -284,12 +279,15 @@ class ModelSource:
         return torch.cat([mixed[:, 0].flatten(), rest, mixed[:, 1].flatten()])
 
 
-def is_symmetric(matrix: QuantMatrix) -> bool:
-    """Whether every zero point is the midpoint, 2^(bits-1), which kernels know: without zero points they are faster."""
-    if matrix.zero_points.is_meta:  # only a shape, of integers that are made up
-        return True
+def check_symmetric(module: str, matrix: QuantMatrix) -> QuantMatrix:
+    """Return the matrix. Raises UserError: it has other zero points than 2^(bits-1), which kernels need not read."""
     zero_points = unpack_zero_points(matrix.zero_points, matrix.bits, matrix.scales.shape[1])
-    return bool((zero_points == 2 ** (matrix.bits - 1)).all())
+    if not bool((zero_points == 2 ** (matrix.bits - 1)).all()):
+        raise UserError(
+            f"{module} has zero points of its own, as saap 0.1 chose them with --asymmetric: tune the slim directory "
+            "again"
+        )
+    return matrix
 
 
 def sized_manifest(shape: ModelShape, precision: Precision, config: ModelConfig) -> BundleManifest:

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 from export.gguf.rotary import RotaryFields
-from export.gguf.tensors import BLOCK, natural_kind
-from export.source import ModelSource
+from export.gguf.tensors import BLOCK
+from export.source import ModelSource, check_symmetric
 from saap.base.errors import UserError
 from saap.models.architectures import FAMILIES, SLIM
 from saap.models.checkpoint import read_config
@@ -262,10 +262,11 @@ class GGUFSource(ModelSource):
         load: Callable[[], QuantMatrix | torch.Tensor] = partial(read, "weight")
         if self.quant:
             form = module_form(self.quant, self.architecture, module)
-            kind = kind or natural_kind(self.read(f"{module}.zero_points"), form.bits, columns // form.group_size)
+            kind = kind or ("Q8_0" if form.bits == 8 else "Q4_0")
 
             def integers() -> QuantMatrix:
-                return QuantMatrix(read("qweight"), read("scales"), read("zero_points"), *form)
+                matrix = QuantMatrix(read("qweight"), read("scales"), read("zero_points"), *form)
+                return check_symmetric(module, matrix)
 
             load = integers
 

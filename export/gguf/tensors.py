@@ -1,11 +1,10 @@
 """Matrices as GGUF blocks: our integers are carried over if the block type can hold them, else rounded again.
 
-Our integers are W = scale * (code - zero_point) in groups of 32 or more columns (saap.quantize.groups). A GGUF block
+Our integers are W = scale * (code - 2^(bits-1)) in groups of 32 or more columns (saap.quantize.groups). A GGUF block
 is 32 columns with a float16 ``d`` of its own, so a wider group repeats its scale. What a block type holds:
 
-* Q4_1, W = d q + m with q in 0..15: every 4-bit group, with m = -scale * zero_point rounded to float16.
-* Q4_0, W = d (q - 8): 4-bit groups whose code - zero_point lies in -8..7, exactly.
-* Q8_0, W = d q with q in -128..127: every 4-bit group and 8-bit groups whose code - zero_point lies there, exactly.
+* Q4_0, W = d (q - 8): every 4-bit group, exactly; Q4_1, W = d q + m, with m = -8 d.
+* Q8_0, W = d q with q in -128..127: every group, exactly.
 """
 
 from __future__ import annotations
@@ -15,8 +14,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from saap.models.modeling_slim import unpack_codes, unpack_zero_points
-from saap.quantize.groups import QuantMatrix, pack_zero_points
+from saap.models.modeling_slim import unpack_codes
+from saap.quantize.groups import QuantMatrix
 
 BLOCK = 32  # columns of a Q4_0, Q4_1 or Q8_0 block
 KINDS = ("F32", "F16", "Q8_0", "Q4_0", "Q4_1")
@@ -32,14 +31,6 @@ class Encoded:
     carried: float  # share of the groups whose integers were taken over as they are; 0 for a float matrix
 
 
-def natural_kind(zero_points: torch.Tensor, bits: int, groups: int) -> str:
-    """Choose the smallest type for a tuned matrix of ``groups`` a row: Q4_0 (symmetric), Q4_1, or Q8_0 for 8 bit."""
-    if bits == 8:
-        return "Q8_0"
-    zeros = unpack_zero_points(zero_points, bits, groups)
-    return "Q4_0" if bool((zeros == 8).all()) else "Q4_1"
-
-
 def take_columns(matrix: QuantMatrix | torch.Tensor, order: torch.Tensor) -> QuantMatrix | torch.Tensor:
     """Reorder the columns of a matrix by ``order`` [K] int64; where that tears groups apart, as floats."""
     if isinstance(matrix, torch.Tensor):
@@ -50,13 +41,7 @@ def take_columns(matrix: QuantMatrix | torch.Tensor, order: torch.Tensor) -> Qua
     ):
         return matrix.dequantize()[:, order]
     groups = order[::size] // size
-    zeros = unpack_zero_points(matrix.zero_points, matrix.bits, len(groups))
-    return replace(
-        matrix,
-        qweight=matrix.qweight[:, groups],
-        scales=matrix.scales[:, groups],
-        zero_points=pack_zero_points(zeros[:, groups], matrix.bits),
-    )
+    return replace(matrix, qweight=matrix.qweight[:, groups], scales=matrix.scales[:, groups])
 
 
 def encode(matrix: QuantMatrix | torch.Tensor, kind: str) -> Encoded:
@@ -94,17 +79,16 @@ def carry(matrix: QuantMatrix, kind: str) -> tuple[np.ndarray, np.ndarray]:
 
     Returns blocks [N, K/32, bytes per block] uint8 (meaningless where they do not fit), fits [N, K/32] bool.
     """
-    groups, repeat = matrix.qweight.shape[1], matrix.group_size // BLOCK  # a wider group is several blocks
+    repeat, middle = matrix.group_size // BLOCK, 2 ** (matrix.bits - 1)  # a wider group is several blocks
     packed = unpack_codes(matrix.qweight, matrix.bits, matrix.group_size)
     codes = packed.reshape(packed.shape[0], -1, BLOCK).numpy()
-    zeros = unpack_zero_points(matrix.zero_points, matrix.bits, groups).repeat_interleave(repeat, 1).numpy()
     scales = matrix.scales.float().repeat_interleave(repeat, 1).numpy()
     scale = scales.astype(np.float16)
     if kind == "Q4_1":
-        minimum = (-scales * zeros).astype(np.float16)
+        minimum = (-scales * middle).astype(np.float16)
         fits = np.isfinite(minimum) & np.isfinite(scale) & (matrix.bits == 4)
         return np.concatenate([_bytes(scale), _bytes(minimum), _nibbles(codes & 15)], axis=-1), fits
-    centred = codes.astype(np.int16) - zeros.astype(np.int16)[..., None]
+    centred = codes.astype(np.int16) - middle
     low, high = (-8, 7) if kind == "Q4_0" else (-128, 127)
     fits = (centred.min(-1) >= low) & (centred.max(-1) <= high) & np.isfinite(scale)
     clipped = centred.clip(low, high)

@@ -508,12 +508,9 @@ class MicrosoftGraph(DecoderGraph):
         if self.precision.bits == 32:
             y = self.graph.op("MatMul", x, self.graph.weight(f"{name}.weight"))
             return y if bias is None else self.graph.op("Add", y, bias)
-        zero_points = f"{name}.zero_points"
         inputs: list[ir.Value | None] = [x, self.graph.weight(f"{name}.qweight"), self.graph.weight(f"{name}.scales")]
         inside = bias is not None and self.floats == ir.DataType.FLOAT  # ONNX Runtime's CUDA kernel took none for long
-        if zero_points in self.tensors or inside:
-            inputs.append(self.graph.weight(zero_points) if zero_points in self.tensors else None)
-        y = self._quantised(name, [*inputs, None, bias] if inside else inputs, k, n)
+        y = self._quantised(name, [*inputs, None, None, bias] if inside else inputs, k, n)
         return y if bias is None or inside else self.graph.op("Add", y, bias)
 
     def _quantised(self, name: str, inputs: Sequence[ir.Value | None], k: int, n: int) -> ir.Value:

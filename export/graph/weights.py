@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from export.bundle.manifest import WEIGHTS
-from export.source import DeltaRates, Precision, WeightSource, is_symmetric
+from export.source import DeltaRates, Precision, WeightSource
 from saap.base.progress import Progress, advance
 from saap.models.shape import LayerSizes
 from saap.quantize.groups import QuantMatrix
@@ -172,8 +172,6 @@ class MicrosoftLayout:
             return
         self.file.add(f"{name}.qweight", matrix.qweight)
         self.file.add(f"{name}.scales", matrix.scales.float().flatten())
-        if not is_symmetric(matrix):
-            self.file.add(f"{name}.zero_points", matrix.zero_points.flatten())
 
     def add_vocabulary(self, source: WeightSource, precision: Precision) -> None:
         """Write the embedding, and the head where it is not tied to it.

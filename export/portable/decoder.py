@@ -284,8 +284,6 @@ class StandardGraph(DecoderGraph):
         if bits == 32:
             return g.op("MatMul", x, g.weight(f"{name}.weight"))
         inputs = [g.weight(f"{name}.codes"), g.weight(f"{name}.scales")]
-        if f"{name}.zero_points" in self.tensors:
-            inputs.append(g.weight(f"{name}.zero_points"))
         columns, groups = (self.tensors[f"{name}.{part}"].shape.numpy()[0] for part in ("codes", "scales"))
         return g.op("MatMul", x, g.op("DequantizeLinear", *inputs, axis=0, block_size=columns // groups))
 

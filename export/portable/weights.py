@@ -12,9 +12,9 @@ import onnx_ir as ir
 import torch
 
 from export.graph.weights import WeightFile
-from export.source import Precision, WeightSource, is_symmetric
+from export.source import Precision, WeightSource
 from saap.base.errors import UserError
-from saap.models.modeling_slim import unpack_codes, unpack_zero_points
+from saap.models.modeling_slim import unpack_codes
 from saap.quantize.groups import QuantMatrix
 
 
@@ -27,20 +27,14 @@ class StandardLayout:
         self.file = file
 
     def add_matrix(self, name: str, matrix: torch.Tensor | QuantMatrix) -> None:
-        """Write a linear [N, K]: its integers with zero points of their shape, unless those are all the midpoint."""
+        """Write a linear [N, K], or its integers as signed ones."""
         if isinstance(matrix, torch.Tensor):
             self.file.add(f"{name}.weight", matrix.t().contiguous())
             return
         bits = matrix.bits
         codes = unpack_codes(matrix.qweight, bits, matrix.group_size).flatten(1).t().contiguous()
-        if is_symmetric(matrix):
-            signed = ir.DataType.INT4 if bits == 4 else ir.DataType.INT8
-            self._add_packed(f"{name}.codes", codes ^ 2 ** (bits - 1), bits, signed)
-        else:
-            unsigned = ir.DataType.UINT4 if bits == 4 else ir.DataType.UINT8
-            self._add_packed(f"{name}.codes", codes, bits, unsigned)
-            zero_points = unpack_zero_points(matrix.zero_points, bits, matrix.scales.shape[1]).t().contiguous()
-            self._add_packed(f"{name}.zero_points", zero_points, bits, unsigned)
+        signed = ir.DataType.INT4 if bits == 4 else ir.DataType.INT8
+        self._add_packed(f"{name}.codes", codes ^ 2 ** (bits - 1), bits, signed)
         self.file.add(f"{name}.scales", matrix.scales.float().t().contiguous())
 
     def add_vocabulary(self, source: WeightSource, precision: Precision) -> None:

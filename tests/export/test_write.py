@@ -9,10 +9,8 @@ import onnxruntime
 import pytest
 import torch
 from packaging.version import Version
-from safetensors.torch import load_file, save_file
 from support.command_line import refused
 from support.cuts import cut
-from support.edited import edited
 from support.export_cases import (
     IDS,
     MODELS,
@@ -140,19 +138,6 @@ def test_what_is_wrong_with_chosen_integers_names_the_model(tiny_model, tmp_path
     monkeypatch.setattr("export.write.write_bundle", broken)
     with pytest.raises(UserError, match=rf"^{path}/config\.json is damaged$"):
         export(path, ExportOptions(), output=tmp_path / "bundle")
-
-
-def test_zero_points_of_their_own_reach_the_kernel(tiny_model, tmp_path):
-    tune(tiny_model(), TuneOptions(), output=tmp_path / "tuned", data=IDS.repeat(4, 1))
-    file = tmp_path / "tuned/model.safetensors"
-    tensors = load_file(file)
-    name = "model.layers.1.mlp.up_proj.zero_points"
-    tensors[name] = torch.full_like(tensors[name], 0x66)
-    save_file(tensors, file)
-    edited(tmp_path / "tuned/saap.json")
-    export_bundle(tmp_path / "tuned", tmp_path / "bundle", ids=IDS)
-    counts = {n.name or n.output[0]: len(n.input) for n in nodes_of(tmp_path / "bundle") if n.op_type == "MatMulNBits"}
-    assert sorted(counts.values()) == [3] * (len(counts) - 1) + [4]
 
 
 @pytest.mark.skipif(

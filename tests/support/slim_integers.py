@@ -11,7 +11,7 @@ from saap.models.architectures import shape_of
 from saap.models.checkpoint import load_model, read_config, slim_config, write_slim
 from saap.models.slim_quant import MatrixForm
 from saap.models.weight_files import tensor_reader
-from saap.quantize.groups import QuantMatrix, pack_codes, pack_zero_points, quantize, quantize_model
+from saap.quantize.groups import quantize, quantize_model
 
 IDS = torch.randint(320, (2, 24), generator=torch.Generator().manual_seed(5))
 WIDE = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
@@ -30,20 +30,10 @@ def eight(names=MIXED, group_size=32):
     return {name: MatrixForm(8, group_size) for name in names}
 
 
-def with_zero_points(weight, bits, group_size):
-    """Integers as saap 0.1 chose them where it was asked to: over the whole range of each group."""
-    groups, top = weight.detach().float().view(len(weight), -1, group_size), 2**bits - 1
-    low, high = groups.amin(-1).clamp_max(0), groups.amax(-1).clamp_min(0)
-    scale = ((high - low) / top).half().float()
-    zero = torch.round(-low / scale).clamp(0, top)
-    codes = torch.round(groups / scale.unsqueeze(-1)).add(zero.unsqueeze(-1)).clamp(0, top).to(torch.uint8)
-    return QuantMatrix(pack_codes(codes, bits), scale, pack_zero_points(zero.to(torch.uint8), bits), bits, group_size)
-
-
-def write_integers(path, out, bits=4, group_size=32, *, symmetric=True, own=None, head_bits=None):
-    model, own, chosen = load_model(path), own or {}, quantize if symmetric else with_zero_points
+def write_integers(path, out, bits=4, group_size=32, *, own=None, head_bits=None):
+    model, own = load_model(path), own or {}
     linears = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "layers" in n}
-    matrices = {n: chosen(m.weight, *own.get(n, (bits, group_size))) for n, m in linears.items()}
+    matrices = {n: quantize(m.weight, *own.get(n, (bits, group_size))) for n, m in linears.items()}
     entry = quantize_model(model, bits, group_size, head_bits or bits, matrices, own)
     config = read_config(path)
     slim = slim_config(config, shape_of(config), entry)

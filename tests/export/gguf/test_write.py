@@ -8,7 +8,7 @@ from support import llama_cpp_run
 from support.cuts import EMPTY, PLANS, WHOLE, cut
 from support.export_cases import IDS as TWO_ROWS
 from support.export_cases import LLAMA3, UNEVEN, YARN, draw_biases
-from support.slim_integers import WIDE, with_zero_points, write_integers
+from support.slim_integers import WIDE, write_integers
 
 from export.gguf.layout import rotary_order
 from export.gguf.tensors import take_columns
@@ -16,7 +16,7 @@ from export.gguf.write import WrittenMatrix, export_gguf
 from saap.models.checkpoint import load_model
 from saap.models.weight_files import tensor_reader
 from saap.prune.plan import LayerPlan, PrunePlan
-from saap.quantize.groups import QuantMatrix
+from saap.quantize.groups import QuantMatrix, quantize
 from saap.tune import TuneOptions, tune
 
 IDS = TWO_ROWS[:1]
@@ -158,46 +158,19 @@ def stored(tensor):
 
 
 def packed(read, name, bits=4, group_size=32):
-    """(codes, zero points, scales) of a tuned matrix in the order of the file and in groups of 32."""
+    """(codes, scales) of a tuned matrix in the order of the file and in groups of 32."""
     module = module_of(name)
-    codes, zeros, scales = (read(f"{module}.{part}").numpy() for part in ("qweight", "zero_points", "scales"))
+    codes, scales = (read(f"{module}.{part}").numpy() for part in ("qweight", "scales"))
     if bits == 4:
         codes = np.stack([codes & 15, codes >> 4], -1)
-        zeros = np.stack([zeros & 15, zeros >> 4], -1)
-    rows, groups = scales.shape
+    rows = len(scales)
     codes = codes.reshape(rows, -1, 32)
-    zeros = np.repeat(zeros.reshape(rows, -1)[:, :groups], group_size // 32, axis=1)
     order = order_of(name, rows, UNEVEN_HEADS.get(name[:5])).numpy()
-    return codes[order], zeros[order], np.repeat(scales, group_size // 32, axis=1)[order]
-
-
-def uneven_integers(tiny_model, tmp_path, bits=4):
-    """As tuning writes them, but with zero points of their own in the layers; tuning itself chooses none."""
-    path = cut(tiny_model(), tmp_path / "slim", PrunePlan(UNEVEN))
-    return write_integers(path, tmp_path / "tuned", bits, symmetric=False)
-
-
-def test_tuned_integers_of_4_bits_arrive_bit_for_bit(tiny_model, tmp_path):
-    path = uneven_integers(tiny_model, tmp_path)
-    report = export_gguf(path, tmp_path / "model.gguf")
-    read, tensors = tensor_reader(path)[1], tensors_of(tmp_path / "model.gguf")
-    assert report.tensors["token_embd.weight"] == WrittenMatrix("Q4_0", 0.0, 1.0)
-    for name, entry in report.tensors.items():
-        codes, zeros, scales = packed(read, name)
-        integers, d, m = stored(tensors[name])
-        assert np.array_equal(integers, codes) and np.array_equal(d, scales), name
-        if name == "token_embd.weight":
-            continue
-        assert entry.type == tensors[name].tensor_type.name == "Q4_1"
-        assert np.array_equal(m, (-scales * zeros).astype(np.float16)), name
-        exact = ((codes.astype(np.float32) - zeros[..., None]) * scales[..., None]).reshape(len(codes), -1)
-        assert entry.relative_error == pytest.approx(worst_group(floats(tensors[name]), exact), rel=1e-5)
-    assert 0 < report.worst_error_carried <= 2**-11  # of m
-    assert report.worst_error_rounded is None and report.notes == []
+    return codes[order], np.repeat(scales, group_size // 32, axis=1)[order]
 
 
 @pytest.mark.parametrize(("bits", "kind", "zero"), [(4, "Q4_0", 0), (8, "Q8_0", 128)])
-def test_tuned_symmetric_integers_lose_nothing(tiny_model, tmp_path, bits, kind, zero):
+def test_tuned_integers_lose_nothing(tiny_model, tmp_path, bits, kind, zero):
     path = cut(tiny_model(), tmp_path / "slim", PrunePlan(UNEVEN))
     tune(path, TuneOptions(bits=bits, learning_rate=2e-2), output=tmp_path / "tuned", data=IDS.repeat(8, 1))
     report = export_gguf(tmp_path / "tuned", tmp_path / "model.gguf")
@@ -205,7 +178,7 @@ def test_tuned_symmetric_integers_lose_nothing(tiny_model, tmp_path, bits, kind,
     signs = set()
     for name, entry in report.tensors.items():
         assert entry == WrittenMatrix(kind, 0.0, 1.0), name
-        codes, _, scales = packed(read, name, bits)
+        codes, scales = packed(read, name, bits)
         integers, d, _ = stored(tensors[name])
         assert np.array_equal(integers + np.int16(zero), codes) and np.array_equal(d, scales), name
         signs |= set(np.sign(scales).flatten().tolist())
@@ -214,41 +187,24 @@ def test_tuned_symmetric_integers_lose_nothing(tiny_model, tmp_path, bits, kind,
 
 
 def test_wider_groups_repeat_their_scale(tiny_model, tmp_path):
-    write_integers(tiny_model(**WIDE), tmp_path / "tuned", group_size=64, symmetric=False)
+    write_integers(tiny_model(**WIDE), tmp_path / "tuned", group_size=64)
     report = export_gguf(tmp_path / "tuned", tmp_path / "model.gguf")
     read, tensors = tensor_reader(tmp_path / "tuned")[1], tensors_of(tmp_path / "model.gguf")
     assert {entry.carried for entry in report.tensors.values()} == {1.0}
     for name in ("blk.1.attn_v.weight", "blk.0.ffn_down.weight"):
-        codes, _, scales = packed(read, name, group_size=64)
+        codes, scales = packed(read, name, group_size=64)
         integers, d, _ = stored(tensors[name])
         assert np.array_equal(integers, codes) and np.array_equal(d, scales)
 
 
-def test_tuned_integers_of_8_bits_arrive_where_a_signed_byte_holds_them(tiny_model, tmp_path):
-    path = uneven_integers(tiny_model, tmp_path, bits=8)
-    report = export_gguf(path, tmp_path / "model.gguf")
-    read, tensors = tensor_reader(path)[1], tensors_of(tmp_path / "model.gguf")
-    assert report.tensors["token_embd.weight"] == WrittenMatrix("Q8_0", 0.0, 1.0)
-    both = set()
-    for name in report.tensors:
-        codes, zeros, _ = packed(read, name, 8)
-        centred = codes.astype(int) - zeros[..., None]
-        fits = (centred.min(-1) >= -128) & (centred.max(-1) <= 127)
-        assert np.array_equal(stored(tensors[name])[0][fits], centred[fits]), name
-        assert report.tensors[name].carried == pytest.approx(fits.mean())
-        both |= set(fits.flatten().tolist())
-    assert both == {True, False}
-    assert 0 < report.worst_error_rounded <= 0.5 / 127 + 2**-10
-    assert "rounded again, worst error 0." in report.notes[0]
-
-
 def test_another_type_holds_tuned_integers_exactly_or_says_how_far_off(tiny_model, tmp_path):
-    path = uneven_integers(tiny_model, tmp_path)
-    exact = export_gguf(path, tmp_path / "q8.gguf", kind="Q8_0")
-    assert exact.worst_error_carried == 0 and exact.worst_error_rounded is None
-    coarse = export_gguf(path, tmp_path / "q4.gguf", kind="Q4_0")
-    assert coarse.tensors["token_embd.weight"].relative_error == 0
-    assert 0.05 < coarse.worst_error_rounded <= 1 / 8 + 2**-10
+    path = write_integers(cut(tiny_model(), tmp_path / "slim", PrunePlan(UNEVEN)), tmp_path / "tuned")
+    for kind in ("Q8_0", "Q4_1"):
+        exact = export_gguf(path, tmp_path / "exact.gguf", kind=kind)
+        assert exact.worst_error_carried == 0 and exact.worst_error_rounded is None
+    write_integers(tmp_path / "slim", tmp_path / "eight", 8)
+    coarse = export_gguf(tmp_path / "eight", tmp_path / "q4.gguf", kind="Q4_0")
+    assert 0.01 < coarse.worst_error_rounded <= 1 / 8 + 2**-10 and "rounded again, worst error 0." in coarse.notes[0]
     export_gguf(path, tmp_path / "f32.gguf", kind="F32")
     found = llama_cpp_run.run(tmp_path / "f32.gguf", ids=IDS[0].tolist(), greedy=8)
     expected, tokens = torch_run(path, 8)
@@ -279,7 +235,7 @@ def test_the_head_may_have_a_type_of_its_own(tiny_model, tmp_path):
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_columns_change_places_with_their_groups_or_become_floats(bits):
-    matrix = with_zero_points(torch.randn(5, 7 * 32, generator=torch.Generator().manual_seed(0)), bits, 32)
+    matrix = quantize(torch.randn(5, 7 * 32, generator=torch.Generator().manual_seed(0)), bits, 32)
     groups = torch.tensor([3, 0, 6, 1, 2, 5, 4])
     order = (groups[:, None] * 32 + torch.arange(32)).flatten()
     moved = take_columns(matrix, order)

@@ -4,7 +4,6 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-import torch
 from packaging.version import Version
 from support.cuts import cut
 from support.export_cases import (
@@ -21,16 +20,13 @@ from support.export_cases import (
 )
 from support.exported import export_bundle, export_portable
 from support.onnx_reference import reference
-from support.references import reference_model, streamed_logits
-from support.slim_integers import with_zero_points
+from support.references import reference_model
 
 from export.bundle.manifest import read_manifest
-from export.engine.scoring import BundleScorer, empty_past
-from export.source import Precision
+from export.engine.scoring import empty_past
 from saap.base.errors import UserError
 from saap.models.checkpoint import load_model
 from saap.prune.plan import PrunePlan
-from saap.quantize.groups import quantize
 from saap.tune import TuneOptions, tune
 
 
@@ -131,25 +127,6 @@ def test_tuned_integers_are_taken_as_they_are(uneven, tmp_path):
     assert manifest.bits == 4
     with pytest.raises(UserError, match=r"of --bits 4 and not 32: leave --bits out$"):
         export_portable(tmp_path / "tuned", tmp_path / "bundle", bits=32)
-
-
-@pytest.mark.parametrize("bits", [4, 8])
-def test_zero_points_are_written_where_there_are_some(bits, uneven, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        "export.source.quantize",
-        lambda weight, *form: (quantize if len(weight) == 320 else with_zero_points)(weight, *form),
-    )
-    manifest = export_portable(uneven, tmp_path / "bundle", bits=bits)
-    check_standard(tmp_path / "bundle")
-    graph = onnx.load(tmp_path / "bundle/model.onnx", load_external_data=False).graph
-    dequantised = [n for n in graph.node if n.op_type == "DequantizeLinear"]
-    assert sorted(len(n.input) for n in dequantised) == [2] + [3] * 8, "the head alone has none"
-    ids = IDS[:, :6]
-    found = reference(tmp_path / "bundle/scoring.onnx").run(["logits"], feed(manifest, ids.numpy()))[0]
-    expected = torch.stack(list(streamed_logits(uneven, ids, Precision(bits, 32, bits))))
-    assert np.abs(found - expected.numpy()).max() <= 1e-4
-    in_onnx_runtime = BundleScorer(tmp_path / "bundle").logits(ids.numpy())
-    assert np.corrcoef(in_onnx_runtime.ravel(), found.ravel())[0, 1] > 0.999
 
 
 def test_bad_input_is_refused(tiny_model, tmp_path):

@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from support.edited import edited
 from support.export_cases import bytes_read, check_standard, feed, logits_of, tensors_of
 from support.exported import export_bundle, export_portable
@@ -34,25 +35,21 @@ from export.gguf.write import export_gguf
 from export.source import ModelSource
 from saap.base.errors import UserError
 from saap.models.checkpoint import load_model, read_config
-from saap.models.modeling_slim import GroupQuantLinear, unpack_codes, unpack_zero_points
+from saap.models.modeling_slim import GroupQuantLinear, unpack_codes
 from saap.models.slim_quant import MatrixForm
 from saap.models.weight_files import tensor_reader
 from saap.quantize.bundle_size import tuned_bundle_size
 from saap.quantize.groups import quantize, quantize_model
 from saap.tune import TuneOptions, tune
 
-KINDS = {  # bits, group, symmetric, forms by module
-    "4, 32": (4, 32, True, {}), "4, 64": (4, 64, True, {}), "4, 128": (4, 128, True, {}),
-    "8, 32": (8, 32, True, {}), "8, 64": (8, 64, True, {}), "8, 128": (8, 128, True, {}),
-    "4, 32, asymmetric": (4, 32, False, {}), "4, 64, asymmetric": (4, 64, False, {}),
-    "4, 128, asymmetric": (4, 128, False, {}), "8, 32, asymmetric": (8, 32, False, {}),
-    "8, 64, asymmetric": (8, 64, False, {}), "8, 128, asymmetric": (8, 128, False, {}),
-    "mixed, 32": (4, 32, True, eight()), "mixed, 64, asymmetric": (4, 64, False, eight(MIXED, 64)),
-    "uneven": (4, 32, True, UNEVEN), "uneven, asymmetric": (4, 32, False, UNEVEN),
+KINDS = {  # bits, group, forms by module
+    "4, 32": (4, 32, {}), "4, 64": (4, 64, {}), "4, 128": (4, 128, {}), "8, 32": (8, 32, {}), "8, 64": (8, 64, {}),
+    "8, 128": (8, 128, {}), "mixed, 32": (4, 32, eight()), "mixed, 64": (4, 64, eight(MIXED, 64)),
+    "uneven": (4, 32, UNEVEN),
 }  # fmt: skip
 
 # In onnx's own implementation too, which is slow.
-SOME = ["4, 32", "8, 128", "4, 64, asymmetric", "8, 32, asymmetric", "mixed, 32", "mixed, 64, asymmetric", "uneven"]
+SOME = ["4, 32", "8, 128", "mixed, 64", "uneven"]
 
 
 @pytest.fixture
@@ -73,15 +70,15 @@ def form_of(entry, layer, part):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_graph_holds_the_integers_of_the_directory(kind, tiny_model, tmp_path, monkeypatch):
-    bits, group_size, symmetric, own = KINDS[kind]
+    bits, group_size, own = KINDS[kind]
     path = tiny_model(**WIDE, attention_bias=True)
-    integers = write_integers(path, tmp_path / "tuned", bits, group_size, symmetric=symmetric, own=own)
+    integers = write_integers(path, tmp_path / "tuned", bits, group_size, own=own)
     for target, floats in (("cpu", np.float32), ("cuda", np.float16)):
         manifest = export_bundle(integers, tmp_path / target, target=target)
         check_graph(integers, tmp_path / target, floats)
         if target == "cpu":
             check_nodes(integers, tmp_path / "cpu")
-            size = tuned_bundle_size(read_config(integers), zero_points=not symmetric)
+            size = tuned_bundle_size(read_config(integers))
             assert size == manifest.files["model.onnx.data"].bytes
     export_portable(integers, tmp_path / "portable", ids=IDS)
     check_portable_graph(integers, tmp_path / "portable")
@@ -107,10 +104,7 @@ def check_graph(integers, bundle, floats):
             assert qweight.shape[2] * 8 == bits * group_size
             assert found[f"{name}.scales"].dtype == floats
             assert np.array_equal(found[f"{name}.scales"].astype(np.float32), scales.flatten())
-            packed = stacked(integers, layer, part, "zero_points")
-            middle = unpack_zero_points(packed, bits, qweight.shape[1]) == 2 ** (bits - 1)
-            assert (f"{name}.zero_points" in found) == (not middle.all())
-            assert np.array_equal(found.get(f"{name}.zero_points", packed.flatten()), packed.flatten())
+            assert f"{name}.zero_points" not in found
 
 
 def check_nodes(integers, bundle):
@@ -133,14 +127,8 @@ def check_portable_graph(integers, bundle):
             name, (bits, group_size) = f"layers.{layer}.{part}", form_of(entry, layer, part)
             scales = stacked(integers, layer, part, "scales").numpy()
             codes = unpack_codes(stacked(integers, layer, part, "qweight"), bits, group_size).flatten(1).numpy().T
-            zeros = unpack_zero_points(stacked(integers, layer, part, "zero_points"), bits, scales.shape[1]).numpy().T
             assert np.array_equal(found[f"{name}.scales"], scales.T)
-            if f"{name}.zero_points" in found:
-                assert np.array_equal(found[f"{name}.zero_points"].astype(np.int16), zeros)
-                assert np.array_equal(found[f"{name}.codes"].astype(np.int16), codes)
-            else:
-                assert (zeros == 2 ** (bits - 1)).all()
-                assert np.array_equal(found[f"{name}.codes"].astype(np.int16), codes.astype(np.int16) - 2 ** (bits - 1))
+            assert np.array_equal(found[f"{name}.codes"].astype(np.int16), codes.astype(np.int16) - 2 ** (bits - 1))
 
 
 def test_gguf_has_a_type_for_each_tensor(mixed, tmp_path):
@@ -241,6 +229,16 @@ def test_a_config_that_does_not_fit_its_integers_is_refused(mixed, tmp_path):
 def test_eight_bits_anywhere_need_the_int8_kernels(mixed, tmp_path):
     with pytest.raises(UserError, match="without dot product has no 8-bit kernel"):
         export_bundle(mixed, tmp_path / "bundle", dotprod=False)
+
+
+def test_zero_points_of_a_directory_of_saap_0_1_are_refused(mixed, tmp_path):
+    tensors = load_file(mixed / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.zero_points"].fill_(0x66)
+    save_file(tensors, mixed / "model.safetensors")
+    edited(mixed / "saap.json")
+    for write in (export_bundle, export_portable, lambda path, out: export_gguf(path, out / "model.gguf")):
+        with pytest.raises(UserError, match=r"up_proj has zero points of its own, as saap 0.1 .*: tune the slim dir"):
+            write(mixed, tmp_path / "out")
 
 
 def test_the_bundle_says_what_it_holds(mixed, tmp_path):
