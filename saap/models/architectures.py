@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from difflib import get_close_matches
 from importlib.metadata import version
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import msgspec
 
@@ -331,35 +331,11 @@ def shape_of(config: object) -> ModelShape:
     """
     architecture = architecture_of(config)
     config = with_defaults(config)
-    if off := [key for key in architecture.always if not field_of(config, key)]:
-        raise UserError(f"config.json has {off[0]} off, which is not supported; supported: {off[0]} true")
-    experts = field_of(config, "num_local_experts")
-    if field_of(config, "enable_moe_block"):
-        experts = field_of(config, "num_experts") or "some"
-    if experts:
-        raise UserError(f"the model is a mixture of {experts} experts, which is not supported; supported: dense models")
+    _check_dense(config, architecture)
     heads, hidden = _count(config, "num_attention_heads"), _count(config, "hidden_size")
-    count = _count(config, "num_hidden_layers", most=MOST_LAYERS)
-    if slim := field_of(config, "slim_layers"):
-        rare = architecture.rare
-        numbers = 3 if rare is None else 4
-        try:
-            sizes_of_layers = msgspec.convert(slim, list[list[object]])
-        except ValueError:
-            sizes_of_layers = [[]]
-        if any(len(sizes) != numbers for sizes in sizes_of_layers):
-            raise UserError(f"config.json has slim_layers that are not {numbers} sizes per layer: make it again")
-        layers = tuple(_layer_of([_checked("slim_layers", n, 0) for n in sizes], rare) for sizes in sizes_of_layers)
-    else:
-        attends = LayerSizes(heads, _count(config, "num_key_value_heads", heads), _ffn_width(config, architecture))
-        other = LayerSizes(ffn=attends.ffn)
-        if architecture.conv_in:
-            other = replace(other, conv=hidden)
-        elif architecture.delta:
-            other = replace(other, delta=_count(config, "linear_num_key_heads"))
-        layers = tuple(other if _is_rare(config, architecture, i) else attends for i in range(count))
+    layers = _slim_layers(config, architecture) or _whole_layers(config, architecture)
     if architecture.per_layer:
-        layers = _of_gemma4(config, layers, whole=not slim)
+        layers = _of_gemma4(config, layers, whole=not field_of(config, "slim_layers"))
     for index, sizes in enumerate(layers):
         if sizes.query_heads and (not sizes.kv_heads or sizes.query_heads % sizes.kv_heads):
             raise UserError(
@@ -389,6 +365,46 @@ def shape_of(config: object) -> ModelShape:
         per_layer=_per_layer(config) if architecture.per_layer else 0,
         head_tokens=_head_tokens(config),
     )
+
+
+def _check_dense(config: object, architecture: Architecture) -> None:
+    """Refuse mixtures of experts, and models without a part that their family always has."""
+    if off := [key for key in architecture.always if not field_of(config, key)]:
+        raise UserError(f"config.json has {off[0]} off, which is not supported; supported: {off[0]} true")
+    experts = field_of(config, "num_local_experts")
+    if field_of(config, "enable_moe_block"):
+        experts = field_of(config, "num_experts") or "some"
+    if experts:
+        raise UserError(f"the model is a mixture of {experts} experts, which is not supported; supported: dense models")
+
+
+def _slim_layers(config: object, architecture: Architecture) -> tuple[LayerSizes, ...]:
+    """Read ``slim_layers``; empty in a dense model. Raises UserError: other than whole sizes of each layer."""
+    if not (slim := field_of(config, "slim_layers")):
+        return ()
+    rare = architecture.rare
+    names = ("query_heads", "kv_heads", "ffn", *(rare.sizes if rare else ()))
+    try:
+        entries = msgspec.convert(slim, list[list[object]])
+    except ValueError:
+        entries = [[]]
+    if any(len(entry) != len(names) for entry in entries):
+        raise UserError(f"config.json has slim_layers that are not {len(names)} sizes per layer: make it again")
+    checked = ([_checked("slim_layers", size, 0) for size in entry] for entry in entries)
+    return tuple(msgspec.convert(dict(zip(names, entry, strict=True)), LayerSizes) for entry in checked)
+
+
+def _whole_layers(config: object, architecture: Architecture) -> tuple[LayerSizes, ...]:
+    """Read the sizes of layers that are whole, by the kind of each."""
+    heads = _count(config, "num_attention_heads")
+    attends = LayerSizes(heads, _count(config, "num_key_value_heads", heads), _ffn_width(config, architecture))
+    other = LayerSizes(ffn=attends.ffn)
+    if architecture.conv_in:
+        other = replace(other, conv=_count(config, "hidden_size"))
+    elif architecture.delta:
+        other = replace(other, delta=_count(config, "linear_num_key_heads"))
+    count = _count(config, "num_hidden_layers", most=MOST_LAYERS)
+    return tuple(other if _is_rare(config, architecture, index) else attends for index in range(count))
 
 
 def _head_tokens(config: object) -> int:
@@ -443,13 +459,6 @@ def _per_layer(config: object) -> int:
     if field_of(config, "vocab_size_per_layer_input") != field_of(config, "vocab_size"):
         raise UserError("config.json has vocab_size_per_layer_input other than vocab_size, which is not supported")
     return _count(config, "hidden_size_per_layer_input")
-
-
-def _layer_of(entry: list[int], rare: BlockKind | None) -> LayerSizes:
-    """Read an entry of ``slim_layers``."""
-    sizes = LayerSizes(entry[0], entry[1], entry[2])
-    fourth: dict[str, Any] = {} if rare is None else {rare.sizes[0]: entry[3]}
-    return replace(sizes, **fourth)
 
 
 def _kernel(config: object, architecture: Architecture) -> int:

@@ -104,30 +104,37 @@ class ModelShape:
     def biased_conv(self) -> bool:
         return self.added_bias or self.conv_bias
 
+    def arrays(self, kind: BlockKind, layer: LayerSizes) -> tuple[dict[str, tuple[int, int]], list[int]]:
+        """Return the matrices (rows, columns) of a block by their names in a graph, and the sizes of its other arrays.
+
+        Those are norms, biases, and the kernels of a convolution, one for each token that it sees.
+        """
+        norms = [self.hidden] * self.norms
+        if kind is ATTENTION:
+            queries, keys = layer.query_heads * self.head_of(layer), layer.kv_heads * self.head_of(layer)
+            rows = queries + (0 if layer.reads else 2 * keys) + layer.query_heads * self.gate_width
+            biases = [rows] * self.attention_bias + [self.hidden] * self.biased_output
+            return {"qkv": (rows, self.hidden), "o": (self.hidden, queries)}, self.attention_norms(layer) + biases
+        if kind is CONV:
+            width = layer.conv
+            others = [width] * self.conv_kernel + [3 * width, width] * self.conv_bias + [self.hidden] * self.biased_conv
+            return {"conv_in": (3 * width, self.hidden), "conv_out": (self.hidden, width)}, norms + others
+        if kind is DELTA:
+            heads = self.delta
+            assert heads is not None, "a family with delta nets has sizes of their heads"
+            key, value, rates = (layer.delta * width for width in (heads.key, heads.width, heads.values))
+            others = [2 * key + value] * self.conv_kernel + [2 * rates * self.hidden, rates, rates, heads.value]
+            matrices = {"delta_in": (2 * key + 2 * value, self.hidden), "delta_out": (self.hidden, value)}
+            return matrices, norms + others + [self.hidden] * self.added_bias
+        biases = [2 * layer.ffn] * self.mlp_bias + [self.hidden] * self.biased_down
+        return {"gate_up": (2 * layer.ffn, self.hidden), "down": (self.hidden, layer.ffn)}, norms + biases
+
     def weights(self, kind: BlockKind, layer: LayerSizes) -> int:
         """Weights of one block of a layer with its norms; 0 where the layer has no such block."""
         if not layer.has(kind):
             return 0
-        if kind is ATTENTION:
-            dim = self.head_of(layer)
-            rows = (layer.query_heads + (0 if layer.reads else 2 * layer.kv_heads)) * dim
-            gates = layer.query_heads * self.gate_width * self.gated_queries
-            biases = (rows + gates) * self.attention_bias + self.hidden * self.biased_output
-            norms = sum(self.attention_norms(layer))
-            matrices = rows + layer.query_heads * (dim + self.gate_width)
-            return matrices * self.hidden + norms + biases
-        norms = self.norms * self.hidden
-        if kind is DELTA:
-            assert self.delta is not None, "a family with delta nets says how large their heads are"
-            key, width, values = self.delta.key, self.delta.width, self.delta.values
-            rows, kernels = 2 * key + 2 * width + 2 * values, (2 * key + width) * self.conv_kernel
-            each = (rows + width) * self.hidden + kernels + 2 * values
-            return layer.delta * each + self.delta.value + norms + self.hidden * self.added_bias
-        if kind is CONV:
-            biases = 4 * layer.conv * self.conv_bias + self.hidden * self.biased_conv
-            return 4 * layer.conv * self.hidden + layer.conv * self.conv_kernel + norms + biases
-        biases = 2 * layer.ffn * self.mlp_bias + self.hidden * self.biased_down
-        return 3 * layer.ffn * self.hidden + norms + biases
+        matrices, others = self.arrays(kind, layer)
+        return sum(rows * columns for rows, columns in matrices.values()) + sum(others)
 
     def weights_of(self, layer: LayerSizes) -> int:
         """Weights of one layer."""

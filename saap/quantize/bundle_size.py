@@ -5,7 +5,6 @@ maps it in pages. With groups of b columns:
 
 * a matrix [N, K] at 4 or 8 bit: N K bits/8 bytes of integers and 4 N K/b of scales; symmetric, so no zero points
 * a matrix [N, K] at 32 bit: 4 N K
-* zero points, where a tuned matrix has its own: a number of its bits per row and group, whole bytes per row
 * a bias 4 N, a norm 4 times its width, a rotary table twice 4 times positions times half the rotated width
 * the kernels of a convolution, for each token that one sees, 4 times its channels
 * of a gated delta net besides, in floats, the matrix of its two rates, a scale and a bias of each value head, a norm
@@ -30,7 +29,7 @@ from saap.models.architectures import (
     traits_of,
     with_defaults,
 )  # fmt: skip
-from saap.models.shape import ATTENTION, CONV, DELTA, BlockKind, LayerSizes, ModelShape
+from saap.models.shape import BlockKind, LayerSizes, ModelShape
 from saap.models.slim_quant import MatrixForm, SlimQuant, module_form, quant_of, stacked_form
 
 PAGE = 4096  # bytes
@@ -48,59 +47,16 @@ class BundleSize:
     head_bits: int = 0  # of embedding and head; 0 is ``bits``
     quant: SlimQuant | None = None  # of a tuned model, for forms by matrix; only :meth:`total` asks it
     architecture: Architecture | None = None
-    zero_points: bool = False  # its linears have zero points of their own
     parts: Mapping[str, MatrixForm] = field(default_factory=dict)  # of a block, or VOCABULARY, that have other forms
 
     def block(self, kind: BlockKind, shape: ModelShape, sizes: LayerSizes, layer: int | None = None) -> int:
         """Bytes of one block with its norms, 0 where there is none of the kind. ``layer``: which, of a tuned model."""
         if not sizes.has(kind):
             return 0
-        of_kind = {ATTENTION: self._attention, CONV: self._convolution, DELTA: self._delta}.get(kind, self._ffn)
-        return of_kind(shape, sizes, layer)
-
-    def _attention(self, shape: ModelShape, sizes: LayerSizes, layer: int | None) -> int:
-        queries = sizes.query_heads * shape.head_of(sizes)
-        both = 0 if sizes.reads else 2 * sizes.kv_heads * shape.head_of(sizes)
-        rows = queries + both + sizes.query_heads * shape.gate_width
-        arrays = self._linear(rows, shape.hidden, layer, "qkv")
-        arrays += self._linear(shape.hidden, queries, layer, "o")
-        arrays += [FLOAT * width for width in shape.attention_norms(sizes)]
-        if shape.attention_bias:
-            arrays.append(FLOAT * rows)
-        if shape.biased_output:
-            arrays.append(FLOAT * shape.hidden)
-        return sum(map(paged, arrays))
-
-    def _convolution(self, shape: ModelShape, sizes: LayerSizes, layer: int | None) -> int:
-        arrays = self._linear(3 * sizes.conv, shape.hidden, layer, "conv_in")
-        arrays += self._linear(shape.hidden, sizes.conv, layer, "conv_out")
-        arrays += [FLOAT * shape.hidden] * shape.norms + [FLOAT * sizes.conv] * shape.conv_kernel
-        if shape.conv_bias:
-            arrays += [FLOAT * 3 * sizes.conv, FLOAT * sizes.conv]
-        if shape.biased_conv:
-            arrays.append(FLOAT * shape.hidden)
-        return sum(map(paged, arrays))
-
-    def _delta(self, shape: ModelShape, sizes: LayerSizes, layer: int | None) -> int:
-        heads = shape.delta
-        assert heads is not None, "a family with delta nets says how large their heads are"
-        key, value, rates = (sizes.delta * width for width in (heads.key, heads.width, heads.values))
-        arrays = self._linear(2 * key + 2 * value, shape.hidden, layer, "delta_in")
-        arrays += self._linear(shape.hidden, value, layer, "delta_out")
-        arrays += [FLOAT * shape.hidden] * shape.norms + [FLOAT * (2 * key + value)] * shape.conv_kernel
-        arrays += [FLOAT * 2 * rates * shape.hidden, FLOAT * rates, FLOAT * rates, FLOAT * heads.value]
-        if shape.added_bias:
-            arrays.append(FLOAT * shape.hidden)
-        return sum(map(paged, arrays))
-
-    def _ffn(self, shape: ModelShape, sizes: LayerSizes, layer: int | None) -> int:
-        arrays = self._linear(2 * sizes.ffn, shape.hidden, layer, "gate_up")
-        arrays += self._linear(shape.hidden, sizes.ffn, layer, "down")
-        arrays += [FLOAT * shape.hidden] * shape.norms
-        if shape.mlp_bias:
-            arrays.append(FLOAT * 2 * sizes.ffn)
-        if shape.biased_down:
-            arrays.append(FLOAT * shape.hidden)
+        matrices, others = shape.arrays(kind, sizes)
+        arrays = [FLOAT * elements for elements in others]
+        for part, (rows, columns) in matrices.items():
+            arrays += self._linear(rows, columns, layer, part)
         return sum(map(paged, arrays))
 
     def outside(self, shape: ModelShape) -> int:
@@ -141,14 +97,10 @@ class BundleSize:
                 )
 
     def _linear(self, rows: int, columns: int, layer: int | None, part: str) -> list[int]:
-        """Integers, scales and zero points of one matrix of a layer, or its floats."""
+        """Integers and scales of one matrix of a layer, or its floats."""
         if self.quant is None or self.architecture is None or layer is None:
             return matrix_bytes(rows, columns, self.parts.get(part, MatrixForm(self.bits, self.group_size)))
-        form = stacked_form(self.quant, self.architecture, layer, part)
-        arrays = matrix_bytes(rows, columns, form)
-        if self.zero_points:
-            arrays.append(rows * -(-(columns // form.group_size) * form.bits // 8))
-        return arrays
+        return matrix_bytes(rows, columns, stacked_form(self.quant, self.architecture, layer, part))
 
     def _embedding(self, shape: ModelShape, head: bool = False) -> list[int]:
         """Integers and scales of the embedding or the head, or its floats."""
@@ -193,23 +145,19 @@ def bundle_size(config: Mapping[str, object], bits: int, group_size: int) -> Bun
     return BundleSize(bits, group_size, tuple(FLOAT * positions_of(full) * half for half in halves))
 
 
-def tuned_bundle_size(config: Mapping[str, object], quant: SlimQuant | None = None, zero_points: bool = False) -> int:
+def tuned_bundle_size(config: Mapping[str, object], quant: SlimQuant | None = None) -> int:
     """Bytes of the weights file of a model that holds integers, exactly, before or after it is written.
 
     Args:
         config: its ``config.json``, or that of the model to be quantised.
         quant: its ``slim_quant`` entry (:mod:`saap.models.slim_quant`); None takes the one in ``config``.
-        zero_points: its linears have zero points other than the middle.
 
     Raises UserError: linears of one matrix that hold different integers, or a model that no bundle is made of.
     """
     quant = quant_of(config) if quant is None else quant
     assert quant is not None, "a model that holds integers says so"
     size = bundle_size(config, quant["bits"], quant["block"])
-    size = replace(
-        size, head_bits=quant["embedding_bits"], quant=quant, architecture=architecture_of(dict(config)),
-        zero_points=zero_points,
-    )  # fmt: skip
+    size = replace(size, head_bits=quant["embedding_bits"], quant=quant, architecture=architecture_of(dict(config)))
     return size.total(replace(shape_of(dict(config)), tied=bool(quant["tied"])))
 
 
