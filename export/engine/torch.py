@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,9 @@ class TorchEngine(Engine):
 
     def __init__(self, model: PreTrainedModel, source: Path, options: EngineOptions) -> None:
         self.model, self.path, self.max_length = model, source, options.max_length
+        # transformers 5.24 renames the argument and warns at every call by the old name.
+        names = inspect.signature(model.forward).parameters
+        self._cache_name = "cache" if "cache" in names else "past_key_values"
         self.rewind(0)
 
     def rewind(self, length: int) -> int:
@@ -35,11 +39,12 @@ class TorchEngine(Engine):
         import torch
 
         with torch.inference_mode():
-            row = torch.from_numpy(np.ascontiguousarray(ids)).view(1, -1)
-            out = self.model(input_ids=row, past_key_values=self.cache, **self._inputs(self.length + len(ids)))
+            row = torch.from_numpy(np.ascontiguousarray(ids)).view(1, -1).to(self.model.device)
+            cache = {self._cache_name: self.cache}
+            out = self.model(input_ids=row, **cache, **self._inputs(self.length + len(ids)))
         self.cache = out.past_key_values
         self.length += len(ids)
-        logits: Logits = out.logits[0, -1].numpy()
+        logits: Logits = out.logits[0, -1].cpu().numpy()
         return logits
 
     def step(self, token_id: int) -> Logits:

@@ -14,10 +14,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import cast
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from saap.base.chat_template import ChatTemplate, TemplateError
 from saap.base.errors import UserError
@@ -79,23 +78,6 @@ def stop_ids(directory: Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     stops = json.loads(place.read_text()).get("eos_token_id") if place.is_file() else None
     stops = tokenizer.eos_token_id if stops is None else stops
     return [] if stops is None else [stops] if isinstance(stops, int) else list(stops)
-
-
-def torch_writer(model: PreTrainedModel, stops: Sequence[int]) -> Writer:
-    """Greedy answers of whatever ``generate`` of transformers runs."""
-    generate = cast("Callable[..., torch.Tensor]", model.generate)
-
-    def write(prompt: Sequence[int], tokens: int) -> list[int]:
-        ids = torch.tensor([list(prompt)], device=model.device)
-        with torch.no_grad():
-            out = generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, num_beams=1,
-                repetition_penalty=1.0, temperature=None, top_p=None, top_k=None,
-                eos_token_id=list(stops) or None, pad_token_id=stops[0] if stops else 0,
-            )  # fmt: skip
-        return [int(token) for token in out[0, len(prompt) :]]
-
-    return write
 
 
 def score_answers(

@@ -17,13 +17,14 @@ from export.engine.opening import logits_in_process, open_engine
 from export.engine.protocol import EngineOptions, Ids, Logits, greedy
 from export.engine.scoring import BundleScorer
 from export.engine.spec import resolve as resolve_engine
-from export.engine.table import LLAMA_CPP, ONNXRUNTIME, Row, row_of
+from export.engine.table import LLAMA_CPP, ONNXRUNTIME, TORCH, Row, row_of
+from export.engine.torch import TorchEngine
 from saap.base.errors import UserError
 from saap.base.files import parse_json
 from saap.base.gguf_header import GgufHeader, read_header
 from saap.base.needs import fits
 from saap.base.progress import Progress
-from saap.evaluate.answers import Writer, torch_writer
+from saap.evaluate.answers import Writer
 from saap.evaluate.continuations import Scorer, cached_continuations, torch_continuations
 from saap.evaluate.perplexity import Score, torch_scorer
 from saap.models.architectures import positions_of, shape_of
@@ -79,7 +80,7 @@ class Directory:
 
     name: str
     path: Path
-    engine: str = "torch"
+    engine: str = TORCH
 
     def size(self) -> tuple[int, int]:
         return shape_of(read_config(self.path)).parameters, weights_bytes(self.path)
@@ -104,7 +105,8 @@ class Directory:
             raise UserError(
                 f"{self.name} does not fit into memory as a whole, so it answers nothing: leave --answers out"
             )
-        return torch_writer(open_model(self.path, device), stops)
+        engine = TorchEngine(open_model(self.path, device), self.path, EngineOptions(max_length=positions))
+        return lambda prompt, tokens: greedy(engine, prompt, tokens, stops)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from saap.base.errors import UserError
 from saap.base.progress import Progress
 from saap.models.architectures import architecture_of
 from saap.models.layer_walk import LayerArguments, layer_inputs, layers_of, removed_hooks, run_layer
+from saap.models.slim_quant import MatrixForm
 from saap.models.streaming import present
 from saap.quantize.groups import (
     IntegerForm,
@@ -35,40 +36,32 @@ LAZY = 256  # columns whose errors reach the columns after them in one product: 
 ROWS = 8192  # of a vocabulary, that are rounded together
 
 
-def gptq(weight: torch.Tensor, hessian: torch.Tensor, bits: int, group_size: int) -> QuantMatrix:
+def gptq(
+    weight: torch.Tensor, hessian: torch.Tensor, bits: int, group_size: int, inverse: torch.Tensor | None = None
+) -> QuantMatrix:
     """Quantise a matrix.
 
     Args:
         weight: [N, K].
         hessian: X X^T [K, K] of its inputs, any positive factor.
         group_size: input columns that share a scale; divides K.
+        inverse: :func:`inverse_factor` of ``hessian``, where it is known.
 
     Raises UserError: K is not whole groups, or the inputs were not finite.
     """
-    inverse = inverse_factor(hessian)
-    pieces = weight.split(ROWS)
-    return QuantMatrix.stacked([gptq_with_latent(rows, hessian, bits, group_size, inverse)[0] for rows in pieces])
-
-
-def gptq_with_latent(
-    weight: torch.Tensor,
-    hessian: torch.Tensor,
-    bits: int,
-    group_size: int,
-    inverse: torch.Tensor | None = None,
-) -> tuple[QuantMatrix, torch.Tensor]:
-    """Run :func:`gptq`, and return what was rounded, too: the weight after all repairs, [N, K] float32, not contiguous.
-
-    Rounding it with the same scales gives the same integers, which makes it the place from which
-    integers can be trained on.
-
-    ``inverse``: :func:`inverse_factor` of ``hessian``, where it is known.
-    """
     check_groups(weight.shape[1], group_size, "a matrix")
     inverse = inverse_factor(hessian) if inverse is None else inverse
+    importance, form = hessian.diagonal().float(), MatrixForm(bits, group_size)
+    return QuantMatrix.stacked([_compensated(rows, importance, inverse, form) for rows in weight.split(ROWS)])
+
+
+def _compensated(
+    weight: torch.Tensor, importance: torch.Tensor, inverse: torch.Tensor, form: MatrixForm
+) -> QuantMatrix:
+    """Round column by column; ``importance`` [K] weighs the errors that scales are chosen by."""
+    bits, group_size = form
     # [K, N]: a column of the matrix is one run of memory. A copy, which a transposed column vector would not be.
     rest = weight.detach().float().t().clone(memory_format=torch.contiguous_format)
-    importance = hessian.diagonal().float()
     half, diagonal = 2 ** (bits - 1), inverse.diagonal().tolist()
     codes = torch.empty_like(rest, dtype=torch.uint8)
     scales = []
@@ -96,7 +89,7 @@ def gptq_with_latent(
         scales.append(scale)
     packed = pack_codes(codes.t().contiguous().view(len(weight), -1, group_size), bits)
     stacked = torch.stack(scales, dim=1)
-    return QuantMatrix(packed, stacked, middle_zero_points(stacked, bits), bits, group_size), rest.t()
+    return QuantMatrix(packed, stacked, middle_zero_points(stacked, bits), bits, group_size)
 
 
 def inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
@@ -177,7 +170,7 @@ def _chosen(linears: dict[str, nn.Linear], hessian: torch.Tensor, form: IntegerF
         alike = {name: linear for name, linear in linears.items() if form.linear(name) == own}
         sizes = [linear.out_features for linear in alike.values()]
         weight = torch.cat([linear.weight for linear in alike.values()])
-        matrix, _ = gptq_with_latent(weight, hessian, *own, inverse)
+        matrix = gptq(weight, hessian, *own, inverse)
         ends = list(accumulate(sizes))
         for (name, linear), size, end in zip(alike.items(), sizes, ends, strict=True):
             matrices[name] = matrix[end - size : end]

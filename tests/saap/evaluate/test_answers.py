@@ -12,8 +12,11 @@ from export import export
 from saap.base.errors import UserError
 from saap.evaluate.answers import read_prompts, repetition, score_answers
 from saap.evaluate.perplexity import torch_scorer
+from saap.evaluate.subjects import subject_of
 from saap.models.checkpoint import load_model
+from saap.models.resolve import load_tokenizer
 from saap.prune import PruneOptions, prune
+from saap.system.gpu import CPU
 
 
 def scripted(answers, logits):
@@ -70,11 +73,9 @@ def test_answers_of_directories_and_bundles(tiny_model, tmp_path):
 
     model = load_model(path)
     prompts = read_prompts(None, 3)
-    from saap.evaluate.answers import torch_writer
-    from saap.models.resolve import load_tokenizer
-
+    write = subject_of(path).writer(CPU, [], 512)
     for prompt in prompts.ids(load_tokenizer(path)):
-        answer = torch_writer(model, [])(prompt, 8)
+        answer = write(prompt, 8)
         logits = torch_scorer(model)(torch.tensor([[*prompt, *answer]]))[0]
         assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == answer
 
