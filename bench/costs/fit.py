@@ -36,7 +36,7 @@ class Stack:
     layers: int
     nodes: int  # of the graph as it was written
     weight_bytes: int  # read per step
-    head_rows: int = 0  # words that its head says; 0: all
+    head_rows: int = 0  # tokens that its head predicts; 0: all
     part: str = ""  # attention, ffn or outside: what has other integers
     bits: int = 0  # of these
     group_size: int = 0  # weights per scale there

@@ -194,7 +194,7 @@ class BundleManifest:
     conv_kernel: Annotated[int, Meta(ge=0, le=1024)] = 0  # tokens that a convolution sees; 0 where there is none
     delta: DeltaHeads | None = None  # of the gated delta nets; None where there is none
     windows: list[Count] = field(default_factory=list)  # of each layer, as in CachePart; empty where none slides
-    words: str = ""  # which tokens the head says, packed as in ``slim_vocabulary`` of a slim model; empty: all
+    words: str = ""  # which tokens the head predicts, packed as in ``slim_vocabulary`` of a slim model; empty: all
     spelling: Spelling | None = None  # None where the tokenizer cannot say it
     format: int = FORMAT
 

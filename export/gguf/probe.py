@@ -39,7 +39,7 @@ def check_probe(model: ProbeModel) -> None:
 
 
 def write_probe_gguf(model: ProbeModel, stack: ProbeStack, out: Path) -> None:
-    """Write one stack as a GGUF file; where its head says fewer words, it has no others."""
+    """Write one stack as a GGUF file; where its head has fewer tokens, the file has no others."""
     from gguf import GGUFWriter
 
     layers, kind = stack.layers, KINDS[model.precision.bits]

@@ -2,7 +2,7 @@
 
 An operator that is timed over and over by itself finds its weights in the cache, and in a model it does not. So what
 is timed is whole decode steps. The first stack is the model itself; in each of the others every second layer takes one
-option instead: an FFN width, a count of heads, or a block less; in the last ones the head says fewer words, or all
+option instead: an FFN width, a count of heads, or a block less; in the last ones the head has fewer tokens, or all
 matrices of one kind of block, or those outside the layers, are of other integers. The difference of two steps is then
 what the option saves in its place, between layers that push its weights out of the cache.
 
@@ -51,7 +51,7 @@ class ProbeStack:
     """One stack of layers."""
 
     layers: Sequence[LayerSizes]
-    head_rows: int = 0  # words that the head says; 0: all
+    head_rows: int = 0  # tokens that the head predicts; 0: all
     part: str = ""  # of PARTS, whose matrices have another form: of all layers, or outside them
     form: MatrixForm | None = None  # of those whose columns are whole groups of it
 

@@ -176,7 +176,7 @@ class MicrosoftLayout:
     def add_vocabulary(self, source: WeightSource, precision: Precision) -> None:
         """Write the embedding, and the head where it is not tied to it.
 
-        Of a head that says some words only, a tied table has their rows first, so that the head is its beginning.
+        Where a tied head has some tokens only, the table begins with their rows, which are the head.
         """
         arch, tied = source.architecture, source.shape.tied
         words, table = source.words, source.table(arch.embedding, precision)

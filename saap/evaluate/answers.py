@@ -1,4 +1,4 @@
-"""Answers: does a model say what the dense one says, and does it repeat itself?
+"""Answers: does a model write what the dense one writes, and does it repeat itself?
 
 Multiple choice hardly tells a model that lost layers from one that lost width; what they write does. Every prompt is
 answered greedily by the dense model and by each other one. Counted are the tokens of the dense answer that a model
@@ -26,7 +26,7 @@ from saap.evaluate.perplexity import Score
 from saap.text.conversations import has_chat_template
 
 NGRAM = 4
-Writer = Callable[[Sequence[int], int], list[int]]  # greedily, so many tokens at most behind those of a prompt
+Writer = Callable[[Sequence[int], int], list[int]]  # writes greedily: prompt ids, most tokens -> new ids
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,7 @@ class Subject(Protocol):
         """Load what weighs continuations; and count the tokens of its context."""
 
     def writer(self, device: torch.device, stops: Sequence[int], positions: int) -> Writer:
-        """Load what answers prompts, up to one of ``stops``, in at most so many positions."""
+        """Load what answers prompts, up to one of ``stops``, in at most ``positions`` of context."""
 
 
 Model = str | Path | Subject

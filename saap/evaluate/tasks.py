@@ -81,7 +81,7 @@ class Results(TypedDict):
 class ContinuationModel(TemplateLM):  # type: ignore[misc]  # the harness has no types
     """A model of the harness that only weighs continuations; ``score`` says how likely they are.
 
-    ``tokenizer`` is of what the model says; ``reader`` of what it reads, where it says fewer words than it reads.
+    ``tokenizer`` is of the model's output; ``reader`` of its input, where that has more tokens.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class ContinuationModel(TemplateLM):  # type: ignore[misc]  # the harness has no
         return encode(string, self.tokenizer, add_special_tokens)
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Ids of a question, as the model reads it, and of an answer, as it says it."""
+        """Return the ids of a question in the input's tokens, and of an answer in the output's."""
         ids, tail = super()._encode_pair(context, continuation)
         if self.reader is not None:
             asked = context.rstrip()  # the harness has the spaces behind it belong to the answer

@@ -1,12 +1,12 @@
-"""The output head as a structure: which words it keeps, chosen by a text, and a directory whose head says only those.
+"""The output head as a structure: a text chooses the tokens that it keeps, and a directory is written with them alone.
 
 The embedding and the tokenizer stay, so prompts are read as before, but where the input is trimmed too
-(:mod:`saap.prune.renumber`). The kept words are closed (:mod:`saap.text.closed_words`), so whatever could be said can
-still be said, if by more tokens.
+(:mod:`saap.prune.renumber`). The kept tokens are closed (:mod:`saap.text.closed_words`), so whatever could be written
+still can be, if in more tokens.
 
-A word counts by how often it is in the text, and by how often the model would have said it there: a text of some
+A token counts by how often it is in the text, and by how often the model predicts it there: a text of some
 hundred thousand tokens has few of the names that others like it have, and the model knows them (Gemma 3 270M, half of
-its words: WikiText-2 takes 0.3 % more tokens, 3.0 % by the text alone).
+its tokens: WikiText-2 takes 0.3 % more tokens, 3.0 % by the text alone).
 """
 
 from __future__ import annotations
@@ -53,20 +53,20 @@ PREDICTED = 4096  # tokens of the text whose predictions count
 ROW = 256  # tokens of a forward pass
 SPARE = 0.25  # of the text, by which a size is chosen that the other part counted
 SHARES = (2 / 3, 1 / 2, 1 / 3, 1 / 4, 1 / 6, 1 / 8)  # of the vocabulary, that a search chooses between
-PIECE, PIECES = 1000, 8  # characters, and how many such parts of the text: what saying it in fewer words costs
+PIECE, PIECES = 1000, 8  # characters of a part of the text, and the number of parts, that price a smaller vocabulary
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """The words that a head keeps.
+    """The tokens that a head keeps.
 
     Attributes:
         words: their ids, ascending.
         size: rows of the embedding.
         longer: share of tokens that a text takes more, of the same kind as the one that chose, not itself.
         source: that text; ``sha256`` its hash.
-        input: whether embedding and tokenizer lose the other words, too.
-        price: nats that it costs to say such a text in these words, per token of it; 0 where it was not asked for.
+        input: whether embedding and tokenizer lose the other tokens, too.
+        price: nats per token of such a text that the smaller vocabulary adds; 0 where it was not measured.
     """
 
     words: tuple[int, ...]
@@ -214,7 +214,7 @@ class _Read:
         self._as_it_is: tuple[float, int] | None = None  # nats and tokens of the pieces in all words
 
     def longer(self, count: int) -> float:
-        """Share of tokens that the held-out part takes more in so many words."""
+        """Return the share of tokens by which a vocabulary of ``count`` makes the held-out part longer."""
         tokens = self._trimmed(count).encode(self._spare, add_special_tokens=False).ids
         return float(len(tokens) / max(1, self.spare_counts.sum()) - 1)
 
@@ -253,13 +253,13 @@ class _Read:
 
 
 def read_less(shape: ModelShape, rows: int) -> float:
-    """Share of the weights that a token reads no more where the head says so many words."""
+    """Return the share of the weights that a token no longer reads where the head has ``rows`` tokens."""
     return (shape.vocab - rows) * shape.hidden / (shape.layer_weights + shape.vocab * shape.hidden)
 
 
 @dataclass
 class Sizes:
-    """Numbers of words that are tried until a text gets by hardly more than :data:`LONGER` longer.
+    """Vocabulary sizes that are tried until a text becomes hardly longer than :data:`LONGER` allows.
 
     Attributes:
         most, least: numbers that there may be.
@@ -346,7 +346,7 @@ def write_trimmed(
 ) -> Path:
     """Write a slim directory (:func:`saap.models.checkpoint.write_slim`) with the chosen vocabulary.
 
-    ``config``: of these words; the tensors have all.
+    ``config``: of this vocabulary; the tensors are of the whole one.
     """
     if chosen is None or chosen.renumbering is None:
         return write_slim(output, source, config, tensors, record)
@@ -399,7 +399,7 @@ def trim_by_text(
 
 
 def trim(source: Path, chosen: Chosen, output: Path, progress: Progress | None = None) -> Path:
-    """Write a model that says the chosen words; its weights stay what they are.
+    """Write a model whose head has the chosen tokens; its weights stay what they are.
 
     Raises UserError: a place that cannot be written.
     """

@@ -81,7 +81,7 @@ def writing_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase:
 def long_spelling(directory: str | Path, ids: Iterable[int]) -> str | None:
     """Warn of a text that a model with a trimmed vocabulary spells in many more tokens; None: it does not.
 
-    ``ids``: of the text, as the model says it.
+    ``ids``: of the text in the model's own tokens.
     """
     from saap.models.resolve import load_tokenizer
 

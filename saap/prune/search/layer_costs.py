@@ -1,6 +1,6 @@
 """Milliseconds of a decoder layer of some sizes, read from a table that was measured on the device.
 
-A decode step is taken as a sum: a constant (embedding, final norm, and a head of so many words), and for each layer an
+A decode step is taken as a sum: a constant (embedding, final norm, and the head), and for each layer an
 attention block that depends on its heads, a short convolution on its channels or a delta net on its heads, and a
 feed-forward block on its width. What lies between those that were measured is interpolated. ``saap devices costs``
 measures a table; one table is of one model's hidden size, head size and vocabulary, one precision, one thread count and
@@ -52,7 +52,7 @@ class CostTable:
         return [MatrixForm(cost.bits, cost.group_size) for cost in timed]
 
     def outside_ms(self, rows: int | None = None) -> float:
-        """Milliseconds of a step without any layer, whose head says so many words; None: all of them.
+        """Milliseconds of a step without any layer; ``None`` is a head of all tokens.
 
         Raises CostError: the table has no smaller heads.
         """
