@@ -36,7 +36,6 @@ def test_exceptions_are_few_and_have_reasons():
     assert set(EXCEPTIONS) <= {name for package in OURS for _, name in names(package)}, "an exception without a use"
 
 
-@pytest.mark.xfail(reason="names and first lines are being mended, package by package")
 @pytest.mark.parametrize("package", OURS)
 def test_names_say_what_things_are(package):
     assert not [
@@ -46,7 +45,6 @@ def test_names_say_what_things_are(package):
     ]
 
 
-@pytest.mark.xfail(reason="names and first lines are being mended, package by package")
 @pytest.mark.parametrize("package", OURS)
 def test_first_lines_are_sentences_or_noun_phrases(package):
     assert not [f"{place}: {first}" for place, first in first_lines(package) if OPENINGS.match(first)]
