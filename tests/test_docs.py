@@ -49,7 +49,7 @@ OTHER_PROGRAMS = {
     *("--scope", "--user"),  # systemd-run
     "--rows",  # a study
     "--interval",  # tegrastats
-    *("--config", "--help-all", "--set"),  # what every command gets from its options dataclass
+    *("--help-all", "--set"),  # what every command gets from its options dataclass
     "--fold",  # a removed option, which the message about a directory of 0.1.0 names
     "--saap",  # no option: an arrow in the picture of the commands
 }

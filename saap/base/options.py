@@ -52,6 +52,7 @@ REMOVED = {
     "cool_down": "a repetition in which a clock moved is INVALID; let the device cool down before the command",
     "cool_down_s": "a repetition in which a clock moved is INVALID; let the device cool down before the command",
     "text": "a device is asked about a text of saap's own; leave it out",
+    "config": "write --set NAME=VALUE for each of its lines",
     "iterative_steps": "one stage is better than several; leave it out",
     "stages": "one stage is better than several; leave it out",
     "c": "it is the number of tokens per sequence; leave it out",
@@ -74,8 +75,7 @@ class Option:
     Attributes:
         flags: its spellings on the command line; empty is the field's name with dashes. A ``bool`` whose only flag is
             not a pair (``--x/--no-x``) sets the opposite of the default.
-        shown: False keeps it out of help and off the command line: ``--set NAME=VALUE``, ``--config FILE`` and
-            ``--help-all`` know it.
+        shown: False keeps it out of help and off the command line: ``--set NAME=VALUE`` and ``--help-all`` know it.
         parse: text to value, raising ValueError with one line; None goes by the annotation.
     """
 
@@ -349,54 +349,6 @@ def assigned(settings: Mapping[str, Setting], text: str) -> tuple[str, object]:
         return setting.name, setting.read(value)
     except ValueError as error:
         raise UserError(f"{setting.name} {error}") from None
-
-
-def from_toml(settings: Mapping[str, Setting], path: Path) -> dict[str, object]:
-    """Read the settings in a TOML file: the same names, in tables or not; text is read as on the command line.
-
-    Raises UserError: no such file, not TOML, no such name, or not a value for it.
-    """
-    import sys
-
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib
-
-    try:
-        tree = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; give a TOML file") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not TOML ({error}): write lines such as ratio = 0.2") from None
-    values: dict[str, object] = {}
-    for name, value in _entries(tree):
-        try:
-            setting = setting_named(settings, name)
-            values[setting.name] = _from_toml(setting, value)
-        except ValueError as error:
-            named = "" if isinstance(error, UserError) else f"{name} "
-            raise UserError(f"{path}: {named}{error}") from None
-    return values
-
-
-def _entries(tree: Mapping[str, object]) -> Iterator[tuple[str, object]]:
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            yield from _entries(value)
-        else:
-            yield name, value
-
-
-def _from_toml(setting: Setting, value: object) -> object:
-    if setting.repeated:
-        parts = value if isinstance(value, list) else [value]
-        return tuple(setting.read(part if isinstance(part, str) else str(part)) for part in parts)
-    if isinstance(value, str):
-        return setting.read(value)
-    if isinstance(value, list) and setting.kind in (tuple, frozenset):
-        return setting.checked(setting.kind(value))
-    return setting.checked(value)
 
 
 def check_values(options: object) -> None:

@@ -5,7 +5,7 @@
     @options_of(PruneOptions)
     def prune(model: str, options: PruneOptions) -> None: ...
 
-A flag wins over ``--set NAME=VALUE``, and that over ``--config FILE.toml``. What a field says is
+A flag wins over ``--set NAME=VALUE``. What a field says is
 :class:`saap.base.options.Option`.
 """
 
@@ -14,7 +14,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING
-from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import click
@@ -22,7 +21,7 @@ from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 
 from saap.base.errors import UserError
-from saap.base.options import TYPED, Setting, assigned, build, from_toml, settings_of
+from saap.base.options import TYPED, Setting, assigned, build, settings_of
 from saap.cli.types import FieldOption, Sections
 
 if TYPE_CHECKING:
@@ -89,17 +88,16 @@ def options_of(kind: type) -> Callable[[Callable[..., T]], Callable[..., T]]:
 
     def decorate(function: Callable[..., T]) -> Callable[..., T]:
         @functools.wraps(function)
-        def command(*arguments: object, set_: list[tuple[str, object]], config: Path | None, **values: object) -> T:
+        def command(*arguments: object, set_: list[tuple[str, object]], **values: object) -> T:
             context = click.get_current_context()
             typed = dict(set_)
             for name in settings.keys() & values.keys():
                 value = values.pop(name)
                 if context.get_parameter_source(name) is not ParameterSource.DEFAULT:
                     typed[name] = value
-            from_file = from_toml(settings, config) if config else {}
             reset = TYPED.set({(settings[name].owner, name) for name in typed})
             try:
-                return function(*arguments, options=build(kind, from_file | typed), **values)
+                return function(*arguments, options=build(kind, typed), **values)
             finally:
                 TYPED.reset(reset)
 
@@ -148,10 +146,6 @@ def _more(settings: Mapping[str, Setting]) -> list[Callable[[Callable[..., T]], 
             metavar="NAME=VALUE", help="Set an option by its name; --help-all lists them.",
         ),
         click.option(
-            "--config", type=click.Path(path_type=Path), metavar="FILE",
-            help="A TOML file of NAME = VALUE.",
-        ),
-        click.option(
             "--help-all", is_flag=True, is_eager=True, expose_value=False,
             callback=show_all, help="Every option with its meaning and default.",
         ),
@@ -163,9 +157,7 @@ def help_all(context: click.Context, settings: Mapping[str, Setting]) -> str:
     formatter = context.make_formatter()
     formatter.write_usage(context.command_path, "[OPTIONS] ...")
     formatter.write_paragraph()
-    formatter.write_text(
-        "Options with dashes are flags; all names can be set by --set NAME=VALUE and stand in a --config file."
-    )
+    formatter.write_text("Options with dashes are flags; all names can be set by --set NAME=VALUE.")
     sections: dict[str, list[tuple[str, str]]] = {}
     for setting in settings.values():
         left = ", ".join(setting.flags) if setting.option.shown else setting.name

@@ -138,7 +138,6 @@ WRONG = {
     "prune dense -o o --speedup 1.2 --costs result.json": "result.json is another kind of file (it has no 'threads')",
     "prune dense -o o --ratio 0.2 --calibration dense": "dense is a directory: give a text, .jsonl or .gz file",
     "prune dense -o o --ratio 0.2 --calibration cost.json": "is not a list of rows: give .jsonl, one object a line",
-    "prune dense -o o --ratio 0.2 --config empty": "cannot read empty: Is a directory; give a TOML file",
     "prune dense -o o --ratio 0.2 --set nonsense=1": "there is no option 'nonsense': --help-all lists them all",
     "tune tuned -o o": "tuned holds tuned integers already: tune the slim directory it came from",
     "tune slim -o o --teacher bundle": "bundle is an exported bundle, not a model",
