@@ -128,7 +128,7 @@ def test_weights_that_only_transformers_would_follow_are_not_read(name, tiny_mod
     monkeypatch.chdir(tmp_path)
     with no_pickles(tmp_path / "watch"):
         here("eval", model, "--text", text, "--chunk", 32, "--max-chunks", 2)
-        here("bench", f"torch:{model}", "-p", 4, "-n", 2, "--repetitions", 1)
+        here("bench", f"torch:{model}", "-p", 4, "-n", 2, "-t", 1, "--repetitions", 1, "--no-cold")
     assert not (tmp_path / "owned").exists()
 
 
