@@ -16,6 +16,7 @@ from saap.base.hashing import VARIABLE, hashes_for_workers, known_sha256
 
 @pytest.fixture
 def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("SAAP_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(hashing, "_known", {})
     monkeypatch.setattr(hashing, "JUST_NOW_NS", -(10**12))  # a file of the moment is remembered, too
     (tmp_path / "file").write_bytes(b"content")
@@ -58,3 +59,17 @@ def test_a_worker_reads_what_its_parent_has_not_hashed(file: Path) -> None:
         command, env={**os.environ, **hashes_for_workers()}, capture_output=True, text=True, check=True
     )
     assert done.stdout.split() == [sha256(b"content").hexdigest(), "read"]
+
+
+def test_a_large_file_is_known_to_the_next_process_for_a_day(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hashing, "LARGE", 7)
+    reads = []
+    real = hashing.sha256_file
+    monkeypatch.setattr(hashing, "sha256_file", lambda path: reads.append(path) or real(path))
+    now = hashing.time.time()
+    for later_s, content, read in ((0, b"content", 1), (0, b"content", 1), (86_400, b"content", 2), (0, b"Content", 3)):
+        if content != file.read_bytes():
+            file.write_bytes(content)
+        monkeypatch.setattr(hashing, "_known", {})  # as in another process
+        monkeypatch.setattr(hashing.time, "time", lambda later_s=later_s: now + later_s)
+        assert known_sha256(file) == sha256(content).hexdigest() and len(reads) == read
