@@ -99,7 +99,7 @@ class WeightSource(Protocol):
 
     @property
     def words(self) -> torch.Tensor | None:
-        """The tokens that the head says, ascending int64; None: all."""
+        """The tokens that the head predicts, ascending int64; None: all."""
 
     def norm(self, field: str, layer: int | None = None) -> torch.Tensor:
         """Read the factors of a norm, [width] float32, by its field of :class:`Architecture`."""
@@ -138,7 +138,7 @@ class ModelSource:
 
     @property
     def words(self) -> torch.Tensor | None:
-        """The tokens that the head says, ascending; None: all."""
+        """The tokens that the head predicts, ascending; None: all."""
         packed = self.traits.vocabulary
         return unpacked_ids(packed, self.shape.vocab) if packed else None
 

@@ -49,7 +49,7 @@ class Stack(Protocol):
     """A model whose cache can be filled up to a position."""
 
     def place(self, length: int) -> None:
-        """Let so many positions be in use."""
+        """Let a number of positions be in use."""
 
     def step(self, token_id: int) -> Logits:
         """Append one token."""

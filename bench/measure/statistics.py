@@ -126,7 +126,7 @@ def difference_p_value(old: Sequence[float], new: Sequence[float], paired: bool)
 
 
 def least_p_value(old: int, new: int, paired: bool) -> float:
-    """Return the smallest p-value that so many values can give: with fewer than 6 pairs it stays above 0.05."""
+    """Return the smallest p-value that a number of values can give: with fewer than 6 pairs it stays above 0.05."""
     return 2 * 0.5**old if paired and old == new else 2 / math.comb(old + new, old)
 
 

@@ -113,7 +113,7 @@ def memory_of(model: Model, device: Device, context: int) -> Memory:
 
 
 def cache_bytes(model: Model, context: int) -> int:
-    """Bytes of the cache behind so many positions."""
+    """Bytes of the cache behind a number of positions."""
     return model.kv_bytes_per_token * context - model.sliding.saved(context)
 
 

@@ -83,7 +83,7 @@ class CachePart:
         return None in self.shape
 
     def sized(self, batch: int, positions: int) -> tuple[int, ...]:
-        """Its shape for so many sequences of so many positions."""
+        """Its shape for a number of sequences and positions."""
         return (batch, *(positions if size is None else size for size in self.shape))
 
 

@@ -63,7 +63,7 @@ class EngineProcess:
         return _seconds(self._ask(Prompt()))
 
     def steps(self, count: int) -> float:
-        """Seconds of so many decode steps after what came before."""
+        """Seconds of a number of decode steps after what came before."""
         return _seconds(self._ask(Steps(count)))
 
     def text(self, ids: list[int], greedy: int) -> dict[str, object]:

@@ -42,7 +42,7 @@ RARE_SIZES = 4  # of short convolutions, or of delta nets
 HEAD_COUNTS = 3  # of KV groups, and of query heads in each
 FAST_ROWS = 64  # widths in multiples of it suit the fast kernels
 PARTS = {"attention": ("qkv", "o"), "ffn": ("gate_up", "down"), "outside": ()}
-HEAD_SHARES = (1 / 8, 1 / 2)  # of the vocabulary that a head says
+HEAD_SHARES = (1 / 8, 1 / 2)  # of the vocabulary that a head predicts
 EPSILON = 1e-5
 
 

@@ -13,7 +13,7 @@ class Sliding:
     positions: int = 0  # that it holds
 
     def saved(self, positions: int) -> int:
-        """Bytes that a sequence of so many positions takes less than if all of its cache grew."""
+        """Bytes that a sequence of a length takes less than if all of its cache grew."""
         return self.bytes_per_token * max(0, positions - self.positions)
 
 

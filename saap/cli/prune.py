@@ -148,7 +148,7 @@ def show_plan(slim: Path, budget: Budget) -> None:
     print_table("", ["", "dense", "asked", "planned", "achieved"], rows)
     words = read_record(slim).get("vocabulary")
     if words and (plan["reasons"] or {}).get("words"):  # which the search chose
-        kept = f"the head says {words['rows']:,} of {words['of']:,} words"
+        kept = f"the head predicts {words['rows']:,} of {words['of']:,} tokens"
         tell(f"  vocabulary: {kept}; such text takes {100 * words['longer']:.1f}% more tokens")
     if budget.forms:
         tables = architecture_of(read_config(slim)).tables

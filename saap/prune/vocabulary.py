@@ -372,7 +372,7 @@ def words_by_text(
     words = replace(words, input=options.vocabulary_input)
     note(
         progress,
-        f"vocabulary: the {'model has' if words.input else 'head says'} {len(words.words):,} of {words.size:,} words; "
+        f"vocabulary: the {'model has' if words.input else 'head predicts'} {len(words.words):,} of {words.size:,} tokens; "
         f"text like {words.source} takes {100 * words.longer:.1f}% more tokens",
     )
     return words

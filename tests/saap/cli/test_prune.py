@@ -103,7 +103,7 @@ def plain(tmp_path):
 
 def test_words_alone(model, tmp_path, plain):
     done = here("prune", model, "-o", tmp_path / "head", "--vocabulary", "290", "--calibration", plain)
-    assert "vocabulary: the head says 290 of 320 words; text like" in done.stderr
+    assert "vocabulary: the head predicts 290 of 320 tokens; text like" in done.stderr
     assert read_config(tmp_path / "head")["vocab_size"] == 320
     words = ["--vocabulary", "290", "--vocabulary-input", "--calibration", plain]
     done = here("prune", model, "-o", tmp_path / "all", *words)

@@ -123,5 +123,5 @@ def test_auto_with_a_time_is_one_search(tiny_model, costs, tmp_path, monkeypatch
     done = here("prune", tiny_model(), "-o", tmp_path / "slim", "--speedup", 1.1, "--vocabulary", "auto", *asked)
     record = read_record(tmp_path / "slim")
     rows = record["vocabulary"]["rows"]
-    assert f"vocabulary: the head says {rows} of 320 words; such text takes" in done.stdout
+    assert f"vocabulary: the head predicts {rows} of 320 tokens; such text takes" in done.stdout
     assert rows in (288, 298) and "words of the head" in done.stdout
