@@ -370,9 +370,10 @@ def words_by_text(
         return [replace(words, input=options.vocabulary_input) for words in candidates]
     words = choose_words(source, str(options.vocabulary), documents, progress)
     words = replace(words, input=options.vocabulary_input)
+    subject = "model has" if words.input else "head predicts"
     note(
         progress,
-        f"vocabulary: the {'model has' if words.input else 'head predicts'} {len(words.words):,} of {words.size:,} tokens; "
+        f"vocabulary: the {subject} {len(words.words):,} of {words.size:,} tokens; "
         f"text like {words.source} takes {100 * words.longer:.1f}% more tokens",
     )
     return words

@@ -107,7 +107,7 @@ def test_words_alone(model, tmp_path, plain):
     assert read_config(tmp_path / "head")["vocab_size"] == 320
     words = ["--vocabulary", "290", "--vocabulary-input", "--calibration", plain]
     done = here("prune", model, "-o", tmp_path / "all", *words)
-    assert "vocabulary: the model has 290 of 320 words" in done.stderr
+    assert "vocabulary: the model has 290 of 320 tokens" in done.stderr
     assert read_config(tmp_path / "all")["vocab_size"] == 290
 
 
