@@ -82,7 +82,8 @@ class Tegrastats:
     """A line. None, or a missing key, is what it does not tell.
 
     Names are those that are printed, but engines lose ``_FREQ``, which comes and goes with the release. Temperatures
-    of zones without a sensor are as printed: ``PMIC`` is 50 or 100 on every board.
+    of zones without a sensor are as printed: ``PMIC`` is 50 or 100 on every board. ``EMC``, the memory controller, is
+    absent without root from JetPack 6 on.
     """
 
     local_time: datetime | None = None  # of the board, whole seconds, without a zone
@@ -96,15 +97,6 @@ class Tegrastats:
     temperatures: Mapping[str, Temperature] = field(default_factory=dict)
     rails: Mapping[str, Rail] = field(default_factory=dict)
     unparsed: tuple[str, ...] = ()  # pieces that were not understood, or came twice
-
-    @property
-    def emc(self) -> Engine | None:
-        """The memory controller; absent without root from JetPack 6 on."""
-        return self.engines.get("EMC")
-
-    @property
-    def gpu(self) -> Engine | None:
-        return self.engines.get("GR3D")
 
 
 def parse_tegrastats(line: str | bytes) -> Tegrastats:

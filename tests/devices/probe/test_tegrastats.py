@@ -73,8 +73,8 @@ def test_one_clock_for_all_cores_and_plain_names_in_l4t_28() -> None:
     line = parse_tegrastats(TX2_28)
     assert line.cores == (Core(True, 0.17, 408_000_000), Core(True, 0.13, 408_000_000), Core(False),
                           Core(True, 0.05, 408_000_000))  # fmt: skip
-    assert line.emc == Engine(load=0.01, clocks_hz=(408_000_000,))
-    assert line.gpu == Engine(load=0.03, clocks_hz=(76_000_000,))
+    assert line.engines["EMC"] == Engine(load=0.01, clocks_hz=(408_000_000,))
+    assert line.engines["GR3D"] == Engine(load=0.03, clocks_hz=(76_000_000,))
     assert line.engines["NVENC"] == Engine(clocks_hz=(716_000_000,))
     assert (line.mts_foreground, line.mts_background) == (0.0, 0.02)
     assert line.local_time is None and line.swap is None and line.unparsed == ()
@@ -86,20 +86,20 @@ def test_rails_called_cpu_and_gpu_beside_cores_and_zones_of_that_name() -> None:
     assert line.temperatures["CPU"] == Temperature(49.0) and line.temperatures["GPU"] == Temperature(54.5)
     assert line.rails["CPU"] == Rail(2.301, 2.33) and line.rails["GPU"] == Rail(18.401, 18.525)
     assert line.rails["VDDRQ"] == Rail(2.914, 2.911)
-    assert line.gpu == Engine(load=0.95, clocks_hz=(1_377_000_000,)) and line.unparsed == ()
+    assert line.engines["GR3D"] == Engine(load=0.95, clocks_hz=(1_377_000_000,)) and line.unparsed == ()
 
 
 def test_xavier_nx_on_jetpack_5() -> None:
     line = parse_tegrastats(XAVIER_NX_5)
     assert line.local_time == datetime(2024, 7, 9, 13, 31, 31)
-    assert line.gpu == Engine(load=0.0, clocks_hz=(114_000_000,))
+    assert line.engines["GR3D"] == Engine(load=0.0, clocks_hz=(114_000_000,))
     assert line.engines["VIC"] == Engine(clocks_hz=(115_000_000,))
     assert line.rails == {"VDD_IN": Rail(2.763, 2.846), "VDD_SOC": Rail(0.65, 0.711)}
 
 
 def test_agx_orin_with_engines_off_a_gated_zone_and_channels_not_connected() -> None:
     line = parse_tegrastats(AGX_ORIN_6)
-    assert line.gpu == Engine(load=0.0, clocks_hz=(0, 0))
+    assert line.engines["GR3D"] == Engine(load=0.0, clocks_hz=(0, 0))
     assert line.engines["NVENC"] == Engine(load=0.79, clocks_hz=(166_000_000,))
     assert line.engines["NVDEC"] == line.engines["NVJPG1"] == line.engines["PVA0"] == Engine(off=True)
     assert line.temperatures["cpu"] == Temperature(52.562) and line.temperatures["CV0"] == Temperature(None)
@@ -110,16 +110,16 @@ def test_agx_orin_with_engines_off_a_gated_zone_and_channels_not_connected() -> 
 def test_orin_nx_on_jetpack_7_with_cores_off() -> None:
     line = parse_tegrastats(ORIN_NX_7)
     assert line.cores == (Core(True, 0.55, 1_036_000_000), Core(False), Core(False), Core(True, 0.0, 729_000_000))
-    assert line.emc is None  # without root
-    assert line.gpu == Engine(load=0.0)
+    assert "EMC" not in line.engines  # without root
+    assert line.engines["GR3D"] == Engine(load=0.0)
     assert line.temperatures == {"cpu": Temperature(57.156, 58.25)}
     assert line.rails == {"VDD_IN": Rail(7.28, 7.29, 7.4)}
 
 
 def test_thor_tells_clocks_only_and_power_below_zero() -> None:
     line = parse_tegrastats(THOR_7)
-    assert line.gpu is not None and line.gpu.load is None  # unknown, not 0
-    assert line.gpu.clocks_hz == (314_000_000,) * 3
+    assert line.engines["GR3D"].load is None  # unknown, not 0
+    assert line.engines["GR3D"].clocks_hz == (314_000_000,) * 3
     assert line.engines["NVENC0"] == Engine(clocks_hz=(1_556_000_000,))
     assert line.temperatures["gpu"] == Temperature(35.906, 36.1)
     assert line.rails == {"VDD_GPU": Rail(-0.012, 4.925, 4.93), "VIN": Rail(16.802, 0.001, 0.002)}
@@ -129,7 +129,7 @@ def test_thor_tells_clocks_only_and_power_below_zero() -> None:
 def test_what_is_missing_is_unknown() -> None:
     nothing = Tegrastats()
     assert parse_tegrastats("") == parse_tegrastats(b" \r\n") == nothing
-    assert (nothing.ram, nothing.cores, nothing.gpu, nothing.emc, nothing.mts_background) == (None,) * 5
+    assert (nothing.ram, nothing.cores, nothing.mts_background) == (None,) * 3 and nothing.engines == {}
 
 
 @pytest.mark.parametrize(
