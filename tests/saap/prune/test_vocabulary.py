@@ -124,9 +124,9 @@ def test_what_cannot_hold_it_says_so(models_of, tmp_path):
         export_gguf(slim, tmp_path / "model.gguf", kind="F32")
 
 
-def test_what_is_read_and_what_is_said(real_model, tmp_path):
+def test_what_is_read_and_what_is_said(real_model, tmp_path, monkeypatch):
     """The packaged model's tokenizer, half of it: prompts as before, answers of kept words."""
-
+    monkeypatch.setattr("saap.prune.vocabulary.PREDICTED", 512)
     documents = load_documents(None, split="calibration")
     chosen = choose_words(real_model, "0.5", documents)
     assert len(chosen.words) == 24576 and 0 < chosen.longer < 0.06
