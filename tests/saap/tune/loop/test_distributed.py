@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from types import SimpleNamespace
 
@@ -41,23 +40,32 @@ def agree(one, other):
         assert torch.allclose(value, other.tensors[name], atol=2e-6), name
 
 
-@pytest.mark.parametrize("how", [pytest.param(SHARDED, marks=TOO_OLD), DATA_PARALLEL], ids=["sharded", "data parallel"])
-def test_two_processes_do_what_one_does(tiny_model, tmp_path, how):
-    """They start once for all: runs of the loop, and then the command."""
-    path, text = str(tiny_model()), tmp_path / "text.txt"
+@pytest.fixture(scope="module")
+def alone(llama, tmp_path_factory):
+    """What one process does, and the words of its command; two of them begin where it was killed."""
+    home = tmp_path_factory.mktemp("alone")
+    path, teacher, text = llama(home / "tiny"), llama(home / "teacher", seed=1), home / "text.txt"
     text.write_text("\n".join(f"Line {n} of a text that is long enough to be learnt from, again." for n in range(400)))
     command = ["tune", path, "--data", text, "--tokens", "1600", "--length", "64", "--batch", "4",
-               "--teacher", tiny_model("teacher", seed=1), "--precision", "fp32", "--micro-batch", "1",
-               "--set", "held_out=0.4"]  # fmt: skip
-    here(*command, "-o", tmp_path / "by-one")
-    train_in_processes.main(path, tmp_path, "alone")
-    train_in_processes.main(path, tmp_path, "begun-by-one", kill=3)
+               "--teacher", teacher, "--precision", "fp32", "--micro-batch", "1", "--set", "held_out=0.4"]  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SAAP_CACHE", str(home / "cache"))
+        here(*command, "-o", home / "out/by-one")
+    train_in_processes.main(str(path), home / "out", "alone")
+    train_in_processes.main(str(path), home / "out", "begun-by-one", kill=3)
+    return SimpleNamespace(model=str(path), command=[str(word) for word in command], out=home / "out")
+
+
+@pytest.mark.parametrize("how", [pytest.param(SHARDED, marks=TOO_OLD), DATA_PARALLEL], ids=["sharded", "data parallel"])
+def test_two_processes_do_what_one_does(alone, tmp_path, monkeypatch, how):
+    """They start once for all: runs of the loop, and then the command."""
+    monkeypatch.setenv("SAAP_CACHE", str(tmp_path / "cache"))  # without the teacher's answers
+    shutil.copytree(alone.out, tmp_path, dirs_exist_ok=True)
     runs = [{"state": "two"}, {"state": "begun-by-two", "kill": 3}, {"state": "begun-by-one"}]
     runs.append({"state": "poisoned", "poison": 2})
-    shutil.rmtree(os.environ["SAAP_CACHE"])  # the teacher's answers
-    words = json.dumps([*map(str, command), "-o", str(tmp_path / "by-two")])
-    launch(how, train_in_processes.__file__, path, tmp_path, json.dumps(runs), words)
-    train_in_processes.main(path, tmp_path, "begun-by-two")
+    words = json.dumps([*alone.command, "-o", str(tmp_path / "by-two")])
+    launch(how, train_in_processes.__file__, alone.model, tmp_path, json.dumps(runs), words)
+    train_in_processes.main(alone.model, tmp_path, "begun-by-two")
     loops_agree(tmp_path, how)
     commands_agree(tmp_path)
 
