@@ -284,8 +284,7 @@ def check_symmetric(module: str, matrix: QuantMatrix) -> QuantMatrix:
     zero_points = unpack_zero_points(matrix.zero_points, matrix.bits, matrix.scales.shape[1])
     if not bool((zero_points == 2 ** (matrix.bits - 1)).all()):
         raise UserError(
-            f"{module} has zero points of its own, as saap 0.1 chose them with --asymmetric: tune the slim directory "
-            "again"
+            f"{module} has zero points of its own, as saap 0.1 could choose them: tune the slim directory again"
         )
     return matrix
 

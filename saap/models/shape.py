@@ -134,7 +134,10 @@ class ModelShape:
         if not layer.has(kind):
             return 0
         matrices, others = self.arrays(kind, layer)
-        return sum(rows * columns for rows, columns in matrices.values()) + sum(others)
+        count = sum(rows * columns for rows, columns in matrices.values()) + sum(others)
+        # A gate with a matrix of its own has no biases; the graph's joint array holds zeros for it.
+        biased = kind is not ATTENTION or self.gated_queries or not self.attention_bias
+        return count - (0 if biased else layer.query_heads * self.gate_width)
 
     def weights_of(self, layer: LayerSizes) -> int:
         """Weights of one layer."""
