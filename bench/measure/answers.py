@@ -17,7 +17,7 @@ from bench.measure.result import Json, Result
 from bench.runtimes.peers import Peer
 from export.engine.process import EngineProcess
 from saap.base.child import ChildFailedError
-from saap.base.progress import Progress
+from saap.base.progress import Progress, advance
 
 NLL_TOLERANCE = 0.02  # nats per token: what other kernels of the same precision move it by
 
@@ -35,8 +35,7 @@ def ask_all(peers: Sequence[Peer], plan: BenchOptions, threads: int, progress: P
     """Return the text of the options and each model's answer to it, as a result records them; empty without a text."""
     if not plan.text:
         return {}
-    if progress:
-        progress("asking for answers", 0, 0)
+    advance(progress, "asking for answers", 0, 0)
     return {"text": list(plan.text), "answers": {peer.name: ask(peer, plan, threads) for peer in peers}}
 
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from bench.judge.comparison import decisive_values, metric_of
 from bench.measure.result import INVALID, Measurement, Result, ResultError, read_result, result_text, write_result
 from bench.measure.statistics import summarize
-from saap.base.progress import Progress
+from saap.base.progress import Progress, advance
 
 Array = NDArray[np.float64]
 
@@ -86,8 +86,7 @@ def series(folder: Path, progress: Progress | None = None) -> list[Series]:
     for done, path in enumerate(paths, 1):
         for key, point in _points(path, read_result(path)):
             points.setdefault(key, []).append(point)
-        if progress:
-            progress("reading results (files)", done, len(paths))
+        advance(progress, "reading results (files)", done, len(paths))
     return [Series(*(*key, sorted(points[key], key=lambda p: (p.created, p.file)))) for key in sorted(points)]
 
 

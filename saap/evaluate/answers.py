@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from saap.base.chat_template import ChatTemplate, TemplateError
 from saap.base.errors import UserError
-from saap.base.progress import Progress
+from saap.base.progress import Progress, advance
 from saap.base.quality import AnswerScore
 from saap.evaluate.perplexity import Score
 from saap.text.conversations import has_chat_template
@@ -92,8 +92,7 @@ def score_answers(
     for name, (write, _) in models.items():
         answers[name] = []
         for number, prompt in enumerate(prompts):
-            if progress:
-                progress(f"answering (prompts), {name}", number, len(prompts))
+            advance(progress, f"answering (prompts), {name}", number, len(prompts))
             answers[name].append(write(prompt, tokens))
     scores = []
     for name, (_, score) in models.items():

@@ -14,7 +14,7 @@ import torch
 from export.engine.table import ONNXRUNTIME, TORCH
 from saap.base.errors import UserError
 from saap.base.needs import check_memory, fits
-from saap.base.progress import Progress, note
+from saap.base.progress import Progress, advance, note
 from saap.base.quality import Answers, ModelQuality, Quality
 from saap.evaluate.answers import read_prompts, score_answers, stop_ids
 from saap.evaluate.options import EvalOptions, check_options
@@ -137,8 +137,7 @@ def _on_text(
             check_memory(needs, "evaluating", "give a smaller --chunk or fewer --max-chunks")
     scorers = {}
     for number, subject in enumerate(subjects):
-        if progress:
-            progress("loading (models)", number, len(subjects))
+        advance(progress, "loading (models)", number, len(subjects))
         scorers[subject.name] = subject.scorer(device)
     with out_of_memory("give a smaller --chunk, fewer models, or --device cpu"):
         scores_of = score_models(

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from saap.base.errors import UserError
-from saap.base.progress import Progress
+from saap.base.progress import Progress, advance
 
 Score = Callable[[torch.Tensor], torch.Tensor]
 
@@ -75,8 +75,7 @@ def score_models(
     sums = {name: torch.zeros(2, dtype=torch.float64) for name in scorers}
     losses: dict[str, list[float]] = {name: [] for name in scorers}
     for index, (rows, chosen) in enumerate(zip(ids.split(batch), counted.split(batch), strict=True)):
-        if progress:
-            progress("evaluating (chunks)", index * batch, len(ids))
+        advance(progress, "evaluating (chunks)", index * batch, len(ids))
         base = None if reference is None else _log_probabilities(scorers[reference], rows, chosen)
         for name, score in scorers.items():
             mine = base if name == reference and base is not None else _log_probabilities(score, rows, chosen)
@@ -86,8 +85,7 @@ def score_models(
             losses[name] += [part.sum().item() for part in batch_losses.split(chosen.sum(1).tolist())]
             if base is not None:
                 sums[name] += _agreement(name, mine, base)
-    if progress:
-        progress("evaluating (chunks)", len(ids), len(ids))
+    advance(progress, "evaluating (chunks)", len(ids), len(ids))
     count = int(counted.sum())
     results = []
     for name, total in sums.items():

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from saap.base.allocator import kept_memory
 from saap.base.errors import UserError
 from saap.base.needs import Needs, check_disk, check_memory, fits
-from saap.base.progress import LOADING, WRITING, Progress, note
+from saap.base.progress import LOADING, WRITING, Progress, advance, note
 from saap.base.writing import RECORD, check_output, claimed, put_in_place
 from saap.models.architectures import architecture_of, shape_of
 from saap.models.checkpoint import load_model, read_config, slim_config
@@ -210,8 +210,7 @@ def _prune(pruning: Pruning, source: Path, output: Path, progress: Progress | No
     check_disk(Needs({}, prune_disk(budget.dense, weights_bytes(source), budget.share)), output, "pruning")
     advice = "give --stream, fewer --sequences, a smaller --length, or --device cpu"
     with fast_float32(), kept_memory(), claimed(output), out_of_memory(advice), _scratch(output) as scratch:
-        if progress:
-            progress(LOADING, 0, 0)
+        advance(progress, LOADING, 0, 0)
         device = device_of(options.device)
         model = load_streamed(source, device=device) if options.stream else moved(load_model(source), device)
         plan = _plan(model, pruning, progress)
@@ -222,8 +221,7 @@ def _prune(pruning: Pruning, source: Path, output: Path, progress: Progress | No
         del model
         if plan.words is not None:
             pruning = pruning.with_candidate(plan.words)
-        if progress:
-            progress(WRITING, 0, 0)
+        advance(progress, WRITING, 0, 0)
         _write(pruning, plan, source, output, refitted)
     return pruning, plan
 

@@ -25,7 +25,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from saap.base.errors import UserError
-from saap.base.progress import WRITING, Progress, note
+from saap.base.progress import WRITING, Progress, advance, note
 from saap.base.writing import RECORD, check_output, read_object
 from saap.models.architectures import architecture_of, head_vocabulary, shape_of
 from saap.models.checkpoint import load_model, read_config, slim_config, write_slim
@@ -308,12 +308,10 @@ def predicted(
     starts = random.Random(0).sample(range(0, max(1, len(ids) - ROW), ROW), min(PREDICTED // ROW, len(ids) // ROW))
     total = torch.zeros(shape_of(model.config).vocab, dtype=torch.float64)
     for done, start in enumerate(starts):
-        if progress:
-            progress("predicting tokens (rows)", done, len(starts))
+        advance(progress, "predicting tokens (rows)", done, len(starts))
         row = torch.tensor([[*first, *ids[start : start + ROW]]])
         total += model(input_ids=row, use_cache=False).logits[0, len(first) :].float().softmax(-1).sum(0).double()
-    if progress:
-        progress("predicting tokens (rows)", len(starts), len(starts))
+    advance(progress, "predicting tokens (rows)", len(starts), len(starts))
     return (total * (len(ids) / max(float(total.sum()), 1.0))).numpy()
 
 
@@ -404,8 +402,7 @@ def trim(source: Path, chosen: Chosen, output: Path, progress: Progress | None =
 
     Raises UserError: a place that cannot be written.
     """
-    if progress:
-        progress(WRITING, 0, 0)
+    advance(progress, WRITING, 0, 0)
     config = read_config(source)
     shape, (names, read) = shape_of(config), tensor_reader(source)
     plan = PrunePlan(tuple(map(whole_layer, shape.layers)))

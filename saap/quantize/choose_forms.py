@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from saap.base.errors import UserError
-from saap.base.progress import Progress
+from saap.base.progress import Progress, advance
 from saap.models.architectures import architecture_of, shape_of
 from saap.models.layer_walk import layer_inputs, layers_of, logits_after, states_after
 from saap.models.slim_quant import BITS, GROUP_SIZES, MatrixForm
@@ -169,8 +169,7 @@ def divergences(
         pairs = list(zip(predicted, reference, strict=True))
         total = sum(F.kl_div(own, true, log_target=True, reduction="sum").item() for own, true in pairs)
         divergences.append(max(0.0, total / rows.numel()))
-        if progress:
-            progress("measuring what 4 bit costs (parts)", place + 1, len(units))
+        advance(progress, "measuring what 4 bit costs (parts)", place + 1, len(units))
     return divergences
 
 

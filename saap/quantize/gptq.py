@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from saap.base.errors import UserError
-from saap.base.progress import Progress
+from saap.base.progress import Progress, advance
 from saap.models.architectures import architecture_of
 from saap.models.layer_walk import LayerArguments, layer_inputs, layers_of, removed_hooks, run_layer
 from saap.models.slim_quant import MatrixForm
@@ -140,8 +140,7 @@ def compensated_matrices(
     walk = layer_inputs(model, rows)
     hidden = [batch.hidden for batch in walk]
     for index, layer in enumerate(layers):
-        if progress:
-            progress("choosing integers (layers)", index, len(layers))
+        advance(progress, "choosing integers (layers)", index, len(layers))
         with present(layer):
             linears = {name: m for name, m in layer.named_modules() if isinstance(m, nn.Linear)}
             linears = {name: linear for name, linear in linears.items() if not architecture.is_float(name)}
@@ -150,8 +149,7 @@ def compensated_matrices(
                 called = {f"{architecture.layers}.{index}.{name}": linears[name] for name in alike}
                 matrices |= _chosen(called, hessian, form)
             hidden = [run_layer(layer, x, arguments) for x, arguments in batches]
-    if progress:
-        progress("choosing integers (layers)", len(layers), len(layers))
+    advance(progress, "choosing integers (layers)", len(layers), len(layers))
     norm = model.get_submodule(architecture.final_norm)
     final = [norm(x).flatten(0, -2).float() for x in hidden]
     head, table = (model.get_parameter(f"{name}.weight") for name in (architecture.head, architecture.embedding))

@@ -22,7 +22,7 @@ from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from saap.base.errors import UserError
-from saap.base.progress import Progress
+from saap.base.progress import Progress, advance
 from saap.base.store import Store
 from saap.base.wording import counted
 from saap.models.architectures import MOST_VOCABULARY, shape_of
@@ -225,8 +225,7 @@ def _fill(
     teacher, done = None, 0
     for path, part in zip(_shard_paths(entry, len(ids)), ids.split(_shard_rows(len(ids))), strict=True):
         if not _intact(path, [len(part), ids.shape[1] - 1, question.k]):
-            if progress:
-                progress(label, done, len(ids))
+            advance(progress, label, done, len(ids))
             teacher = teacher or open_model(teacher_dir, training_device())
             save_sealed(_answers(teacher, part, question), path)
         done += len(part)

@@ -31,7 +31,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from saap.base.progress import Progress
+from saap.base.progress import Progress, advance
 from saap.models.architectures import Architecture, architecture_of, shape_of, traits_of
 from saap.models.layer_walk import ROWS, batches_of, inputs_of, layers_of, run_layer, run_until
 from saap.models.shape import ATTENTION, KINDS, ModelShape
@@ -108,8 +108,7 @@ def compensate(
             for name, tensor in new.items():
                 yield f"{architecture.layers}.{number}.{name}", tensor.cpu()
             number += 1
-        if progress:
-            progress("compensating (layers)", index + 1, count)
+        advance(progress, "compensating (layers)", index + 1, count)
 
 
 class _Walk:

@@ -20,7 +20,7 @@ import torch
 from transformers import PreTrainedModel
 
 from saap.base.errors import UserError
-from saap.base.progress import Progress
+from saap.base.progress import Progress, advance
 from saap.models.layer_walk import layers_of, removed_hooks
 from saap.models.matrices import matrices_of
 from saap.models.shape import ModelShape
@@ -61,12 +61,10 @@ def collect(
     cosines = [0.0] * len(shape.layers)
     with torch.inference_mode(), _forward_hooks(model, shape, running, cosines):
         for start in range(0, len(ids), batch):
-            if progress:
-                progress("reading activations (sequences)", start, len(ids))
+            advance(progress, "reading activations (sequences)", start, len(ids))
             # The bare decoder: no statistic needs the logits.
             model.base_model(input_ids=ids[start : start + batch].to(model.device), use_cache=False)
-    if progress:
-        progress("reading activations (sequences)", len(ids), len(ids))
+    advance(progress, "reading activations (sequences)", len(ids), len(ids))
     return Activations(
         inputs={place: numbers.statistics() for place, numbers in running.items()},
         influence=1 - torch.tensor(cosines, dtype=torch.float64).div(ids.numel()).float(),

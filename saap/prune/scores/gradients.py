@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from saap.base.errors import UserError
-from saap.base.progress import Progress
+from saap.base.progress import Progress, advance
 from saap.models.architectures import architecture_of
 from saap.models.layer_walk import HEAD_ROWS, layers_of, logits_after, removed_hooks
 from saap.models.shape import KINDS, BlockKind, ModelShape
@@ -69,11 +69,9 @@ def block_gradients(
             for index in range(len(shape.layers)):
                 handles += _hooks(model, shape, index, gradients)
             for done, part in enumerate(ids.split(HEAD_ROWS)):
-                if progress:
-                    progress(SAYING, done * HEAD_ROWS, len(ids))
+                advance(progress, SAYING, done * HEAD_ROWS, len(ids))
                 loss_of(model(input_ids=part.to(model.device), use_cache=False).logits).backward()
-    if progress:
-        progress(SAYING, 1, 1)
+    advance(progress, SAYING, 1, 1)
     return {place: torch.cat(rows) for place, rows in gradients.items()}
 
 

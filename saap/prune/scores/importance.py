@@ -35,7 +35,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from saap.base.errors import UserError
-from saap.base.progress import Progress
+from saap.base.progress import Progress, advance
 from saap.models.layer_walk import removed_hooks
 from saap.models.matrices import Matrix, matrices_of
 from saap.models.shape import ATTENTION, KINDS, ModelShape
@@ -173,8 +173,7 @@ def backward(model: PreTrainedModel, ids: torch.Tensor, progress: Progress | Non
     """Backward passes of ``rows`` sequences at once, whose gradients hooks consume; the sequences' losses."""
     losses: list[float] = []
     for part in ids.split(rows):
-        if progress:
-            progress("scoring (sequences)", len(losses), len(ids))
+        advance(progress, "scoring (sequences)", len(losses), len(ids))
         part = part.to(model.device)
         logits = model(input_ids=part, use_cache=False).logits[:, :-1].float()
         each = (
@@ -182,8 +181,7 @@ def backward(model: PreTrainedModel, ids: torch.Tensor, progress: Progress | Non
         )
         losses += [check_loss(float(loss), len(losses) + number) for number, loss in enumerate(each.detach())]
         each.sum().backward()
-    if progress:
-        progress("scoring (sequences)", len(ids), len(ids))
+    advance(progress, "scoring (sequences)", len(ids), len(ids))
     return losses
 
 

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager
 import torch
 from transformers import PreTrainedModel
 
-from saap.base.progress import Progress
+from saap.base.progress import Progress, advance
 from saap.models.layer_walk import Batch, layer_inputs, layers_of, logits_after, run_layer
 from saap.models.matrices import matrices_of
 from saap.models.shape import ModelShape
@@ -48,8 +48,7 @@ def estimate_layerwise(
         return watched(model, [m for m in matrices if m.layer == index], sums)
 
     def say(done: int, of: int) -> None:
-        if progress:
-            progress("scoring (sequences)", done, of)
+        advance(progress, "scoring (sequences)", done, of)
 
     down_again(model, ids, loss_of, watch, say)
     return sums.scores(len(ids), sum(losses) / len(losses))

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from transformers import PreTrainedModel
 
-from saap.base.progress import Progress
+from saap.base.progress import Progress, advance
 from saap.models.shape import ModelShape
 from saap.models.streaming import is_streamed
 from saap.prune.options import AdaptiveOptions
@@ -42,8 +42,7 @@ def scores_of(
     for portion in portions:
 
         def report(label: str, part: float, total: float, done: int = done, count: int = len(portion)) -> None:
-            if progress:  # of a portion as that of all sequences
-                progress(label, done + count * part / total, len(ids))
+            advance(progress, label, done + count * part / total, len(ids))  # of a portion as that of all sequences
 
         path = scores_path(weights, portion, settings) if weights else None
         known = read_scores(path) if path else None

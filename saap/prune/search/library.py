@@ -21,7 +21,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from saap.base.errors import UserError
-from saap.base.progress import Progress
+from saap.base.progress import Progress, advance
 from saap.models.architectures import architecture_of, shape_of
 from saap.models.layer_walk import Batch, batches_of, inputs_of, layers_of, output_of, outputs_of, run_layer
 from saap.models.shape import ATTENTION, KINDS, BlockKind
@@ -153,8 +153,7 @@ class Pricing:
 
         def offered() -> Iterator[_Point]:  # at once: where layers are read one at a time, the matrix goes again
             for done, point in enumerate(self._points(self._fitted, self._judged, judge=judge)):
-                if progress:
-                    progress("pricing (blocks)", done, len(self.choices))
+                advance(progress, "pricing (blocks)", done, len(self.choices))
                 offers[point.place] = self._offers(point, judge)
                 if point.rounding is not None:
                     rounding[point.place] = point.rounding
@@ -162,8 +161,7 @@ class Pricing:
 
         for point in self._with_runs(offered(), runs):
             gaps += self._gaps(point, judge)
-        if progress:
-            progress("pricing (blocks)", len(self.choices), len(self.choices))
+        advance(progress, "pricing (blocks)", len(self.choices), len(self.choices))
         vocabulary = vocabulary_prices(self.model, self._judged) if self.rounded else None
         return Library(offers, tuple(gaps), Rounding(rounding, vocabulary) if vocabulary is not None else None)
 
