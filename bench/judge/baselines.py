@@ -39,7 +39,7 @@ class Baseline:
 
     name: str
     results: list[Result]  # a session each
-    tested: int = 0  # the last runs, as many, were added by tests that found all as it was
+    tested: int = 0  # how many of the last runs were added by tests that found no change
 
     @property
     def fingerprint(self) -> str:

@@ -1,8 +1,9 @@
-"""The sha256 of files: each is read once a day, by this process, one before it, or the one that started it as a worker.
+"""The sha256 of files that were read before, in this process or in an earlier one.
 
-A file is known by device, inode, size and time of its last change, which nobody can set back. One that changed just now
-is read again: a clock that ticks every few milliseconds would not show a second change. Large files are remembered from
-one process to the next, since reading them takes a tenth of the time to a first token; for a day, since storage rots.
+A file is known by its device, inode, size and time of last change, which programs cannot set on Linux file systems. One
+that changed just now is read again: a clock that ticks every few milliseconds would not show a second change. A worker
+knows the files that its parent hashed. Large files are remembered from one process to the next, because reading them
+takes a tenth of the time to a first token. They are read again every day, because storage decays.
 """
 
 from __future__ import annotations

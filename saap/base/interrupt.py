@@ -20,7 +20,7 @@ def ask_to_end(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def is_to_end() -> bool:
+def end_requested() -> bool:
     return bool(_signals)
 
 

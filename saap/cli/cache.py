@@ -18,7 +18,7 @@ KEPT = {  # a folder of the cache, or how its folders begin, and what it holds
     "prepacked": "weights packed for this CPU, which saap no longer uses",
     "tensorrt": "TensorRT engines, which saap no longer uses",
     "boards": "what is known of boards",
-    "hashes": "hashes of large files that were checked today",
+    "hashes": "hashes of large files, each for a day",
     "locks": "names of outputs that are being written",
     "matplotlib": "the list of fonts",
     "model-": "models converted from GGUF files",

@@ -13,7 +13,7 @@ from pathlib import Path
 import click
 
 from saap.base.errors import UserError
-from saap.base.interrupt import ask_to_end, is_to_end
+from saap.base.interrupt import ask_to_end, end_requested
 from saap.base.waiting import sleep_while_waiting
 from saap.cli.console import shown
 from saap.cli.types import LazyGroup
@@ -98,7 +98,7 @@ def main() -> None:
     try:
         invoke()
     except Exception:
-        if not is_to_end():
+        if not end_requested():
             raise
         fail(INTERRUPTED, INTERRUPT)
     finally:

@@ -75,7 +75,7 @@ def main() -> None:
     rows.add_argument("--speedup", type=float, required=True)
     rows.add_argument("--tokens", type=int, default=16_384)
     rows.add_argument("--method", default="saap")
-    rows.add_argument("--compensate", choices=("none", "bias", "refit"))
+    rows.add_argument("--compensate", choices=("none", "refit"))
     rows.add_argument("--costs", type=Path, required=True)
     rows.add_argument("--group-size", type=int)
     rows.add_argument("--effort")
