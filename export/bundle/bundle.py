@@ -120,7 +120,7 @@ class Bundle:
 @cache
 def _data_files(graph: Path, sha256: str) -> list[Path]:
     """Check a graph of this content, once, and return its data files."""
-    return check_graph(graph)
+    return check_graph(graph, sha256=sha256)
 
 
 def foreign_graph(path: Path) -> list[Path]:

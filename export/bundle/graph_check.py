@@ -1,9 +1,10 @@
-"""Checks of a graph before a runtime loads it. Standard library only, for a board.
+"""Checks of a graph before a runtime loads it. No onnx here, for a board.
 
 A graph names its data files by relative paths, and a runtime opens whatever they name. It allocates what a tensor
 claims to be, and runs loops as long as they like; a Scan alone ends with the sequence that it is given. The file is
 read as protobuf wire format (https://protobuf.dev/programming-guides/encoding), descending only to where a tensor may
-stand; the field numbers are those of onnx.proto. Weights inside the file are passed over, not read.
+stand; the field numbers are those of onnx.proto. Weights inside the file are passed over, not read. To read a graph
+of some hundred nodes takes as long as a tenth of a first token, so the cache keeps what was read, by the file's hash.
 """
 
 from __future__ import annotations
@@ -11,10 +12,15 @@ from __future__ import annotations
 import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from math import prod
 from pathlib import Path
 
+import msgspec
+
 from export.bundle.manifest import BundleError, inside, is_there
+from saap.base.files import cache_place, sha256_file
+from saap.base.store import Store
 
 # Message: the fields that lead to what is checked, and what message each holds.
 _PATHS = {
@@ -34,13 +40,15 @@ _DOMAINS = {b"", b"ai.onnx", b"ai.onnx.ml", b"com.microsoft"}  # what ONNX Runti
 MOST_NODES = 200_000
 MOST_DIMENSIONS = 64
 DEEPEST = 8  # graphs within graphs
+STORE = Store("graphs", 1 << 18)  # some 100 bytes each
 
 
-def check_graph(graph: str | Path, nested: bool = False) -> list[Path]:
+def check_graph(graph: str | Path, nested: bool = False, sha256: str | None = None) -> list[Path]:
     """Check an ONNX file before a session is opened, and list its data files in order of appearance.
 
     Args:
         nested: whether functions and graphs in attributes are allowed, as other exporters write them.
+        sha256: of the file, where it is known.
 
     Raises:
         BundleError: not an ONNX file, a data file that is missing or outside the graph's folder, functions, branches or
@@ -49,7 +57,7 @@ def check_graph(graph: str | Path, nested: bool = False) -> list[Path]:
     path = Path(graph)
     if not path.is_file():
         raise BundleError(f"{path} is missing: export the bundle again")
-    contents = read_contents(path)
+    contents = read_contents(path) if sha256 is None else _kept_contents(path, sha256)
     files: list[Path] = []
     for location in contents.locations:
         file = inside(path.parent, location)
@@ -109,6 +117,22 @@ def read_contents(graph: Path) -> Contents:
     return contents
 
 
+def _kept_contents(graph: Path, sha256: str) -> Contents:
+    """Read a file of this hash, or what an earlier process read of it."""
+    entry = cache_place() / STORE.name / f"{sha256}-{_version()}"
+    contents = STORE.read(entry, lambda content: msgspec.json.decode(content, type=Contents))
+    if contents is None:
+        contents = read_contents(graph)
+        STORE.write(entry, lambda path: path.write_bytes(msgspec.json.encode(contents)))
+    return contents
+
+
+@cache
+def _version() -> str:
+    """Tell this reader from others, which may see less in a file."""
+    return sha256_file(Path(__file__))[:16]
+
+
 @dataclass(frozen=True)
 class _Reader:
     """Notes in ``contents`` what the messages of a file hold."""
@@ -122,9 +146,10 @@ class _Reader:
             raise ValueError("graphs within graphs within graphs")
         data, contents, leads = self.data, self.contents, _PATHS[message]
         dimensions = []
+        fields = list(_fields(data, start, end))
         if message == "Node":
-            scans = any(n == _KIND and w == _LENGTH and data[c:d] == _SCAN for n, w, c, d in _fields(data, start, end))
-        for number, wire, a, b in _fields(data, start, end):
+            scans = any(n == _KIND and w == _LENGTH and data[c:d] == _SCAN for n, w, c, d in fields)
+        for number, wire, a, b in fields:
             if message == "Tensor" and number == _DIMENSIONS:
                 dimensions += [_varint(data, a)[0]] if wire == _VARINT else _packed(data, a, b)
             elif wire != _LENGTH:
@@ -150,15 +175,15 @@ def _fields(data: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, int, i
     """(field number, wire type, first byte, end) of the fields of a message."""
     position = start
     while position < end:
-        tag, position = _varint(data, position)
-        wire, first = tag & 7, position
+        tag, first = _varint(data, position)
+        wire = tag & 7
         if wire == _LENGTH:
-            length, first = _varint(data, position)
+            length, first = _varint(data, first)
             position = first + length
         elif wire == _VARINT:
-            _, position = _varint(data, position)
+            _, position = _varint(data, first)
         elif wire in (_EIGHT_BYTES, _FOUR_BYTES):
-            position += 8 if wire == _EIGHT_BYTES else 4
+            position = first + (8 if wire == _EIGHT_BYTES else 4)
         else:
             raise ValueError("no such wire type")
         yield tag >> 3, wire, first, position
@@ -175,6 +200,9 @@ def _packed(data: mmap.mmap, position: int, end: int) -> list[int]:
 
 
 def _varint(data: mmap.mmap, position: int) -> tuple[int, int]:
+    value = data[position]
+    if value < 128:  # nearly all
+        return value, position + 1
     value = shift = 0
     while True:
         byte = data[position]

@@ -13,9 +13,11 @@ from onnx import TensorProto, helper
 from support.edited import edited
 from support.tiny_graphs import tiny_bundle
 
+from export.bundle import graph_check
 from export.bundle.graph_check import MOST_NODES, check_graph, read_contents
 from export.bundle.inspect import UNVERIFIED, inspect_bundle
 from export.bundle.manifest import BundleError, read_manifest
+from saap.base.files import sha256_file
 
 
 def test_a_bundle_of_floats(tmp_path):
@@ -194,6 +196,28 @@ def test_what_is_no_graph_is_refused_in_one_line(tmp_path):
         with_location(bundle, lost)
         with pytest.raises(BundleError, match=rf"'{lost}', which is missing: export the bundle again"):
             check_graph(bundle / "model.onnx")
+
+
+def test_a_graph_is_read_once_by_all_processes_of_a_user(tmp_path, monkeypatch):
+    """What was read is kept by the content's hash; a damaged entry, or one of another reader, does not count."""
+    monkeypatch.setenv("SAAP_CACHE", str(tmp_path / "cache"))
+    graph, reads = tiny_bundle(tmp_path / "bundle") / "model.onnx", []
+    monkeypatch.setattr(graph_check, "read_contents", lambda path: reads.append(path) or read_contents(path))
+
+    def check():
+        data = check_graph(graph, sha256=sha256_file(graph))
+        assert [file.name for file in data] == ["model.onnx.data"]
+        return len(reads)
+
+    assert (check(), check()) == (1, 1)
+    (kept,) = (tmp_path / "cache/graphs").iterdir()
+    kept.write_bytes(b'{"nodes": "x"}')
+    assert (check(), check()) == (2, 2)
+    monkeypatch.setattr(graph_check, "_version", lambda: "other")
+    assert check() == 3
+    graph.write_bytes(graph.read_bytes() + b" ")
+    with pytest.raises(BundleError, match="not an ONNX file"):
+        check()
 
 
 def test_the_check_runs_on_a_board(tmp_path):
