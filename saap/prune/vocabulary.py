@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -45,9 +46,8 @@ from saap.text.documents import Documents, load_documents
 from saap.text.encoding import beginning, encode
 
 AUTO = "auto"
-TRIED = 5  # sizes at most
+SIZES, TRIED = 64, 6  # that ``auto`` chooses between, and the number of them that it tries
 LONGER = 0.01  # what ``auto`` allows; bits per byte grow about as much, until the model is tuned
-CLOSE = 0.9  # of it: no better size is looked for
 WORTH = 0.03  # of what a token reads, that must go: SmolLM2 reads 1.7 % less and is no faster
 PREDICTED = 4096  # tokens of the text whose predictions count
 ROW = 256  # tokens of a forward pass
@@ -134,31 +134,31 @@ def choose_words(directory: Path, asked: str, documents: Documents, progress: Pr
 
     Raises UserError: a vocabulary that cannot be closed, or not at this size.
     """
-    report = progress or (lambda *_: None)
     shape = _trimmable(directory)
     rows = rows_of(asked, shape.vocab)
-    report("reading the vocabulary", 0, 0)
+    advance(progress, "reading the vocabulary", 0, 0)
     read = _Read(directory, documents, load_model(directory), progress)
-    forest = read.forest
-    expected = forest.longer(read.order, read.spare_counts.tolist()) / max(1, read.spare_counts.sum())
-    sizes = Sizes(forest.total, len(forest.least), expected)
-    count: int | None = forest.checked(rows) if rows else sizes.next()
-    while count is not None:
-        report("trying sizes of the vocabulary", len(sizes.tried), 1 if rows else TRIED)
-        sizes.tried[count] = read.longer(count)
-        count = None if rows else sizes.next()
-    report("trying sizes of the vocabulary", 1, 1)
-    if rows is None and (rows := sizes.best) is None:
+    forest, tried = read.forest, dict[int, float]()
+
+    def longer(count: int) -> float:
+        advance(progress, "trying sizes of the vocabulary", len(tried), 1 if rows else TRIED)
+        tried[count] = read.longer(count)
+        return tried[count]
+
+    if rows is not None:
+        longer(forest.checked(rows))
+    elif (rows := fewest_words(longer, len(forest.least), forest.total)) is None:
         raise UserError(
             f"every smaller vocabulary of {directory} makes {documents.source} more than {LONGER:.0%} longer: "
             "give a number of words, or leave --vocabulary out"
         )
+    advance(progress, "trying sizes of the vocabulary", 1, 1)
     if asked == AUTO and (less := read_less(shape, rows)) < WORTH:
         raise UserError(
             f"{directory} needs {rows} of its {shape.vocab} words for this text, and without the others a token "
             f"reads only {less:.1%} less: leave --vocabulary out, or give a number of words"
         )
-    return Chosen(read.words(rows), shape.vocab, sizes.tried[rows], documents.source, sha256=documents.sha256)
+    return Chosen(read.words(rows), shape.vocab, tried[rows], documents.source, sha256=documents.sha256)
 
 
 def words_to_try(directory: Path, documents: Documents, progress: Progress | None = None) -> list[Chosen]:
@@ -166,18 +166,17 @@ def words_to_try(directory: Path, documents: Documents, progress: Progress | Non
 
     Raises UserError: a vocabulary that cannot be closed.
     """
-    report = progress or (lambda *_: None)
     shape, candidates = _trimmable(directory), list[Chosen]()
-    report("reading the vocabulary", 0, 0)
+    advance(progress, "reading the vocabulary", 0, 0)
     model = load_model(directory)
     read = _Read(directory, documents, model, progress)
     least, most = len(read.forest.least), read.forest.total
     sizes = [count for share in SHARES if least <= (count := round(share * shape.vocab)) < most]
     for done, count in enumerate(sizes):
-        report("pricing sizes of the vocabulary", done, len(sizes))
+        advance(progress, "pricing sizes of the vocabulary", done, len(sizes))
         longer, price, words = read.longer(count), read.price(count, model), read.words(count)
         candidates.append(Chosen(words, shape.vocab, longer, documents.source, sha256=documents.sha256, price=price))
-    report("pricing sizes of the vocabulary", len(sizes), len(sizes))
+    advance(progress, "pricing sizes of the vocabulary", len(sizes), len(sizes))
     return candidates
 
 
@@ -257,42 +256,15 @@ def read_less(shape: ModelShape, rows: int) -> float:
     return (shape.vocab - rows) * shape.hidden / (shape.layer_weights + shape.vocab * shape.hidden)
 
 
-@dataclass
-class Sizes:
-    """Vocabulary sizes that are tried until a text becomes hardly longer than :data:`LONGER` allows.
+def fewest_words(longer: Callable[[int], float], least: int, total: int) -> int | None:
+    """Find the fewest words, of some numbers from ``least`` to below ``total``, that make a text hardly longer.
 
-    Attributes:
-        most, least: numbers that there may be.
-        expected: share of tokens more, of each number of words that goes, from none.
-        tried: what was found, by number of words.
+    ``longer``: the share of tokens that so many words add to the text; more words never add more. None: all add more
+    than :data:`LONGER`.
     """
-
-    most: int
-    least: int
-    expected: NDArray[np.float64]
-    tried: dict[int, float] = field(default_factory=dict)
-
-    @property
-    def best(self) -> int | None:
-        return min((count for count, longer in self.tried.items() if longer <= LONGER), default=None)
-
-    def next(self) -> int | None:
-        """Return the next size to try; None if a tried one is good enough, or none is better.
-
-        What was expected is corrected by how far it was off where it was nearest.
-        """
-        best, low = self.best, max((c for c, longer in self.tried.items() if longer > LONGER), default=self.least - 1)
-        if len(self.tried) == TRIED or (best is not None and self.tried[best] >= CLOSE * LONGER):
-            return None
-        high = self.most if best is None else best
-        off = 1.0
-        if self.tried:
-            nearest = min(self.tried, key=lambda count: abs(self.tried[count] - LONGER))
-            expected = float(self.expected[self.most - nearest])
-            off = expected / self.tried[nearest] if self.tried[nearest] > 0 and expected > 0 else 2.0
-        gone = int(np.searchsorted(self.expected, LONGER * off * (1 + CLOSE) / 2, side="right")) - 1
-        count = min(max(self.most - gone, low + 1), high - 1)
-        return count if low < count < high and count not in self.tried else None
+    sizes = [least + (total - least) * step // SIZES for step in range(SIZES)]
+    place = bisect_left(sizes, True, key=lambda count: longer(count) <= LONGER)
+    return sizes[place] if place < SIZES else None
 
 
 @torch.inference_mode()

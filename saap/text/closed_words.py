@@ -14,9 +14,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from saap.base.errors import UserError
 
 Document = dict[str, Any]  # a ``tokenizer.json``
@@ -63,20 +60,6 @@ class Forest:
                 if not users[part] and part in self.parts:
                     heapq.heappush(heap, (left[part], -part))
         return order
-
-    def longer(self, order: Sequence[int], counts: Sequence[float]) -> NDArray[np.float64]:
-        """Count the tokens that a text takes more once the first 0, 1, 2, ... words of an order are removed.
-
-        Not quite: merges that went may leave words in other pieces. A word that is made of none counts for two.
-
-        ``counts``: of each id in the text.
-        """
-        left, more = list(counts), [0.0]
-        for word in order:
-            more.append(left[word])
-            for part in self.parts[word]:
-                left[part] += left[word]
-        return np.cumsum(more)
 
     @property
     def total(self) -> int:

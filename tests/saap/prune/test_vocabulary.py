@@ -2,6 +2,7 @@
 
 import json
 import random
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -24,7 +25,7 @@ from saap.models.modeling_slim import GONE, packed_ids, unpacked_ids
 from saap.models.resolve import load_tokenizer
 from saap.prune.options import PruneOptions
 from saap.prune.pruning import prune
-from saap.prune.vocabulary import LONGER, TRIED, WORTH, Chosen, Sizes, choose_words, read_less, rows_of, trim
+from saap.prune.vocabulary import LONGER, TRIED, WORTH, Chosen, choose_words, fewest_words, read_less, rows_of, trim
 from saap.text.closed_words import forest_of
 from saap.text.documents import load_documents
 from saap.text.encoding import head_words_of, long_spelling, writing_tokenizer
@@ -219,22 +220,17 @@ def test_a_text_that_is_spelt_out_is_told(spelling, tiny_model):
     assert long_spelling(tiny_model("other"), ids) is None
 
 
-@pytest.mark.parametrize("off", [0.4, 1.0, 3.0])
-def test_the_size_of_auto_is_found_in_a_few_tries(off):
-    expected = np.cumsum(np.linspace(0, 2e-6, 10_001))  # 1 % at 10,000
-    sizes = Sizes(20_000, 10_000, expected)
-    while (count := sizes.next()) is not None:
-        sizes.tried[count] = off * float(expected[20_000 - count])
-    assert len(sizes.tried) <= TRIED
-    assert LONGER / 2 < sizes.tried[sizes.best] <= LONGER or (off == 0.4 and sizes.best <= 10_100)
+def test_auto_takes_the_fewest_words_that_make_a_text_hardly_longer():
+    tried = []
 
+    def longer(count, scale):
+        tried.append(count)
+        return scale * (20_000 - count) ** 2
 
-def test_there_may_be_no_size_that_is_hardly_longer():
-    sizes = Sizes(1000, 900, np.linspace(0, 1, 101))
-    while (count := sizes.next()) is not None:
-        assert 900 <= count < 1000 and count not in sizes.tried
-        sizes.tried[count] = 0.5
-    assert sizes.best is None and 0 < len(sizes.tried) <= TRIED
+    assert fewest_words(partial(longer, scale=LONGER / 5_000**2), 10_000, 20_000) == 15_000
+    assert len(tried) == TRIED == len(set(tried)) and min(tried) >= 10_000 and max(tried) < 20_000
+    assert fewest_words(partial(longer, scale=0.0), 10_000, 20_000) == 10_000
+    assert fewest_words(partial(longer, scale=1.0), 10_000, 20_000) is None
 
 
 def test_a_tokenizer_alone_says_all_its_words(tiny_tokenizer, tmp_path):

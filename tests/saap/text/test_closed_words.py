@@ -115,17 +115,3 @@ def test_with_a_word_stays_what_it_is_made_of():
     document = {"model": {"type": "BPE", "vocab": vocabulary, "merges": ["a b", "ab c", "b c"]}, "added_tokens": []}
     forest = forest_of(document, 6, {4})
     assert forest.least == {0, 1, 2, 3, 4} and forest.parts == {5: (1, 2)}
-
-
-def test_how_much_longer_a_text_gets_is_told_before_it_is_tried():
-    tokenizer = byte_level()
-    document, size = json.loads(tokenizer.to_str()), tokenizer.get_vocab_size()
-    forest = forest_of(document, size)
-    said = tokenizer.encode(TEXT).ids
-    counts = np.bincount(said, minlength=size).tolist()
-    order = forest.order(counts)
-    expected = forest.longer(order, counts)
-    assert len(expected) == len(order) + 1 and expected[0] == 0 and (np.diff(expected) >= 0).all()
-    for gone in (10, 40, 70):
-        fewer = Tokenizer.from_str(json.dumps(trimmed(document, forest.without(order[:gone]))))
-        assert len(fewer.encode(TEXT).ids) - len(said) == pytest.approx(expected[gone], rel=0.1)
