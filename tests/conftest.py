@@ -8,7 +8,8 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +60,34 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.fixture(autouse=True)
-def no_bandwidth(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every measurement probes the memory in two processes of its own; most tests need no answer to that."""
+def no_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is of the machine, and costs each test time: a measurement probes its memory in two processes."""
     from bench.measure.result import Bandwidth
 
     monkeypatch.setattr("bench.measure.run.probe_bandwidth", lambda cpus, cache: Bandwidth(len(cpus), 1, []))
+    # Each session would move all memory of this process to huge pages.
+    monkeypatch.setattr("export.engine.huge_pages.collapse", lambda: 0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_spelling() -> Iterator[None]:
+    """Each export counts the tokens of a long text; the tokenizers of most tests are one."""
+    if "export.write" not in sys.modules:
+        yield
+        return
+    from export import write
+
+    counts: dict[object, list[int]] = {}
+
+    def encode(text: str, tokenizer: Any, encode: Callable[..., list[int]] = write.encode) -> list[int]:
+        key = text, tokenizer.backend_tokenizer.to_str()
+        if key not in counts:
+            counts[key] = encode(text, tokenizer)
+        return counts[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(write, "encode", encode)
+        yield
 
 
 @pytest.fixture(scope="session")

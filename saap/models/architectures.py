@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from difflib import get_close_matches
+from functools import cache
 from importlib.metadata import version
 from typing import Literal, Protocol
 
@@ -320,8 +321,13 @@ def architecture_of(config: object) -> Architecture:
 
 
 def _require_transformers5(what: str, instead: str) -> None:
-    if int((installed := version("transformers")).split(".")[0]) < 5:
+    if int((installed := _installed_transformers()).split(".")[0]) < 5:
         raise UserError(f"{what} of transformers 5, which {installed} misreads: {instead}")
+
+
+@cache  # 6 ms a call, and a config is read ten times for an export
+def _installed_transformers() -> str:
+    return version("transformers")
 
 
 def shape_of(config: object) -> ModelShape:

@@ -136,7 +136,7 @@ def test_a_config_that_transformers_4_would_misread(tiny_family):
 
 @pytest.mark.parametrize("family", [name for name, row in FAMILIES.items() if row.transformers > 4])
 def test_a_family_of_transformers_5_is_refused_by_an_older_one(family, monkeypatch):
-    monkeypatch.setattr("saap.models.architectures.version", lambda _: "4.57.6")
+    monkeypatch.setattr("saap.models.architectures._installed_transformers", lambda: "4.57.6")
     with pytest.raises(UserError, match=f"{family} models are of transformers 5, .*4.57.6.* install transformers 5"):
         shape_of({"model_type": family})
 
