@@ -237,7 +237,11 @@ def _parsed(line: str, where: str) -> object:
 
 def is_unicode(text: str) -> bool:
     """Whether a text has no half of a surrogate pair, which JSON may hold and no tokenizer takes."""
-    return text.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in text)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def checked_text(text: str, where: str) -> str:
