@@ -19,6 +19,7 @@ import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass, replace
+from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
@@ -235,6 +236,12 @@ def settings_of(kind: type) -> dict[str, Setting]:
     return settings
 
 
+@cache
+def _hints(kind: type) -> dict[str, type]:
+    """Return the annotations of a class, which take a millisecond to read."""
+    return get_type_hints(kind, include_extras=True)
+
+
 def _parts(hint: type) -> tuple[type, tuple[object, ...]]:
     """Return a type and the extras that ``Annotated`` gives it."""
     return (get_args(hint)[0], get_args(hint)[1:]) if get_origin(hint) is Annotated else (hint, ())
@@ -242,7 +249,7 @@ def _parts(hint: type) -> tuple[type, tuple[object, ...]]:
 
 def _settings(kind: type, base: object) -> Iterator[Setting]:
     """Yield settings; ``base`` is the instance with the defaults where a dataclass lies inside another."""
-    hints = get_type_hints(kind, include_extras=True)
+    hints = _hints(kind)
     for each in fields(kind):
         hint, default = hints[each.name], _default(each, base)
         inner, extras = _parts(hint)
@@ -298,7 +305,7 @@ def build(kind: type[T], values_by_name: Mapping[str, object], base: T | None = 
 
     Raises UserError: a value that must be given is missing.
     """
-    hints, values = get_type_hints(kind, include_extras=True), {}
+    hints, values = _hints(cast("type", kind)), {}
     for each in fields(cast("type", kind)):
         default = _default(each, base)
         inner, extras = _parts(hints[each.name])

@@ -72,7 +72,7 @@ def test_pruning(tiny_model, tmp_path, monkeypatch, stream):
 @pytest.mark.parametrize("integers", ["nearest", "gptq"])
 def test_tuning_with_a_teacher(tiny_model, tmp_path, monkeypatch, integers):
     """An error that gptq hands on rounds a column the other way where a sum differs in its last digit."""
-    model = tiny_model(num_hidden_layers=2)
+    model = tiny_model(num_hidden_layers=1, intermediate_size=64)  # each operation takes half a millisecond there
 
     def work(device, name):
         training = TrainOptions(rows_per_step=4, micro_rows=2, device=device, precision="fp32")
@@ -88,19 +88,19 @@ def test_tuning_with_a_teacher(tiny_model, tmp_path, monkeypatch, integers):
 
 
 def test_evaluation(tiny_model, tmp_path, monkeypatch):
-    model, text = tiny_model(), tmp_path / "text.txt"
+    model, text = tiny_model(num_hidden_layers=1), tmp_path / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog\n" * 60)
 
     def work(device, _):
         options = EvalOptions(chunk=32, max_chunks=4, device=device)
-        return evaluate([model, tiny_model("other", 1, num_hidden_layers=2)], options, reference=model, text=text).rows
+        return evaluate([model, tiny_model("other", 1, num_hidden_layers=1)], options, reference=model, text=text).rows
 
     for one, other in zip(*on_both(monkeypatch, work), strict=True):
         assert (other.nll, other.kl, other.top1) == pytest.approx((one.nll, one.kl, one.top1), rel=1e-3, abs=1e-5)
 
 
 def test_export_chooses_integers_and_checks_parity(tiny_model, tmp_path, monkeypatch):
-    model, text = tiny_model(), tmp_path / "text.txt"
+    model, text = tiny_model(num_hidden_layers=1, intermediate_size=64), tmp_path / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog\n" * 400)
 
     def work(device, name):

@@ -41,7 +41,7 @@ def estimate_layerwise(
     def loss_of(hidden: torch.Tensor, index: int) -> torch.Tensor:
         row = ids[index].to(hidden.device)
         loss = torch.nn.functional.cross_entropy(logits_after(model, hidden[:, :-1])[0], row[1:])
-        losses.append(check_loss(float(loss), index))
+        losses.append(check_loss(float(loss.detach()), index))
         return loss
 
     def watch(index: int) -> AbstractContextManager[None]:

@@ -60,7 +60,7 @@ def test_a_number_that_is_not_there_is_not_known(tmp_path, damaged):
 
 def test_the_command_learns_what_fits_and_a_killed_one_goes_on(tiny_model, tmp_path, monkeypatch):
     text = tmp_path / "text.txt"
-    text.write_text("\n".join(f"Line {n} of a text that is long enough to be learnt from, again." for n in range(300)))
+    text.write_text("\n".join(f"Line {n} of a text that is long enough to be learnt from, again." for n in range(120)))
     dense, out = tiny_model(), tmp_path / "out"
     words = ["tune", dense, "-o", out, "--teacher", dense, "--data", text, "--length", "32", "--minutes"]
     monkeypatch.setattr(pace, "pace_of", lambda *_, **__: Pace(fixed_s=50.0, token_s=0.01))
