@@ -125,7 +125,11 @@ def record(name: str, measure: Measure, plan: BenchOptions, how: Recording | Non
     for number in range(how.sessions):
         if number and (left := begun + number * how.spread_s / (how.sessions - 1) - time.monotonic()) > 0:
             how.sleep(left)
-        result = _valid_run(len(results) + 1, measure, plan if number == 0 else replace(plan, cold=False), how.say)
+        session = f"session {len(results) + 1} is INVALID"
+        result = _measured(measure, plan if number == 0 else replace(plan, cold=False), how.say, session)
+        if (m := result.measurements[0]).status == INVALID:
+            times = f"({AGAIN + 1} times in a row)"
+            raise RegressionError(f"{session}, so it is no baseline: {'; '.join(m.reasons)} {times}")
         if why := answer_of(result).error:
             raise RegressionError(f"{name} was not asked: {why}")
         results.append(result)
@@ -138,16 +142,16 @@ def record(name: str, measure: Measure, plan: BenchOptions, how: Recording | Non
     return replace(how.add_to, results=results) if how.add_to else Baseline(name, results)
 
 
-def _valid_run(number: int, measure: Measure, plan: BenchOptions, say: Callable[[str], None] | None) -> Result:
-    for left in reversed(range(AGAIN + 1)):
-        result = measure(plan)
-        (m,) = result.measurements
-        if m.status != INVALID:
+def _measured(
+    measure: Measure, plan: BenchOptions, say: Callable[[str], None] | None = None, session: str = ""
+) -> Result:
+    """Measure; a run that is INVALID is measured again, ``AGAIN`` times at most."""
+    for _ in range(AGAIN):
+        if (m := (result := measure(plan)).measurements[0]).status != INVALID:
             return result
-        if say is not None and left:
-            say(f"session {number} is INVALID and is measured again: {'; '.join(m.reasons)}")
-    times = f"({AGAIN + 1} times in a row)"
-    raise RegressionError(f"session {number} is INVALID, so it is no baseline: {'; '.join(m.reasons)} {times}")
+        if say is not None:
+            say(f"{session} and is measured again: {'; '.join(m.reasons)}")
+    return measure(plan)
 
 
 def retest(
@@ -172,11 +176,7 @@ def retest(
     allowed = limits or Limits()
 
     def measured(baseline: Baseline) -> Result:
-        plan = replace(plan_of(baseline), max_time_s=allowed.max_time_s)
-        for _ in range(AGAIN):
-            if (result := measure(plan)).measurements[0].status != INVALID:
-                return result
-        return measure(plan)
+        return _measured(measure, replace(plan_of(baseline), max_time_s=allowed.max_time_s))
 
     if here is not None and all(b.fingerprint != here for b in baselines):
         raise _other_device(baselines, probe())
@@ -345,8 +345,10 @@ def _judge(series: _Series, before: Sequence[Measurement], now: Sequence[Measure
             why = next((s.unknown[series.field] for s in samples if series.field in s.unknown), "not measured")
             return replace(empty, reason=f"{run} has none: {why}")
         sides.append([float(np.median(some)) for some in values])
-    if series.field == "energy" and (scopes := next(filter(None, (_scopes(before[0], one) for one in now)), None)):
-        return replace(empty, reason=scopes)
+    if series.field == "energy":
+        first, *others = [_sensors(one) for one in (before[0], *now)]
+        if changed := [sensors for sensors in others if sensors != first]:
+            return replace(empty, reason=f"another sensor: {first} then, {changed[0]} now")
     a, b = sides
     old, new = (float(np.median(side)) for side in sides)
     judged = judge_sessions(replace(empty, old=old, new=new), a, b, limit)
@@ -388,12 +390,9 @@ def _value(series: _Series, m: Measurement, s: Sample) -> float | None:
     return None if value is None else float(value)
 
 
-def _scopes(before: Measurement, now: Measurement) -> str | None:
-    a, b = ({(s.energy.scope, s.energy.source) for s in m.samples if s.energy} for m in (before, now))
-    return None if a == b else f"another sensor: {_sensors(a)} then, {_sensors(b)} now"
-
-
-def _sensors(sensors: set[tuple[str, str]]) -> str:
+def _sensors(m: Measurement) -> str:
+    """Name the sensors of a measurement's energy, with what they see."""
+    sensors = {(s.energy.scope, s.energy.source) for s in m.samples if s.energy}
     return ", ".join(f"{source} ({scope})" for scope, source in sorted(sensors))
 
 
