@@ -141,9 +141,14 @@ def compare_within(result: Result, base: str, other: str, min_effect: float = 0.
     pairs = [(bases[m.key[1:]], m) for m in result.of(other) if m.key[1:] in bases]
     rows = []
     for a, b in pairs:
-        turns = result.ratio(a, b, metric_of(b))
-        of = Verdict(NOT_COMPARABLE, metric_of(b), b.name, setting=b.test, n_threads=b.n_threads)
-        rows.append(judge_ratio(of, turns, min_effect) if turns else _judge_pairs(a, b, min_effect))
+        of = replace(_row(b), what=metric_of(b))
+        if turns := result.ratio(a, b, of.what):
+            rows.append(judge_ratio(of, turns, min_effect))
+        elif reason := obstacle_between(a, b):
+            rows.append(_row(b, reason))
+        else:
+            before, after = decisive_values(a, b)
+            rows.append(judge_pairs(of, before, after, min_effect))
     return Comparison(min_effect, rows)
 
 
@@ -180,21 +185,18 @@ def judge(
     Args:
         obstacle: a reason of the caller's not to compare them.
     """
-    row = Verdict(NOT_COMPARABLE, name=new[-1].name, n_threads=new[-1].n_threads, setting=new[-1].test)
     if reason := obstacle or obstacle_between(old[-1], new[-1]):
-        return replace(row, reason=reason)
+        return _row(new[-1], reason)
     a = [m for m in old if obstacle_between(m, new[-1]) is None]
     b = [m for m in new if obstacle_between(old[-1], m) is None]
     values = decisive_values(*a, *b)
-    return judge_runs(replace(row, what=metric_of(new[-1])), values[: len(a)], values[len(a) :], min_effect)
+    of = replace(_row(new[-1]), what=metric_of(new[-1]))
+    return judge_runs(of, values[: len(a)], values[len(a) :], min_effect)
 
 
-def _judge_pairs(old: Measurement, new: Measurement, min_effect: float) -> Verdict:
-    row = Verdict(NOT_COMPARABLE, name=new.name, n_threads=new.n_threads, setting=new.test)
-    if reason := obstacle_between(old, new):
-        return replace(row, reason=reason)
-    a, b = decisive_values(old, new)
-    return judge_pairs(replace(row, what=metric_of(new)), a, b, min_effect)
+def _row(m: Measurement, reason: str | None = None) -> Verdict:
+    """Return the verdict of a measurement before it is compared, or why it is not."""
+    return Verdict(NOT_COMPARABLE, name=m.name, setting=m.test, n_threads=m.n_threads, reason=reason)
 
 
 def metric_of(m: Measurement) -> str:
@@ -229,7 +231,7 @@ def _unmatched(lonely: Measurement, elsewhere: Result, side: str) -> Verdict:
     settings = [f"{m.test} with {threads(m.n_threads)}" for m in elsewhere.of(lonely.name)]
     if settings:
         reason += f", where {lonely.name} was measured with {lonely.test}; the other has {', '.join(settings)}"
-    return Verdict(NOT_COMPARABLE, name=lonely.name, n_threads=lonely.n_threads, setting=lonely.test, reason=reason)
+    return _row(lonely, reason)
 
 
 def obstacle_between(old: Measurement, new: Measurement) -> str | None:

@@ -84,7 +84,10 @@ def _pairs(old: Quality, new: Quality) -> list[Pair]:
 def _perplexity(pair: Pair, old: Quality, new: Quality) -> list[Verdict]:
     if old.protocol is None or new.protocol is None:
         return []
-    if differing := _differing(old.protocol, new.protocol):
+    # A text's name is no part of the measurement.
+    names = [field.name for field in fields(Protocol) if field.name != "text"]
+    values = [(name, getattr(old.protocol, name), getattr(new.protocol, name)) for name in names]
+    if differing := [f"{name} {_short(a)} against {_short(b)}" for name, a, b in values if a != b]:
         return [_refused(pair, PERPLEXITY, f"the protocols differ: {'; '.join(differing)}")]
     mine, theirs = (
         next(row for row in document.rows if row.name == name) for document, name in zip((old, new), pair, strict=True)
@@ -96,13 +99,6 @@ def _perplexity(pair: Pair, old: Quality, new: Quality) -> list[Verdict]:
     low, high = _interval([windows[1] - windows[0]])
     scale = windows.shape[1] / old.protocol.predictions  # from nats per window to nats per token
     return [_judged(_of(pair, PERPLEXITY), mine.nll, theirs.nll, (low * scale, high * scale), windows.shape[1])]
-
-
-def _differing(old: Protocol, new: Protocol) -> list[str]:
-    """List the differences of two protocols; a text's name is no part of the measurement."""
-    names = [field.name for field in fields(Protocol) if field.name != "text"]
-    values = [(name, getattr(old, name), getattr(new, name)) for name in names]
-    return [f"{name} {_short(before)} against {_short(after)}" for name, before, after in values if before != after]
 
 
 def _alone(pairs: Sequence[Pair], *documents: Quality) -> list[Verdict]:
