@@ -23,11 +23,8 @@ RUN_DEVIATION, LEAST_RUNS, NORMAL = 0.04, 5, 10**9
 
 @dataclass(frozen=True)
 class Summary:
-    """Centre and spread of ``n`` values, in the values' own unit."""
+    """Centre and spread of values, in their own unit."""
 
-    n: int
-    mean: float
-    stddev: float | None  # of the sample, n - 1; None for a single value
     median: float
     q1: float
     q3: float
@@ -36,10 +33,8 @@ class Summary:
 def summarize(values: Sequence[float]) -> Summary | None:
     if not values:
         return None
-    array = np.asarray(values, dtype=np.float64)
-    q1, median, q3 = np.percentile(array, [25, 50, 75])
-    stddev = float(array.std(ddof=1)) if len(array) > 1 else None
-    return Summary(len(array), float(array.mean()), stddev, float(median), float(q1), float(q3))
+    q1, median, q3 = np.percentile(np.asarray(values, dtype=np.float64), [25, 50, 75])
+    return Summary(float(median), float(q1), float(q3))
 
 
 def percentile(values: Sequence[float], percent: float) -> float | None:
