@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from bench.measure.options import BenchOptions, Setting
 from saap.base.errors import UserError
-from saap.base.progress import Progress
+from saap.base.progress import Progress, advance
 from saap.base.wording import counted
 
 if TYPE_CHECKING:
@@ -71,22 +72,14 @@ def at_their_best(
         if options.choice is not None:
             chosen.append(replace(peer, choice=options.choice if options.choice in peer.row.choices else None))
             continue
-        mine = [pilot_of(peer, setting, options, progress) for setting in longest(options.settings())]
+        by_threads = groupby(options.settings(), key=lambda setting: setting.threads)
+        longest = [max(group, key=lambda setting: setting.positions) for _, group in by_threads]  # most to gain there
+        mine = [pilot_of(peer, setting, options, progress) for setting in longest]
         pilots += mine
         best = list(dict.fromkeys(setting for pilot in mine for setting in pilot.best)) or [peer.row.choices[0]]
         chosen.append(replace(peer, choice=best[0]))
         chosen += [replace(peer, choice=each, name=f"{peer.name}, {each}") for each in best[1:]]
     return chosen, pilots
-
-
-def longest(settings: Sequence[Setting]) -> list[Setting]:
-    """One setting of each number of threads: the longest, in which a choice makes the most difference."""
-    by_threads: dict[int, Setting] = {}
-    for setting in settings:
-        known = by_threads.get(setting.threads)
-        if known is None or setting.positions > known.positions:
-            by_threads[setting.threads] = setting
-    return list(by_threads.values())
 
 
 def pilot_of(peer: Peer, setting: Setting, options: BenchOptions, progress: Progress | None) -> Pilot:
@@ -98,7 +91,10 @@ def pilot_of(peer: Peer, setting: Setting, options: BenchOptions, progress: Prog
             while file.read(READ):
                 pass
     players = [replace(peer, choice=each, name=each) for each in peer.row.choices]
-    report = None if progress is None else _named(progress, peer.name)
+
+    def report(label: str, done: float, total: float) -> None:
+        advance(progress, f"trying settings (s), {peer.name}", done, total)
+
     turns = take_bursts(players, setting, replace(options, ratio_time_s=PILOT_S), report, load_s=LOAD_S)
     decode, prefill = _medians(turns, "token_s"), _medians(turns, "prefill_s")
     return Pilot(peer.name, setting.threads, decode, prefill, turns.failure)
@@ -111,10 +107,6 @@ def _medians(turns: Bursts, what: str) -> dict[str, float]:
         name: [float(np.median(load[place])) for load in loads if load[place]] for place, name in enumerate(turns.names)
     }
     return {name: float(np.median(values)) for name, values in medians.items()} if all(medians.values()) else {}
-
-
-def _named(progress: Progress, name: str) -> Progress:
-    return lambda label, done, total: progress(f"trying settings (s), {name}", done, total)
 
 
 def sentence(pilot: Pilot) -> str:

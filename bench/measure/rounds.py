@@ -19,7 +19,7 @@ from bench.runtimes.peers import Peer
 from export.engine.turns import random_tokens, turn
 from saap.base.cgroup import available
 from saap.base.child import ChildFailedError, call
-from saap.base.progress import Progress
+from saap.base.progress import Progress, advance
 
 IDLE_S = 2.0
 WORKER = "bench.measure.worker"
@@ -100,13 +100,13 @@ class Rounds:
                 if now - begun + (now - started) > self.plan.max_time_s:
                     break
                 self._estimate({setting: widths[setting] for setting in active}, begun, now)
-        if self._progress:
-            self._progress("bench (runs)", self._order, self._order)
+        advance(self._progress, "bench (runs)", self._order, self._order)
 
     def load_cold(self) -> None:
         """One load per spec with its files dropped from the page cache first."""
-        for index, outcome in enumerate(next(iter(self.outcomes.values()))):
-            self._say_load(outcome, index)
+        first = next(iter(self.outcomes.values()))
+        for index, outcome in enumerate(first):
+            advance(self._progress, f"loading from storage (models), {outcome.peer.name}", index, len(first))
             seconds, reason = cold_load(outcome, self.plan.timeout_s)
             for others in self.outcomes.values():
                 others[index].cold_load_s = seconds
@@ -150,14 +150,9 @@ class Rounds:
         by_time = max(0.0, self.plan.max_time_s - (now - begun)) / each
         self._total = self._order + min(left, by_time)
 
-    def _say_load(self, outcome: Outcome, index: int) -> None:
-        if self._progress:
-            count = len(next(iter(self.outcomes.values())))
-            self._progress(f"loading from storage (models), {outcome.peer.name}", index, count)
-
     def _say(self, outcome: Outcome, what: str) -> None:
-        if self._progress:
-            self._progress(f"bench (runs), {outcome.peer.name}: {what}", self._order, max(self._total, self._order + 1))
+        total = max(self._total, self._order + 1)
+        advance(self._progress, f"bench (runs), {outcome.peer.name}: {what}", self._order, total)
 
 
 def job_of(peer: Peer, setting: Setting, plan: BenchOptions, vocab_size: int) -> Repetition:

@@ -24,7 +24,7 @@ from bench.runtimes.peers import check_memory, read_peers
 from devices.probe.host import probe
 from export.engine.protocol import check_threads
 from saap.base.cores import choose_cores
-from saap.base.progress import Progress
+from saap.base.progress import Progress, advance
 
 RECORDED = ("seed", "repetitions", "precision", "max_time_s", "ratio_time_s", "warmup", "timeout_s")
 
@@ -93,23 +93,19 @@ def measure(
 
 def _bandwidths(widths: Sequence[int], cache_bytes: int | None, progress: Progress | None) -> list[Bandwidth]:
     """Measure the memory's bandwidth at each of these thread counts."""
-    report = progress or (lambda label, done, total: None)
-    bandwidths = []
-    for number, threads in enumerate(widths):
-        report("measuring memory bandwidth (probes)", number, len(widths))
+    bandwidths: list[Bandwidth] = []
+    for threads in widths:
+        advance(progress, "measuring memory bandwidth (probes)", len(bandwidths), len(widths))
         bandwidths.append(probe_bandwidth(choose_cores(threads), cache_bytes))
-    report("measuring memory bandwidth (probes)", len(widths), len(widths))
+    advance(progress, "measuring memory bandwidth (probes)", len(widths), len(widths))
     return bandwidths
 
 
 def _turns(rounds: Rounds, options: BenchOptions, progress: Progress | None) -> list[Bursts]:
     """Return the ratios of the peers that could be measured, setting by setting."""
-    bursts = []
-    for setting, outcomes in rounds.outcomes.items():
-        peers = [outcome.peer for outcome in outcomes if outcome.failure is None]
-        if len(peers) > 1 and options.turns_s:
-            bursts.append(take_bursts(peers, setting, options, progress))
-    return bursts
+    working = {setting: [o.peer for o in some if o.failure is None] for setting, some in rounds.outcomes.items()}
+    several = {setting: peers for setting, peers in working.items() if len(peers) > 1 and options.turns_s}
+    return [take_bursts(peers, setting, options, progress) for setting, peers in several.items()]
 
 
 def _measurement(outcome: Outcome, options: BenchOptions) -> Measurement:
