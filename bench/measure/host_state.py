@@ -98,6 +98,8 @@ def counters(before: Snapshot, after: Snapshot, cores: int) -> dict[str, float |
     """
     wall = after.wall_s - before.wall_s
     own = after.process_s - before.process_s
+    start, end = before.board, after.board
+    events = [_rise(*counts) for counts in zip(start.over_current, end.over_current, strict=True)]
 
     def per_second(seconds: float | None, width: float = 1) -> float | None:
         return None if seconds is None or wall < SHARES_FROM_S else max(0.0, seconds) / (wall * width)
@@ -117,23 +119,16 @@ def counters(before: Snapshot, after: Snapshot, cores: int) -> dict[str, float |
         "room_bytes": after.room_bytes,
         "taken_bytes": _rise(after.room_bytes, before.room_bytes),
         "boot_id": after.boot_id,
-        **_board_counters(before.board, after.board),
-    }
-
-
-def _board_counters(before: BoardState, after: BoardState) -> dict[str, float | None]:
-    events = [_rise(start, end) for start, end in zip(before.over_current, after.over_current, strict=True)]
-    return {
-        "clock_share": _extreme(min, before.clock_share, after.clock_share),
-        "fixed_clock": after.fixed_clock if after.fixed_clock is None else float(after.fixed_clock),
-        "temperature_c": after.temperature_c,
-        "temperature_start_c": before.temperature_c,
-        "firmware_throttled": _throttled_between(before.firmware_bits, after.firmware_bits),
-        "throttle_events": _rise(before.throttle_count, after.throttle_count),
-        "cooling_state": _extreme(max, before.cooling_state, after.cooling_state),
+        "clock_share": _extreme(min, start.clock_share, end.clock_share),
+        "fixed_clock": end.fixed_clock if end.fixed_clock is None else float(end.fixed_clock),
+        "temperature_c": end.temperature_c,
+        "temperature_start_c": start.temperature_c,
+        "firmware_throttled": _throttled_between(start.firmware_bits, end.firmware_bits),
+        "throttle_events": _rise(start.throttle_count, end.throttle_count),
+        "cooling_state": _extreme(max, start.cooling_state, end.cooling_state),
         **{f"oc{n}_events": count for n, count in enumerate(events, 1)},
-        "mixed_cores": after.mixed_cores if after.mixed_cores is None else float(after.mixed_cores),
-        "smt_siblings": after.smt_siblings,
+        "mixed_cores": end.mixed_cores if end.mixed_cores is None else float(end.mixed_cores),
+        "smt_siblings": end.smt_siblings,
     }
 
 

@@ -115,9 +115,9 @@ def drift(samples: Sequence[Sample]) -> float | None:
     return relative_slope([float(np.median(block)) for block in blocks])
 
 
-def _findings(values: Values) -> Iterator[Finding]:
+def _findings(sample: Sample) -> Iterator[Finding]:
     """One per broken rule; a counter that is unknown breaks none."""
-    broken = set()
+    values, broken = sample.counters, set()
     for rule in RULES:
         value = values.get(rule.key)
         if value is not None and rule.breaks(value) and rule.key not in broken:
@@ -125,6 +125,8 @@ def _findings(values: Values) -> Iterator[Finding]:
             yield Finding(rule.key, rule.status, value, rule.reason.format(value=value, mb=value / 1e6))
     for special in (_firmware, _clock_moved, _neighbours, _memory_of_others):
         yield from special(values)
+    if sample.steady is False:
+        yield Finding("steady", WARN, 1.0, "warm-up had not become steady when it ended: leave the machine alone")
 
 
 def _firmware(values: Values) -> Iterator[Finding]:
@@ -173,18 +175,13 @@ def _of_repetitions(samples: Sequence[Sample]) -> Iterator[tuple[str, str]]:
     """(status, reason) of the rules on single repetitions, the worst of each."""
     by_rule: dict[str, list[Finding]] = {}
     for sample in samples:
-        for finding in (*_findings(sample.counters), *_unsteady(sample)):
+        for finding in _findings(sample):
             by_rule.setdefault(finding.key, []).append(finding)
     for findings in by_rule.values():
         invalid = sum(finding.status == INVALID for finding in findings)
         worst = max(findings, key=lambda finding: finding.value)
         status = INVALID if invalid and 2 * invalid >= len(samples) else WARN
         yield status, f"{worst.reason} ({len(findings)} of {counted(len(samples), 'repetition')})"
-
-
-def _unsteady(sample: Sample) -> Iterator[Finding]:
-    if sample.steady is False:
-        yield Finding("steady", WARN, 1.0, "warm-up had not become steady when it ended: leave the machine alone")
 
 
 def _between_repetitions(samples: Sequence[Sample]) -> Iterator[tuple[str, str]]:
