@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from itertools import pairwise
@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bench.judge.comparison import decisive_values, metric_of
-from bench.measure.result import INVALID, Measurement, Result, ResultError, read_result, result_text, write_result
+from bench.measure.result import INVALID, Result, ResultError, read_result, result_text, write_result
 from bench.measure.statistics import summarize
 from saap.base.progress import Progress, advance
 
@@ -44,19 +44,20 @@ class Series:
     points: list[Point]
 
     @property
-    def median_s(self) -> list[float]:
-        return [point.median_s for point in self.points]
+    def changes(self) -> list[str]:
+        """The changes of its level, a sentence each."""
+        values = [point.median_s for point in self.points]
+        steps = change_points(values)
+        levels = [float(np.median(values[a:b])) for a, b in pairwise([0, *steps, len(values)])]
+        sentences = []
+        for step, (before, after) in zip(steps, pairwise(levels), strict=True):
+            word, share = "slower" if after > before else "faster", 100 * abs(after / before - 1)
+            point = self.points[step]
+            sentences.append(f"{share:.1f} % {word} from {point.created[:16].replace('T', ' ')} on ({point.file})")
+        return sentences
 
 
 Key = tuple[str, str, str, str, int, str]  # the fields of a series before its points
-
-
-@dataclass(frozen=True)
-class HistoryRow:
-    """A series and the changes of its level, as the page shows them."""
-
-    series: Series
-    changes: list[str]
 
 
 def add(folder: Path, result: Result) -> Path:
@@ -153,15 +154,12 @@ def _holding(logs: Array, cuts: list[int]) -> list[int]:
 def _points(path: Path, result: Result) -> Iterator[tuple[Key, Point]]:
     """Each measurement that can be believed: the fields of its series, and its point."""
     created = _moment(result.created, str(path)).isoformat()
+    device = str(result.device.get("board") or result.device.get("cpu_model") or "unknown device")
     for m in result.measurements:
         summary = summarize(decisive_values(m)[0]) if m.status != INVALID and m.samples else None
         if summary and result.device.get("fingerprint") is not None:
-            yield _key(result.device, m), Point(created, path.name, summary.median)
-
-
-def _key(device: Mapping[str, object], m: Measurement) -> Key:
-    name = str(device.get("board") or device.get("cpu_model") or "unknown device")
-    return (str(device["fingerprint"]), name, m.name, m.test, m.n_threads, metric_of(m))
+            key = str(result.device["fingerprint"]), device, m.name, m.test, m.n_threads, metric_of(m)
+            yield key, Point(created, path.name, summary.median)
 
 
 def _moment(created: str, source: str) -> datetime:
@@ -172,19 +170,3 @@ def _moment(created: str, source: str) -> datetime:
             f"{source} was created at {created!r}, which is no ISO 8601 time: run the bench again"
         ) from None
     return moment.astimezone(timezone.utc) if moment.tzinfo else moment.replace(tzinfo=timezone.utc)
-
-
-def changes_text(of: Series, changes: Sequence[int]) -> list[str]:
-    values, edges = np.array(of.median_s), [0, *changes, len(of.points)]
-    levels = [float(np.median(values[a:b])) for a, b in pairwise(edges)]
-    sentences = []
-    for change, (before, after) in zip(changes, pairwise(levels), strict=True):
-        word = "slower" if after > before else "faster"
-        share = 100 * abs(after / before - 1)
-        point = of.points[change]
-        sentences.append(f"{share:.1f} % {word} from {point.created[:16].replace('T', ' ')} on ({point.file})")
-    return sentences
-
-
-def history_rows(histories: Sequence[Series]) -> list[HistoryRow]:
-    return [HistoryRow(of, changes_text(of, change_points(of.median_s))) for of in histories]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from bench.judge.planned import planned_speed
 from bench.judge.quality import is_quality, read_quality
@@ -31,9 +30,6 @@ from bench.report.quality import Row, sections_of
 from bench.report.tables import detail_table, peer_notes
 from saap.base.files import parse_json, write_text
 from saap.base.quality import QUALITY
-
-if TYPE_CHECKING:
-    from bench.report.history import HistoryRow
 
 STRUCTURES = {
     "query_heads": "query heads", "kv_heads": "KV groups", "ffn": "FFN width", "conv": "conv channels",
@@ -68,6 +64,8 @@ def report(
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+    from bench.report.history import series
+
     out, of_eval = Path(out), {path for path in results if is_quality(path)}
     qualities = [as_dict(parse_json(QUALITY.text(read_quality(path)))) for path in results if path in of_eval]
     documents = [read_result(path) for path in results if path not in of_eval]
@@ -78,7 +76,7 @@ def report(
     for filter_ in (number, millions, command_line, megabytes, plain, percent, threads):
         environment.filters[filter_.__name__] = filter_
     page = environment.get_template("report.html.jinja").render(
-        _context(documents, run or {}, qualities), history=_history(None if history is None else Path(history))
+        _context(documents, run or {}, qualities), history=[] if history is None else series(Path(history))
     )
     write_text(out, page, errors="replace")  # JSON may hold half a surrogate pair, which no file can
     return out
@@ -86,10 +84,11 @@ def report(
 
 def _context(results: Sequence[Result], run: Mapping[str, object], qualities: Sequence[Row]) -> Row:
     entries = entries_of(results)
+    names = list(dict.fromkeys(entry.measurement.name for entry in entries))
     sections = sections_of(results, run, qualities)
     pair, measured = pair_of(entries), next((section.rows for section in sections if section.measured), [])
     return {
-        "title": _title(run, entries),
+        "title": plain(run.get("model") or " · ".join(names[:3]) or "saap report"),
         "results": results,
         "entries": entries,
         "cards": cards_of(pair, measured),
@@ -105,7 +104,10 @@ def _context(results: Sequence[Result], run: Mapping[str, object], qualities: Se
             {"prompt": text.get("prompt"), "outputs": as_dict(text.get("outputs"))}
             for text in map(as_dict, as_list(run.get("texts")))
         ],
-        "steps": [_step(as_dict(step)) for step in as_list(run.get("steps"))],
+        "steps": [
+            {"name": step.get("name"), "command": command_line(step.get("command")), "seconds": step.get("seconds")}
+            for step in map(as_dict, as_list(run.get("steps")))
+        ],
         "versions": {**{k: v for r in results for k, v in r.versions.items()}, **as_dict(run.get("versions"))},
         "unknown": _unknown(entries),
         "details": [detail_table(result) for result in results],
@@ -133,20 +135,11 @@ def _speeds(entries: Sequence[Entry]) -> Figure | None:
     )
 
 
-def _history(folder: Path | None) -> list[HistoryRow]:
-    if folder is None:
-        return []
-    from bench.report.history import history_rows, series
-
-    return history_rows(series(folder))
-
-
 def _plan(run: Mapping[str, object], results: Sequence[Result]) -> Row:
     plan = as_dict(run.get("plan"))
     facts: Row = {key: plan[key] for key in ("asked", "planned", "achieved") if key in plan}
-    if plan and (speed := next(filter(None, (planned_speed(plan, result) for result in results)), None)):
-        facts["speed"] = speed
-    return {**facts, "kept": shares} if (shares := kept_shares(plan)) else facts
+    speed = next(filter(None, (planned_speed(plan, result) for result in results)), None)
+    return facts | {key: text for key, text in (("speed", speed), ("kept", kept_shares(plan))) if text}
 
 
 def kept_shares(plan: Mapping[str, object]) -> str | None:
@@ -162,11 +155,6 @@ def kept_shares(plan: Mapping[str, object]) -> str | None:
     return ", ".join(shares) or None
 
 
-def _step(step: Row) -> Row:
-    command, seconds = command_line(step.get("command")), as_float(step.get("seconds"))
-    return {"name": step.get("name"), "command": command, "seconds": seconds}
-
-
 def _unknown(entries: Sequence[Entry]) -> dict[str, str]:
     reasons: dict[str, str] = {}
     for entry in entries:
@@ -176,13 +164,6 @@ def _unknown(entries: Sequence[Entry]) -> dict[str, str]:
             for field, reason in unknown.items():
                 reasons.setdefault(field, reason)
     return reasons
-
-
-def _title(run: Mapping[str, object], entries: Sequence[Entry]) -> str:
-    if run.get("model"):
-        return plain(run["model"])
-    names = list(dict.fromkeys(entry.measurement.name for entry in entries))
-    return " · ".join(names[:3]) or "saap report"
 
 
 def _device_name(result: Result) -> str:

@@ -16,7 +16,6 @@ from bench.report.history import (
     add,
     best_cuts,
     change_points,
-    history_rows,
     series,
 )
 
@@ -136,6 +135,6 @@ def history(medians: list[float]) -> Series:
 
 
 def test_a_change_of_the_level_is_named() -> None:
-    changed, steady = history_rows([history([0.0100, 0.0101] * 10 + [0.0110, 0.0111] * 10), history([0.01] * 40)])
+    changed, steady = history([0.0100, 0.0101] * 10 + [0.0110, 0.0111] * 10), history([0.01] * 40)
     assert changed.changes == ["10.0 % slower from 2025-01-21 12:00 on (20.json)"]
     assert steady.changes == []
