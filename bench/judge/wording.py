@@ -10,7 +10,6 @@ from saap.base.wording import counted
 
 UNKNOWN = "\u2013"
 TIMES = "\u00d7"
-DASH = "\u2013"
 
 
 def threads(count: int) -> str:

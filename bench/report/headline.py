@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import PurePath
 
 from bench.judge.comparison import decisive_values, metric_of
-from bench.judge.wording import DASH, TIMES, as_dict, as_float, as_list, megabytes, number, percent, plain, threads
+from bench.judge.wording import TIMES, UNKNOWN, as_dict, as_float, as_list, megabytes, number, percent, plain, threads
 from bench.measure.result import INVALID, Measurement, Result
 from bench.measure.statistics import bootstrap_ratio
 from bench.report.tables import Row, table_rows
@@ -52,18 +52,17 @@ def entries_of(results: Sequence[Result]) -> list[Entry]:
     ]
 
 
-def model_of(entry: Entry, names: Sequence[str]) -> str | None:
-    """Find the measured model among the names (paths) that `saap eval` gave; None where that is not clear.
+def _quality_of(entry: Entry, quality: Sequence[Mapping[str, object]]) -> Mapping[str, object]:
+    """Find the row of the measured model, by the name (path) that `saap eval` gave; empty where that is not clear.
 
     `saap bench` names the last part of a path, so the paths themselves come first; last parts count where they are one
     model's.
     """
+    rows = {plain(row.get("name")): row for row in quality}
     spec, name = plain(entry.measurement.spec), plain(entry.measurement.name)
-    for same in (spec, spec.partition(":")[2], name):
-        if same in names:
-            return same
-    short = [each for each in names if PurePath(each).name == PurePath(spec).name == name]
-    return short[0] if len(short) == 1 else None
+    short = [each for each in rows if PurePath(each).name == PurePath(spec).name == name]
+    names = (spec, spec.partition(":")[2], name, *(short if len(short) == 1 else ()))
+    return next((rows[each] for each in names if each in rows), {})
 
 
 def pair_of(entries: Sequence[Entry]) -> tuple[Entry, Entry] | None:
@@ -137,7 +136,7 @@ def _speed_card(old: Entry, new: Entry, refused: str | None) -> Card:
         middle, low, high = speed
         ratio = f"{middle:.2f}{TIMES}"
         bounded = math.isfinite(high)
-        note += f"; 95 % interval {low:.2f}{DASH}{high:.2f}" if bounded else "; one repetition, spread unknown"
+        note += f"; 95 % interval {low:.2f}{UNKNOWN}{high:.2f}" if bounded else "; one repetition, spread unknown"
     return Card("Speed", after, "tok/s", _rows(old, before, new, after), ratio, refused, True, note)
 
 
@@ -165,8 +164,7 @@ def bought(pair: tuple[Entry, Entry] | None, quality: Sequence[Mapping[str, obje
     before, after = (entry.measurement.model.model_bytes for entry in pair)
     if before and after:
         gains.append(f"{abs(1 - after / before):.0%} {'smaller' if after <= before else 'larger'}")
-    by_name = {plain(row.get("name")): row for row in quality}
-    rows = [by_name.get(model_of(entry, list(by_name)) or "", {}) for entry in pair]
+    rows = [_quality_of(entry, quality) for entry in pair]
     costs = None
     for key, what, digits in (("perplexity", "perplexity", 1), ("kl", "KL to dense", 3)):
         values = [as_float(row.get(key)) for row in rows]
@@ -184,8 +182,7 @@ def bought_by(result: Result, quality: Mapping[str, object]) -> str | None:
 def _quality_card(pair: tuple[Entry, Entry] | None, rows: Sequence[Mapping[str, object]]) -> Card | None:
     if not rows:
         return None
-    by_name = {plain(row.get("name")): row for row in rows}
-    known = [by_name[name] for entry in pair or () if (name := model_of(entry, list(by_name)))]
+    known = [row for entry in pair or () if (row := _quality_of(entry, rows))]
     old, new = (known[0], known[-1]) if known else (rows[0], rows[-1])
     top1 = as_float(new.get("top1"))
     note = "" if top1 is None else f"{percent(top1)} same top token as the dense model"

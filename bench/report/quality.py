@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from bench.judge.wording import UNKNOWN, as_dict, as_float, as_list, number, percent, plain
+from bench.judge.wording import as_dict, as_float, as_list, number, percent, plain
 from bench.measure.result import Result
 from bench.report.tables import Table
 
@@ -75,10 +75,10 @@ def task_table(tasks: Sequence[Row]) -> Table | None:
     by_name = {(plain(row.get("model")), plain(row.get("task"))): row for row in tasks}
     rows = []
     for model in models:
-        scores = [_score(by_name.get((model, name), {})) for name in names]
-        known = [value for value, _ in scores if value is not None]
+        scores = [by_name.get((model, name), {}) for name in names]
+        known = [value for row in scores if (value := as_float(row.get(metric_of(row)))) is not None]
         mean = sum(known) / len(known) if len(known) == len(names) else None
-        rows.append([model, *map(_score_text, scores), UNKNOWN if mean is None else percent(mean)])
+        rows.append([model, *map(_score_text, scores), percent(mean)])
     counts = {
         name: max(len(as_list(row.get("examples"))) for row in tasks if plain(row.get("task")) == name)
         for name in names
@@ -91,13 +91,7 @@ def metric_of(task: Row) -> str:
     return "acc" if task.get("acc_norm") is None else "acc_norm"
 
 
-def _score(row: Row) -> tuple[float | None, float | None]:
+def _score_text(row: Row) -> str:
     metric = metric_of(row)
-    return as_float(row.get(metric)), as_float(row.get(f"{metric}_stderr"))
-
-
-def _score_text(score: tuple[float | None, float | None]) -> str:
-    value, error = score
-    if value is None:
-        return UNKNOWN
-    return percent(value) if error is None else f"{percent(value)} ± {number(100 * error, 1)}"
+    value, error = as_float(row.get(metric)), as_float(row.get(f"{metric}_stderr"))
+    return percent(value) if value is None or error is None else f"{percent(value)} ± {number(100 * error, 1)}"
