@@ -126,10 +126,21 @@ def read_peers(
 
 
 def _read(spec: str, length: int, progress: Progress | None) -> Peer:
-    readers = {TORCH: _torch, LLAMA_CPP: _llama_cpp, GENAI: genai_peer, OPTIMUM: _optimum, OPENVINO: _openvino}
-    for prefix, read in readers.items():
-        if spec.startswith(prefix):
-            return read(spec, length)
+    match spec.partition(":"):
+        case "torch", ":", _:
+            if (_path(spec) / MANIFEST).is_file():
+                raise PeerError(f"{spec}: it is a bundle; leave torch: out, or give the model that it was made from")
+            peer = _directory(spec, length, row_of("torch"), "torch: a Hugging Face model directory")
+            return replace(peer, unknown={"bundle_hash": "a model directory is not a bundle"})
+        case "llama.cpp", ":", _:
+            return _llama_cpp(spec, length)
+        case "genai", ":", _:
+            return genai_peer(spec, length)
+        case "optimum", ":", _:  # a portable bundle of uniform sizes, or optimum's own export
+            allowed = "a directory of optimum, or make one with `saap export --target portable`"
+            return _directory(spec, length, OPTIMUM_ROW, allowed, DECODE_GRAPH)
+        case "openvino", ":", _:  # `optimum-cli export openvino` for one
+            return _directory(spec, length, row_of("openvino"), "a directory of optimum-intel, or BUNDLE@openvino", IR)
     return _bundle(spec, length, progress)
 
 
@@ -155,13 +166,6 @@ def _bundle(spec: str, length: int, progress: Progress | None) -> Peer:
     return replace(peer, name=named.bundle.resolve().name + (f"@{named.engine}" if kind != "onnx" else ""))
 
 
-def _torch(spec: str, length: int) -> Peer:
-    if (_path(spec) / MANIFEST).is_file():
-        raise PeerError(f"{spec}: it is a bundle; leave torch: out, or give the model that it was made from")
-    peer = _directory(spec, length, row_of("torch"), "torch: a Hugging Face model directory")
-    return replace(peer, unknown={"bundle_hash": "a model directory is not a bundle"})
-
-
 def _llama_cpp(spec: str, length: int) -> Peer:
     path = _path(spec)
     header = read_header(path)
@@ -184,17 +188,6 @@ def genai_peer(spec: str, length: int) -> Peer:
         raise PeerError(f"{spec}: {error}") from None
     _check_context(spec, length + 1, model.context_length)  # genai counts the token that is drawn last, too
     return _peer(spec, "genai", path, model.vocab_size, row_of("genai"), _manifest(path))
-
-
-def _optimum(spec: str, length: int) -> Peer:
-    """Read a portable bundle of uniform sizes, or optimum's own export, to run in optimum-onnx."""
-    allowed = "a directory of optimum, or make one with `saap export --target portable`"
-    return _directory(spec, length, OPTIMUM_ROW, allowed, DECODE_GRAPH)
-
-
-def _openvino(spec: str, length: int) -> Peer:
-    """Read a directory of optimum-intel, ``optimum-cli export openvino`` for one."""
-    return _directory(spec, length, row_of("openvino"), "a directory of optimum-intel, or BUNDLE@openvino", IR)
 
 
 def _directory(spec: str, length: int, row: Row, allowed: str, graph: str | None = None) -> Peer:
