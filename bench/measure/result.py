@@ -12,7 +12,6 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
@@ -23,6 +22,7 @@ from msgspec import Meta
 from bench.measure.options import Provider
 from bench.measure.statistics import Ratio, Summary, middle, ratio_of_loads, summarize
 from bench.power.sensors import Energy as Energy
+from devices.probe.host import installed_version
 from export.engine.facts import ModelFacts as ModelFacts
 from export.engine.turns import LEAST_LOADS as LEAST_LOADS
 from export.engine.turns import Load as Load
@@ -41,15 +41,13 @@ def command_line() -> list[str]:
     return [*(Path(word).name for word in sys.argv[:1]), *sys.argv[1:]]  # a program that embeds Python may have none
 
 
-def package_versions() -> dict[str, str]:
-    """Versions that a measurement depends on, of the packages that are known under their names here."""
-    versions = {}
-    for package in ("saap", "onnxruntime", "numpy"):
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue  # a copied tree, or a build of ONNX Runtime under another name
-    return versions
+def package_versions(*packages: str) -> dict[str, str]:
+    """Versions of packages; by default of those that a measurement depends on.
+
+    One that is not known here under its name is left out: a copied tree, or another build of ONNX Runtime.
+    """
+    names = packages or ("saap", "onnxruntime", "numpy")
+    return {name: version for name in names if (version := installed_version(name))}
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -103,14 +102,6 @@ def run_on(board: Board, shipment: Shipment, task: Task[T], progress: Progress |
             board.clean(run)
 
 
-def own_version() -> dict[str, str]:
-    """Return the version of saap here, whose code ran there."""
-    try:
-        return {"saap": metadata.version("saap")}
-    except metadata.PackageNotFoundError:
-        return {}
-
-
 def _preflight(board: Board, shipment: Shipment, positions: int | None) -> None:
     """Check Python, memory and clock; lock, disk and packages are checked by the requests that need them."""
     facts = board.ask("hello")
@@ -132,7 +123,11 @@ def _preflight(board: Board, shipment: Shipment, positions: int | None) -> None:
 
 
 def _take(run: str, shipment: Shipment) -> Reply:
-    owner = f"{_user()}@{socket.gethostname()}"
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError, ImportError):
+        user = "somebody"
+    owner = f"{user}@{socket.gethostname()}"
     return {
         "run": run, "owner": owner, "files": shipment.sizes, "key": shipment.key, "reserve": RESERVE_BYTES,
         "agent_bytes": shipment.agent_bytes,
@@ -208,13 +203,6 @@ def _fetched(board: Board, fetched: Reply, task: Task[T]) -> T:
         return task.read(board.name, parse_json(text))
     except (TypeError, KeyError, AttributeError, ValueError) as error:
         raise board.garbage(f"a result with {error}") from None
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError, ImportError):
-        return "somebody"
 
 
 class _Note(msgspec.Struct):

@@ -16,12 +16,12 @@ from bench.costs.measure import COSTS, Costs, check_depth, described, measure_co
 from bench.costs.options import CostsOptions
 from bench.costs.worker import TURN
 from bench.measure.options import BenchOptions
-from bench.measure.result import RESULT, Measurement, Result, command_line
+from bench.measure.result import RESULT, Measurement, Result, command_line, package_versions
 from bench.measure.run import measure
 from bench.remote.board import Board, Say
 from bench.remote.files import Packed, Shipment, pack
 from bench.remote.options import BoardOptions
-from bench.remote.run import Task, open_board, own_version, run_at, run_on
+from bench.remote.run import Task, open_board, run_at, run_on
 from devices.transport import printable
 from export.bundle.manifest import BundleManifest, read_manifest
 from saap.base.progress import Progress
@@ -117,7 +117,7 @@ def _result(board: str, document: object, packed: Sequence[Packed]) -> Result:
         result,
         measurements=[_readable(m, p.spec) for m, p in pairs],
         command=command_line(),
-        versions={**own_version(), **result.versions},
+        versions={**package_versions("saap"), **result.versions},
         settings={**result.settings, "on": board},
     )
 
@@ -136,4 +136,4 @@ def _costs(board: str, document: object, base: BundleManifest, threads: Sequence
         raise ValueError("costs of another model")
     if threads is not None and [table.n_threads for table in costs.threads] != list(dict.fromkeys(threads)):
         raise ValueError("other thread counts")
-    return replace(costs, command=command_line(), versions={**own_version(), **costs.versions}, on=board)
+    return replace(costs, command=command_line(), versions={**package_versions("saap"), **costs.versions}, on=board)

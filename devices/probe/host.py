@@ -121,8 +121,8 @@ def probe(root: Path = Path("/"), run: Run | None = None) -> HostFacts:
         "os": _os_name(root),
         "kernel": text(root / "proc/sys/kernel/osrelease"),
         "python": platform.python_version(),
-        "onnxruntime": _installed("onnxruntime", "onnxruntime-gpu"),
-        "packages": {name: version for name in _PACKAGES if (version := _installed(name))},
+        "onnxruntime": installed_version("onnxruntime") or installed_version("onnxruntime-gpu"),
+        "packages": {name: version for name in _PACKAGES if (version := installed_version(name))},
         "unknown": {},
         "fingerprint": "",
     }
@@ -198,13 +198,12 @@ def _os_name(root: Path) -> str | None:
     return match.group(1) if match else None
 
 
-def _installed(*packages: str) -> str | None:
-    for package in packages:
-        try:
-            return metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return None
+def installed_version(package: str) -> str | None:
+    """Return the version of an installed package."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _unknown(root: Path, facts: Mapping[str, object]) -> dict[str, str]:
