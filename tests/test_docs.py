@@ -290,9 +290,10 @@ def lines_of(name):
 
 
 def test_the_first_ten_commands_work_word_for_word(shell, workplace):
-    """With a small random model in the place of the packaged one, and the texts that ship."""
+    """With a small random model in the place of the packaged one, few tokens, and turns of a few seconds."""
+    few = {"tune": ["--tokens", "2048"], **dict.fromkeys(("bench", "compare"), ["--ratio-time", "4"])}
     (workplace / "my-model").rename(workplace / "smollm2-135m")
-    lines, typed = lines_of("docs/first-ten.md"), shell()
+    lines, typed = lines_of("docs/first-ten.md"), shell(few)
     assert len(lines) == 10 and all(line.startswith("saap ") for line in lines)
     said = {line: typed.type(line) for line in lines}
     assert "Why each layer lost what it lost" in said[lines[2]]

@@ -16,6 +16,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from export.engine import huge_pages
 from saap.cli.main import main
 
 SECONDS = 60  # that a command may take
@@ -88,10 +89,15 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
     return {**said, "code": code}
 
 
-if __name__ == "__main__":
+def prepare() -> None:
+    """Import what commands need, which forks share; a session would move all of that to huge pages."""
     for module in ("export.write", "saap.evaluate.evaluation", "saap.prune.pruning", "saap.tune.tuning"):
         import_module(module)
-
+    huge_pages.collapse = lambda: 0
     gc.freeze()
+
+
+if __name__ == "__main__":
+    prepare()
     answers = [run(case) for case in json.loads(Path(sys.argv[2]).read_text())]
     Path(sys.argv[1]).write_text(json.dumps(answers), encoding="utf-8")

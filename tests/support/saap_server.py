@@ -6,15 +6,13 @@ MORE is a JSON object: what is added to the words of a command, so that it takes
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import socket
 import sys
-from importlib import import_module
 from pathlib import Path
 
-from support.forked_commands import ended
+from support.forked_commands import ended, prepare
 
 PROGRAM = """#!{python} -IS
 import json, os, socket, sys
@@ -60,7 +58,5 @@ def serve(folder: Path, more: dict[str, list[str]]) -> None:
 
 
 if __name__ == "__main__":
-    for module in ("export.write", "saap.evaluate.evaluation", "saap.prune.pruning", "saap.tune.tuning"):
-        import_module(module)
-    gc.freeze()
+    prepare()
     serve(Path(sys.argv[1]), json.loads(sys.argv[2]))
