@@ -289,9 +289,12 @@ def lines_of(name):
     return [line for text in shown for line in re.sub(r"\\\n\s*", " ", text).splitlines() if line]
 
 
+SHORT = ["--ratio-time", "2", "--repetitions", "3", "--prompt", "8", "--generate", "8"]
+
+
 def test_the_first_ten_commands_work_word_for_word(shell, workplace):
-    """With a small random model in the place of the packaged one, few tokens, and turns of a few seconds."""
-    few = {"tune": ["--tokens", "2048"], **dict.fromkeys(("bench", "compare"), ["--ratio-time", "4"])}
+    """With a small random model in the place of the packaged one, and options that make a bench short."""
+    few = {"bench": ["--no-cold", *SHORT], "compare": SHORT}
     (workplace / "my-model").rename(workplace / "smollm2-135m")
     lines, typed = lines_of("docs/first-ten.md"), shell(few)
     assert len(lines) == 10 and all(line.startswith("saap ") for line in lines)
