@@ -14,6 +14,7 @@ Gemma 3 270M, up to 7 % above for random models with other shapes. On arm64 nobo
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -160,13 +161,9 @@ def int8_kernels(model: Model, device: Device) -> bool:
 
 
 def largest_context(model: Model, device: Device) -> int:
-    """Tokens of context that fit; 0 where none does."""
-    low, high = 0, model.context_length
-    while low < high:  # the memory grows with the context, so halving finds the edge
-        middle = (low + high + 1) // 2
-        need = memory_of(model, device, middle).total
-        low, high = (middle, high) if need <= device.memory_bytes else (low, middle - 1)
-    return low
+    """Tokens of context that fit; 0 where none does. The memory grows with the context."""
+    contexts = range(1, model.context_length + 1)
+    return bisect_right(contexts, device.memory_bytes, key=lambda context: memory_of(model, device, context).total)
 
 
 def usable_memory(numbers: Mapping[str, float | None], stated: int | None = None) -> tuple[int, str] | None:
@@ -176,26 +173,16 @@ def usable_memory(numbers: Mapping[str, float | None], stated: int | None = None
         numbers: ``memory_visible``, ``memory_capacity`` and ``memory_smallest`` of its profile, bytes.
         stated: capacity that the user names, bytes.
     """
-    visible, capacity = numbers.get("memory_visible"), numbers.get("memory_capacity")
-    smallest = numbers.get("memory_smallest")
-    if stated is not None:
-        visible_bytes, how = stated * VISIBLE_SHARE, f"{VISIBLE_SHARE:.0%} of the {_gib(stated)} that were given"
-    elif visible is not None:
-        visible_bytes, how = visible, f"the {_gib(visible)} that its system sees"
-    elif capacity is not None:
-        visible_bytes, how = capacity * VISIBLE_SHARE, f"{VISIBLE_SHARE:.0%} of its {_gib(capacity)}"
-    elif smallest is not None:
-        visible_bytes, how = (
-            smallest * VISIBLE_SHARE,
-            f"{VISIBLE_SHARE:.0%} of {_gib(smallest)}, the smallest that is sold",
-        )
-    else:
-        return None
-    system = min(SYSTEM_BYTES, round(SYSTEM_SHARE * visible_bytes))
-    return round(
-        visible_bytes
-    ) - system, f"{how} ({visible_bytes / 1e6:.0f} MB), less {system / 1e6:.0f} MB for the system"
-
-
-def _gib(size: float) -> str:
-    return f"{size / 2**30:.3g} GiB"
+    sources = (
+        (stated, VISIBLE_SHARE, "{share:.0%} of the {gib:.3g} GiB that were given"),
+        (numbers.get("memory_visible"), 1.0, "the {gib:.3g} GiB that its system sees"),
+        (numbers.get("memory_capacity"), VISIBLE_SHARE, "{share:.0%} of its {gib:.3g} GiB"),
+        (numbers.get("memory_smallest"), VISIBLE_SHARE, "{share:.0%} of {gib:.3g} GiB, the smallest that is sold"),
+    )
+    for size, share, how in sources:
+        if size is not None:
+            visible = size * share
+            system = min(SYSTEM_BYTES, round(SYSTEM_SHARE * visible))
+            known = f"{how.format(share=share, gib=size / 2**30)} ({visible / 1e6:.0f} MB)"
+            return round(visible) - system, f"{known}, less {system / 1e6:.0f} MB for the system"
+    return None
