@@ -110,7 +110,7 @@ def costs_from(
     ratios = fit_ratios(processes, len(stacks))
     smaller = {stack.head_rows: base * (1 - ratios[i]) for i, stack in enumerate(stacks) if stack.head_rows}
     saved = {i: base * (1 - ratios[i]) / stack.changed for i, stack in enumerate(stacks) if stack.changed}
-    no_attention = next(i for i in saved if not _mixes(stacks[i].option))
+    no_attention = next(i for i in saved if not any(((of := stacks[i].option).query_heads, of.conv, of.delta)))
     no_ffn = next(i for i in saved if not stacks[i].option.ffn)
     attention, ffn = [AttentionCost(full.query_heads, full.kv_heads, saved[no_attention])], []
     ffn.append(FfnCost(full.ffn, saved[no_ffn]))
@@ -152,10 +152,6 @@ def costs_from(
             for form, parts in sorted(formed.items())
         ],
     )
-
-
-def _mixes(sizes: LayerSizes) -> bool:
-    return bool(sizes.query_heads or sizes.conv or sizes.delta)
 
 
 def fit_ratios(processes: Sequence[CostProcess], count: int) -> list[float]:

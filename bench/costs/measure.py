@@ -92,7 +92,7 @@ def measure_costs(
         progress: called as (label, done, total) in processes.
 
     Raises:
-        UserError: an option out of range, or more threads than cores.
+        UserError: an option out of range, more threads than cores, or an engine that is not installed.
         CostsError: too little memory, a depth beyond the context, or a worker that fails.
     """
     options = options or CostsOptions()
@@ -106,10 +106,16 @@ def measure_costs(
     groups = schedule(len(stacks), options.rounds, _stacks_together(manifests[0].weight_bytes_per_token))
     device, tables = probe(), []
     report, of = progress or (lambda label, done, total: None), len(threads) * len(groups)
-    peer = _peer_of(bundles[0], options)
+    peer = None
+    if options.engine != ONNXRUNTIME:
+        spec = f"{LLAMA_CPP}{bundles[0] / str(row_of(options.engine).file)}"
+        (peer,) = read_peers([spec], options.depth + PILOT)
     for turn, count in enumerate(threads):
         cpus, processes = choose_cores(count), []
-        choice = None if peer is None else _choice(peer, options.depth, count, progress)
+        choice = None
+        if peer is not None:  # its own setting that is fastest in decode at this depth
+            plan = BenchOptions(prompt=options.depth, generate=PILOT, threads=count)
+            choice = at_their_best([peer], plan, progress)[0][0].choice
         for index, group in enumerate(groups):
             report(f"timing operators (processes), {counted(count)}", turn * len(groups) + index, of)
             paths = [str(bundles[i]) for i in group]
@@ -129,19 +135,6 @@ def measure_costs(
         threads=tables,
         engine=options.engine,
     )
-
-
-def _peer_of(bundle: Path, options: CostsOptions) -> Peer | None:
-    """Return what runs a stack in another engine. Raises UserError: it is not installed, or cannot hold the stack."""
-    if options.engine == ONNXRUNTIME:
-        return None
-    return read_peers([f"{LLAMA_CPP}{bundle / str(row_of(options.engine).file)}"], options.depth + PILOT)[0]
-
-
-def _choice(peer: Peer, depth: int, threads: int, progress: Progress | None) -> str | None:
-    """Return the engine's own setting that is fastest in decode at this depth."""
-    plan = BenchOptions(prompt=depth, generate=PILOT, threads=threads)
-    return at_their_best([peer], plan, progress)[0][0].choice
 
 
 def check_depth(base: BundleManifest, depth: int) -> None:
