@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 import os
 import shutil
@@ -13,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, TextIO, cast
 
 import click
 
@@ -53,7 +52,7 @@ class Console:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._stop()
+        self.finish()
 
     @classmethod
     def of_command(cls) -> Console:
@@ -70,7 +69,7 @@ class Console:
         parsed, finished = Label.of(label), 0 < total <= done
         fresh = parsed.what != self._label.what or (self._finished and not finished)
         if fresh:
-            self._stop()
+            self.finish()
             self._started = self._printed = time.monotonic()
             self._first = done  # a run that was continued after a kill did not do these now
         if self._finished and not fresh:
@@ -87,17 +86,14 @@ class Console:
 
     def finish(self) -> None:
         """End the bar, so that what follows is printed below it."""
-        self._stop()
+        self._end_bar()
+        self._label, self._finished = Label(""), False
 
     def say(self, text: str) -> None:
         self.finish()
         if speaks():
             with suppress(OSError):
                 tell(text, self._stream)
-
-    def say_text(self, purpose: str, source: str) -> None:
-        """Say which text a command reads."""
-        self.say(f"  {purpose} text: {source}")
 
     def _bar(self, label: Label, done: float, total: float, fresh: bool) -> None:
         if fresh or self._bars is None:
@@ -127,10 +123,6 @@ class Console:
         """Seconds until all is done, at the speed so far; None where that is not known."""
         fresh = done - self._first
         return (time.monotonic() - self._started) / fresh * (total - done) if fresh > 0 and done < total else None
-
-    def _stop(self) -> None:
-        self._end_bar()
-        self._label, self._finished = Label(""), False
 
     def _end_bar(self) -> None:
         if self._bars is not None:
@@ -173,21 +165,16 @@ def _clock(seconds: int) -> str:
     return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
 
 
-class _Unheard(io.TextIOBase):
+class _Unheard:
     """A stream that takes all: what the one behind it does not take is lost."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
-    @property
-    def encoding(self) -> str:  # type: ignore[override]
-        return self._stream.encoding
+    buffer = None  # whoever writes bytes would write past this
 
-    def isatty(self) -> bool:
-        return self._stream.isatty()
-
-    def writable(self) -> bool:
-        return True
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
         with suppress(OSError):
@@ -202,7 +189,7 @@ class _Unheard(io.TextIOBase):
 @contextmanager
 def heard_or_not() -> Iterator[None]:
     """Let a step's tables be lost inside the block, so that the steps after it are done."""
-    with redirect_stdout(_Unheard(sys.stdout)):
+    with redirect_stdout(cast("TextIO", _Unheard(sys.stdout))):
         yield
 
 

@@ -325,7 +325,7 @@ class Evaluate(Step):
             )
         for other in (options.pruning.calibration, options.tuning.data):
             refuse_overlap(load_documents(other, split="calibration", seed=options.pruning.options.seed), text)
-        self.run.console.say_text("evaluation", self.windows.protocol.text)
+        self.run.console.note(f"evaluation text: {self.windows.protocol.text}")
 
     def work(self) -> RunFile:
         from saap.evaluate.evaluation import evaluate
