@@ -280,11 +280,6 @@ class ResultError(UserError):
     """A result file that cannot be used; the message names the file and what to do."""
 
 
-def result_text(result: Result) -> str:
-    """Write the document as one line of JSON."""
-    return RESULT.text(result, indent=None)
-
-
 def write_result(path: str | Path, result: Result) -> None:
     RESULT.write(path, result)
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bench.judge.comparison import decisive_values, metric_of
-from bench.measure.result import INVALID, Result, ResultError, read_result, result_text, write_result
+from bench.measure.result import INVALID, RESULT, Result, ResultError, read_result, write_result
 from bench.measure.statistics import summarize
 from saap.base.progress import Progress, advance
 
@@ -65,7 +65,7 @@ def add(folder: Path, result: Result) -> Path:
 
     Raises ResultError: ``created`` is no time.
     """
-    digest = hashlib.sha256(result_text(result).encode()).hexdigest()[:12]
+    digest = hashlib.sha256(RESULT.text(result, indent=None).encode()).hexdigest()[:12]
     path = folder / f"{_moment(result.created, 'the result'):%Y%m%dT%H%M%SZ}-{digest}.json"
     if not path.exists():
         write_result(path, result)

@@ -95,14 +95,16 @@ def bench(specs: tuple[str, ...], json_path: Path | None, options: BenchCommand)
       saap bench out/demo/slim-int4 --on ssh://pi@board
     """
     from bench.measure import measure
+    from bench.measure.result import RESULT
     from bench.remote.target import target
     from saap.base.interrupt import ended_as_by_a_person
-    from saap.base.outputs import RESULT, check_folder, check_place
+    from saap.base.outputs import RESULT as OF_BENCH
+    from saap.base.outputs import check_folder, check_place
 
     options.check()
-    check_place(json_path, RESULT, *specs)
+    check_place(json_path, OF_BENCH, *specs)
     if options.history is not None:
-        check_folder(options.history, RESULT, "--history")
+        check_folder(options.history, OF_BENCH, "--history")
     if len(options.specs(specs)) == 1:
         refuse_unused(options, ("ratio_time_s",), "the ratio of two models or more", "give another")
     else:
@@ -119,7 +121,8 @@ def bench(specs: tuple[str, ...], json_path: Path | None, options: BenchCommand)
         keep(result, json_path, options.history)  # first: a terminal may be gone
     finally:  # as may the room for a file
         _show(result, options)
-    print_document(result, json_path)
+    if json_path == STDOUT:
+        click.echo(RESULT.text(result, indent=None))
     sys.exit(0 if any(m.samples for m in result.measurements) else NOTHING_MEASURED)
 
 
@@ -154,14 +157,6 @@ def keep(result: Result, json_path: Path | None, history: Path | None = None) ->
     finally:
         if json_path not in (None, STDOUT):
             write_result(json_path, result)
-
-
-def print_document(result: Result, json_path: Path | None) -> None:
-    """Print the result as the last line, where ``-`` asks for it."""
-    from bench.measure.result import result_text
-
-    if json_path == STDOUT:
-        click.echo(result_text(result))
 
 
 def show_result(result: Result, noise_floor: bool = False) -> None:

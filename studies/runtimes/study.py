@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePath
 
-from bench.measure.result import Measurement, Result, read_result, result_text
+from bench.measure.result import RESULT, Measurement, Result, read_result
 from studies.common import Cell, add_write_option, cpu_of, markdown, parser_of, provenance, read_cells, show_tables
 
 FOLDER = Path(__file__).parent
@@ -85,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         name = time.strftime("%Y%m%d-%H%M%S")
         result = without_folders(read_result(args.result))
         place = FOLDER / "results" / f"{name}.json"
-        place.write_text(result_text(result) + "\n", encoding="utf-8")
+        place.write_text(RESULT.text(result, indent=None) + "\n", encoding="utf-8")
         cell = {**provenance(), "result": place.name, "bench": result.command}
         (FOLDER / "cells" / f"{name}.json").write_text(json.dumps(cell, indent=1) + "\n", encoding="utf-8")
     show_tables(FOLDER, tables(), args.write)
