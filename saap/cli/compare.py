@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from bench.judge.comparison import Comparison
     from bench.judge.confirm import Measure
 
+LENGTHS = ("prompt", "generate", "depth", "threads")
+MEASURED = (*LENGTHS, "repetitions", "precision", "max_time_s", "ratio_time_s", "timeout_s")
 SUMMARY = "GITHUB_STEP_SUMMARY"  # names the file that a workflow shows as the step's summary
 
 
@@ -32,22 +34,7 @@ SUMMARY = "GITHUB_STEP_SUMMARY"  # names the file that a workflow shows as the s
 class CompareCommand:
     """The options of ``saap compare``: how two bundles are measured, and what counts."""
 
-    options: Annotated[
-        BenchOptions,
-        Part(
-            (
-                "prompt",
-                "generate",
-                "depth",
-                "threads",
-                "repetitions",
-                "precision",
-                "max_time_s",
-                "ratio_time_s",
-                "timeout_s",
-            )
-        ),
-    ] = field(default_factory=BenchOptions)
+    options: Annotated[BenchOptions, Part(MEASURED)] = field(default_factory=BenchOptions)
     min_effect: Annotated[float, Option("Smallest change that counts."), Meta(gt=0, lt=1)] = 0.02
     fail_on: Annotated[
         Literal["regression"] | None, Option("Exit with 1 when something became slower, 3 when that cannot be told.")
@@ -59,14 +46,12 @@ class CompareCommand:
         """Refuse what has no effect on a comparison ``of`` qualities, results or bundles."""
         from bench.judge.comparison import LEAST_REPETITIONS
 
-        ending, lengths = ("precision", "max_time_s"), ("prompt", "generate", "depth", "threads")
-        measured = (*ending, *lengths, "repetitions", "ratio_time_s", "timeout_s")
         if of == "qualities":
-            refuse_unused(self, (*measured, "min_effect", "confirm", "junit"), "speeds, and these are qualities")
+            refuse_unused(self, (*MEASURED, "min_effect", "confirm", "junit"), "speeds, and these are qualities")
         elif of == "results":
-            refuse_unused(self, lengths, "bundles, and results have theirs")
+            refuse_unused(self, LENGTHS, "bundles, and results have theirs")
             if not self.confirm:
-                refuse_unused(self, measured, "a second run, which --no-confirm leaves out")
+                refuse_unused(self, MEASURED, "a second run, which --no-confirm leaves out")
         check_ending(self, repetitions := self.options.repetitions)
         if of == "bundles":
             check_turns(self, self.options)

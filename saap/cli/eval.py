@@ -81,14 +81,10 @@ def show_quality(quality: Quality) -> None:
     protocol = quality.protocol
     if protocol is None:
         return
-
-    def cell(value: float | None, form: str) -> str:
-        return "-" if value is None else format(value, form)
-
     rows = [
         [
-            row.name, cell(row.perplexity, ".2f"), cell(row.nll, ".4f"), cell(row.bits_per_byte, ".4f"),
-            cell(row.kl, ".4f"), cell(row.top1, ".2%"), f"{row.parameters / 1e6:.1f}", f"{row.bytes / 1e6:.1f}",
+            row.name, _cell(row.perplexity, ".2f"), _cell(row.nll, ".4f"), _cell(row.bits_per_byte, ".4f"),
+            _cell(row.kl, ".4f"), _cell(row.top1, ".2%"), f"{row.parameters / 1e6:.1f}", f"{row.bytes / 1e6:.1f}",
         ]
         for row in quality.rows
     ]  # fmt: skip
@@ -101,14 +97,14 @@ def show_quality(quality: Quality) -> None:
     print_table(title, columns, rows, ("M params", "MB"))
 
 
+def _cell(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
 def show_answers(answers: Answers) -> None:
     """Agreement and repetition, a row per model."""
-
-    def cell(value: float | None, form: str) -> str:
-        return "-" if value is None else format(value, form)
-
     rows = [
-        [score.model, cell(score.agreement, ".1%"), cell(score.same, ".1f"), f"{score.repetition:.1%}"]
+        [score.model, _cell(score.agreement, ".1%"), _cell(score.same, ".1f"), f"{score.repetition:.1%}"]
         for score in answers.scores
     ]
     title = f"{answers.source}: greedy answers to {answers.prompts} prompts, {answers.tokens} tokens at most"

@@ -68,16 +68,7 @@ class BaselineCommand:
         BenchOptions,
         Part(
             ("prompt", "generate", "depth", "threads", "repetitions", "provider"),
-            without=(
-                "precision",
-                "max_time_s",
-                "ratio_time_s",
-                "timeout_s",
-                "warmup",
-                "seed",
-                "cold",
-                "choice",
-            ),
+            without=("precision", "max_time_s", "ratio_time_s", "timeout_s", "warmup", "seed", "cold", "choice"),
         ),
     ] = field(default_factory=BenchOptions)
     sessions: Annotated[int, Option("What differs between them is taken for noise."), Meta(ge=1, le=100)] = 5
@@ -125,7 +116,7 @@ def baseline(bundle: str, options: BaselineCommand) -> None:
     device_options.check()
     check_ending(options, options.options.repetitions)
     folder = checked_folder(device_options.folder)
-    text = text_ids(_path(bundle))
+    text = text_ids(BundleSpec.of(bundle).bundle)
     plan = replace(options.options, max_time_s=device_options.max_time_s, text=text, greedy=GREEDY)
     name = device_options.name or name_of(bundle)
     writable_folder(folder, name)
@@ -267,7 +258,3 @@ def fastest_setting(device: Target, bundle: str, plan: BenchOptions, console: Co
         return None
     tried = device.bench([bundle], replace(plan, repetitions=1, greedy=0), progress=console.report)
     return tried.measurements[0].choice
-
-
-def _path(bundle: str) -> Path:
-    return BundleSpec.of(bundle).bundle
