@@ -117,23 +117,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def saap_device(request: pytest.FixtureRequest) -> Device:
-    """Return the device that ``--saap-device`` names."""
+    """Return the device that ``--saap-device`` names; a URL that names none is refused before anything is measured."""
     from bench.judge.baselines import DEFAULT
+    from bench.remote.target import target
+    from devices.transport import BoardError
 
     url = request.config.getoption("--saap-device")
     if url is None:
         pytest.skip("no device: name one with --saap-device local or --saap-device ssh://user@host")
     baselines = Path(request.config.getoption("--saap-baselines") or request.config.invocation_params.dir / DEFAULT)
-    device = _target(None if url in HERE else url)
-    return Device(device, baselines, request.config.getoption("--saap-max-time"))
-
-
-def _target(url: str | None) -> Target:
-    """Return the device; a URL that names none is refused before anything is measured."""
-    from bench.remote.target import target
-    from devices.transport import BoardError
-
     try:
-        return target(url, say=print)  # pytest shows it where a test fails
+        device = target(None if url in HERE else url, say=print)  # pytest shows it where a test fails
     except BoardError as error:
         raise pytest.UsageError(f"--saap-device: {error}") from None
+    return Device(device, baselines, request.config.getoption("--saap-max-time"))
