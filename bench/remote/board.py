@@ -113,7 +113,12 @@ class Board:
             for raw in self._lines(process):
                 line = raw.decode("utf-8", "replace")
                 if line.startswith(NO_PYTHON):
-                    raise BoardError(f"{self.name}: {_no_python(line)}")
+                    versions = [v for v in line.removeprefix(NO_PYTHON).split() if re.fullmatch(r"[\d.]+", v)]
+                    there = f"its Python is {max(versions)}" if versions else "it has no Python"
+                    raise BoardError(
+                        f"{self.name}: {there}, and 3.10 or newer is needed: install one as python3.X in PATH or "
+                        "~/.local/bin there"
+                    )
                 if not line.startswith(MARK):
                     noise.append(line[:200])  # of a login script, perhaps; the agent's lines are marked
                     if len(noise) > MOST_NOISE:
@@ -242,12 +247,6 @@ def _sources() -> dict[str, str]:
     folder = Path(__file__).resolve().parents[2] / "devices" / "agent"
     sources = {f"devices.agent.{name}": (folder / f"{name}.py").read_text(encoding="utf-8") for name in _AGENT}
     return {**sources, "answer": "from devices.agent.main import main\nmain()\n"}
-
-
-def _no_python(line: str) -> str:
-    versions = [v for v in line.removeprefix(NO_PYTHON).split() if re.fullmatch(r"[\d.]+", v)]
-    had = f"its Python is {max(versions)}" if versions else "it has no Python"
-    return f"{had}, and 3.10 or newer is needed: install one as python3.X in PATH or ~/.local/bin there"
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -10,13 +10,12 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TypeVar
 
 from bench.costs.measure import COSTS, Costs, check_depth, described, measure_costs
 from bench.costs.options import CostsOptions
 from bench.costs.worker import TURN
 from bench.measure.options import BenchOptions
-from bench.measure.result import RESULT, Measurement, Result, command_line, package_versions
+from bench.measure.result import RESULT, Result, command_line, package_versions
 from bench.measure.run import measure
 from bench.remote.board import Board, Say
 from bench.remote.files import Packed, Shipment, pack
@@ -26,7 +25,6 @@ from devices.transport import printable
 from export.bundle.manifest import BundleManifest, read_manifest
 from saap.base.progress import Progress
 
-T = TypeVar("T")
 HERE_ONLY = ("root",)  # of the options: it means this host
 
 
@@ -54,7 +52,7 @@ class Target:
             return measure(specs, options, names=names, progress=progress)
         options.check()
         shipment = pack(specs, options.positions, self.board_options)
-        return self._answer(shipment, _bench_task(shipment, options, names), progress)
+        return run_at(self.url, shipment, _bench_task(shipment, options, names), progress, self.say)
 
     def costs(self, stacks: Sequence[Path], options: CostsOptions, *, progress: Progress | None = None) -> Costs:
         """Time as :func:`bench.costs.measure.measure_costs` does; by default with the device's physical cores."""
@@ -67,10 +65,7 @@ class Target:
         def read(board: str, document: object) -> Costs:
             return _costs(board, document, base, options.threads)
 
-        return self._answer(shipment, Task({"kind": "costs", "options": asdict(options)}, None, read), progress)
-
-    def _answer(self, shipment: Shipment, task: Task[T], progress: Progress | None) -> T:
-        assert self.url is not None
+        task = Task({"kind": "costs", "options": asdict(options)}, None, read)
         return run_at(self.url, shipment, task, progress, self.say)
 
 
@@ -113,19 +108,20 @@ def _result(board: str, document: object, packed: Sequence[Packed]) -> Result:
     pairs = list(zip(result.measurements, [*packed] * rounds, strict=True))
     if any(m.bundle_hash != p.manifest.content_hash for m, p in pairs):
         raise ValueError("another bundle")
+    # A board's texts are made safe to print: a worker there may have coloured them.
+    measurements = [
+        replace(
+            m, spec=p.spec, name=printable(m.name), reasons=[*map(printable, m.reasons)],
+            stderr=[*map(printable, m.stderr)],
+        )
+        for m, p in pairs
+    ]  # fmt: skip
     return replace(
         result,
-        measurements=[_readable(m, p.spec) for m, p in pairs],
+        measurements=measurements,
         command=command_line(),
         versions={**package_versions("saap"), **result.versions},
         settings={**result.settings, "on": board},
-    )
-
-
-def _readable(m: Measurement, spec: str) -> Measurement:
-    """Make a board's texts safe to print: they come from another machine, where a worker may have coloured them."""
-    return replace(
-        m, spec=spec, name=printable(m.name), reasons=[*map(printable, m.reasons)], stderr=[*map(printable, m.stderr)]
     )
 
 
