@@ -76,13 +76,6 @@ class DeviceTest:
     results: list[Result]
 
     @property
-    def extended(self) -> Baseline | None:
-        """The baseline with these sessions, where all is as it was."""
-        if not all(check.verdict in (SAME, UNKNOWN) for check in self.checks):
-            return None
-        return self.baseline.with_tested(self.results, MOST_KEPT)
-
-    @property
     def worse(self) -> list[Verdict]:
         return [check for check in self.checks if check.verdict == WORSE]
 
@@ -236,9 +229,9 @@ def _turns(result: Result, limits: Limits) -> list[Verdict]:
 
 def keep_tested(folder: Path, test: DeviceTest) -> None:
     """Add the sessions of a good test to its baseline; a folder that cannot be written stays as it is."""
-    if (extended := test.extended) is not None:
+    if all(check.verdict in (SAME, UNKNOWN) for check in test.checks):
         with contextlib.suppress(OSError, UserError):
-            write_baseline(folder, extended)
+            write_baseline(folder, test.baseline.with_tested(test.results, MOST_KEPT))
 
 
 def visible_changes(baseline: Baseline) -> dict[str, float]:
