@@ -28,13 +28,13 @@ def _value(value: float | None, unit: str) -> str:
     return f"{value * scale:.4g} {shown}"
 
 
-def _score(value: float | None, unit: str, sign: str = "") -> str:
+def _score(value: float | None, unit: str, sign: str = "", digits: int = 4) -> str:
     """Nats with four digits, shares in percent; a change (``sign`` "+") without its unit."""
     if value is None:
         return "-"
     if unit == SHARE:
         return f"{100 * value:{sign}.2f}" + ("" if sign else " %")
-    return f"{value:{sign}.4f}"
+    return f"{value:{sign}.{digits}f}"
 
 
 def _interval(v: Verdict) -> str:
@@ -43,10 +43,6 @@ def _interval(v: Verdict) -> str:
     if v.difference is not None:
         return f"{_score(v.low, v.unit, '+')} to {_score(v.high, v.unit, '+')}"
     return f"{v.low:.3f} to {v.high:.3f}"
-
-
-def _ratio(v: Verdict) -> str:
-    return "-" if v.ratio is None else f"{v.ratio:.3f}"
 
 
 _COLUMNS: dict[str, Callable[[Verdict], str]] = {
@@ -60,8 +56,8 @@ _COLUMNS: dict[str, Callable[[Verdict], str]] = {
     "difference": lambda v: _score(v.difference, v.unit, "+"),
     "baseline": lambda v: _value(v.old, v.unit),
     "now": lambda v: _value(v.new, v.unit),
-    "now / baseline": _ratio,
-    "ratio": _ratio,
+    "now / baseline": lambda v: _score(v.ratio, "", digits=3),
+    "ratio": lambda v: _score(v.ratio, "", digits=3),
     "95 %": _interval,
     "p": lambda v: "-" if v.p_value is None else f"{v.p_value:.3g}",
     "verdict": lambda v: v.verdict,
