@@ -146,15 +146,10 @@ def sample(job: Repetition, live: Live | None = None) -> Measured:
         gpu_bytes=gpu_bytes,
         steady=steady,
     )
-    result = replace(result, unknown=_unknown(result, no_gpu))
-    return Measured(result, timed.window, engine.versions(), engine.facts())
-
-
-def _unknown(result: Sample, no_gpu: str | None) -> dict[str, str]:
-    """Say why memory and counters are null."""
     unknown = {name: NOT_LINUX for name in _MEMORY if getattr(result, name) is None}
-    unknown |= {f"counters.{k}": f"{NOT_LINUX}, or it was too short" for k, v in result.counters.items() if v is None}
-    return unknown if no_gpu is None else {**unknown, "gpu_bytes": no_gpu}
+    unknown |= {f"counters.{k}": f"{NOT_LINUX}, or it was too short" for k, v in happened.items() if v is None}
+    unknown |= {"gpu_bytes": no_gpu} if no_gpu else {}
+    return Measured(replace(result, unknown=unknown), timed.window, engine.versions(), engine.facts())
 
 
 _MEMORY = ("peak_load_bytes", "peak_decode_bytes", "anonymous_bytes", "file_bytes", "pss_bytes", "available_drop_bytes")

@@ -98,10 +98,11 @@ def probe(root: Path = Path("/"), run: Run | None = None) -> HostFacts:
     Args:
         run: runs nvpmodel where its file is not there; None asks this host's, and nobody for a recorded tree.
     """
-    host = _is_host(root)
+    host = root.resolve() == Path("/")
     run = run or (run_here if host else nobody)
     cpus = probe_cpu.cpuinfo(root)
     l4t = jetson.l4t_release(root)
+    system = re.search(r'^PRETTY_NAME="?([^"\n]*)"?', text(root / "etc/os-release") or "", re.MULTILINE)
     facts: HostFacts = {
         "board": _board(root),
         "compatible": next(filter(None, (strings(root / tree / "compatible") for tree in _TREES)), None),
@@ -118,7 +119,7 @@ def probe(root: Path = Path("/"), run: Run | None = None) -> HostFacts:
         "clocks": None if l4t is None else jetson.clocks(root),
         "l4t": l4t,
         "jetpack": jetson.jetpack(l4t),
-        "os": _os_name(root),
+        "os": None if system is None else system.group(1),
         "kernel": text(root / "proc/sys/kernel/osrelease"),
         "python": platform.python_version(),
         "onnxruntime": installed_version("onnxruntime") or installed_version("onnxruntime-gpu"),
@@ -126,7 +127,11 @@ def probe(root: Path = Path("/"), run: Run | None = None) -> HostFacts:
         "unknown": {},
         "fingerprint": "",
     }
-    facts["unknown"] = _unknown(root, facts)
+    facts["unknown"] = {
+        name: why_unreadable(root / file for file in files) or usual
+        for name, (usual, files) in _REASONS.items()
+        if facts[name] is None  # type: ignore[literal-required]
+    }
     facts["fingerprint"] = fingerprint(facts)
     return facts
 
@@ -164,10 +169,6 @@ def nobody(command: Sequence[str]) -> str | None:
     return None
 
 
-def _is_host(root: Path) -> bool:
-    return root.resolve() == Path("/")
-
-
 def _board(root: Path) -> str | None:
     if model := first_text(root / tree / "model" for tree in _TREES):
         return model
@@ -193,25 +194,12 @@ def _memory(root: Path, host: bool) -> int | None:
     return min((size for size in (total, memory_limit(root)) if size), default=None)
 
 
-def _os_name(root: Path) -> str | None:
-    match = re.search(r'^PRETTY_NAME="?([^"\n]*)"?', text(root / "etc/os-release") or "", re.MULTILINE)
-    return match.group(1) if match else None
-
-
 def installed_version(package: str) -> str | None:
     """Return the version of an installed package."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _unknown(root: Path, facts: Mapping[str, object]) -> dict[str, str]:
-    def reason(name: str) -> str:
-        usual, files = _REASONS[name]
-        return why_unreadable(root / file for file in files) or usual
-
-    return {name: reason(name) for name in _REASONS if facts[name] is None}
 
 
 def _rounded(memory_bytes: int | None) -> float | None:
