@@ -25,26 +25,7 @@ Count = Annotated[int, Meta(ge=0, lt=2**31)]
 Name = Annotated[str, Meta(min_length=1, max_length=255)]
 
 
-class Inputs(Struct, frozen=True):
-    """Names of the graph's inputs; ``%d`` stands for the layer."""
-
-    input_ids: Name
-    attention_mask: Name | UnsetType = UNSET
-    position_ids: Name | UnsetType = UNSET
-    past_key_names: Name | UnsetType = UNSET
-    past_value_names: Name | UnsetType = UNSET
-    past_conv_names: Name | UnsetType = UNSET
-    past_recurrent_names: Name | UnsetType = UNSET
-
-
-class Outputs(Struct, frozen=True):
-    """Names of the graph's outputs; ``%d`` stands for the layer."""
-
-    logits: Name
-    present_key_names: Name | UnsetType = UNSET
-    present_value_names: Name | UnsetType = UNSET
-    present_conv_names: Name | UnsetType = UNSET
-    present_recurrent_names: Name | UnsetType = UNSET
+Names = dict[Name, Name]  # of a graph's inputs or outputs, by genai's names; ``%d`` stands for the layer
 
 
 class SlidingWindow(Struct, frozen=True):
@@ -67,8 +48,8 @@ class Decoder(Struct, frozen=True):
     num_attention_heads: Count
     num_key_value_heads: Count
     num_hidden_layers: Count
-    inputs: Inputs
-    outputs: Outputs
+    inputs: Names
+    outputs: Names
     sliding_window: SlidingWindow | UnsetType | None = UNSET
     layer_types: list[str] | UnsetType = UNSET  # where some layers keep states
 
@@ -104,6 +85,11 @@ def genai_model(manifest: BundleManifest) -> Model:
     kinds = [types[1 if layer.conv else 2 if layer.delta else 0] for layer in mixing]
     recurs = "linear_attention" in kinds
     states = recurs or "conv" in kinds
+    positions = {} if shares_cache(manifest) else {"position_ids": "position_ids"}
+    reads = {"past_key_names": "past_key_values.%d.key", "past_value_names": "past_key_values.%d.value"}
+    writes = {"present_key_names": "present.%d.key", "present_value_names": "present.%d.value"}
+    for kind in (["conv"] if states else []) + (["recurrent"] if recurs else []):
+        reads[f"past_{kind}_names"], writes[f"present_{kind}_names"] = f"past_{kind}.%d", f"present_{kind}.%d"
     pad = manifest.eos_token_ids[0] if manifest.eos_token_ids else 0  # nothing is padded in a single stream
     return Model(
         # genai's names for any decoder-only model with these inputs
@@ -121,22 +107,8 @@ def genai_model(manifest: BundleManifest) -> Model:
             num_attention_heads=max((layer.query_heads for layer in cached), default=0),
             num_key_value_heads=max((layer.kv_heads for layer in cached), default=0),
             num_hidden_layers=len(mixing),
-            inputs=Inputs(
-                "input_ids",
-                "attention_mask",
-                UNSET if shares_cache(manifest) else "position_ids",
-                "past_key_values.%d.key",
-                "past_key_values.%d.value",
-                "past_conv.%d" if states else UNSET,
-                "past_recurrent.%d" if recurs else UNSET,
-            ),
-            outputs=Outputs(
-                "logits",
-                "present.%d.key",
-                "present.%d.value",
-                "present_conv.%d" if states else UNSET,
-                "present_recurrent.%d" if recurs else UNSET,
-            ),
+            inputs={"input_ids": "input_ids", "attention_mask": "attention_mask", **positions, **reads},
+            outputs={"logits": "logits", **writes},
             layer_types=kinds if states else UNSET,
         ),
     )
