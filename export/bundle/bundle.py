@@ -14,7 +14,7 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from export.bundle.graph_check import check_graph
+from export.bundle.graph_check import ALL, STANDARD, check_graph
 from export.bundle.manifest import (
     DECODE_GRAPH,
     MANIFEST,
@@ -62,15 +62,15 @@ class Bundle:
     def graph(self, name: str = DECODE_GRAPH) -> Path:
         """Return the path of a graph that a runtime may load: its file and data are as listed, it stays within limits.
 
-        Raises BundleError: as of :meth:`file`; data outside the bundle, branches or loops, operators of somebody's
-            library, or tensors that claim to be larger than the files.
+        Raises BundleError: as of :meth:`file`; data outside the bundle, branches or loops, operators that saap does not
+            write, or tensors that claim to be larger than the files.
         """
         return self.graph_files(name)[0]
 
     def graph_files(self, name: str = DECODE_GRAPH) -> list[Path]:
         """Return the paths of a graph, checked as :meth:`graph` does, and of its data files."""
         path = self.file(name)
-        data = _data_files(path, self.manifest.files[name].sha256)
+        data = _data_files(path, self.manifest.files[name].sha256, self.manifest.target)
         return [path, *(self.file(file.relative_to(self.path).as_posix()) for file in data)]
 
     @cached_property
@@ -118,9 +118,9 @@ class Bundle:
 
 
 @cache
-def _data_files(graph: Path, sha256: str) -> list[Path]:
+def _data_files(graph: Path, sha256: str, target: str) -> list[Path]:
     """Check a graph of this content, once, and return its data files."""
-    return check_graph(graph, sha256=sha256)
+    return check_graph(graph, STANDARD if target == "portable" else ALL, sha256)
 
 
 def foreign_graph(path: Path) -> list[Path]:
@@ -129,4 +129,4 @@ def foreign_graph(path: Path) -> list[Path]:
     Raises BundleError: data outside the folder, operators of somebody's library, or tensors that claim to be larger
         than the files.
     """
-    return [path, *check_graph(path, nested=True)]
+    return [path, *check_graph(path, allowed=None)]

@@ -10,7 +10,7 @@ of some hundred nodes takes as long as a tenth of a first token, so the cache ke
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass, field
 from functools import cache
 from math import prod
@@ -32,27 +32,52 @@ _PATHS = {
     "SparseTensor": {1: "Tensor", 2: "Tensor"},
     "Tensor": {13: "Entry"},
 }
+# Message: the fields that may come several times. Of another that does, protobuf takes the last.
+_REPEATED = {
+    "Model": {8, 14, 20, 25, 26},
+    "Graph": {1, 5, 11, 12, 13, 14, 15, 16},
+    "Function": {4, 5, 6, 7, 9, 11, 12, 14},
+    "Node": {1, 2, 5, 9, 10},
+    "Attribute": {7, 8, 9, 10, 11, 15, 23},
+    "SparseTensor": {3},
+    "Tensor": {1, 4, 5, 6, 7, 10, 11, 13, 16},
+    "Entry": set[int](),
+}
 _KEY, _VALUE = 1, 2  # of an Entry
 _DIMENSIONS, _KIND, _DOMAIN = 1, 4, 7  # of a Tensor, of a Node
-_SCAN = b"Scan"
 _VARINT, _EIGHT_BYTES, _LENGTH, _FOUR_BYTES = 0, 1, 2, 5  # wire types
-_DOMAINS = {b"", b"ai.onnx", b"ai.onnx.ml", b"com.microsoft"}  # what ONNX Runtime brings itself
+_DOMAINS = {"", "ai.onnx", "ai.onnx.ml", "com.microsoft"}  # what ONNX Runtime brings itself
+_WRITTEN = (
+    "Add And BitShift BitwiseAnd BitwiseXor Cast Concat DequantizeLinear Div Exp Expand Gather GatherElements Gelu "
+    "GreaterOrEqual Less MatMul Max Min Mod Mul Pad Pow Range ReduceMean ReduceSum Reshape Scan Shape Sigmoid "
+    "SimplifiedLayerNormalization Slice Softmax Softplus Split Sqrt Squeeze Sub Tanh Transpose Unsqueeze Where"
+)
+STANDARD = frozenset(_WRITTEN.split())  # operators that saap writes
+MICROSOFT = "com.microsoft:"
+ALL = STANDARD | {  # portable graphs are of standard ones alone
+    MICROSOFT + name
+    for name in (
+        "FastGelu", "FusedMatMul", "GatherBlockQuantized", "GroupQueryAttention", "LinearAttention", "MatMulNBits",
+        "SkipSimplifiedLayerNormalization",
+    )
+}  # fmt: skip
 MOST_NODES = 200_000
 MOST_DIMENSIONS = 64
 DEEPEST = 8  # graphs within graphs
 STORE = Store("graphs", 1 << 18)  # some 100 bytes each
 
 
-def check_graph(graph: str | Path, nested: bool = False, sha256: str | None = None) -> list[Path]:
+def check_graph(graph: str | Path, allowed: Set[str] | None = ALL, sha256: str | None = None) -> list[Path]:
     """Check an ONNX file before a session is opened, and list its data files in order of appearance.
 
     Args:
-        nested: whether functions and graphs in attributes are allowed, as other exporters write them.
+        allowed: operators, as of :class:`Contents`; None: all that ONNX Runtime brings, and functions and graphs in
+            attributes, as other exporters write them.
         sha256: of the file, where it is known.
 
     Raises:
         BundleError: not an ONNX file, a data file that is missing or outside the graph's folder, functions, branches or
-            loops, operators of somebody's library, or tensors that claim to be larger than the files.
+            loops, other operators than allowed, or tensors that claim to be larger than the files.
     """
     path = Path(graph)
     if not path.is_file():
@@ -66,16 +91,20 @@ def check_graph(graph: str | Path, nested: bool = False, sha256: str | None = No
         if not is_there(file):
             raise BundleError(f"{path} wants its weights in {location!r}, which is missing: export the bundle again")
         files.append(file)
+    strange = sorted(
+        name for name in contents.operators
+        if (name not in allowed if allowed is not None else name.rpartition(":")[0] not in _DOMAINS)
+    )  # fmt: skip
     most = 8 * (path.stat().st_size + sum(file.stat().st_size for file in files))  # elements of a bit
     for problem, there in (
         (f"more than {MOST_NODES} nodes", contents.nodes > MOST_NODES),
         (
             "functions, branches or loops (If, Loop), which no decoder needs",
-            contents.nested and not nested,
+            contents.nested and allowed is not None,
         ),
         (
-            f"operators of {min(contents.domains, default='')!r}, which ONNX Runtime does not have",
-            bool(contents.domains),
+            f"the operator {min(strange, default='')!r}, which {'saap' if allowed else 'ONNX Runtime'} does not have",
+            bool(strange),
         ),
         ("a tensor of more elements than its files have bits", contents.largest > most),
     ):
@@ -90,13 +119,13 @@ class Contents:
 
     Attributes:
         locations: what tensors call their data files, each once, in order of appearance.
-        domains: of operators that ONNX Runtime does not bring.
+        operators: of its nodes, ``domain:name``, without the domain where it is the standard one.
         nested: whether there are functions, or graphs in attributes of another node than Scan.
         largest: elements of the largest tensor.
     """
 
     locations: dict[str, None] = field(default_factory=dict)
-    domains: set[str] = field(default_factory=set)
+    operators: set[str] = field(default_factory=set)
     nodes: int = 0
     nested: bool = False
     largest: int = 0
@@ -147,28 +176,33 @@ class _Reader:
         data, contents, leads = self.data, self.contents, _PATHS[message]
         dimensions = []
         fields = list(_fields(data, start, end))
+        once = [number for number, *_ in fields if number not in _REPEATED[message]]
+        if len(set(once)) < len(once):
+            raise ValueError("a field that stands twice")
         if message == "Node":
-            scans = any(n == _KIND and w == _LENGTH and data[c:d] == _SCAN for n, w, c, d in fields)
+            named = {n: data[c:d].decode()[:80] for n, w, c, d in fields if n in (_KIND, _DOMAIN) and w == _LENGTH}
+            domain, name = named.get(_DOMAIN, ""), named.get(_KIND, "")
+            scans = name == "Scan" and not domain
+            contents.operators.add(f"{domain}:{name}" if domain else name)
         for number, wire, a, b in fields:
             if message == "Tensor" and number == _DIMENSIONS:
                 dimensions += [_varint(data, a)[0]] if wire == _VARINT else _packed(data, a, b)
             elif wire != _LENGTH:
                 continue
-            elif message == "Node" and number == _DOMAIN:
-                if (domain := data[a:b]) not in _DOMAINS:
-                    contents.domains.add(domain.decode(errors="replace")[:40])
             elif kind := leads.get(number):
                 contents.nodes += kind == "Node"
                 contents.nested |= kind == "Function" or (message == "Attribute" and kind == "Graph" and not scans)
                 if kind == "Entry":
                     parts = {n: data[c:d] for n, w, c, d in _fields(data, a, b) if w == _LENGTH}
+                    if len(parts) != 2:
+                        raise ValueError("an entry of another form")
                     if parts.get(_KEY) == b"location":
                         contents.locations[parts.get(_VALUE, b"").decode()] = None
                 else:
                     self.read(kind, a, b, depth + (kind == "Graph"), scans and message == "Node")
         if len(dimensions) > MOST_DIMENSIONS:
             raise ValueError("a tensor of too many dimensions")
-        contents.largest = max(contents.largest, prod(dimensions))
+        contents.largest = max(contents.largest, prod(max(size, 1) for size in dimensions))  # a loop may run over none
 
 
 def _fields(data: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, int, int, int]]:

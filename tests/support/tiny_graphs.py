@@ -86,7 +86,7 @@ def _model(random: np.random.Generator, layers: list[LayerSizes]) -> onnx.ModelP
     for i, layer in enumerate(layers):
         if layer.query_heads:
             h, kv = layer.query_heads, layer.kv_heads
-            normed = op("LayerNormalization", [x, ones], f"l{i}.norm")
+            normed = op("SimplifiedLayerNormalization", [x, ones], f"l{i}.norm")
             qkv = op("MatMul", [normed, weight(f"l{i}.qkv", HIDDEN, (h + 2 * kv) * HEAD_DIM)], f"l{i}.packed")
             past = [f"past_key_values.{n}.key", f"past_key_values.{n}.value"]
             present = [f"present.{n}.key", f"present.{n}.value"]
@@ -109,15 +109,15 @@ def _model(random: np.random.Generator, layers: list[LayerSizes]) -> onnx.ModelP
             mixed = op("MatMul", [f"l{i}.attended", weight(f"l{i}.o", h * HEAD_DIM, HIDDEN)], f"l{i}.mixed")
             x = op("Add", [x, mixed], f"l{i}.residual")
         if layer.ffn:
-            normed = op("LayerNormalization", [x, ones], f"l{i}.ffn_norm")
+            normed = op("SimplifiedLayerNormalization", [x, ones], f"l{i}.ffn_norm")
             up = op("MatMul", [normed, weight(f"l{i}.up", HIDDEN, layer.ffn)], f"l{i}.wide")
             down = op(
-                "MatMul", [op("Relu", [up], f"l{i}.relu"), weight(f"l{i}.down", layer.ffn, HIDDEN)], f"l{i}.down_"
+                "MatMul", [op("Sigmoid", [up], f"l{i}.gate"), weight(f"l{i}.down", layer.ffn, HIDDEN)], f"l{i}.down_"
             )
             x = op("Add", [x, down], f"l{i}.out")
     starts, ends = constant("minus_one", np.array([-1], np.int64)), constant("end", np.array([2**31 - 1], np.int64))
     x = op("Slice", [x, starts, ends, axis], "kept")
-    op("MatMul", [op("LayerNormalization", [x, ones], "final"), weight("head", HIDDEN, VOCAB)], "logits")
+    op("MatMul", [op("SimplifiedLayerNormalization", [x, ones], "final"), weight("head", HIDDEN, VOCAB)], "logits")
     graph = helper.make_graph(nodes, "tiny", inputs, outputs, weights)
     opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
     return helper.make_model(graph, opset_imports=opsets, ir_version=9)
@@ -125,5 +125,6 @@ def _model(random: np.random.Generator, layers: list[LayerSizes]) -> onnx.ModelP
 
 def _keep_all_positions(model: onnx.ModelProto) -> None:
     node = next(node for node in model.graph.node if node.name == "kept")
-    node.op_type = "Identity"
+    node.op_type = "Cast"
+    node.attribute.append(helper.make_attribute("to", onnx.TensorProto.FLOAT))
     del node.input[1:]

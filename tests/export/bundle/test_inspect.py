@@ -164,7 +164,12 @@ def test_a_graph_that_takes_more_than_its_files_hold_is_refused(tmp_path):
         (written(loop), r"branches or loops \(If, Loop\)"),
         (written(functions=[function]), "holds functions"),
         (written(tensors=[huge]), "more elements than its files have bits"),
-        (written(helper.make_node("Run", ["x"], ["y"], domain="evil\u2028ops")), r"operators of 'evil\\u2028ops'"),
+        (
+            written(helper.make_node("Run", ["x"], ["y"], domain="evil\u2028ops")),
+            r"the operator 'evil\\u2028ops:Run', which saap",
+        ),
+        (written(helper.make_node("RandomNormal", [], ["x"], shape=[2**33])), "'RandomNormal', which saap does not"),
+        (written(tensors=[TensorProto(name="t", data_type=TensorProto.FLOAT, dims=[2**40, 0])]), "more elements than"),
         (written(*(helper.make_node("Relu", ["x"], ["x"]) for _ in range(MOST_NODES + 1))), "more than 200000 nodes"),
         (written(*deep.node), "is not an ONNX file"),
     ):
@@ -172,7 +177,7 @@ def test_a_graph_that_takes_more_than_its_files_hold_is_refused(tmp_path):
         with pytest.raises(BundleError, match=problem):
             check_graph(tmp_path / "model.onnx")
     (tmp_path / "model.onnx").write_bytes(written(loop))
-    assert check_graph(tmp_path / "model.onnx", nested=True) == []
+    assert check_graph(tmp_path / "model.onnx", allowed=None) == []
 
 
 def test_what_is_no_graph_is_refused_in_one_line(tmp_path):
