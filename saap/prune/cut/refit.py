@@ -36,7 +36,7 @@ from saap.models.architectures import Architecture, architecture_of, shape_of, t
 from saap.models.layer_walk import ROWS, batches_of, inputs_of, layers_of, run_layer, run_until
 from saap.models.shape import ATTENTION, KINDS, ModelShape
 from saap.models.streaming import is_streamed, present
-from saap.prune.cut.ridge import regression
+from saap.prune.cut.ridge import regression, token_weights
 from saap.prune.cut.surgery import kept_columns
 from saap.prune.options import Compensation
 from saap.prune.plan import LayerPlan, PrunePlan
@@ -339,7 +339,7 @@ def _ridge(
     fit, choosing = (regression(sum(map(sum, sizes)), size, len(weight), weight.device) for _ in range(2))
     for place, (x, stream) in enumerate(runs.until(block)):
         normed = block.linear(x) if stream is None else stream
-        counts = normed.square().mean(-1, keepdim=True).rsqrt()
+        counts = token_weights(normed)
         x = (x * counts).flatten(0, -2).float()
         rest = x[:, gone] @ weight[:, gone].float().t()
         if added is not None:

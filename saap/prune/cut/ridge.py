@@ -105,6 +105,14 @@ class Rows:
         return torch.cholesky_solve(rest, factor).t() @ kept / scale
 
 
+def token_weights(states: torch.Tensor) -> torch.Tensor:
+    """Weigh each token by one over the size of its state, as the next norm does; [..., channels] -> [..., 1].
+
+    A state of zeros, as an untrained embedding has, counts nothing.
+    """
+    return states.square().mean(-1, keepdim=True).rsqrt().nan_to_num(posinf=0.0)
+
+
 def _scale(squares: torch.Tensor) -> torch.Tensor:
     """Root of the sum of squares of each input, [K]."""
     return squares.clamp_min(LEAST_SQUARE * float(squares.mean()) + torch.finfo(torch.float32).tiny).sqrt()

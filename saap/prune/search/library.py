@@ -26,7 +26,7 @@ from saap.models.architectures import architecture_of, shape_of
 from saap.models.layer_walk import Batch, batches_of, inputs_of, layers_of, output_of, outputs_of, run_layer
 from saap.models.shape import ATTENTION, KINDS, BlockKind
 from saap.models.streaming import is_streamed, present
-from saap.prune.cut.ridge import Products, regression
+from saap.prune.cut.ridge import Products, regression, token_weights
 from saap.prune.cut.surgery import kept_columns
 from saap.prune.forms import Place
 from saap.prune.plan import LayerPlan
@@ -252,8 +252,7 @@ class Pricing:
                     products = [outputs.pop(kind.name) for _, outputs in passes]
                     read = [inputs.pop(f"stream {kind.name}", None) for inputs, _ in passes]
                     weigh = [
-                        (p if s is None else s).float().square().mean(-1, keepdim=True).rsqrt()
-                        for p, s in zip(products, read, strict=True)
+                        token_weights((p if s is None else s).float()) for p, s in zip(products, read, strict=True)
                     ]
                     out = products if behind is None else [behind(p) for p in products]
                     point = _Point((index, kind.name), linear, behind, x, out, weigh, fitted)
