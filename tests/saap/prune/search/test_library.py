@@ -13,6 +13,7 @@ from saap.models.shape import KINDS
 from saap.models.streaming import load_streamed
 from saap.prune.options import PruneOptions
 from saap.prune.plan import LayerPlan, whole_layer
+from saap.prune.pruning import prune
 from saap.prune.scores.fusion import fuse
 from saap.prune.scores.scoring import scores_of
 from saap.prune.search.choices import Allowed
@@ -112,3 +113,13 @@ def test_a_price_that_is_not_finite_is_refused(tiny_model):
     model.model.layers[1].mlp.down_proj.weight.data[0, 0] = float("nan")
     with pytest.raises(UserError, match="a price is not finite on the calibration text"):
         Pricing(model, ranked, (FIT, HELD), allowed(options), refits=options.compensation == "refit").library()
+
+
+def test_a_token_without_an_embedding_counts_nothing(tiny_model, tmp_path):
+    """A new model whose padding is its end token has one of zeros, and packed text is full of it."""
+    model = load_model(tiny_model())
+    model.model.embed_tokens.weight.data[5] = 0
+    model.save_pretrained(tmp_path / "padded")
+    ids = torch.cat([FIT, HELD]).index_fill(1, torch.tensor([0, 9]), 5)
+    result = prune(tmp_path / "padded", PruneOptions(ratio=0.3), output=tmp_path / "slim", calibration=ids)
+    assert result.plan.price < 10
