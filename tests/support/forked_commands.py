@@ -16,6 +16,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from bench.measure import run as measuring
+from bench.measure.result import Bandwidth
 from export.engine import huge_pages
 from saap.cli.main import main
 
@@ -90,10 +92,14 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
 
 
 def prepare() -> None:
-    """Import what commands need, which forks share; a session would move all of that to huge pages."""
+    """Import what commands need, which forks share.
+
+    A session would move all of that to huge pages, and a bench would probe the memory, in two processes.
+    """
     for module in ("export.write", "saap.evaluate.evaluation", "saap.prune.pruning", "saap.tune.tuning"):
         import_module(module)
     huge_pages.collapse = lambda: 0
+    measuring.probe_bandwidth = lambda cpus, cache: Bandwidth(len(cpus), 1, [])
     gc.freeze()
 
 
