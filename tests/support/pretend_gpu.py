@@ -149,7 +149,9 @@ def pretend_gpu(monkeypatch, free: int = 8 << 30) -> Iterator[torch.device]:
         "is_bf16_supported": lambda including_emulation=True: False, "current_device": lambda: 0,
         "get_rng_state": lambda device=None: torch.get_rng_state(), "set_rng_state": lambda state, device=None: None,
         "empty_cache": lambda: None, "synchronize": lambda device=None: None,
-        "get_device_properties": lambda device=None: SimpleNamespace(name="a pretended GPU", total_memory=2 * free),
+        "get_device_properties": lambda device=None: SimpleNamespace(
+            name="a pretended GPU", total_memory=2 * free, major=6, minor=0  # older than any that Triton compiles for
+        ),
     }  # fmt: skip
     with monkeypatch.context() as patch:
         for name, value in told.items():

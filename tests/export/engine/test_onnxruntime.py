@@ -10,6 +10,7 @@ import pytest
 from support.edited import edited
 from support.tiny_graphs import CONTEXT, VOCAB, tiny_bundle
 
+from export.bundle.graph_check import ALL
 from export.bundle.manifest import BundleError, read_manifest, write_manifest
 from export.engine.onnxruntime import OnnxRuntimeEngine
 from export.engine.protocol import EngineError, EngineOptions
@@ -80,8 +81,11 @@ def test_past_and_present_share_one_buffer(bundle: Path) -> None:
 
 
 @pytest.mark.parametrize("target", ["cpu", "portable"])
-def test_a_rewound_sequence_continues_as_if_nothing_had_followed(bundle: Path, tmp_path: Path, target: str) -> None:
+def test_a_rewound_sequence_continues_as_if_nothing_had_followed(
+    bundle: Path, tmp_path: Path, target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A portable bundle cannot write into its past; the tiny graph can be run that way too."""
+    monkeypatch.setattr("export.bundle.bundle.STANDARD", ALL)  # its operators are ONNX Runtime's own
     shutil.copytree(bundle, tmp_path, dirs_exist_ok=True)
     edited(tmp_path / "bundle.json", target=target)
     decoder, shared = OnnxRuntimeEngine(tmp_path, EngineOptions(1, 32)), OnnxRuntimeEngine(bundle, EngineOptions(1, 32))
@@ -134,7 +138,13 @@ def test_broken_graphs_and_other_targets_are_refused(bundle: Path, tmp_path: Pat
     with pytest.raises(BundleError, match="is not an ONNX file"):
         OnnxRuntimeEngine(tmp_path, EngineOptions(1, 8))
     model = onnx.load(bundle / "model.onnx", load_external_data=False)
-    model.graph.node[0].op_type = "NoSuchOperator"
+    model.graph.node[0].op_type, op_type = "NoSuchOperator", model.graph.node[0].op_type
+    onnx.save(model, graph)
+    write_manifest(tmp_path, read_manifest(tmp_path))
+    with pytest.raises(BundleError, match="the operator 'NoSuchOperator', which saap does not have"):
+        OnnxRuntimeEngine(tmp_path, EngineOptions(1, 8))
+    model.graph.node[0].op_type = op_type
+    model.graph.node[0].input[0] = "nobody writes it"
     onnx.save(model, graph)
     write_manifest(tmp_path, read_manifest(tmp_path))
     with pytest.raises(EngineError, match="cannot load") as caught:
