@@ -259,7 +259,12 @@ def _convert_weights(source: Path, destination: Path, fields: GGUFTokenizer, rep
     try:
         with _quiet(), _counted(source, report), _alone(source) as folder:
             model = AutoModelForCausalLM.from_pretrained(
-                folder, gguf_file=source.name, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+                folder,
+                gguf_file=source.name,
+                dtype=torch.float32,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_kernels=False,
             )
     except Exception as error:  # sizes and names that do not fit fail somewhere in it, each in its own way
         raise UserError(
