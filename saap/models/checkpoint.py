@@ -118,7 +118,7 @@ def built_model(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
         with torch.device("meta"):  # which tells its class and its config
             empty = AutoModelForCausalLM.from_config(transformers_config(directory), trust_remote_code=False)
         model: PreTrainedModel
-        # From 5.25 on, transformers fetches compiled kernels from the hub unless told not to: nobody asked for that code.
+        # From 5.25 on, transformers fetches compiled kernels from the hub unless told not to: nobody asked for them.
         model, report = type(empty).from_pretrained(
             None, config=empty.config, state_dict=tensors, dtype=dtype, output_loading_info=True, use_kernels=False
         )
