@@ -5,6 +5,11 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+
+HOME = Path(__file__).resolve().parents[2]  # the folder that holds our packages
+PACKAGES = ("export", "bench", "devices")
 
 
 def handed_out(package: str, homes: Mapping[str, str]) -> Callable[[str], object]:
@@ -27,3 +32,9 @@ def moved(old: str, new: str) -> Callable[[str], object]:
         return value
 
     return get
+
+
+def strangers() -> dict[str, Path]:
+    """Return where each name of ours leads to that another package has taken."""
+    places = {name: spec.origin for name in PACKAGES if (spec := find_spec(name)) and spec.origin}
+    return {name: Path(place) for name, place in places.items() if Path(place).resolve().parents[1] != HOME}

@@ -14,6 +14,7 @@ import click
 
 from saap.base.errors import UserError
 from saap.base.interrupt import ask_to_end, end_requested
+from saap.base.lazy import HOME, strangers
 from saap.base.waiting import sleep_while_waiting
 from saap.cli.console import shown
 from saap.cli.types import LazyGroup
@@ -69,18 +70,13 @@ def cli() -> None:
 
 
 def check_packages() -> None:
-    """Refuse to run with a ``bench``, ``export`` or ``devices`` that belongs to another distribution."""
-    from importlib.util import find_spec
-
-    home = Path(__file__).resolve().parents[2]
-    for name in ("export", "bench", "devices"):
-        spec = find_spec(name)
-        place = Path(spec.origin).resolve().parent.parent if spec and spec.origin else None
-        if place != home:
-            raise click.ClickException(
-                f"package {name!r} comes from {place}, saap from {home}: another package shadows "
-                "it; use a fresh virtual environment"
-            )
+    """Put our packages before any ``bench``, ``export`` or ``devices`` on PYTHONPATH; refuse to run with another."""
+    if strangers():
+        sys.path.insert(0, str(HOME))
+    for name, place in strangers().items():
+        raise click.ClickException(
+            f"the package {name!r} is {place}, not the one of saap in {HOME}: use a fresh virtual environment"
+        )
 
 
 def check_folder() -> None:

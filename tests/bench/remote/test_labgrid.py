@@ -130,7 +130,7 @@ def test_the_plugin_knows_the_place_by_its_name(farm, pytester, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[3]))
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # the other plugins here take long to import
     pytester.makepyfile("def test_one(saap_device):\n    assert saap_device.url == 'labgrid://pi'\n")
-    plugin = ("-p", "bench.pytest_plugin")
+    plugin = ("-p", "saap.pytest_plugin")
     pytester.runpytest_subprocess(*plugin, "--saap-device", "labgrid://raspberry").assert_outcomes(passed=1)
     done = pytester.runpytest_subprocess(*plugin, "--saap-device", "labgrid://nothing")
     done.stdout.fnmatch_lines(["*--saap-device: labgrid://nothing: no place or alias is called 'nothing'*"])

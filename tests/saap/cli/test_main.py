@@ -156,16 +156,43 @@ def test_a_missing_package_names_the_extra(tmp_path, tiny_model):
     assert "pip install 'saap[prune]'" in message
 
 
-def test_a_package_that_shadows_ours_is_refused(tmp_path):
-    (tmp_path / "bench").mkdir()
-    (tmp_path / "bench/__init__.py").write_text("")
-    script = Path(sys.executable).parent / "saap"
-    done = subprocess.run(
-        [script, "--help"], capture_output=True, text=True, check=False, cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
-    )  # fmt: skip
-    assert done.returncode == 2
-    assert "another package shadows it" in done.stderr
+STARTS = {"saap": [Path(sys.executable).parent / "saap"], "python -m saap": [sys.executable, "-m", "saap"]}
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A project with modules of our packages' names, and of a library's."""
+    for name in ("bench/__init__.py", "devices/__init__.py", "export.py", "torch.py", "msgspec.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("print('not saap')")
+    return tmp_path
+
+
+def started(start, project, *words, **env):
+    return subprocess.run(
+        [*STARTS[start], *words], capture_output=True, text=True, check=False, cwd=project, env={**os.environ, **env}
+    )
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_modules_of_a_project_are_not_taken_for_ours(start, project):
+    (project / "msgspec.py").unlink()  # which PYTHONPATH would put before the library, as it does for every program
+    for env in ({}, {"PYTHONPATH": str(project)}):
+        done = started(start, project, "devices", "list", **env)
+        assert (
+            (done.returncode, done.stderr) == (0, "") and "not saap" not in done.stdout and "Raspberry" in done.stdout
+        )
+
+
+def test_started_as_a_module_it_takes_no_library_from_the_working_directory(project):
+    assert started("python -m saap", project, "devices", "list").returncode == 0
+
+
+def test_a_package_that_was_loaded_in_place_of_ours_is_refused(project):
+    (project / "sitecustomize.py").write_text("import bench")
+    done = started("saap", project, "--version", PYTHONPATH=str(project))
+    place = project / "bench/__init__.py"
+    assert done.returncode == 2 and f"the package 'bench' is {place}, not the one of saap in {ROOT}" in done.stderr
 
 
 @pytest.mark.parametrize("late", [False, True])

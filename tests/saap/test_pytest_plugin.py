@@ -14,9 +14,9 @@ from bench.judge.baselines import NoBaselineError, write_baseline
 from bench.judge.regression import record
 from bench.measure.options import BenchOptions
 from bench.measure.run import measure
-from bench.pytest_plugin import Device
 from bench.remote.options import BoardOptions
 from bench.remote.target import Target
+from saap.pytest_plugin import Device
 
 pytest_plugins = ["pytester"]
 
@@ -59,7 +59,7 @@ def suite(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.
 
 
 def ran(suite: pytest.Pytester, *options: str) -> pytest.RunResult:
-    return suite.runpytest_inprocess("-p", "bench.pytest_plugin", "-rs", "--strict-markers", *options)
+    return suite.runpytest_inprocess("-p", "saap.pytest_plugin", "-rs", "--strict-markers", *options)
 
 
 def test_without_a_device_they_are_skipped_and_others_are_not(suite: pytest.Pytester) -> None:
@@ -108,3 +108,13 @@ def test_what_names_no_board_is_refused(suite: pytest.Pytester) -> None:
     done = ran(suite, "--saap-device", "telnet://board")
     done.assert_outcomes(passed=2, errors=2)
     done.stdout.fnmatch_lines(["*--saap-device: 'telnet://board' names no board*"])
+
+
+def test_in_a_project_whose_bench_hides_ours_only_tests_of_devices_end(pytester: pytest.Pytester) -> None:
+    pytester.mkpydir("bench")
+    pytester.makepyfile("def test_plain():\n    import bench\n\ndef test_device(saap_device):\n    pass")
+    plain = pytester.run(sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", "plain")
+    plain.assert_outcomes(passed=1, deselected=1)
+    done = pytester.run(sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--saap-device", "local")
+    done.assert_outcomes(passed=1, errors=1)
+    done.stdout.fnmatch_lines(["*the package 'bench' is *bench/__init__.py, not the one of saap: *"])

@@ -8,7 +8,8 @@
         assert result.measurements[0].decode.median > 8
 
 Tests that take ``saap_device`` are marked ``device``, so that ``-m "not device"`` leaves them out; without
-``--saap-device`` they are skipped. pytest loads this module in every run, so nothing heavy is imported at its top.
+``--saap-device`` they are skipped. pytest loads this module in every run of every project where saap is installed, so
+nothing else of ours is imported before a test uses it.
 """
 
 from __future__ import annotations
@@ -118,6 +119,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def saap_device(request: pytest.FixtureRequest) -> Device:
     """Return the device that ``--saap-device`` names; a URL that names none is refused before anything is measured."""
+    from saap.base.lazy import strangers
+
+    for name, place in strangers().items():
+        raise pytest.UsageError(f"the package {name!r} is {place}, not the one of saap: start pytest where it is not")
     from bench.judge.baselines import DEFAULT
     from bench.remote.target import target
     from devices.transport import BoardError
