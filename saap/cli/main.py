@@ -13,7 +13,7 @@ from pathlib import Path
 import click
 
 from saap.base.errors import UserError
-from saap.base.interrupt import ask_to_end, end_requested
+from saap.base.interrupt import ask_to_end, end_in_time, end_requested
 from saap.base.lazy import HOME, strangers
 from saap.base.waiting import sleep_while_waiting
 from saap.cli.console import shown
@@ -65,7 +65,7 @@ def cli() -> None:
 
     \b
     One command, from a model to a measured bundle:
-      saap run smollm2-135m -o out/demo --ratio 0.2
+      saap run smollm2-135m -o out/demo --speedup 1.3
     """
 
 
@@ -91,6 +91,7 @@ def main() -> None:
     sleep_while_waiting()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, ask_to_end)
+        end_in_time(cut)
     try:
         invoke()
     except Exception:
@@ -100,6 +101,13 @@ def main() -> None:
     finally:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is done: the interpreter's own end would print a traceback
         drop_unwritten()
+
+
+def cut() -> None:
+    """Leave from inside a library's call: outputs appear whole or not at all, and a run continues."""
+    with suppress(OSError):
+        os.write(2, f"saap: {INTERRUPTED}\n".encode())
+    os._exit(INTERRUPT)
 
 
 def open_streams() -> None:

@@ -15,6 +15,22 @@ HIDDEN, HEAD_DIM, VOCAB, CONTEXT = 64, 16, 96, 128
 LAYERS = [LayerSizes(4, 2, 128), LayerSizes(0, 0, 64), LayerSizes(3, 1, 96)]  # the middle one has no attention
 
 
+def endless_graph(path: Path) -> Path:
+    """A loop that ends after 2^62 turns."""
+    go, turns = (numpy_helper.from_array(np.array(value), name) for value, name in ((True, "go"), (2**62, "turns")))
+    info = helper.make_tensor_value_info
+    body = helper.make_graph(
+        [helper.make_node("Identity", ["go_in"], ["go_out"]), helper.make_node("Identity", ["x_in"], ["x_out"])],
+        "body",
+        [info("i", TensorProto.INT64, []), info("go_in", TensorProto.BOOL, []), info("x_in", TensorProto.INT64, [])],
+        [info("go_out", TensorProto.BOOL, []), info("x_out", TensorProto.INT64, [])],
+    )
+    loop = helper.make_node("Loop", ["turns", "go", "turns"], ["x"], body=body)
+    graph = helper.make_graph([loop], "g", [], [info("x", TensorProto.INT64, [])], [go, turns])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10), path)
+    return path
+
+
 def tiny_bundle(directory: Path, *, seed: int = 0, layers: list[LayerSizes] = LAYERS) -> Path:
     """Write ``model.onnx``, ``scoring.onnx``, their shared weights and ``bundle.json``."""
     directory.mkdir(parents=True, exist_ok=True)
