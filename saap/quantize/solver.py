@@ -6,7 +6,11 @@ Pruning chooses what every block keeps (:mod:`saap.prune.search.milp`), tuning t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import ctypes
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -40,10 +44,27 @@ def least_price(prices: Numbers, constraints: Sequence[LinearConstraint]) -> Opt
     """Choose options whose prices add up to the least; ``x`` of the answer is None where none meet the constraints."""
     from scipy.optimize import Bounds, milp
 
-    return milp(
-        prices / max(float(prices.max()), 1e-12),
-        integrality=np.ones(len(prices)),
-        bounds=Bounds(0, 1),
-        constraints=constraints,
-        options={"mip_rel_gap": GAP, "node_limit": NODES},
-    )
+    with _silent():
+        return milp(
+            prices / max(float(prices.max()), 1e-12),
+            integrality=np.ones(len(prices)),
+            bounds=Bounds(0, 1),
+            constraints=constraints,
+            options={"mip_rel_gap": GAP, "node_limit": NODES},
+        )
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Drop what HiGHS prints of its own search (in scipy 1.17), whatever its options say."""
+    flush = ctypes.CDLL(None).fflush if os.name == "posix" else lambda _: None
+    flush(None)
+    with Path(os.devnull).open("w") as nowhere:
+        stdout = os.dup(1)
+        os.dup2(nowhere.fileno(), 1)
+        try:
+            yield
+        finally:
+            flush(None)
+            os.dup2(stdout, 1)
+            os.close(stdout)
