@@ -64,6 +64,10 @@ class CostProcess:
         turns = np.log(self._steps().min(-1))
         return [middle(row) for row in turns - turns.mean(0)]
 
+    def wait_share(self) -> float:
+        """Return the part of its time that the process was ready to run and had no core."""
+        return float(np.sum(self.waited_ns) / np.sum(self.samples_ns))
+
     def _steps(self) -> Floats:
         """[stack, turn, step] in nanoseconds."""
         steps: Floats = np.array(self.samples_ns, float) - np.array(self.waited_ns, float)

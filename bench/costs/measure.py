@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -24,8 +24,9 @@ from bench.costs.worker import CostsJob
 from bench.judge.wording import threads as counted
 from bench.measure.options import BenchOptions
 from bench.measure.pilots import at_their_best
-from bench.measure.result import Json, command_line, package_versions
+from bench.measure.result import INVALID, OK, Json, command_line, package_versions
 from bench.measure.roofline import probe_bandwidth
+from bench.measure.validity import waited
 from bench.runtimes.peers import LLAMA_CPP, Peer, read_peers
 from devices.probe.host import probe
 from export.bundle.manifest import BundleManifest, read_manifest
@@ -78,6 +79,8 @@ class Costs:
     threads: list[MeasuredCosts]  # one per thread count
     on: str | None = None  # the board's address, None for this host
     engine: str = ONNXRUNTIME  # what was timed
+    status: str = OK  # or INVALID
+    reasons: list[str] = field(default_factory=list)  # for that
     kind: str = KIND
     schema: int = SCHEMA
 
@@ -104,7 +107,7 @@ def measure_costs(
         check_threads(count)
     check_depth(manifests[0], options.depth)
     groups = schedule(len(stacks), options.rounds, _stacks_together(manifests[0].weight_bytes_per_token))
-    device, tables = probe(), []
+    device, tables, reasons = probe(), [], []
     report, of = progress or (lambda label, done, total: None), len(threads) * len(groups)
     peer = None
     if options.engine != ONNXRUNTIME:
@@ -123,6 +126,8 @@ def measure_costs(
             processes.append(_process(job, group, options.timeout_s, peer))
         bandwidth = probe_bandwidth(cpus, device["last_level_cache_bytes"])
         tables.append(costs_from(stacks, processes, cpus, bandwidth))
+        if reason := waited([process.wait_share() for process in processes]):
+            reasons.append(f"{counted(count)}: {reason}")
     report("timing operators (processes)", of, of)
     return Costs(
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -134,6 +139,8 @@ def measure_costs(
         stacks=stacks,
         threads=tables,
         engine=options.engine,
+        status=INVALID if reasons else OK,
+        reasons=reasons,
     )
 
 

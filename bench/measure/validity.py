@@ -59,6 +59,8 @@ def _below(limit: float) -> Callable[[float], bool]:
     return lambda value: value < limit
 
 
+WAITED = 0.2  # of a repetition's time, above which its rate says more of other programs
+
 # Of two rules for one counter the first that is broken speaks.
 RULES = (
     Rule("throttle_events", INVALID, _above(0), "the CPU throttled {value:.0f} times for heat: cool it better"),
@@ -72,6 +74,7 @@ RULES = (
     Rule("steal_share", WARN, _above(0.02), "the hypervisor took {value:.0%} of the cores' time"),
     Rule("oc2_events", WARN, _above(0), "the board drew too much current, {value:.0f} OC2 events"),
     Rule("oc3_events", WARN, _above(0), "the board drew too much current, {value:.0f} OC3 events"),
+    Rule("wait_share", INVALID, _above(WAITED), "waited for a core {value:.0%} of the time: end other programs"),
     Rule("wait_share", WARN, _above(0.02), "waited for a core {value:.0%} of the time"),
     Rule("fixed_clock", WARN, _below(1), "the governor moves the clock: set it to performance"),
     Rule("clock_share", WARN, _below(0.95), "a core ran at {value:.0%} of its highest clock"),
@@ -97,6 +100,16 @@ def judge(measurement: Measurement, ceiling_ts: float | None, cache_bytes: int |
     ]
     statuses = {status for status, _ in findings}
     return next((s for s in (INVALID, WARN) if s in statuses), OK), [reason for _, reason in findings]
+
+
+def waited(shares: Sequence[float]) -> str | None:
+    """Say that at least half of a table's processes waited too long for a core; None: they did not."""
+    long = [share for share in shares if share > WAITED]
+    if 2 * len(long) < max(1, len(shares)):
+        return None
+    return (
+        f"waited for a core {max(long):.0%} of the time ({len(long)} of {counted(len(shares), 'process', 'processes')})"
+    )
 
 
 def drift(samples: Sequence[Sample]) -> float | None:

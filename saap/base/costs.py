@@ -105,6 +105,8 @@ class CostFile:
     depth: Count
     threads: list[ThreadCosts]
     engine: str = "onnxruntime"
+    status: str = "OK"  # or INVALID, for the reasons
+    reasons: list[str] = field(default_factory=list)
 
 
 def _check(file: CostFile) -> None:

@@ -137,6 +137,7 @@ class PruneOptions:
         Option("Which of the table's thread counts; default: its only one.", _FOR, metavar="N"),
         THREADS,
     ] = None
+    accept_invalid: Annotated[bool, Option("Plan by a table that is INVALID, too.", _FOR, shown=False)] = False
     bits: Annotated[Literal[4, 8, 32], Option("Bits of the bundle, for its size and time.", _FOR)] = 4
     group_size: Annotated[
         Literal[32, 64, 128] | None,
@@ -273,7 +274,9 @@ class PruneOptions:
                 f"{flag_of(kind)} needs --costs FILE: measure one on the device with `saap devices costs MODEL`"
             )
         if kind not in TIMED:
-            refuse_unused(self, ("costs", "threads"), "--speedup and --ms-per-token", "ask for a time")
+            refuse_unused(
+                self, ("costs", "threads", "accept_invalid"), "--speedup and --ms-per-token", "ask for a time"
+            )
 
 
 def flag_of(name: str) -> str:

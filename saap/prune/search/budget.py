@@ -28,7 +28,7 @@ from saap.models.slim_quant import BITS, GROUP_SIZES, MatrixForm
 from saap.prune.forms import BlockForms
 from saap.prune.options import TIMED, PruneOptions, flag_of
 from saap.prune.search.choices import Allowed
-from saap.prune.search.layer_costs import CostTable, read_costs
+from saap.prune.search.layer_costs import CostTable, check_valid, read_costs
 from saap.prune.search.model_cost import FileSize, Measure, ModelCost, StepTime, Weights
 from saap.quantize.bundle_size import BundleSize, bundle_size
 
@@ -150,6 +150,8 @@ def budget_for(
             options.costs, dense, bits=options.bits, group_size=options.least_group, threads=options.threads,
             onnxruntime=options.onnxruntime,
         )  # fmt: skip
+        if not options.accept_invalid:
+            check_valid(options.costs)
         costs = _described(options.costs, table)
     unit, measure = _measure(kind, size, table)
     budget = Budget(

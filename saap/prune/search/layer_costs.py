@@ -162,6 +162,16 @@ def read_costs(
     return _table(path, file, threads, shape.vocab)
 
 
+def check_valid(path: Path) -> None:
+    """Refuse a table whose times are other programs' as much as the model's."""
+    file = read_cost_file(path)
+    if file.status == "INVALID":
+        raise CostError(
+            f"{path} is INVALID ({'; '.join(file.reasons)}): {AGAIN} on a quiet machine, or take it as it is with "
+            "--set accept_invalid=true"
+        )
+
+
 def _table(path: Path, file: CostFile, threads: int | None, vocab: int) -> CostTable:
     tables = {table.n_threads: table for table in file.threads}
     if threads is None and len(tables) == 1:

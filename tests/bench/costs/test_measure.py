@@ -14,7 +14,7 @@ from bench.costs import measure as costs
 from bench.costs.fit import CostProcess, Stack, costs_from, fit_ratios, read_stacks
 from bench.costs.measure import COSTS, CostsError, measure_costs, schedule, write_costs
 from bench.costs.options import CostsOptions
-from bench.costs.worker import LEAST_TURNS, SKIPPED, TURN, steps_in_turns, waiting_clock
+from bench.costs.worker import LEAST_TURNS, SKIPPED, TURN, CostsJob, steps_in_turns, waiting_clock
 from bench.measure.result import Bandwidth
 from export.bundle.manifest import LayerSizes, read_manifest
 from saap.base.errors import UserError
@@ -124,6 +124,25 @@ def test_a_step_is_the_fast_one_without_its_time_in_the_run_queue() -> None:
     process = CostProcess([3, 0], [[steps], [[1_000_000] * 11]], [[waits], [[0] * 11]])
     assert process.step_ms(0) == 1.0
     assert process.step_ms(3) == pytest.approx(7.9)  # of 5.0, 7.9 and nine of 9.5
+
+
+@pytest.mark.parametrize(
+    ("waits_ns", "reason"),
+    [([200_000, 200_000], None), ([0, 300_000], "1 thread: waited for a core 30% of the time (1 of 2 processes)")],
+)
+def test_a_table_of_processes_that_waited_for_a_core_is_invalid(
+    bundles: list[Path], monkeypatch: pytest.MonkeyPatch, waits_ns: list[int], reason: str | None
+) -> None:
+    waits = iter(waits_ns)
+
+    def process(job: CostsJob, group: list[int], *_: object) -> CostProcess:
+        waited = next(waits)
+        return CostProcess(group, [[[1_000_000] * TURN]] * len(group), [[[waited] * TURN]] * len(group))
+
+    monkeypatch.setattr(costs, "probe_bandwidth", lambda cpus, cache: BANDWIDTH)
+    monkeypatch.setattr(costs, "_process", process)
+    table = measure_costs(bundles, CostsOptions(threads=(1,), rounds=2, depth=20))
+    assert (table.status, table.reasons) == (("INVALID", [reason]) if reason else ("OK", []))
 
 
 def test_every_round_times_each_stack_once_and_the_base_in_all_processes() -> None:

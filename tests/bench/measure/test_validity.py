@@ -50,6 +50,7 @@ def test_a_host_that_is_quiet_or_tells_nothing_breaks_no_rule() -> None:
         ({"oc2_events": 1}, WARN, "1 OC2 events"),
         ({"oc3_events": 6}, WARN, "6 OC3 events"),
         ({"wait_share": 0.2}, WARN, "waited for a core 20% of the time"),
+        ({"wait_share": 0.25}, INVALID, "waited for a core 25% of the time: end other programs"),
         ({"fixed_clock": 0}, WARN, "governor"),
         ({"clock_share": 0.8}, WARN, "a core ran at 80% of its highest clock"),
         ({"mixed_cores": 1}, WARN, "fast and slow cores were mixed"),

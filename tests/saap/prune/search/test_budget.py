@@ -167,6 +167,13 @@ def test_what_the_dense_model_meets_is_said(given: dict[str, Any], message: str,
         budget_for(PruneOptions(**given, **timed), DENSE, CONFIG)
 
 
+def test_no_plan_is_made_from_an_invalid_table_unless_it_is_accepted(tmp_path: Path) -> None:
+    timed = PruneOptions(speedup=1.5, costs=cost_file(tmp_path / "c.json", status="INVALID", reasons=["it waited"]))
+    with pytest.raises(UserError, match=r"c.json is INVALID \(it waited\): measure it again .* accept_invalid=true"):
+        budget_for(timed, DENSE, CONFIG)
+    assert budget_for(replace(timed, accept_invalid=True), DENSE, CONFIG).most == pytest.approx(6.1 / 1.5)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
