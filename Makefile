@@ -12,7 +12,7 @@ endif
 .PHONY: coverage demo studies test test-slow test-optimum lint clean
 
 demo: $(VENV)/.demo
-	$(BIN)/saap run smollm2-135m -o out/demo --ratio 0.2 --quick
+	$(BIN)/saap run smollm2-135m -o out/demo --speedup 1.3 --quick
 
 # Three workers, one thread of a library each: what two cores hold, for some tests wait for a board or a browser.
 test: $(VENV)/.test

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from bench.costs.measure import Costs
     from bench.remote.target import Target
 
+QUICK_ROUNDS, QUICK_SECONDS = 2, 1.0
 CACHES = 4  # last-level caches that the probe's weights should exceed, where the model does
 
 
@@ -36,10 +37,18 @@ class CostsCommand:
     group_size: Annotated[
         Literal[32, 64, 128] | None, Option("Weights per scale; default: 32, or the tuned model's.", old=("--group",))
     ] = None
+    quick: Annotated[bool, Option("A first look: a minute for a small model, where the whole takes five.")] = False
     on: Annotated[
         str | None, Option("A board: ssh://user@host[:port], adb://[serial], labgrid://PLACE.", metavar="URL")
     ] = None
     board: BoardOptions = field(default_factory=BoardOptions)
+
+    @property
+    def shortened(self) -> CostsCommand:
+        """The options, with fewer and shorter processes if they are ``quick``."""
+        if not self.quick:
+            return self
+        return replace(self, options=replace(self.options, rounds=QUICK_ROUNDS, seconds=QUICK_SECONDS), quick=False)
 
     def check(self) -> None:
         self.board.check(on_a_board=self.on is not None)
@@ -68,6 +77,7 @@ def costs(model: str, out: Path, options: CostsCommand) -> None:
     from saap.base.interrupt import ended_as_by_a_person
 
     options.check()
+    options = options.shortened
     with Console() as console, ended_as_by_a_person():
         device = target(options.on, options.board, console.say)
         table = probe_costs(model, out, options, device, console.report)
@@ -121,6 +131,8 @@ def keep_costs(out: Path, costs: Costs) -> None:
 
 
 def show_costs(costs: Costs) -> None:
+    for reason in costs.reasons:
+        tell(f"{costs.status}: {reason}; end other programs and measure again")
     for table in costs.threads:
         count = table.n_threads
         tell(f"one layer with {counted(count, 'thread')} at {counted(costs.depth, 'token')}:")

@@ -22,7 +22,7 @@ from saap.cli.devices.fit import Planned, amount, board_commands, device_fit, fi
 from saap.cli.options import OptionsCommand, options_of
 from saap.cli.prune import for_this_machine
 from saap.cli.report import read_run
-from saap.cli.run.options import DEFAULT_RATIO, RunOptions
+from saap.cli.run.options import COSTS, DEFAULT_RATIO, DEFAULT_SPEEDUP, RunOptions
 from saap.cli.run.steps import DENSE_TUNED, SLIM, TUNED, Bench, Run, steps_of
 from saap.cli.types import directory, force
 
@@ -40,7 +40,7 @@ def run(model: str, out: Path, options: RunOptions) -> None:
 
     \b
     Example:
-      saap run smollm2-135m -o out/demo --ratio 0.2
+      saap run smollm2-135m -o out/demo --speedup 1.3
       saap run smollm2-135m -o out/pi --for raspberry-pi-5 --memory 4GiB
     """
     from saap.base.writing import claimed
@@ -55,6 +55,9 @@ def run_all(model: str, out: Path, options: RunOptions, console: Console) -> Non
 
     kind_of(model)
     console.report(LOADING, 0, 0)
+    if not options.pruning.options.asked and not options.profile:
+        console.say(f"no requirement is given: the model is pruned to {DEFAULT_SPEEDUP} times its speed here")
+    options = options.timed_here(out / COSTS)
     options.check()
     check_place(out, model, options)
     begun = time.monotonic()
@@ -96,6 +99,8 @@ def fitted(source: Path, options: RunOptions, console: Console) -> RunOptions:
     dense = Planned.of(source, options.export(tuned=False))
     size = size_to_reach(demands, dense, pruning.asked, DEFAULT_RATIO, reachable)
     if size is None:
+        if not pruning.asked:
+            console.say(f"{demands.device.name} has no table of costs: the model is pruned by a ratio, {DEFAULT_RATIO}")
         return options
     console.say(f"{demands.device.name} has room for a weights file of {amount(size)}: the model is pruned to that")
     return within(size)
@@ -136,8 +141,12 @@ def run_needs(source: Path, options: RunOptions, *, peer: bool) -> dict[str, Nee
 
     shape, floats, tuning = shape_of(read_config(source)), weights_bytes(source), options.tuning.options
     bundle = bundle_size(read_config(source), tuning.bits, tuning.group).total(shape)
-    budget = budget_of(source, pruning := for_this_machine(options.prune.options))
-    share, training = budget.share, tuning.training
+    pruning = for_this_machine(options.prune.options)
+    if pruning.costs and not pruning.costs.is_file():  # the first step measures it; a guess is enough for sums
+        share = 1 - 1 / (pruning.speedup or DEFAULT_SPEEDUP)
+    else:
+        share = budget_of(source, pruning).share
+    training = tuning.training
     tokens = (training.micro_rows or training.rows_per_step) * tuning.length
     disk = prune_disk(shape, floats, share)
     disk |= {"the tuned model": round((1 - share) * bundle), "the tuned dense model": bundle,

@@ -14,9 +14,10 @@ from saap.base.options import THREADS, Option, Part, refuse_unused, settings_of
 from saap.cli.devices.fit import check_costs
 from saap.cli.prune import PruneCommand
 from saap.cli.tune import TuneCommand
-from saap.prune.options import MUST
+from saap.prune.options import MUST, TIMED
 
-DEFAULT_RATIO = 0.2
+DEFAULT_RATIO, DEFAULT_SPEEDUP = 0.2, 1.3  # of a run for a device, which has no table of costs, and for this machine
+COSTS = "cost.json"
 QUICK_TOKENS = 8192
 QUICK = {"max_chunks": 20, "repetitions": 3, "threads": 1}
 _STEPS = "How each step is done"
@@ -88,6 +89,14 @@ class RunOptions:
             ratio=options.ratio if options.asked else DEFAULT_RATIO,
         )  # fmt: skip
         return replace(self.pruning, options=options)
+
+    def timed_here(self, costs: Path) -> RunOptions:
+        """Return the options with the table ``costs`` if a speed is asked for, or nothing, and no table is named."""
+        options = self.pruning.options
+        if self.profile or options.costs or not options.asked.keys() <= set(TIMED):
+            return self
+        speedup = options.speedup if options.asked else DEFAULT_SPEEDUP
+        return replace(self, pruning=replace(self.pruning, options=replace(options, speedup=speedup, costs=costs)))
 
     def tune(self, teacher: str, skip: int | None = None) -> TuneCommand:
         """Options of a tuning step; ``teacher`` teaches unless the user names another."""

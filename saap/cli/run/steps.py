@@ -12,14 +12,16 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from bench.costs.options import CostsOptions
 from export.options import PARITY_ROWS
 from saap.base.errors import UserError
 from saap.base.options import arguments_of
 from saap.cli.console import Console, heard_or_not
+from saap.cli.devices.costs import CostsCommand, probe_costs
 from saap.cli.devices.fit import Planned, check_pruned
 from saap.cli.prune import for_this_machine, show_pruned
 from saap.cli.report import RUN, FinishedStep, RunFile, read_run
-from saap.cli.run.options import RunOptions
+from saap.cli.run.options import COSTS, DEFAULT_RATIO, RunOptions
 from saap.cli.tune import tune_model
 from saap.models.directory import weight_files
 from saap.system.device_names import AUTO
@@ -125,18 +127,53 @@ def settings_in(options: object) -> dict[str, object]:
     return asdict(options, dict_factory=fields)  # type: ignore[call-overload, no-any-return]
 
 
+class Time(Step):
+    """A quick table of costs of this machine, for a run that asks for a speed and names no table."""
+
+    name, outputs = "time the layers", (COSTS,)
+
+    def __init__(self, run: Run) -> None:
+        from devices.probe.host import probe
+
+        super().__init__(run)
+        quant, threads = run.options.tuning.options, run.options.thread_counts[-1]
+        self.options = CostsCommand(CostsOptions((threads,)), quant.bits, quant.group_size, quick=True)
+        self.inputs = [run.dense, probe()["fingerprint"], settings_in(self.options)]
+        self.command = ["devices", "costs", run.model, "-o", run.out / COSTS, *arguments_of(self.options)]
+
+    def work(self) -> RunFile:
+        from bench.costs.measure import write_costs
+        from bench.remote.target import target
+
+        run, costs = self.run, self.run.out / COSTS
+        here = target(None, self.options.board, run.console.say)
+        for _ in range(2):
+            table = probe_costs(run.source, costs, self.options.shortened, here, run.console.report)
+            run.console.finish()
+            if not table.reasons:
+                write_costs(costs, table)
+                return {}
+            run.console.say(f"  {table.status}: {'; '.join(table.reasons)}")
+        raise UserError(
+            "this machine is too busy to measure what a layer takes: end other programs and repeat the command, "
+            f"or ask for a size: saap run {run.model} -o {run.out} --ratio {DEFAULT_RATIO}"
+        )
+
+
 class Prune(Step):
     """The slim model."""
 
     name, outputs = "prune", ("slim/saap.json",)
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, timed: Time | None) -> None:
         from saap.base.costs import COSTS
 
         super().__init__(run)
         options = run.options.prune
         settings = settings_in(replace(options, options=replace(options.options, costs=None)))
-        if costs := options.options.costs:
+        if timed:
+            settings["costs"] = timed.key
+        elif costs := options.options.costs:
             settings["costs"] = hashlib.sha256(COSTS.content(costs).encode()).hexdigest()
         self.inputs = [run.dense, settings]
         self.command = ["prune", run.model, "-o", run.out / SLIM, *arguments_of(options)]
@@ -428,9 +465,11 @@ class Texts(Step):
 
 def steps_of(run: Run) -> list[Step]:
     """All steps in their order."""
-    pruned, peer, (dense, slim) = Prune(run), Peer(run), run.options.bundles
+    timed = Time(run) if run.options.prune.options.costs == run.out / COSTS else None
+    pruned, peer, (dense, slim) = Prune(run, timed), Peer(run), run.options.bundles
     tuned, dense_tuned = Tune(run, pruned), Tune(run, None)
     exports = [Export(run, dense_tuned, dense), Export(run, tuned, slim)]
     benches = [Bench(run, exports, peer, threads) for threads in run.options.thread_counts]
     evaluated = Evaluate(run, pruned, exports, peer)
-    return [pruned, tuned, dense_tuned, *exports, peer, evaluated, *benches, Texts(run, exports)]
+    first = [timed] if timed else []
+    return [*first, pruned, tuned, dense_tuned, *exports, peer, evaluated, *benches, Texts(run, exports)]

@@ -7,6 +7,7 @@ import json
 import shlex
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,13 +20,14 @@ from support.no_pickles import no_pickles
 from support.old_products import old_products
 
 from export.gguf.llama_cpp import quantizer
+from saap.base.costs import read_cost_file
 from saap.base.errors import UserError
 from saap.base.interpreters import PEER_PYTHON
 from saap.base.options import arguments_of, build
 from saap.cli.console import Console
 from saap.cli.devices.fit import read_model
-from saap.cli.run import RunOptions, run_needs
-from saap.cli.run.steps import Peer, Prune, Run
+from saap.cli.run import RunOptions, run_needs, steps
+from saap.cli.run.steps import Peer, Prune, Run, probe_costs, steps_of
 from saap.models.record import read_record
 from saap.prune.pruning import budget_of
 from saap.text.documents import EVALUATION_SAMPLE, TRAINING_SAMPLES
@@ -61,7 +63,7 @@ def test_a_table_of_costs_that_has_become_too_large_is_not_hashed(costs, tmp_pat
         file.truncate((256 << 20) + 1)  # takes no room
     run = SimpleNamespace(options=options(speedup=1.5, costs=costs), out=tmp_path, model="dense", dense=[])
     with pytest.raises(UserError, match=r"cost.json is damaged \(larger than 256 MiB\): "):
-        Prune(run)
+        Prune(run, None)
 
 
 def test_what_several_steps_take_is_given_once():
@@ -95,7 +97,7 @@ def test_pruning_is_done_anew_where_its_settings_changed(tiny_model, tmp_path, t
         with Console() as console:
             run = Run(str(model), model, out, asked, console)
             before = run.file["steps"]
-            run.do(Prune(run), "[1/1]")
+            run.do(Prune(run, None), "[1/1]")
         record = read_record(out / "slim")
         assert run.file["plan"]["asked"] == record["plan"]["asked"]
         assert run.file["plan"]["reasons"]["unit"] == record["plan"]["reasons"]["unit"]
@@ -120,12 +122,44 @@ def test_pruning_is_done_anew_where_its_settings_changed(tiny_model, tmp_path, t
     assert step(**timed)[0]  # another table under the same name
 
 
+def test_a_run_for_a_speed_here_times_the_layers_first_and_once(tiny_model, tmp_path, monkeypatch, capsys):
+    model, out = tiny_model(max_position_embeddings=512), tmp_path / "out"
+    out.mkdir()
+    monkeypatch.setattr("saap.cli.devices.costs.QUICK_ROUNDS", 1)
+    monkeypatch.setattr("saap.cli.devices.costs.QUICK_SECONDS", 0.0)
+    timed = options(threads=1).timed_here(out / "cost.json")
+    assert timed.prune.options.asked == {"speedup": 1.3} and timed.timed_here(tmp_path / "other") is timed
+    for given in ({"ratio": 0.2}, {"profile": "raspberry-pi-5"}):
+        assert options(**given).timed_here(out / "cost.json") == options(**given)
+    busy = iter([[], ["waited"], ["waited"], ["waited"], []])
+
+    def measured(*arguments):
+        reasons = next(busy)
+        return replace(probe_costs(*arguments), status="INVALID" if reasons else "OK", reasons=reasons)
+
+    monkeypatch.setattr(steps, "probe_costs", measured)
+    with Console() as console:
+        job = Run(str(model), model, out, timed, console)
+        first, second, *_ = steps_of(job)
+        job.do(first, "[1]")
+        job.do(first, "[1]")
+        assert capsys.readouterr().err.count("done before") == 1 and second.name == "prune"
+        (out / "cost.json").unlink()
+        with pytest.raises(UserError, match=f"too busy .*: saap run {model} -o {out} --ratio 0.2"):
+            job.do(first, "[1]")
+        assert not (out / "cost.json").exists()
+        job.do(first, "[1]")
+    assert read_cost_file(out / "cost.json").threads[0].n_threads == 1
+    words = shlex.split(job.file["steps"][0]["command"])
+    assert words[:3] == ["saap", "devices", "costs"] and "--quick" in words
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ("--ratio nan", "is not allowed: give a number between 0 and 1"),
         ("--ratio 0.2 --max-params 1M", "give one requirement"),
-        ("--speedup 1.5", "--speedup needs --costs FILE"),
+        ("--speedup 1.5 --for raspberry-pi-5", "--speedup needs --costs FILE"),
         ("--costs COSTS", "--costs is for --speedup and --ms-per-token"),
         ("--max-bytes 30kB", "the smallest that these options allow is"),
         ("--speedup 1.5 --costs COSTS --threads 2", "holds costs for 1 thread, it has none for 2"),
