@@ -15,7 +15,7 @@ from export.bundle.small_files import SmallFiles, manifest_of, remedy
 from saap.base.chat_template import ChatTemplate, TemplateError
 from saap.base.errors import UserError
 from saap.base.files import parse_json
-from saap.base.tokenizer_file import TOKENIZER, check_tokenizer, tokenizing
+from saap.base.tokenizer_file import TOKENIZER, check_tokenizer, tokenizing, what_failed
 
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -100,8 +100,12 @@ class BundleTokenizer:
         return self.encode(self.render_chat([{"role": "user", "content": prompt}]), add_special_tokens=False)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """Text of ids; bytes that are not UTF-8 become U+FFFD."""
-        text: str = self.tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        """Text of ids; bytes that are not UTF-8 become U+FFFD. Raises RunError: the tokenizer's own rules fail."""
+        try:  # which costs nothing, once a token
+            text: str = self.tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        except BaseException as wrong:
+            what = f"{self.directory / TOKENIZER} cannot be used ({what_failed(wrong)})"
+            raise RunError(f"{what}: {remedy(self.directory)}") from None
         return text
 
     def _id_of(self, name: str) -> int | None:

@@ -177,6 +177,15 @@ BUNDLES["tokenizer-ids-beyond"] = _edit(
 for name, change in {
     "prefix": lambda t: t["model"].update(continuing_subword_prefix="%s%n"),
     "pieces": lambda t: t.update(pre_tokenizer={"type": "FixedLength", "length": 0}),
+    "template": lambda t: t.update(post_processor={
+        "type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "x", "type_id": 0}}] * 200_000, "pair": [],
+        "special_tokens": {"x": {"id": "x", "ids": [1] * 1000, "tokens": ["!"] * 1000}}}),
+    "byte-levels": lambda t: t.update(pre_tokenizer={"type": "Sequence", "pretokenizers": [
+        {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}] * 40}),
+    "letters": lambda t: t.update(model={
+        "type": "WordPiece", "vocab": t["model"]["vocab"], "unk_token": "!", "continuing_subword_prefix": "",
+        "max_input_chars_per_word": 2**40}),
+    "strip": lambda t: t.update(decoder={"type": "Strip", "content": "a", "start": 2**40, "stop": 2**40}),
     "no-unknown": lambda t: t["model"].update(vocab={"a": 0}, merges=[], unk_token="b"),
 }.items():  # fmt: skip
     BUNDLES[f"tokenizer-{name}"] = _edit("tokenizer.json", change)
