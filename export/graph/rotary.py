@@ -8,6 +8,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+import transformers
 from torch import nn
 
 from saap.base.errors import UserError
@@ -52,7 +53,7 @@ def rotary_tables(config: ModelConfig, table: Table = "default") -> tuple[np.nda
 
 def _embedding(config: ModelConfig, table: Table) -> nn.Module:
     family = architecture_of(config).family
-    module = importlib.import_module(f"transformers.models.{family.lower()}.modeling_{family.lower()}")
+    module = importlib.import_module(getattr(transformers, f"{family}ForCausalLM").__module__)
     base = field_of(config, "rope_local_base_freq")
     if table == "local" and base is not None:  # transformers 4
         config = copy.deepcopy(config)

@@ -11,7 +11,7 @@ from saap.base.files import cache_place
 from saap.cli.console import print_table, tell
 from saap.cli.types import Sections
 
-KEPT = {  # a folder of the cache, or how its folders begin, and what it holds
+KEPT = {  # a part: a folder of the cache, or how its folders begin, and what it holds
     "scores": "scores and measured losses of calibration text",
     "prices": "prices of what may go from a model",
     "teacher": "a teacher's answers",
@@ -21,14 +21,18 @@ KEPT = {  # a folder of the cache, or how its folders begin, and what it holds
     "hashes": "hashes of large files, each for a day",
     "locks": "names of outputs that are being written",
     "matplotlib": "the list of fonts",
-    "model-": "models converted from GGUF files",
+    "model": "models converted from GGUF files",
+    "others": "packaged models, and environments of emulated boards",
 }
-OTHER = "packaged models, and environments of emulated boards"
+ALL, OTHERS = "all", "others"
 
 
 @click.command(cls=Sections)
-@click.option("--clear", is_flag=True, help="Remove all of it. Nothing may be running.")
-def cache(clear: bool) -> None:
+@click.option(
+    "--clear", is_flag=False, flag_value=ALL, metavar="[PART]", type=click.Choice([ALL, *KEPT]),
+    help="Remove a part, or all of it. Nothing may be running.",
+)  # fmt: skip
+def cache(clear: str | None) -> None:
     """Show what saap keeps for next time, or remove it.
 
     The folder is the one that SAAP_CACHE names, else saap in XDG_CACHE_HOME or ~/.cache.
@@ -36,17 +40,18 @@ def cache(clear: bool) -> None:
     \b
     Example:
       saap cache
-      saap cache --clear
+      saap cache --clear prices
     """
     place = cache_place()
     sizes: dict[str, int] = {}
     for entry in sorted(place.iterdir()) if place.is_dir() else []:
-        what = next((kind for name, kind in KEPT.items() if entry.name.startswith(name)), OTHER)
-        sizes[what] = sizes.get(what, 0) + _size(entry)
-        if clear:
+        part = next((name for name in KEPT if entry.name.startswith(name)), OTHERS)
+        if clear in (None, ALL, part):
+            sizes[part] = sizes.get(part, 0) + _size(entry)
+        if clear in (ALL, part):
             shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
-    rows = [[what, f"{size / 1e6:,.1f}"] for what, size in sorted(sizes.items(), key=lambda item: -item[1])]
-    print_table("", ["kept", "MB"], rows)
+    ordered = sorted(sizes.items(), key=lambda item: -item[1])
+    print_table("", ["part", "kept", "MB"], [[part, KEPT[part], f"{size / 1e6:,.1f}"] for part, size in ordered])
     tell(f"{sum(sizes.values()) / 1e6:,.1f} MB {'removed from' if clear else 'in'} {place}")
 
 

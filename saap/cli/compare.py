@@ -88,6 +88,11 @@ def compare(old: str, new: str, json_path: Path | None, options: CompareCommand)
     from saap.base.interrupt import ended_as_by_a_person
     from saap.base.outputs import JUNIT, QUALITIES, SPEEDS, check_place
 
+    for spec in (old, new):
+        if spec.endswith(".json") and not Path(spec).exists():
+            raise UserError(
+                f"there is no {spec}: give a file of `saap bench --json` or `saap eval --json`, or a bundle"
+            )
     qualities = [is_quality(spec) for spec in (old, new)]
     check_place(json_path, QUALITIES if any(qualities) else SPEEDS, old, new)
     check_place(options.junit, JUNIT, old, new)

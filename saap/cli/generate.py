@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from export.generate.chat import Conversation
     from export.generate.loop import Generation
 
+HELP = "Ctrl-C stops an answer, /reset starts anew, /exit, /bye or Ctrl-D leaves."
 CONTROL = dict.fromkeys([*range(9), 11, 12, *range(14, 32), *range(127, 160)])  # all but tab, newline and return
 
 Ask = Callable[[str], "Generation"]
@@ -83,8 +84,11 @@ def _hold(ask: Ask, talk: Conversation | None, turns: Iterable[str]) -> None:
     interactive = sys.stdin.isatty()
     for turn in turns:
         command = turn.strip()
-        if talk is not None and command == "/exit":
+        if talk is not None and command in ("/exit", "/bye"):
             return
+        if talk is not None and command == "/help":
+            click.echo(HELP, err=True)
+            continue
         if talk is not None and command == "/reset":
             talk.reset()
             click.echo("[a new conversation]", err=True)
@@ -172,7 +176,7 @@ def _typed() -> Iterator[str]:
 
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  gives input() a history
-    click.echo("Ctrl-C stops an answer, /reset starts anew, /exit or Ctrl-D leaves.", err=True)
+    click.echo(HELP, err=True)
     while True:
         try:
             line = input("> ")

@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import tempfile
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -63,10 +64,11 @@ def kind_of(name: str | Path) -> Literal["directory", "file", "package", "hub"]:
         return "file"
     if str(name) in PACKAGED:
         return "package"
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name)):
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@\w[\w./-]*)?", str(name)):
+        near = "".join(f" (did you mean {each}?)" for each in get_close_matches(str(name), PACKAGED, n=1))
         raise UserError(
-            f"no model {str(name)!r}: give a directory, a GGUF file, a hub id (org/name) or one of "
-            f"{', '.join(PACKAGED)}"
+            f"no model {str(name)!r}{near}: give a directory, a GGUF file, a hub id (org/name, org/name@revision) or "
+            f"one of {', '.join(PACKAGED)}"
         )
     if path.parent.is_dir():
         raise UserError(
@@ -195,9 +197,11 @@ def _from_hub(name: str, report: Progress) -> Path:
             f"{name} is no directory, and a hub id needs huggingface_hub: pip install 'saap[prune]'"
         ) from None
     report(f"downloading, {name}", 0, 0)
+    repository, _, revision = name.partition("@")
     try:
         path = snapshot_download(
-            name,
+            repository,
+            revision=revision or None,
             allow_patterns=[WEIGHTS, "*.safetensors.index.json", "config.json", *SIDECARS],
             ignore_patterns=["*/*", "consolidated*"],
         )

@@ -8,7 +8,8 @@ from support.exported import export_bundle
 from support.references import reference_model
 
 from export.engine.scoring import BundleScorer
-from saap.models.architectures import shape_of
+from saap.models.architectures import ARCHITECTURES, Architecture, shape_of
+from saap.models.architectures import FAMILIES as FAMILIES_OF_SAAP
 from saap.models.checkpoint import load_model, read_config
 
 
@@ -32,6 +33,15 @@ def test_every_family_equals_transformers(family, tiny_family, tmp_path):
     expected = logits_of(reference_model(path, 4, 32, 4), IDS)
     assert np.abs(BundleScorer(bundle).logits(IDS.numpy()) - expected).max() <= 2e-3
     assert np.abs(expected - dense).max() > 0.05, "nothing was quantised"
+
+
+def test_a_new_row_is_enough_for_a_family_whose_module_has_another_name(tiny_family, tmp_path, monkeypatch):
+    """As docs/extending.md says; transformers has it in seed_oss."""
+    for table in (FAMILIES_OF_SAAP, ARCHITECTURES):
+        monkeypatch.setitem(table, "seed_oss", Architecture("SeedOss", qkv_bias=True))
+    path = tiny_family("seed_oss", attention_bias=True, attention_out_bias=False, head_dim=16)
+    export_bundle(path, tmp_path / "bundle", bits=32, ids=IDS)
+    assert max(largest_differences(tmp_path / "bundle", logits_of(load_model(path), IDS))) <= 1e-4
 
 
 def nodes_of(bundle, kind):

@@ -100,10 +100,11 @@ def test_the_prompt_from_a_pipe_and_without_template(bundle, generate):
 
 
 def test_turns_from_lines_share_a_cache(bundle, generate):
-    lines = b"The fox\n\nAnd the dog?\n/reset\nThe fox\n/exit\nnever asked\n"
+    lines = b"The fox\n\n/help\nAnd the dog?\n/reset\nThe fox\n/bye\nnever asked\n"
     done = generate(bundle, "--chat", "--max-tokens", "6", stdin=lines)
     cached = ["of them in the cache" in line for line in done.stderr.splitlines() if "tok/s" in line]
     assert cached == [False, True, True]  # after /reset, what the template begins with
+    assert "/bye or Ctrl-D leaves" in done.stderr
     assert "[a new conversation]" in done.stderr and "never" not in done.stderr
     told = document(generate(bundle, "--chat", "--json", "--max-tokens", "6", stdin=b"The fox\n\nAnd the dog?\n"))
     answers = [turn["text"] for turn in told["turns"]]

@@ -84,7 +84,7 @@ def test_a_mistake_in_the_words_of_a_command_is_one_line_that_says_where_help_is
         ("prune d -o", "saap: option '-o' requires an argument; see"),
         ("devices chek", "saap: no such command 'chek': give list, show, probe, check, "),
         ("report -o page", "saap: give result files, the directory of a run, or --history FOLDER; see saap report"),
-        ("cache --clear=3", "saap: option '--clear' does not take a value; see"),
+        ("cache --clear=3", "saap: invalid value for '--clear': '3' is not one of 'all', 'scores', "),
     ],
 )
 def test_what_is_wrong_with_the_words_is_said_with_what_is_allowed(words, message):

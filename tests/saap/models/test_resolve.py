@@ -114,6 +114,21 @@ def test_names_of_nothing(tmp_path, monkeypatch):
         assert "\n" not in str(caught.value)
 
 
+def test_a_name_that_is_nearly_a_packaged_one_is_offered(tmp_path):
+    with pytest.raises(UserError, match=r"no model 'smollm2' \(did you mean smollm2-135m\?\): give"):
+        resolve("smollm2", cache_dir=tmp_path)
+
+
+@pytest.mark.parametrize(("name", "revision"), [("org/model", None), ("org/model@v1.2", "v1.2")])
+def test_a_revision_of_a_model_on_the_hub(name, revision, tiny_model, tmp_path, monkeypatch):
+    asked = []
+    model = tiny_model()
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda name, **options: asked.append((name, options["revision"])) or model
+    )
+    assert resolve(name, cache_dir=tmp_path) == model and asked == [("org/model", revision)]
+
+
 def test_gguf_becomes_a_directory_that_is_made_again_only_where_it_is_damaged(tmp_path):
     seen, cache, gguf = [], tmp_path / "cache", write_gguf(tmp_path / "tiny.gguf")
     path = resolve(gguf, cache_dir=cache, progress=lambda *step: seen.append(step))
