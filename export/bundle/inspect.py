@@ -95,9 +95,9 @@ def summary(bundle: Path, manifest: BundleManifest) -> list[str]:
         lines.append(f"  mixed: of the model's matrices {matrices}, the others of {manifest.block}")
     if parity := manifest.parity:
         lines.append(
-            f"  parity on {parity.tokens} tokens ({parity.sample}): logit difference "
-            f"{parity.max_abs_logit_difference:.2g}, KL {parity.kl:.2g}, top-1 agreement "
-            f"{parity.top1_agreement:.2%}, perplexity x {parity.perplexity_ratio:.4f}"
+            f"  the graph computes what torch computes with the same integers: on {parity.tokens} tokens "
+            f"({parity.sample}) logit difference {parity.max_abs_logit_difference:.2g}, KL {parity.kl:.2g}, top-1 "
+            f"agreement {parity.top1_agreement:.2%}, perplexity x {parity.perplexity_ratio:.4f}"
         )
     return lines
 

@@ -111,14 +111,11 @@ def show_tuning(out: Path, history: History) -> None:
     options = tuning["options"]
     others = {*quant.get("matrices", {}), *quant.get("blocks", {})}
     mixed = f", {len(others)} matrices other" if others else ""
-    some = max(1, min(8, len(history.losses) // 2))
-    first, last = (sum(part) / len(part) for part in (history.losses[:some], history.losses[-some:]))
     rows = [
         ["integers", f"{quant['bits']} bit, groups of {quant['block']}, head {quant['embedding_bits']} bit{mixed}"],
         ["trained", f"scales and norms, {tuning['trained_parameters']:,} parameters"],
         ["tokens", f"{history.tokens:,} in {history.precision}, {history.tokens / max(history.seconds, 1e-9):.0f} / s"],
-        ["training loss", f"{first:.4f} -> {last:.4f} nats per token (means of {some} steps)"],
-        ["which is", loss_in_words(history.loss_name, options["teacher_weight"])],
+        ["loss", loss_in_words(history.loss_name, options["teacher_weight"])],
     ]
     if history.held_out:
         best = min(loss for _, loss in history.held_out)

@@ -80,8 +80,8 @@ def test_parity_and_provenance_are_shown(tmp_path):
     assert report["verified"] is True
     assert "UNVERIFIED" not in text
     assert (
-        "parity on 80 tokens (dice): logit difference 0.25, KL 0.001, top-1 agreement 98.75%, perplexity x 1.0021"
-        in text
+        "the graph computes what torch computes with the same integers: on 80 tokens (dice) logit difference 0.25, "
+        "KL 0.001, top-1 agreement 98.75%, perplexity x 1.0021" in text
     )
     assert "base: tiny, sha256 bbbbbbbbbbbbbbbb\n" in text
     assert "pruned by: saap, asked ratio 0.2, planned 20.10%, achieved 20.13%" in text
