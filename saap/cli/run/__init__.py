@@ -55,13 +55,14 @@ def run_all(model: str, out: Path, options: RunOptions, console: Console) -> Non
 
     kind_of(model)
     console.report(LOADING, 0, 0)
-    if not options.pruning.options.asked and not options.profile:
-        console.say(f"no requirement is given: the model is pruned to {DEFAULT_SPEEDUP} times its speed here")
+    named = options.pruning.options.asked or options.profile
     options = options.timed_here(out / COSTS)
     options.check()
     check_place(out, model, options)
     begun = time.monotonic()
     source = resolve(model, progress=console.report)
+    if not named:
+        console.say(f"no requirement is given: the model is pruned to {DEFAULT_SPEEDUP} times its speed here")
     job = Run(model, source, out, fitted(source, options, console), console)
     steps = steps_of(job)
     for step in sorted(steps, key=lambda step: not step.optional):  # what needs no text first

@@ -150,7 +150,7 @@ class Time(Step):
         for _ in range(2):
             table = probe_costs(run.source, costs, self.options.shortened, here, run.console.report)
             run.console.finish()
-            if not table.reasons:
+            if not table.reasons or run.options.pruning.options.accept_invalid:
                 write_costs(costs, table)
                 return {}
             run.console.say(f"  {table.status}: {'; '.join(table.reasons)}")
