@@ -9,7 +9,7 @@ ifneq ($(wildcard $(DATA)/c4_sample300.jsonl),)
 studies: export SAAP_DATA ?= $(DATA)
 endif
 
-.PHONY: coverage demo studies test test-slow test-optimum lint clean
+.PHONY: coverage demo studies test test-slow test-optimum lint wheel clean
 
 demo: $(VENV)/.demo
 	$(BIN)/saap run smollm2-135m -o out/demo --speedup 1.3 --quick
@@ -57,6 +57,12 @@ $(VENV_OPTIMUM)/.test: pyproject.toml
 	$(VENV_OPTIMUM)/bin/pip install -q --upgrade pip
 	$(VENV_OPTIMUM)/bin/pip install -q -e '.[bench,prune,export,optimum]' pytest hypothesis
 	touch $@
+
+# What is installed elsewhere while the name is not on the package index.
+wheel: $(VENV)/bin/pip
+	$(BIN)/pip wheel -q --no-deps -w dist .
+	@echo "here:       pip install 'saap[prune,export] @ file://$$(echo $(CURDIR)/dist/saap-*.whl)'"
+	@echo "on a board: scp $$(echo dist/saap-*.whl) USER@BOARD: && ssh USER@BOARD \"pip install './$$(basename dist/saap-*.whl)[bench]'\""
 
 # Every version that the tests ran with, for installs that shall be the same again: pip install -c constraints.txt ...
 constraints.txt: $(VENV)/.test

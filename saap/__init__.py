@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from saap.models.checkpoint import load_model as load_model
 
 __version__ = "0.2.0"
+WHEEL = f"saap-{__version__}-py3-none-any.whl"  # of `make wheel`
 __all__ = ["UserError", "__version__", "load_model"]
 turn_off()
 __getattr__ = handed_out(__name__, {"load_model": ".models.checkpoint"})

@@ -57,6 +57,11 @@ class Verdict:
         return 1 / self.ratio if self.ratio else None
 
     @property
+    def speedup_interval(self) -> tuple[float, float] | None:
+        """The speed that 95 % holds, lower end first; None where there is none."""
+        return (1 / self.high, 1 / self.low) if self.speedup and self.low and self.high else None
+
+    @property
     def label(self) -> str:
         return f"{self.name} against {self.against}" if self.against else self.name
 

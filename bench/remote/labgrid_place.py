@@ -21,6 +21,7 @@ import msgspec
 
 from devices.transport import BoardError, Transport, open_transport, printable
 from saap.base.child import ChildFailedError, call, job_and_tell
+from saap.base.wording import installing
 
 if TYPE_CHECKING:
     from labgrid.remote.client import ClientSession
@@ -133,7 +134,7 @@ async def service_of(question: Question) -> Service:
         from labgrid.util.proxy import proxymanager  # heeds LG_PROXY
     except ImportError as error:
         raise BoardError(
-            f"labgrid:// needs labgrid, which cannot be imported here ({error}): pip install 'saap[labgrid]'"
+            f"labgrid:// needs labgrid, which cannot be imported here ({error}): pip install {installing('labgrid')}"
         ) from None
     log = logging.Handler(logging.ERROR)
     lines: list[str] = []

@@ -45,6 +45,10 @@ def _interval(v: Verdict) -> str:
     return f"{v.low:.3f} to {v.high:.3f}"
 
 
+def _speeds(v: Verdict) -> str:
+    return "-" if v.speedup_interval is None else "{:.3f} to {:.3f}".format(*v.speedup_interval)
+
+
 _COLUMNS: dict[str, Callable[[Verdict], str]] = {
     "name": lambda v: v.label,
     "test": lambda v: f"{v.setting} t{v.n_threads}",
@@ -57,17 +61,18 @@ _COLUMNS: dict[str, Callable[[Verdict], str]] = {
     "baseline": lambda v: _value(v.old, v.unit),
     "now": lambda v: _value(v.new, v.unit),
     "now / baseline": lambda v: _score(v.ratio, "", digits=3),
-    "ratio": lambda v: _score(v.ratio, "", digits=3),
+    "as fast": lambda v: "-" if v.speedup is None else f"{v.speedup:.3f}x",
+    "95 % of it": _speeds,
     "95 %": _interval,
     "p": lambda v: "-" if v.p_value is None else f"{v.p_value:.3g}",
     "verdict": lambda v: v.verdict,
     "reason": lambda v: v.reason or "",
 }
-SPEED = ("name", "test", "of", "ratio", "95 %", "p", "verdict")
+SPEED = ("name", "test", "of", "as fast", "95 % of it", "p", "verdict")
 DEVICE = ("of", "baseline", "now", "now / baseline", "95 %", "verdict")
 QUALITY = ("measure", "pairs", "old", "new", "difference", "95 %", "verdict")
-LEAST = ("p", "pairs", "of", "95 %", "old", "baseline")  # go first where a screen is narrow
-SUMMARY = ("verdict", "name", "test", "of", "ratio", "95 %", "p", "reason")
+LEAST = ("p", "pairs", "of", "95 %", "95 % of it", "old", "baseline")  # go first where a screen is narrow
+SUMMARY = ("verdict", "name", "test", "of", "as fast", "95 % of it", "p", "reason")
 
 
 def verdict_table(verdicts: Sequence[Verdict], columns: Sequence[str]) -> Table:
@@ -79,7 +84,8 @@ def sentence(v: Verdict) -> str:
     parts = [v.verdict]
     if v.ratio is not None and v.low is not None and v.high is not None:
         test = f", p = {v.p_value:.2g}, {v.test}" if v.p_value is not None else ""
-        parts.append(f"{v.ratio:.3f} times the baseline (95 %: {_interval(v)}{test})")
+        ratio = f"{v.ratio:.3f} times the baseline (95 %: {_interval(v)}{test})"
+        parts.append(ratio if v.unit else f"{v.speedup:.3f}x as fast (95 %: {_speeds(v)}{test})")
     if v.reason:
         parts.append(v.reason)
     if v.confirmed:
@@ -94,12 +100,12 @@ def comparison_json(comparison: Comparison) -> dict[str, object]:
     rows = [
         {
             "name": v.label, "n_threads": v.n_threads, "verdict": v.verdict, "setting": v.setting,
-            "metric": v.what or None, "ratio": v.ratio, "low": v.low, "high": v.high, "p_value": v.p_value,
-            "test": v.test, "reason": v.reason, "confirmed": v.confirmed,
+            "metric": v.what or None, "ratio": v.ratio, "low": v.low, "high": v.high, "speed": v.speedup,
+            "p_value": v.p_value, "test": v.test, "reason": v.reason, "confirmed": v.confirmed,
         }
         for v in comparison.rows
     ]  # fmt: skip
-    return {"comparable": comparison.comparable, "min_effect": comparison.min_effect, "rows": rows}
+    return {"schema": 2, "comparable": comparison.comparable, "min_effect": comparison.min_effect, "rows": rows}
 
 
 def quality_json(verdicts: Sequence[Verdict]) -> dict[str, object]:
@@ -166,5 +172,5 @@ def step_summary(comparison: Comparison) -> str:
     verdicts = [v.verdict for v in comparison.rows]
     counted = [f"{verdicts.count(verdict)} {verdict}" for verdict in dict.fromkeys(verdicts)]
     title = ", ".join(counted) or "nothing to compare"
-    note = f"Changes below {100 * comparison.min_effect:g} % do not count; a ratio above 1 is slower."
+    note = f"Changes below {100 * comparison.min_effect:g} % do not count; below 1x is slower."
     return f"### saap compare: {title}\n\n{markdown(verdict_table(order, SUMMARY))}\n{note}\n"

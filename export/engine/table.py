@@ -113,19 +113,19 @@ class Row:
 # PyTorch's OpenMP threads that spin while idle slow their neighbours; llama.cpp's wait as its builders chose.
 QUIET = (("OMP_WAIT_POLICY", "passive"), ("TRANSFORMERS_VERBOSITY", "error"), ("TRANSFORMERS_OFFLINE", "1"))
 ROWS = (
-    Row(ONNXRUNTIME, "export.engine.onnxruntime", ("onnxruntime",), "'saap[bench]'", anywhere=False),
+    Row(ONNXRUNTIME, "export.engine.onnxruntime", ("onnxruntime",), "onnxruntime", anywhere=False),
     Row(
-        LLAMA_CPP, "export.engine.llama_cpp", ("llama_cpp",), "'saap[llama-cpp]'",
+        LLAMA_CPP, "export.engine.llama_cpp", ("llama_cpp",), "llama-cpp-python",
         "llama-cpp-python>=0.3.36", file="model.gguf", inspect=read_header, choices=tuple(FLASH_ATTENTION),
     ),
     Row(
-        OPENVINO, "export.engine.openvino", ("openvino",), "'saap[openvino]'", "openvino>=2026.1",
+        OPENVINO, "export.engine.openvino", ("openvino",), "openvino", "openvino>=2026.1",
         lacks=(DELTA, SHARED_KEYS, INT8_CACHE), cpu_flags=("sse4_2",),
     ),
     Row(GENAI, "export.engine.genai", ("onnxruntime_genai",), "onnxruntime-genai", of_bundles=False),
     Row(
-        TORCH, "export.engine.torch", ("torch", "transformers"), "'saap[prune]'", environment=QUIET, anywhere=False,
-        of_bundles=False,
+        TORCH, "export.engine.torch", ("torch", "transformers"), "torch transformers", environment=QUIET,
+        anywhere=False, of_bundles=False,
     ),
 )  # fmt: skip
 

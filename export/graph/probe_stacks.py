@@ -37,13 +37,22 @@ from saap.models.shape import DELTA, KINDS, DeltaHeads, LayerSizes, ModelShape
 from saap.models.slim_quant import GROUP_SIZES, MatrixForm
 from saap.quantize.groups import QuantMatrix
 
-FFN_WIDTHS = 8
-RARE_SIZES = 4  # of short convolutions, or of delta nets
-HEAD_COUNTS = 3  # of KV groups, and of query heads in each
 FAST_ROWS = 64  # widths in multiples of it suit the fast kernels
 PARTS = {"attention": ("qkv", "o"), "ffn": ("gate_up", "down"), "outside": ()}
-HEAD_SHARES = (1 / 8, 1 / 2)  # of the vocabulary that a head predicts
 EPSILON = 1e-5
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Sizes that are timed; what lies between is interpolated."""
+
+    widths: int = 8  # of FFNs
+    rare: int = 4  # sizes of short convolutions, or of delta nets
+    heads: int = 3  # counts of KV groups, and of query heads in each
+    shares: tuple[float, ...] = (1 / 8, 1 / 2)  # of the vocabulary that a head predicts
+
+
+FINE, COARSE = Grid(), Grid(3, 2, 2, ())
 
 
 @dataclass(frozen=True)
@@ -56,10 +65,10 @@ class ProbeStack:
     form: MatrixForm | None = None  # of those whose columns are whole groups of it
 
 
-def stacks_of(model: ProbeModel) -> list[ProbeStack]:
+def stacks_of(model: ProbeModel, grid: Grid = FINE) -> list[ProbeStack]:
     """All that is timed of a model, the model itself first."""
-    layers, vocab = stack_layers(model), model.shape.vocab
-    heads = [ProbeStack(layers[0], max(1, round(share * vocab))) for share in HEAD_SHARES]
+    layers, vocab = stack_layers(model, grid), model.shape.vocab
+    heads = [ProbeStack(layers[0], max(1, round(share * vocab))) for share in grid.shares]
     return [*map(ProbeStack, layers), *heads, *_of_forms(model, layers[0])]
 
 
@@ -87,28 +96,29 @@ def _share(shape: ModelShape, part: str, form: MatrixForm) -> float:
     return (1 - writes) * (shape.hidden % form.group_size == 0) + writes * (inner % form.group_size == 0)
 
 
-def stack_layers(model: ProbeModel) -> list[tuple[LayerSizes, ...]]:
+def stack_layers(model: ProbeModel, grid: Grid = FINE) -> list[tuple[LayerSizes, ...]]:
     """List the layers of every stack: the model itself, then one stack per option, which every second layer takes."""
     full, count = model.shape.layers[0], len(model.shape.layers)
-    options = [LayerSizes(full.query_heads, full.kv_heads, width) for width in (0, *_widths(full.ffn, model.precision))]
+    widths = (0, *_widths(full.ffn, model.precision, grid.widths))
+    options = [LayerSizes(full.query_heads, full.kv_heads, width) for width in widths]
     options.append(LayerSizes(0, 0, full.ffn))
-    for groups in _spread(full.kv_heads, HEAD_COUNTS):
-        for per_group in _spread(full.heads_per_group, HEAD_COUNTS):
+    for groups in _spread(full.kv_heads, grid.heads):
+        for per_group in _spread(full.heads_per_group, grid.heads):
             columns = groups * per_group * model.shape.head_dim
             if not (model.precision.group_size and columns % model.precision.group_size):
                 options.append(LayerSizes(groups * per_group, groups, full.ffn))
     if conv := model.largest.conv:
-        options += [LayerSizes(ffn=full.ffn, conv=w) for w in (*_widths(conv, model.precision, RARE_SIZES), conv)]
+        options += [LayerSizes(ffn=full.ffn, conv=w) for w in (*_widths(conv, model.precision, grid.rare), conv)]
     if delta := model.largest.delta:
         columns, groups = model.shape.width_of(DELTA.writes, model.largest), model.precision.group_size or 1
         counts = [count for count in range(1, delta + 1) if count == delta or not count * columns % groups]
-        few = [counts[n - 1] for n in _spread(len(counts), RARE_SIZES)]
+        few = [counts[n - 1] for n in _spread(len(counts), grid.rare)]
         options += [LayerSizes(ffn=full.ffn, delta=count) for count in few]
     stacks = [tuple(option if i % 2 else full for i in range(count)) for option in options if option != full]
     return [(full,) * count, *stacks]
 
 
-def _widths(full: int, precision: Precision, count: int = FFN_WIDTHS) -> list[int]:
+def _widths(full: int, precision: Precision, count: int) -> list[int]:
     group = precision.group_size or 32
     step = max(group, FAST_ROWS) if full >= 8 * FAST_ROWS else group
     return [step * n for n in _spread(full // step, count) if step * n < full]

@@ -144,7 +144,7 @@ def show_comparison(comparison: Comparison) -> None:
     from bench.report.verdicts import LEAST, SPEED, sentence, verdict_table
 
     table = verdict_table(comparison.rows, SPEED)
-    print_table("time, new / old", table.header, table.rows, LEAST)
+    print_table("new against old", table.header, table.rows, LEAST)
     for row in comparison.rows:
         if row.reason or row.confirmed:
             tell(f"  {row.label}, {row.setting}: {row.reason or sentence(row)}")

@@ -16,6 +16,7 @@ from saap.base.errors import UserError
 from saap.base.interrupt import ask_to_end, end_in_time, end_requested
 from saap.base.lazy import HOME, strangers
 from saap.base.waiting import sleep_while_waiting
+from saap.base.wording import installing
 from saap.cli.console import shown
 from saap.cli.types import LazyGroup
 
@@ -159,7 +160,8 @@ def invoke() -> None:
         missing = (error.name or "").split(".")[0]
         if missing not in EXTRAS:
             raise
-        fail(f"this command needs {missing}, which is not installed: pip install 'saap[{EXTRAS[missing]}]'", MISTAKE)
+        extra = installing(EXTRAS[missing])
+        fail(f"this command needs {missing}, which is not installed: pip install {extra}", MISTAKE)
     except SystemExit as stop:
         if isinstance(stop.__context__, BrokenPipeError):  # which rich makes an exit code of its own
             sys.exit(NO_READER)

@@ -9,6 +9,7 @@ from bench.judge.wording import as_dict, as_float, as_list, megabytes, number, p
 from bench.measure.result import Measurement, Result
 from bench.report.headline import bought_by
 from bench.report.tables import Table, markdown
+from saap import WHEEL
 from saap.cli.devices.fit import board_commands, fit_in_words
 from saap.cli.report import RunFile
 
@@ -36,15 +37,15 @@ def model_card(source: Path, run: RunFile, results: Sequence[Result], bundles: S
 
 ## How to run it
 
-{_on_device(run, slim)}On a board or a computer, with Python:
+{_on_device(run, slim)}On a board or a computer, with Python and the wheel that `make wheel` builds in saap's checkout:
 
 ```sh
-pip install 'saap[bench]'
+pip install './{WHEEL}[bench]'
 saap generate {slim} "Explain in two sentences why the sky is blue."
 saap bench {slim}
 ```
 
-In transformers' `generate()`, with `pip install 'saap[prune]'`:
+In transformers' `generate()`, with `pip install './{WHEEL}[prune]'`:
 
 ```python
 from export.generate.ort_model import BundleForCausalLM

@@ -19,6 +19,7 @@ from saap.base.errors import UserError
 from saap.base.files import cache_directory, calling, read_whole, sha256_file
 from saap.base.progress import Progress
 from saap.base.tokenizer_file import LARGEST_TOKENIZER, TOKENIZER, check_tokenizer, tokenizing
+from saap.base.wording import installing
 from saap.base.writing import read_object
 from saap.models.directory import WEIGHTS, check_files, weight_files
 from saap.models.integrity import cached
@@ -185,7 +186,7 @@ def _convert(source: Path, out: Path, report: Progress) -> None:
     try:
         from saap.models.gguf import convert
     except ImportError as error:
-        raise UserError(f"reading a GGUF file needs {error.name}: pip install 'saap[prune]'") from None
+        raise UserError(f"reading a GGUF file needs {error.name}: pip install {installing('prune')}") from None
     convert(source, out, report)
 
 
@@ -194,7 +195,7 @@ def _from_hub(name: str, report: Progress) -> Path:
         from huggingface_hub import snapshot_download
     except ImportError:
         raise UserError(
-            f"{name} is no directory, and a hub id needs huggingface_hub: pip install 'saap[prune]'"
+            f"{name} is no directory, and a hub id needs huggingface_hub: pip install {installing('prune')}"
         ) from None
     report(f"downloading, {name}", 0, 0)
     repository, _, revision = name.partition("@")

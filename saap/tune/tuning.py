@@ -129,11 +129,8 @@ def tuning_text(
     """
     if teacher is not None:
         check_same_vocabulary(teacher, model)
-    calibrated = read_record(model).get("lineage", {}).get("calibration", {})
     # Rows that scored the structures are passed over: the same text twice teaches less.
-    skip = options.skip
-    if skip is None:
-        skip = math.ceil(calibrated.get("sequences", 0) * calibrated.get("tokens", 0) / options.length)
+    skip = rows_read(model, options.length) if options.skip is None else options.skip
     source = None if data is None else str(data)
 
     def cut(tokens: int) -> TuningRows:
@@ -153,6 +150,12 @@ def tuning_text(
         if line:
             note(progress, line)
     return rows, options
+
+
+def rows_read(model: Path, length: int) -> int:
+    """Return how many rows of ``length`` tokens pruning read of its text, as the model's record says."""
+    calibrated = read_record(model).get("lineage", {}).get("calibration", {})
+    return math.ceil(calibrated.get("sequences", 0) * calibrated.get("tokens", 0) / length)
 
 
 @dataclass(frozen=True)

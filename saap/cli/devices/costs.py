@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from bench.costs.measure import Costs
     from bench.remote.target import Target
 
-QUICK_ROUNDS, QUICK_SECONDS = 2, 1.0
+QUICK_ROUNDS, QUICK_SECONDS = 5, 0.5  # of few sizes: what differs between processes is most of the noise
 CACHES = 4  # last-level caches that the probe's weights should exceed, where the model does
 
 
@@ -48,7 +48,7 @@ class CostsCommand:
         """The options, with fewer and shorter processes if they are ``quick``."""
         if not self.quick:
             return self
-        return replace(self, options=replace(self.options, rounds=QUICK_ROUNDS, seconds=QUICK_SECONDS), quick=False)
+        return replace(self, options=replace(self.options, rounds=QUICK_ROUNDS, seconds=QUICK_SECONDS))
 
     def check(self) -> None:
         self.board.check(on_a_board=self.on is not None)
@@ -96,7 +96,7 @@ def probe_costs(
     from devices.probe.host import probe
     from export.gguf.probe import check_probe, write_probe_gguf
     from export.graph.probe_model import WEIGHT_LIMIT, read_probe_model
-    from export.graph.probe_stacks import stacks_of, write_probe_stacks
+    from export.graph.probe_stacks import COARSE, FINE, stacks_of, write_probe_stacks
     from saap.base.outputs import COSTS, check_place
     from saap.models.resolve import resolve
 
@@ -108,7 +108,7 @@ def probe_costs(
     source = read_probe_model(path, command.bits, command.group_size, limit)
     if command.options.engine != ONNXRUNTIME:
         check_probe(source)
-    needed = stacks_of(source)
+    needed = stacks_of(source, COARSE if command.quick else FINE)
     if command.options.engine != ONNXRUNTIME:
         needed = [stack for stack in needed if not stack.part]  # its blocks have 32 weights
     with tempfile.TemporaryDirectory(prefix="saap-costs-") as work, calling(Path(work), "the probe graphs"):

@@ -66,7 +66,9 @@ def emulate(bundle: str, json_path: Path | None, options: EmulateCommand) -> Non
         raise UserError(f"{bundle} has room for {counted(len(ids), 'token')} of text, and 2 are needed: export it anew")
     onnxruntime = probe()["onnxruntime"]
     if onnxruntime is None:
-        raise UserError("ONNX Runtime is not installed here, and answers are compared with its: install saap[bench]")
+        raise UserError(
+            "answers are compared with ONNX Runtime's, which is not installed here: pip install onnxruntime"
+        )
     console = Console.of_command()
     console.report("emulate, arm64 packages and wheels", 0, 0)
     root = prepare(cache_directory(), str(onnxruntime))

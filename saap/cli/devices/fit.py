@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from devices.fit.demands import CONTEXT
+from saap import WHEEL
 from saap.base.errors import UserError
 from saap.cli.report import DeviceFit
 
@@ -202,6 +203,7 @@ def board_commands(fit: DeviceFit, bundle: Path) -> Iterator[tuple[str, str]]:
     threads = f" --threads {fit['threads']}" if fit["threads"] else ""
     context = f" --context {fit['context']}" if fit["context"] != CONTEXT else ""
     yield "copy it to the board", f"scp -r {shlex.quote(str(bundle))} {BOARD}:"
-    yield "there, once", "pip install 'saap[bench]'"
+    yield "saap too, once", f"make wheel && scp dist/{WHEEL} {BOARD}:"
+    yield "there, once", f"pip install './{WHEEL}[bench]'"
     yield "there", f"saap generate {shlex.quote(bundle.name)}{context}{threads}"
     yield "its speed, from here", f"saap bench {shlex.quote(str(bundle))} --on ssh://{BOARD}{threads}"

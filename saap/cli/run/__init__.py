@@ -56,9 +56,9 @@ def run_all(model: str, out: Path, options: RunOptions, console: Console) -> Non
     kind_of(model)
     console.report(LOADING, 0, 0)
     named = options.pruning.options.asked or options.profile
+    check_place(out, model, options)  # whose table is none of the inputs, if the first step measures one
     options = options.timed_here(out / COSTS)
     options.check()
-    check_place(out, model, options)
     begun = time.monotonic()
     source = resolve(model, progress=console.report)
     if not named:
@@ -224,4 +224,5 @@ def finish(job: Run, results: list[Path], begun: float) -> None:
         tell(job.file["device_told"])
         for what, command in board_commands(device, slim):
             click.echo(f"  {what + ':':<22} {command}")
+    click.echo("  what it keeps for the next run: saap cache (--clear removes it)")
     job.console.say(f"all of it took {time.monotonic() - begun:.0f} s; the page: {out / 'report.html'}")

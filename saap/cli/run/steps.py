@@ -208,13 +208,9 @@ class Tune(Step):
         self.pruned, self.folder = pruned, TUNED if pruned else DENSE_TUNED
         self.name, self.outputs = "tune" if pruned else "tune dense", (f"{self.folder}/saap.json",)
         self.source = run.out / SLIM if pruned else run.source
-        # The dense model skips the sequences that pruning read, as the slim one does by its record.
         reader = run.options.pruning.options
-        scored = math.ceil(reader.rows * reader.length / run.options.tuning.options.length)
-        self.options = run.options.tune(run.model, None if pruned else scored)
-        self.inputs = [pruned.key if pruned else run.dense, settings_in(self.options)]
-        source = self.source if pruned else run.model
-        self.command = ["tune", source, "-o", run.out / self.folder, *arguments_of(self.options)]
+        least = math.ceil(reader.rows * reader.length / run.options.tuning.options.length)
+        self.options = run.options.tune(run.model, None if pruned else least)
 
     def check(self) -> None:
         from saap.models.resolve import resolve
@@ -232,9 +228,16 @@ class Tune(Step):
         tuning_rows(self.source, data, rows, tuning.kind)
 
     def prepare(self) -> None:
-        options = self.run.options
+        from saap.tune.tuning import rows_read
+
+        run, options = self.run, self.run.options
         if self.pruned and (demands := options.demands):  # before hours of tuning
             check_pruned(demands, Planned.of(self.source, options.export(tuned=False)))
+        if not self.pruned:  # the dense model skips what pruning read, as the slim one does by its record
+            self.options = options.tune(run.model, rows_read(run.out / SLIM, self.options.options.length))
+        self.inputs = [self.pruned.key if self.pruned else run.dense, settings_in(self.options)]
+        source = self.source if self.pruned else run.model
+        self.command = ["tune", source, "-o", run.out / self.folder, *arguments_of(self.options)]
 
     def work(self) -> RunFile:
         tune_model(self.source, self.run.out / self.folder, self.options, self.run.console)
@@ -251,8 +254,10 @@ class Export(Step):
         self.options = run.options.export(tuned=True)
         if tuned.pruned:
             self.options = replace(self.options, engines=(AUTO,))  # the file that is fastest on some CPUs costs little
-        self.inputs = [tuned.key, settings_in(self.options)]
         self.command = ["export", run.out / tuned.folder, "-o", self.bundle, *arguments_of(self.options)]
+
+    def prepare(self) -> None:
+        self.inputs = [self.tuned.key, settings_in(self.options)]
 
     def check(self) -> None:
         from export.source import ModelSource
@@ -438,8 +443,11 @@ class Texts(Step):
 
     def __init__(self, run: Run, exports: list[Export]) -> None:
         super().__init__(run)
-        self.exports, self.inputs = exports, [export.key for export in exports]
+        self.exports = exports
         self.command = ["generate", exports[1].bundle, PROMPTS[0], "--max-tokens", ANSWER_TOKENS]
+
+    def prepare(self) -> None:
+        self.inputs = [export.key for export in self.exports]
 
     def work(self) -> RunFile:
         import torch

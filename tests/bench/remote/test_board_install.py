@@ -57,4 +57,4 @@ def test_generate_bench_report_work_and_prune_names_its_extra(board, real_model,
     run(board, "report", tmp_path / "result.json", "-o", tmp_path / "page.html")
     assert "<svg" in (tmp_path / "page.html").read_text()
     refused = run(board, "prune", real_model, "-o", tmp_path / "slim", "--ratio", "0.2", code=2)
-    assert "pip install 'saap[prune]'" in refused.stderr and "Traceback" not in refused.stderr
+    assert "pip install 'saap[prune] @ file://" in refused.stderr and "Traceback" not in refused.stderr

@@ -19,6 +19,7 @@ from bench.remote import labgrid_place
 from bench.remote.board import Board
 from bench.remote.run import open_board
 from devices.transport import BoardError
+from saap.base.wording import installing
 
 pytest_plugins = ["pytester"]
 
@@ -139,7 +140,7 @@ def test_the_plugin_knows_the_place_by_its_name(farm, pytester, monkeypatch):
 def test_without_labgrid_the_extra_is_named(bundle, monkeypatch, tmp_path):
     (tmp_path / "labgrid.py").write_text("raise ImportError('broken')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    assert refused("bench", bundle, "--on", "labgrid://pi").endswith("pip install 'saap[labgrid]'")
+    assert refused("bench", bundle, "--on", "labgrid://pi").endswith(f"pip install {installing('labgrid')}")
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ def test_the_fastest_engine_is_measured_once(bundle, timed, monkeypatch):
     assert notes == [f"{bundle} decodes fastest in openvino here (tokens per second: openvino 100.0, onnxruntime 50.0)"]
     monkeypatch.setattr("export.engine.table.absent", list)
     assert resolve(f"{bundle}@fastest", notes, here=True).engine == "onnxruntime" and resolve(bundle).engine is None
-    assert notes[1:] == ["openvino is not installed, so it takes no part: pip install 'saap[openvino]'"]
+    assert notes[1:] == ["openvino is not installed, so it takes no part: pip install openvino"]
 
 
 def test_what_is_found_beside_other_work_is_not_kept(bundle, timed, monkeypatch):

@@ -13,6 +13,7 @@ import click
 import pytest
 from support.command_line import every_command, here, refused, saap
 
+from saap.base.wording import installing
 from saap.cli import main as cli
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -153,7 +154,7 @@ def test_a_missing_package_names_the_extra(tmp_path, tiny_model):
     message = refused(
         "prune", tiny_model(), "-o", tmp_path / "out", "--ratio", "0.2", call=saap, env={"PYTHONPATH": str(tmp_path)}
     )
-    assert "pip install 'saap[prune]'" in message
+    assert f"pip install {installing('prune')}" in message
 
 
 STARTS = {"saap": [Path(sys.executable).parent / "saap"], "python -m saap": [sys.executable, "-m", "saap"]}

@@ -15,6 +15,7 @@ import pytest
 from huggingface_hub import ModelCard
 from support.command_line import here, refused
 from support.cost_files import cost_file
+from support.edited import edited
 from support.fake_trees import plant
 from support.no_pickles import no_pickles
 from support.old_products import old_products
@@ -27,7 +28,7 @@ from saap.base.options import arguments_of, build
 from saap.cli.console import Console
 from saap.cli.devices.fit import read_model
 from saap.cli.run import RunOptions, run_needs, steps
-from saap.cli.run.steps import Peer, Prune, Run, probe_costs, steps_of
+from saap.cli.run.steps import Peer, Prune, Run, Tune, probe_costs, steps_of
 from saap.models.record import read_record
 from saap.prune.pruning import budget_of
 from saap.text.documents import EVALUATION_SAMPLE, TRAINING_SAMPLES
@@ -138,12 +139,15 @@ def test_a_run_for_a_speed_here_times_the_layers_first_and_once(tiny_model, tmp_
         return replace(probe_costs(*arguments), status="INVALID" if reasons else "OK", reasons=reasons)
 
     monkeypatch.setattr(steps, "probe_costs", measured)
+    monkeypatch.setattr("saap.cli.run.steps_of", lambda job: steps_of(job)[:1])
+    monkeypatch.setattr("saap.cli.run.finish", lambda *_: None)
+    for again in range(2):
+        done = here("run", model, "-o", out, "--threads", "1").stderr
+        assert done.count("done before") == again and "the model is pruned to 1.3 times its speed here" in done
     with Console() as console:
         job = Run(str(model), model, out, timed, console)
         first, second, *_ = steps_of(job)
-        job.do(first, "[1]")
-        job.do(first, "[1]")
-        assert capsys.readouterr().err.count("done before") == 1 and second.name == "prune"
+        assert second.name == "prune"
         (out / "cost.json").unlink()
         with pytest.raises(UserError, match=f"too busy .*: saap run {model} -o {out} --ratio 0.2"):
             job.do(first, "[1]")
@@ -379,6 +383,16 @@ def test_a_run_resumes_and_each_of_its_steps_does_the_same_alone(tiny_model, tmp
         commands[NAMES.index("evaluate")][1:],
     ):
         assert "does not match the hash" in refused(*words)
+
+
+def test_the_dense_model_skips_what_pruning_read_whatever_was_planned(tiny_model, tmp_path):
+    model = tiny_model()
+    shutil.copytree(old_products() / "slim", tmp_path / "slim")
+    edited(tmp_path / "slim/saap.json", lineage={"calibration": {"sequences": 50, "tokens": 256}})
+    with Console() as console:
+        dense = Tune(Run(str(model), model, tmp_path, options(tokens=8192), console), None)
+    dense.prepare()
+    assert dense.options.options.skip == 50 and "skip=50" in dense.command
 
 
 def test_a_quick_run_takes_less_text_but_for_what_is_given():

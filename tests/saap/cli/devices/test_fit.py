@@ -12,6 +12,7 @@ from support.exported import export_bundle
 
 from devices.fit.memory import memory_of, packed_share
 from export.options import ExportOptions
+from saap import WHEEL
 from saap.base.errors import UserError
 from saap.base.options import build
 from saap.base.values import parse_bytes
@@ -129,7 +130,8 @@ def test_commands_for_a_board(tmp_path):
     found = DeviceFit(name="X", fits=True, context=4096, takes=1, has=2, memory="", threads=None)
     assert [command for _, command in board_commands(found, tmp_path / "my slim")] == [
         f"scp -r '{tmp_path}/my slim' USER@BOARD:",
-        "pip install 'saap[bench]'",
+        f"make wheel && scp dist/{WHEEL} USER@BOARD:",
+        f"pip install './{WHEEL}[bench]'",
         "saap generate 'my slim'",
         f"saap bench '{tmp_path}/my slim' --on ssh://USER@BOARD",
     ]
