@@ -149,7 +149,7 @@ def tiny_bundle(tiny_model, tmp_path, text):
 def test_generate_needs_the_engine_in_its_own_python(bundle, monkeypatch):
     monkeypatch.setattr("export.engine.table.absent", list)
     told = refused("generate", f"{bundle}@llama.cpp", "hello")
-    assert "llama.cpp is not in this Python, and it is needed here: pip install 'saap[llama-cpp]'" in told
+    assert "llama.cpp is not in this Python, and it is needed here: pip install llama-cpp-python" in told
 
 
 def test_a_path_may_have_an_at_of_its_own(tmp_path):
