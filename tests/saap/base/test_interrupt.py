@@ -49,4 +49,4 @@ def test_an_interrupt_ends_what_computes_and_leaves_time_to_what_cleans_up(
         os.kill(process.pid, signal.SIGINT)
         begun = time.monotonic()
         assert process.communicate(timeout=20) == (out, err) and process.returncode == status
-        assert out or time.monotonic() - begun < 2.5
+        assert out or time.monotonic() - begun < 10  # two seconds, and what a loaded machine adds

@@ -36,8 +36,8 @@ MEASURE = {
     f"devices baseline bundle {FAST} -r 6 --sessions 1 --baselines new": "bundle.*.json",
 }
 RUN = (  # of which the pages come after tables of its steps
-    "run dense -o new --calibration learn.jsonl --data learn.jsonl --text judge.txt --tokens 1024 --repetitions 1"
-    " --threads 1 --set sequences=8 --set length=16 --set max_chunks=2 --set chunk=64"
+    "run dense -o new --ratio 0.2 --calibration learn.jsonl --data learn.jsonl --text judge.txt --tokens 1024"
+    " --repetitions 1 --threads 1 --set sequences=8 --set length=16 --set max_chunks=2 --set chunk=64"
 )
 SHOW = (
     "devices check bundle",
