@@ -89,6 +89,7 @@ class BenchOptions:
     seed: Annotated[int, Option("Of the prompt's tokens, the same for all specs."), Meta(ge=0)] = 0
     provider: Annotated[Provider, Option("Of ONNX Runtime, for bundles.")] = "cpu"
     cold: Annotated[bool, Option("Also time a load from storage.")] = True
+    foreign_graph: Annotated[bool, Option("Run a bundle's graph of operators that saap does not write, too.")] = False
     choice: Annotated[
         str | None,
         Option("A setting of a peer's runtime, such as `flash attention off`, instead of trials.", shown=False),

@@ -53,6 +53,8 @@ def measure(
     for threads in {setting.threads for setting in settings}:
         check_threads(threads)
     peers = read_peers(specs, options.positions, names, options.provider, progress)
+    if options.foreign_graph:
+        peers = [replace(peer, foreign_graph=peer.kind == "onnx") for peer in peers]
     check_memory(peers, options.positions, options.root)
     peers, pilots = at_their_best(peers, options, progress)
     device = probe()

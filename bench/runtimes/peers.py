@@ -39,9 +39,11 @@ from saap.base.cores import choose_cores
 from saap.base.errors import UserError
 from saap.base.files import parse_json
 from saap.base.gguf_header import read_header
+from saap.base.memory_limit import most_bytes
 from saap.base.progress import Progress
 
 TORCH, LLAMA_CPP, GENAI, OPTIMUM, OPENVINO = "torch:", "llama.cpp:", "genai:", "optimum:", "openvino:"
+FOREIGN = ("genai", "optimum", "openvino")  # graphs that other tools wrote
 OTHER_RUNTIMES = (TORCH, LLAMA_CPP, GENAI, OPTIMUM, OPENVINO)
 FORMS = "a bundle's path, BUNDLE@ENGINE, torch:DIR, llama.cpp:FILE.gguf, genai:DIR, optimum:DIR or openvino:DIR"
 CONFIG = "config.json"
@@ -81,6 +83,7 @@ class Peer:
     unknown: dict[str, str]
     python: str = sys.executable  # interpreter of the worker
     choice: str | None = None  # one of the row's; None: its default
+    foreign_graph: bool = False  # of a bundle: a graph of other operators runs, too
     huge_pages: bool = True  # as in generation; a peer gets none that its own users do not have
 
     def environment(self, threads: int) -> dict[str, str]:
@@ -89,8 +92,15 @@ class Peer:
 
     def job(self, threads: int, positions: int, provider: str = "cpu") -> Job:
         """Return the job of a worker that opens this peer."""
-        options = EngineOptions(threads, positions, provider=provider, choice=self.choice, huge_pages=self.huge_pages)
-        return Job(self.row.module, str(self.path), options, list(self.row.packages), choose_cores(threads))
+        options = EngineOptions(
+            threads, positions, provider=provider, choice=self.choice, foreign_graph=self.foreign_graph,
+            huge_pages=self.huge_pages,
+        )  # fmt: skip
+        most = None
+        if self.foreign_graph or self.kind in FOREIGN:
+            parts = memory_needs(self.kind, self.model, positions, self.path)
+            most = parts["runtime"] + most_bytes(parts["weights"], positions, positions, self.vocab_size)
+        return Job(self.row.module, str(self.path), options, list(self.row.packages), choose_cores(threads), most)
 
 
 def read_peers(

@@ -38,6 +38,7 @@ class Bundle:
 
     path: Path
     manifest: BundleManifest
+    foreign: bool = False  # whether a graph may hold other operators of ONNX Runtime's than saap writes
 
     @classmethod
     def open(cls, path: str | Path) -> Bundle:
@@ -70,8 +71,12 @@ class Bundle:
     def graph_files(self, name: str = DECODE_GRAPH) -> list[Path]:
         """Return the paths of a graph, checked as :meth:`graph` does, and of its data files."""
         path = self.file(name)
-        data = _data_files(path, self.manifest.files[name].sha256, self.manifest.target)
+        data = _data_files(path, self.manifest.files[name].sha256, None if self.foreign else self.manifest.target)
         return [path, *(self.file(file.relative_to(self.path).as_posix()) for file in data)]
+
+    def graph_bytes(self, name: str = DECODE_GRAPH) -> int:
+        """Bytes of a graph's file and its data files, each counted once."""
+        return sum(file.stat().st_size for file in set(self.graph_files(name)))
 
     @cached_property
     def tokenizer(self) -> BundleTokenizer:
@@ -118,9 +123,10 @@ class Bundle:
 
 
 @cache
-def _data_files(graph: Path, sha256: str, target: str) -> list[Path]:
-    """Check a graph of this content, once, and return its data files."""
-    return check_graph(graph, STANDARD if target == "portable" else ALL, sha256)
+def _data_files(graph: Path, sha256: str, target: str | None) -> list[Path]:
+    """Check a graph of this content, once, and return its data files; no target: it is foreign."""
+    allowed = None if target is None else STANDARD if target == "portable" else ALL
+    return check_graph(graph, allowed, sha256)
 
 
 def foreign_graph(path: Path) -> list[Path]:

@@ -96,14 +96,17 @@ def check_graph(graph: str | Path, allowed: Set[str] | None = ALL, sha256: str |
         if (name not in allowed if allowed is not None else name.rpartition(":")[0] not in _DOMAINS)
     )  # fmt: skip
     most = 8 * (path.stat().st_size + sum(file.stat().st_size for file in files))  # elements of a bit
+    known = all(name.rpartition(":")[0] in _DOMAINS for name in contents.operators)
+    writer = "saap" if allowed is not None else "ONNX Runtime"
+    foreign = " (`saap bench --foreign-graph` runs it within limits)" if allowed is not None and known else ""
     for problem, there in (
         (f"more than {MOST_NODES} nodes", contents.nodes > MOST_NODES),
         (
-            "functions, branches or loops (If, Loop), which no decoder needs",
+            f"functions, branches or loops (If, Loop), which no decoder needs{foreign}",
             contents.nested and allowed is not None,
         ),
         (
-            f"the operator {min(strange, default='')!r}, which {'saap' if allowed else 'ONNX Runtime'} does not have",
+            f"the operator {min(strange, default='')!r}, which {writer} does not have{foreign}",
             bool(strange),
         ),
         ("a tensor of more elements than its files have bits", contents.largest > most),

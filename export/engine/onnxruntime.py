@@ -8,6 +8,7 @@ The weights that ONNX Runtime packed are moved to huge pages.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,6 +35,7 @@ from export.engine.scoring import BundleScorer
 from export.engine.session import check_provider, open_session
 from export.engine.sliding import SlidingCaches
 from saap.base.errors import first_line
+from saap.base.memory_limit import MemoryLimit, most_bytes
 
 if TYPE_CHECKING:
     from onnxruntime import OrtValue
@@ -50,7 +52,7 @@ class OnnxRuntimeEngine(BoundEngine):
     def __init__(self, source: Path, options: EngineOptions) -> None:
         from onnxruntime import OrtValue
 
-        bundle = Bundle.open(source)
+        bundle = replace(Bundle.open(source), foreign=options.foreign_graph)
         manifest = bundle.manifest
         check_provider(manifest, "cpu", str(source))
         super().__init__(manifest, source, options)
@@ -60,6 +62,7 @@ class OnnxRuntimeEngine(BoundEngine):
             lambda: open_session(bundle, options.threads), manifest.weight_bytes_per_token
         )
         self._bind(self._session)
+        self._stored = bundle.graph_bytes()
         # Standard operators concatenate the cache; only GroupQueryAttention writes into the past buffer.
         self._shared = self.manifest.target != "portable"
         self._token = np.zeros((1, 1), np.int64)
@@ -146,7 +149,8 @@ class OnnxRuntimeEngine(BoundEngine):
         if not self._shared:
             self._free_outputs()
         try:
-            self._session.run_with_iobinding(binding)
+            with MemoryLimit(most_bytes(self._stored, count, total, self.manifest.vocab_size)):
+                self._session.run_with_iobinding(binding)
         except Exception as error:  # as in own_session
             raise EngineError(f"the graph cannot be run: {first_line(error)}; export the bundle again") from None
         self.length = total

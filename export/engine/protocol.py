@@ -35,6 +35,7 @@ class EngineOptions:
     scoring: bool = False  # open what gives logits after every token (:meth:`Engine.logits`)
     provider: str = "cpu"  # of ONNX Runtime: cpu or cuda
     choice: str | None = None  # one of the engine's own settings (``Row.choices``); None: its default
+    foreign_graph: bool = False  # of ONNX Runtime on the CPU: run operators that saap does not write, in a worker
     huge_pages: bool = True  # move the weights to huge pages, where the engine leaves that to us
 
 

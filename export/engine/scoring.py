@@ -11,6 +11,7 @@ from export.bundle.manifest import FIRST_LOGIT, SCORING_GRAPH, BundleManifest, t
 from export.engine.protocol import Engine, EngineError, Ids, Logits, check_ids, check_room
 from export.engine.session import open_session
 from saap.base.errors import first_line
+from saap.base.memory_limit import MemoryLimit, most_bytes
 
 Cache = dict[str, np.ndarray]  # name of an input -> keys or values [batch, kv_heads, tokens, head_dim], or a state
 
@@ -37,6 +38,7 @@ class BundleScorer(Engine):
         if graph not in self.manifest.files:
             raise EngineError(f"{directory} has no {graph}: export it again with this saap")
         self._session = open_session(bundle, threads, graph)
+        self._stored = bundle.graph_bytes(graph)
         # Bundles of earlier versions, and those that optimum wrote, have no such input.
         self._may_skip = any(each.name == FIRST_LOGIT for each in self._session.get_overridable_initializers())
 
@@ -81,8 +83,10 @@ class BundleScorer(Engine):
             del feed["position_ids"]
         if last and self._may_skip:
             feed[FIRST_LOGIT] = np.array([-1])
+        most = most_bytes(self._stored, ids.size, feed["attention_mask"].shape[1], self.manifest.vocab_size)
         try:
-            logits, *rest = self._session.run(outputs, feed)
+            with MemoryLimit(most):
+                logits, *rest = self._session.run(outputs, feed)
         except Exception as error:  # as in own_session
             raise EngineError(f"the graph cannot be run: {first_line(error)}; export the bundle again") from None
         return [np.asarray(logits, dtype=np.float32), *rest]

@@ -11,6 +11,7 @@ from export.bundle import Bundle
 from export.bundle.manifest import DECODE_GRAPH, BundleError, BundleManifest, too_old
 from export.engine.protocol import EngineError
 from saap.base.errors import first_line
+from saap.base.memory_limit import MemoryLimit, most_bytes
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession, SessionOptions
@@ -27,7 +28,8 @@ def open_session(bundle: Bundle, threads: int, graph: str = DECODE_GRAPH) -> Inf
         EngineError: ONNX Runtime refuses the graph.
     """
     path = bundle.graph(graph)
-    session = own_session(path, threads)
+    with MemoryLimit(most_bytes(bundle.graph_bytes(graph), 0, 0, 0)):
+        session = own_session(path, threads)
     check_signature(session, bundle.manifest, path)
     return session
 

@@ -24,6 +24,7 @@ import numpy as np
 
 from export.engine.protocol import Engine, EngineOptions, Ids, Logits, greedy
 from saap.base.cores import pin
+from saap.base.memory_limit import limit_memory
 
 Clock = Callable[[], float]
 Answer = dict[str, object]
@@ -43,6 +44,7 @@ class Job:
     options: EngineOptions
     packages: list[str] = field(default_factory=list)  # imported before the model is loaded
     cpus: list[int] = field(default_factory=list)  # to pin to; none: all
+    most_bytes: int | None = None  # that the process may take for the model; None: all
     context: list[int] = field(default_factory=list)
     prompt: list[int] = field(default_factory=list)
     n_gen: int = 0
@@ -59,6 +61,8 @@ class Job:
             import_module(package)
         if self.cpus:
             pin(self.cpus)
+        if self.most_bytes is not None:
+            limit_memory(self.most_bytes)
 
 
 class Prompt(msgspec.Struct, tag="prompt"):

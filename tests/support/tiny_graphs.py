@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
+from support.hostile import seal
 
 from export.bundle.manifest import DECODE_GRAPH, SCORING_GRAPH, WEIGHTS, BundleManifest, LayerSizes, write_manifest
 
@@ -144,3 +145,27 @@ def _keep_all_positions(model: onnx.ModelProto) -> None:
     node.op_type = "Cast"
     node.attribute.append(helper.make_attribute("to", onnx.TensorProto.FLOAT))
     del node.input[1:]
+
+
+def greedy_for_memory(bundle: Path, when: str, operator: str = "Expand") -> Path:
+    """Let the decode graph make a tensor of 16 GB: while it is loaded (`load`), or with the first token (`run`)."""
+    path = bundle / DECODE_GRAPH
+    model = onnx.load(path, load_external_data=False)
+    nodes, weights = model.graph.node, model.graph.initializer
+    next(node for node in nodes if "logits" in node.output).output[0] = "small"
+    weights.append(numpy_helper.from_array(np.array([2**32], np.int64), "many"))
+    weights.append(numpy_helper.from_array(np.zeros(1, np.float32), "nothing"))
+    sizes = "many"
+    if when == "run":  # the number of rows, which is 1, is known with the input only
+        weights.append(numpy_helper.from_array(np.zeros(1, np.int64), "first"))
+        nodes.append(helper.make_node("Shape", ["input_ids"], ["rows_and_tokens"]))
+        nodes.append(helper.make_node("Gather", ["rows_and_tokens", "first"], ["rows"]))
+        nodes.append(helper.make_node("Mul", ["many", "rows"], ["sizes"]))
+        sizes = "sizes"
+    inputs = ["nothing", sizes] if operator == "Expand" else [sizes]
+    nodes.append(helper.make_node(operator, inputs, ["large"]))
+    nodes.append(helper.make_node("ReduceMean", ["large"], ["mean"], keepdims=0))
+    nodes.append(helper.make_node("Add", ["small", "mean"], ["logits"]))
+    path.write_bytes(model.SerializeToString())
+    seal(bundle)
+    return bundle
