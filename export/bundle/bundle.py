@@ -39,6 +39,7 @@ class Bundle:
     path: Path
     manifest: BundleManifest
     foreign: bool = False  # whether a graph may hold other operators of ONNX Runtime's than saap writes
+    foreign_tokenizer: bool = False  # whether rules of its tokenizer that are not allowed run, in a process with limits
 
     @classmethod
     def open(cls, path: str | Path) -> Bundle:
@@ -86,7 +87,7 @@ class Bundle:
         """
         from export.bundle.tokenizer import BundleTokenizer
 
-        return BundleTokenizer(self.path, self.manifest)
+        return BundleTokenizer(self.path, self.manifest, self.foreign_tokenizer)
 
     @cached_property
     def small_files(self) -> SmallFiles:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from export.bundle.foreign_tokenizer import ForeignTokenizer
 from export.bundle.manifest import BundleManifest
 from export.bundle.small_files import SmallFiles, manifest_of, remedy
 from saap.base.chat_template import ChatTemplate, TemplateError
@@ -37,17 +38,20 @@ class BundleTokenizer:
     Raises RunError: no tokenizer there, or one that cannot be read.
     """
 
-    def __init__(self, directory: str | Path, manifest: BundleManifest | None = None) -> None:
-        """``manifest``: the bundle's, where it was read before."""
+    def __init__(self, directory: str | Path, manifest: BundleManifest | None = None, foreign: bool = False) -> None:
+        """Read the files.
+
+        Args:
+            manifest: the bundle's, where it was read before.
+            foreign: take rules that are not allowed, too, and run them in a process with limits.
+        """
         self.directory = Path(directory)
         manifest = manifest or manifest_of(self.directory)
         self.files = SmallFiles(self.directory, manifest)
         content = self.files.read(TOKENIZER)
         if content is None:
             raise RunError(f"{self.directory} has no {TOKENIZER}: {remedy(self.directory)}")
-        self.tokenizer = _tokenizer(content, self.directory)
-        self.tokenizer.no_truncation()
-        self.tokenizer.no_padding()
+        self.tokenizer = _tokenizer(content, self.directory, foreign)
         config = read_json(self.files, "tokenizer_config.json")
         special = read_json(self.files, "special_tokens_map.json")
         try:
@@ -161,11 +165,17 @@ class TextStream:
 _CONTEXT_TOKENS = 6
 
 
-def _tokenizer(content: bytes, directory: Path) -> Tokenizer:
+def _tokenizer(content: bytes, directory: Path, foreign: bool) -> Tokenizer | ForeignTokenizer:
     """Load a tokenizer. Raises RunError: not a tokenizer, or one that the library must not be given."""
-    with tokenizing(f"{directory / TOKENIZER} cannot be read", remedy(directory), RunError):
+    within = "" if foreign else ", or run it within limits (`saap generate --foreign-tokenizer`)"
+    with tokenizing(f"{directory / TOKENIZER} cannot be read", remedy(directory) + within, RunError):
+        if foreign:
+            return ForeignTokenizer(content)
         check_tokenizer(content)
-        return Tokenizer.from_buffer(content)
+        tokenizer = Tokenizer.from_buffer(content)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def _template_source(files: SmallFiles, config: Mapping[str, object]) -> str | None:

@@ -7,11 +7,9 @@ logits of rows of tokens, or what the model says to a text.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import math
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable
@@ -23,6 +21,7 @@ import msgspec
 import numpy as np
 
 from export.engine.protocol import Engine, EngineOptions, Ids, Logits, greedy
+from saap.base.child import end_with_parent
 from saap.base.cores import pin
 from saap.base.memory_limit import limit_memory
 
@@ -32,7 +31,6 @@ Answer = dict[str, object]
 WINDOW = 8  # steps of each of the two windows that are compared
 STEADY = 0.03  # relative difference of their medians
 MOST_WARM_UP = 64
-_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of linux/prctl.h
 
 
 @dataclass(frozen=True)
@@ -200,8 +198,7 @@ def _loss(logits: Logits, token: int) -> float:
 
 def main() -> None:
     """Answer until no more requests come."""
-    if sys.platform == "linux":  # a process that is stopped does not see that its parent has gone
-        ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
+    end_with_parent()
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print
 

@@ -38,6 +38,9 @@ class GenerateOptions:
         float | None, Option("Above 1 makes tokens less likely that were there before."), Meta(gt=0, le=1000)
     ] = None
     seed: Annotated[int, Option("Seed of the draws."), Meta(ge=0)] = 0
+    foreign_tokenizer: Annotated[
+        bool, Option("Run a tokenizer of rules that are not allowed, in a process of at most 2 GB.")
+    ] = False
     threads: Annotated[int | None, Option("Threads; default: all physical cores."), THREADS] = None
     context: Annotated[
         int | None, Option("Tokens that the cache holds; default: as needed, 4096 for a conversation."), Meta(ge=1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypedDict
 
@@ -112,7 +112,7 @@ def open_bundle(
     Raises UserError: no bundle, options that do not go together, or a context that is too small.
     """
     named = resolve(bundle, progress, here=True)
-    opened = Bundle.open(named.bundle)
+    opened = replace(Bundle.open(named.bundle), foreign_tokenizer=options.foreign_tokenizer)
     source, manifest, tokenizer = named.source(opened), opened.manifest, opened.tokenizer
     templated = tokenizer.has_chat_template if options.chat is None else options.chat
     if prompt is None and not templated:

@@ -7,6 +7,7 @@ packages its interpreter has.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import selectors
@@ -29,6 +30,7 @@ PACKAGES = Path(__file__).resolve().parents[2]  # the folder that holds devices/
 MOST_ANSWER = 64 << 20  # bytes; a worker that prints without end is ended
 STDERR_LINES = 12
 AWAKE_S = 0.2
+_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of linux/prctl.h
 EVERY_WORKER = ("numpy", "msgspec")  # packages that any worker needs
 
 T = TypeVar("T")
@@ -157,6 +159,12 @@ def job_and_tell(kind: type[T]) -> tuple[T, Tell]:
         out.flush()
 
     return msgspec.json.decode(sys.stdin.buffer.read(), type=kind), tell
+
+
+def end_with_parent() -> None:
+    """Let the system end this process with its parent: one that is stopped, or hangs, does not see that it has gone."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
 
 
 def read_lines(
