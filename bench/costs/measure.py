@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -39,6 +39,7 @@ from saap.base.errors import UserError
 from saap.base.files import write_text
 from saap.base.options import check_values
 from saap.base.progress import Progress
+from saap.base.writing import taking_turns
 
 SCHEMA = 1
 KIND = "saap costs"
@@ -107,6 +108,19 @@ def measure_costs(
         check_threads(count)
     check_depth(manifests[0], options.depth)
     groups = schedule(len(stacks), options.rounds, _stacks_together(manifests[0].weight_bytes_per_token))
+    with taking_turns(progress):
+        return _timed(bundles, stacks, groups, replace(options, threads=tuple(threads)), progress)
+
+
+def _timed(
+    bundles: Sequence[Path],
+    stacks: list[Stack],
+    groups: list[list[int]],
+    options: CostsOptions,
+    progress: Progress | None,
+) -> Costs:
+    """Time groups of stacks with each number of threads of the options."""
+    threads = options.threads or ()
     device, tables, reasons = probe(), [], []
     report, of = progress or (lambda label, done, total: None), len(threads) * len(groups)
     peer = None
@@ -134,7 +148,7 @@ def measure_costs(
         command=command_line(),
         versions=package_versions(),
         device={**device},
-        model=described(manifests[0]),
+        model=described(read_manifest(bundles[0])),
         depth=options.depth,
         stacks=stacks,
         threads=tables,

@@ -33,6 +33,12 @@ class NoBaselineError(RegressionError):
     exit_code = 3
 
 
+class BlindBaselineError(RegressionError):
+    """Sessions differ too much for a test to see anything."""
+
+    exit_code = 3
+
+
 @dataclass(frozen=True)
 class Baseline:
     """The document: what one model was on one device, in one or more sessions of the same setting."""

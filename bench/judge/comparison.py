@@ -116,6 +116,20 @@ def runs_of(side: Runs) -> list[Result]:
     return sorted(runs, key=lambda run: run.created)
 
 
+def only(runs: Sequence[Result], name: str | None) -> list[Result]:
+    """Keep of each run what was measured under one name; None: all of it.
+
+    Raises CompareError: nothing was.
+    """
+    if name is None:
+        return list(runs)
+    kept = [replace(run, measurements=some) for run in runs if (some := list(run.of(name)))]
+    if not kept:
+        known = ", ".join(dict.fromkeys(m.name for run in runs for m in run.measurements))
+        raise CompareError(f"nothing was measured as {name!r}: give one of {known}")
+    return kept
+
+
 def _by_key(runs: Sequence[Result], whole_key: bool) -> dict[Hashable, list[Measurement]]:
     measurements: dict[Hashable, list[Measurement]] = {}
     for run in runs:

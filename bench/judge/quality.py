@@ -48,13 +48,16 @@ def read_quality(path: str | Path) -> Quality:
     return replace(QUALITY, error=QualityError).read(path)
 
 
-def compare_quality(old: Quality, new: Quality) -> list[Verdict]:
+def compare_quality(old: Quality, new: Quality, pair: Pair | None = None) -> list[Verdict]:
     """Compare what both documents hold of each pair of models.
 
-    Models are paired by name, or, where each document holds one beside its reference, those two. Raises QualityError:
-    no pair, nothing that both measured, or numbers that do not belong together.
+    Models are paired by name, or, where each document holds one beside its reference, those two; or ``pair`` names
+    them. Raises QualityError: no pair, nothing that both measured, or numbers that do not belong together.
     """
-    pairs = _pairs(old, new)
+    pairs = _pairs(old, new) if pair is None else [pair]
+    for name, document in zip(pair or (), (old, new), strict=False):
+        if name not in _names(document):
+            raise QualityError(f"nothing was evaluated as {name!r}: give one of {', '.join(_names(document))}")
     try:
         rows = [row for pair in pairs for row in (*_perplexity(pair, old, new), *_tasks(pair, old, new))]
     except (LookupError, TypeError, ValueError, ArithmeticError) as error:

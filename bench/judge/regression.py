@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.judge.baselines import Baseline, NoBaselineError, RegressionError, write_baseline
+from bench.judge.baselines import Baseline, BlindBaselineError, NoBaselineError, RegressionError, write_baseline
 from bench.judge.comparison import LEAST_REPETITIONS, device_differs, obstacle_between
 from bench.judge.confirm import bundle_gone
 from bench.judge.verdict import (
@@ -97,6 +97,7 @@ class Recording:
     sessions: int = SESSIONS
     spread_s: float = 0.0
     add_to: Baseline | None = None  # whose sessions stay
+    min_effect: float | None = None  # relative change of speed that the baseline must be able to show
     sleep: Callable[[float], None] = time.sleep
     say: Callable[[str], None] | None = None  # told of what is measured again, and why
 
@@ -110,6 +111,7 @@ def record(name: str, measure: Measure, plan: BenchOptions, how: Recording | Non
     Raises:
         RegressionError: a plan that says too little, a session that stays INVALID, or a model that does not repeat its
             answers.
+        BlindBaselineError: sessions that differ too much.
     """
     how = how or Recording()
     _check(plan, how.sessions)
@@ -132,7 +134,22 @@ def record(name: str, measure: Measure, plan: BenchOptions, how: Recording | Non
                 raise RegressionError(f"{name} does not answer {then} on this device: {check.reason}")
         if differs := device_differs(results[0].device, result.device):
             raise RegressionError(f"the device changed between two sessions: {differs}")
-    return replace(how.add_to, results=results) if how.add_to else Baseline(name, results)
+    baseline = replace(how.add_to, results=results) if how.add_to else Baseline(name, results)
+    if how.min_effect is not None:
+        _check_sight(baseline, how.min_effect)
+    return baseline
+
+
+def _check_sight(baseline: Baseline, min_effect: float) -> None:
+    """Refuse a baseline against which a test could not see a change of this size."""
+    blind = {what: change for what, change in visible_changes(baseline).items() if change > min_effect}
+    if blind:
+        shown = ", ".join(f"{what} {change:.0%}" for what, change in blind.items())
+        raise BlindBaselineError(
+            f"sessions differ too much here: a test would show a change of {shown}, and {min_effect:.0%} is asked for, "
+            "so this is no baseline: stop other programs, record more --sessions or longer ones (-n), or give a larger "
+            "--min-effect"
+        )
 
 
 def _measured(

@@ -20,11 +20,12 @@ from bench.measure.roofline import joined, probe_bandwidth
 from bench.measure.rounds import Outcome, Rounds
 from bench.measure.validity import judge
 from bench.power.energy import Recorder
-from bench.runtimes.peers import check_memory, read_peers
+from bench.runtimes.peers import Peer, check_memory, read_peers
 from devices.probe.host import probe
 from export.engine.protocol import check_threads
 from saap.base.cores import choose_cores
 from saap.base.progress import Progress, advance
+from saap.base.writing import taking_turns
 
 RECORDED = ("seed", "repetitions", "precision", "max_time_s", "ratio_time_s", "warmup", "timeout_s")
 
@@ -49,13 +50,19 @@ def measure(
     """
     options = options or BenchOptions()
     options.check()
-    settings = options.settings()
-    for threads in {setting.threads for setting in settings}:
+    for threads in {setting.threads for setting in options.settings()}:
         check_threads(threads)
     peers = read_peers(specs, options.positions, names, options.provider, progress)
     if options.foreign_graph:
         peers = [replace(peer, foreign_graph=peer.kind == "onnx") for peer in peers]
     check_memory(peers, options.positions, options.root)
+    with taking_turns(progress):
+        return _measured(peers, options, progress)
+
+
+def _measured(peers: list[Peer], options: BenchOptions, progress: Progress | None) -> Result:
+    """Measure what was checked."""
+    settings = options.settings()
     peers, pilots = at_their_best(peers, options, progress)
     device = probe()
     widths = sorted({setting.threads for setting in settings})

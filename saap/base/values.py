@@ -49,6 +49,14 @@ def parse_counts(text: str) -> tuple[int, ...]:
         ) from None
 
 
+def parse_pair(text: str) -> tuple[str, str]:
+    """``OLD=NEW`` -> two names."""
+    old, _, new = text.partition("=")
+    if not old or not new:
+        raise ValueError(f"{text!r} names no two models: write OLD=NEW")
+    return old, new
+
+
 def parse_duration(text: str) -> float:
     """``90s``, ``30m`` or ``1h`` in seconds; a number alone is seconds."""
     match = re.fullmatch(r"(\d+(?:\.\d*)?)([smh]?)", text.strip().lower())

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,8 +32,10 @@ from saap.base.files import (
     write_text,
 )
 from saap.base.outputs import check_directory_place
+from saap.base.progress import Progress, note
 
 RECORD = "saap.json"
+POLL_S = 0.5
 _claimed: set[tuple[Path, int]] = set()  # lock and thread
 RUN = "run.json"
 OURS = (RECORD, "bundle.json", RUN)  # a directory that holds one of these may be written over
@@ -76,6 +79,29 @@ def claimed(out: str | Path) -> Iterator[None]:
     finally:
         _claimed.remove(mine)
         place.unlink(missing_ok=True)  # while it is held: whoever has opened it sees that it is not there any more
+        os.close(lock)
+
+
+@contextmanager
+def taking_turns(progress: Progress | None) -> Iterator[None]:
+    """Let one process of this user measure at a time, as the lock of a board does; the others wait."""
+    place, waits = cache_directory() / "locks" / "measuring", False
+    while True:
+        try:
+            lock = _locked(place)
+        except BlockingIOError:
+            if not waits:
+                note(progress, "waiting for another measurement of saap on this host")
+            waits = True
+            time.sleep(POLL_S)
+        except (OSError, ImportError):  # as in claimed
+            yield
+            return
+        else:
+            break
+    try:
+        yield
+    finally:
         os.close(lock)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -185,13 +186,21 @@ def of_runs(counts: Sequence[int]) -> str:
     return f"medians of {'-'.join(map(str, dict.fromkeys((counts[0], counts[-1]))))} interleaved runs"
 
 
-def show_reasons(result: Result, to_stderr: bool = False) -> None:
-    """Print why a measurement is WARN or INVALID, and the last lines of a worker that failed."""
-    for m in result.measurements:
+def show_reasons(*results: Result, to_stderr: bool = False) -> None:
+    """Print why measurements are WARN or INVALID, and the last lines of workers that failed.
+
+    A reason that several results give, with other numbers or not, is printed once with their count.
+    """
+    measurements, stream = [m for result in results for m in result.measurements], sys.stderr if to_stderr else None
+    reasons: dict[tuple[str, ...], list[str]] = {}
+    for m in measurements:
         for reason in m.reasons:
-            tell(f"  {m.name}, {m.test}: {m.status}: {reason}", sys.stderr if to_stderr else None)
-        for line in m.stderr[:-1]:
-            tell(f"    | {line}", sys.stderr if to_stderr else None)
+            reasons.setdefault((m.name, m.test, m.status, re.sub(r"\d", "", reason)), []).append(reason)
+    for (name, test, status, _), some in reasons.items():
+        count = f", in {len(some)} of {len(results)} runs" if len(results) > 1 else ""
+        tell(f"  {name}, {test}: {status}: {some[0]}{count}", stream)
+    for line in (line for m in measurements for line in m.stderr[:-1]):
+        tell(f"    | {line}", stream)
 
 
 def _show_against(result: Result, base: str, other: str, floor: float | None) -> None:

@@ -16,6 +16,7 @@ from bench.measure.options import BenchOptions
 from saap.base.errors import UserError
 from saap.base.files import write_text
 from saap.base.options import Option, Part, refuse_unused
+from saap.base.values import parse_pair
 from saap.cli.bench import STDOUT, check_ending, check_turns, show_reasons, verify_models
 from saap.cli.console import Console, print_table, tell
 from saap.cli.options import OptionsCommand, options_of
@@ -40,6 +41,15 @@ class CompareCommand:
         Literal["regression"] | None, Option("Exit with 1 when something became slower, 3 when that cannot be told.")
     ] = None
     confirm: Annotated[bool, Option("Measure again before it says slower.")] = True
+    pair: Annotated[
+        tuple[str, str] | None,
+        Option(
+            "Compare these two of the documents' models, whose names differ.",
+            flags=("--as",),
+            metavar="OLD=NEW",
+            parse=parse_pair,
+        ),
+    ] = None
     junit: Annotated[Path | None, Option("Write JUnit XML here.")] = None
 
     def check(self, *, of: str) -> None:
@@ -55,6 +65,7 @@ class CompareCommand:
         check_ending(self, repetitions := self.options.repetitions)
         if of == "bundles":
             check_turns(self, self.options)
+            refuse_unused(self, ("pair",), "documents, and these are bundles")
         if repetitions is not None and repetitions < LEAST_REPETITIONS:
             raise UserError(f"--repetitions {repetitions} tell no difference: give {LEAST_REPETITIONS} or more")
 
@@ -81,7 +92,7 @@ def compare(old: str, new: str, json_path: Path | None, options: CompareCommand)
       saap compare flap-quality.json saap-quality.json
     """
     from bench.judge.comparison import compare as compare_results
-    from bench.judge.comparison import runs_of
+    from bench.judge.comparison import only, runs_of
     from bench.judge.confirm import compare_live, confirm_files
     from bench.judge.quality import is_quality
     from bench.report.verdicts import comparison_json
@@ -102,11 +113,12 @@ def compare(old: str, new: str, json_path: Path | None, options: CompareCommand)
     files = [_is_result(spec) for spec in (old, new)]
     options.check(of="results" if all(files) else "bundles")
     if all(files):
-        results = runs_of(old), runs_of(new)
-        comparison = compare_results(*results, minimum)
+        before, after = options.pair or (None, None)
+        olds, news = only(runs_of(old), before), only(runs_of(new), after)
+        comparison = compare_results(olds, news, minimum)
         if options.confirm and (comparison.regressed or comparison.open):
             with ended_as_by_a_person():
-                comparison = confirm_files(comparison, *results, plan, measuring(console)).comparison
+                comparison = confirm_files(comparison, olds, news, plan, measuring(console)).comparison
     elif any(files):
         raise UserError(f"{old} and {new} do not compare: give two results of `saap bench --json`, or two bundles")
     else:
@@ -171,7 +183,7 @@ def compare_qualities(old: str, new: str, both: bool, asked: CompareCommand, jso
     if not both:
         raise UserError(f"{old} and {new} do not compare: one is of `saap eval`, the other is not; give two of a kind")
     asked.check(of="qualities")
-    rows = compare_quality(read_quality(old), read_quality(new))
+    rows = compare_quality(read_quality(old), read_quality(new), asked.pair)
     document = quality_json(rows)
     if json_path not in (None, STDOUT):
         write_document(json_path, document)

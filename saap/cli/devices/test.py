@@ -77,6 +77,7 @@ class BaselineCommand:
         Option("Begin them evenly over this time, such as 30m or 1h.", parse=parse_duration, metavar="TIME"),
         Meta(ge=0, le=604_800),
     ] = 0.0
+    min_effect: Annotated[float, Option("Change of speed that it must be able to show."), Meta(gt=0, lt=100)] = 0.05
     add: Annotated[bool, Option("Add the sessions to the baseline that is there.")] = False
     device: DeviceOptions = field(default_factory=DeviceOptions)
 
@@ -98,7 +99,8 @@ class TestCommand:
 def baseline(bundle: str, options: BaselineCommand) -> None:
     """Record what BUNDLE is on this device, or on a board: speed, memory, load, energy, answers.
 
-    Several sessions tell how much sessions differ here, and so which change a test can see.
+    Several sessions tell how much sessions differ here, and so which change a test can see. Exit 3 when that is none of
+    --min-effect: then nothing is recorded.
 
     \b
     Example:
@@ -121,7 +123,7 @@ def baseline(bundle: str, options: BaselineCommand) -> None:
     name = device_options.name or name_of(bundle)
     writable_folder(folder, name)
     there = _baseline_there(folder, name, device_options.on) if options.add else None
-    how = Recording(options.sessions, options.spread, there, say=console.say)
+    how = Recording(options.sessions, options.spread, there, None if there else options.min_effect, say=console.say)
     with ended_as_by_a_person():
         device = target(device_options.on, device_options.board, console.say)
         if there is None:
@@ -129,8 +131,7 @@ def baseline(bundle: str, options: BaselineCommand) -> None:
         kept = record(name, measuring(device, bundle, name, console), plan_of(there) if there else plan, how)
     console.finish()
     path = write_baseline(folder, kept)
-    for result in kept.results[-options.sessions :]:
-        show_reasons(result)
+    show_reasons(*kept.results[-options.sessions :])
     tell(f"wrote {path}: {counted(kept.repetitions, 'repetition')} in {counted(len(kept.results), 'session')}")
     for what, change in visible_changes(kept).items():
         tell(f"  {what}: one session of a test would show {change:.1%} (8 times of 10)")

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.bench_samples import measurement, result, sample
+from support.command_line import here
 
 from bench.judge import compare
 from bench.judge.comparison import CompareError, Comparison, compare_within, confirm, decisive_values, noise_floor
@@ -134,6 +135,18 @@ def test_names_in_one_result_only() -> None:
     rows = compare(old, new).rows
     assert [(r.name, r.verdict) for r in rows] == [("a", NOT_COMPARABLE), ("b", CANNOT_TELL), ("c", NOT_COMPARABLE)]
     assert (rows[0].reason, rows[2].reason) == ("only in the old result", "only in the new result")
+
+
+def test_names_that_differ_are_compared_where_the_user_pairs_them(tmp_path: Path) -> None:
+    for name, models in (("old", ("a", "b")), ("new", ("c", "d"))):
+        kept = result(*(measurement(model, BASE) for model in models))
+        write_result(tmp_path / f"{name}.json", kept)
+    files = tmp_path / "old.json", tmp_path / "new.json"
+    assert here("compare", *files, code=3).stdout.count("only in the") == 4
+    pair = here("compare", *files, "--as", "b=c", "--no-confirm").stdout
+    assert "c against b" in pair and "only in" not in pair
+    assert "nothing was measured as 'x': give one of c, d" in here("compare", *files, "--as", "a=x", code=2).stderr
+    assert "write OLD=NEW" in here("compare", *files, "--as", "a", code=2).stderr
 
 
 def test_one_name_against_another_in_every_setting() -> None:

@@ -136,6 +136,9 @@ def test_models_of_other_names_are_paired_where_it_is_clear():
     two["rows"].append({**two["rows"][0], "name": "c"})
     with pytest.raises(QualityError, match="they hold a and b, c: evaluate one model per document"):
         compare_quality(document("a"), two)
+    with pytest.raises(QualityError, match="nothing was evaluated as 'd': give one of b, c"):
+        quality.compare_quality(*(QUALITY.convert(each) for each in (document("a"), two)), ("a", "d"))
+    assert quality.compare_quality(*(QUALITY.convert(each) for each in (document("a"), two)), ("a", "c"))[0].name == "c"
     two["reference"] = "c"
     assert compare_quality(document("a"), two)[0].label == "b against a"
 

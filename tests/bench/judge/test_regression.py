@@ -16,7 +16,7 @@ from support.bench_samples import measurement, result
 from support.command_line import here, refused
 from support.tiny_graphs import tiny_bundle
 
-from bench.judge.baselines import read_baselines, write_baseline
+from bench.judge.baselines import BlindBaselineError, read_baselines, write_baseline
 from bench.judge.regression import (
     DeviceTest,
     NoBaselineError,
@@ -30,7 +30,7 @@ from bench.judge.regression import (
 )
 from bench.judge.verdict import CANNOT_TELL, NOT_COMPARABLE, SAME, UNKNOWN, WORSE
 from bench.measure.options import BenchOptions
-from bench.measure.result import INVALID, Bursts, Energy, Load, Result, write_result
+from bench.measure.result import INVALID, WARN, Bursts, Energy, Load, Result, write_result
 from bench.measure.run import measure
 from bench.report.verdicts import device_junit
 from export.bundle.manifest import read_manifest
@@ -38,6 +38,7 @@ from export.engine.onnxruntime import OnnxRuntimeEngine
 from export.engine.protocol import Engine, EngineOptions
 from export.engine.scoring import BundleScorer
 from export.engine.worker import continued
+from saap.cli.bench import show_reasons
 
 TEXT = tuple(range(3, 23))
 PLAN = BenchOptions(prompt=8, generate=4, threads=1, text=TEXT)
@@ -358,6 +359,21 @@ def test_an_invalid_run_is_no_baseline() -> None:
     assert len(device.asked) == 3
 
 
+def test_sessions_that_differ_more_than_the_effect_are_no_baseline() -> None:
+    unlike = (1.0, 1.3, 0.8, 1.2, 0.9)
+    with pytest.raises(BlindBaselineError, match=r"a change of decode \d+%.*5% is asked for.*--sessions") as refusal:
+        record("tiny", Device(*unlike), PLAN, Recording(5, min_effect=0.05))
+    assert refusal.value.exit_code == 3
+    assert record("tiny", Device(*unlike), PLAN, Recording(5, min_effect=2.0)).results
+    assert record("tiny", Device(*FIVE), PLAN, Recording(5, min_effect=0.05)).results
+
+
+def test_a_reason_of_several_sessions_is_printed_once(capsys: pytest.CaptureFixture[str]) -> None:
+    reasons = [[f"waited for a core {share}% of the time"] for share in (21, 22, 23)]
+    show_reasons(*(result(measurement("tiny", FIVE, status=WARN, reasons=some)) for some in reasons))
+    assert capsys.readouterr().out == "  tiny, pp8+tg4: WARN: waited for a core 21% of the time, in 3 of 3 runs\n"
+
+
 def test_a_run_that_is_invalid_once_is_measured_again() -> None:
     class Hot(Device):
         def __call__(self, plan: BenchOptions) -> Result:
@@ -492,7 +508,7 @@ def test_a_run_asks_each_model(tmp_path: Path) -> None:
     assert told["a"] != told["c"] and len(told["a"]["tokens"]) == 6
 
 
-COMMAND = ["-p", "4", "-n", "4", "-t", "1", "-r", "3", "--sessions", "2"]
+COMMAND = ["-p", "4", "-n", "4", "-t", "1", "-r", "3", "--sessions", "2", "--min-effect", "99"]
 
 
 def baseline_of(bundle: Path, *options: object) -> str:

@@ -16,7 +16,7 @@ from support.command_line import here, last_line, refused
 from support.slim_integers import WIDE
 
 from saap.base.errors import UserError
-from saap.base.writing import beside, claimed, put_in_place, writing_directory, writing_file
+from saap.base.writing import beside, claimed, put_in_place, taking_turns, writing_directory, writing_file
 from saap.prune.options import PruneOptions
 from saap.prune.pruning import prune
 
@@ -36,6 +36,39 @@ def holder(tmp_path, monkeypatch) -> Iterator[subprocess.Popen[str]]:
         assert process.stdout and process.stdout.readline() == "held\n"
         yield process
         process.kill()
+
+
+def test_who_measures_on_a_host_takes_turns(tmp_path, monkeypatch):
+    monkeypatch.setenv("SAAP_CACHE", str(tmp_path / "cache"))
+    code = (
+        "from saap.base.writing import taking_turns\nwith taking_turns(None): print('held', flush=True); input()"
+        "\nprint('done', flush=True)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout and other.stdin and other.stdout.readline() == "held\n"
+
+        class Shown:
+            """A progress that lets the other go on when it is told that this one waits."""
+
+            def __init__(self):
+                self.notes = []
+
+            def __call__(self, *_):
+                pass
+
+            def note(self, text):
+                self.notes.append(text)
+                other.stdin.write("\n")
+                other.stdin.flush()
+
+        shown = Shown()
+        with taking_turns(shown):
+            assert other.stdout.readline() == "done\n"
+        assert shown.notes == ["waiting for another measurement of saap on this host"]
+    with taking_turns(shown):
+        pass
 
 
 def test_another_process_on_the_same_output_is_refused_and_a_killed_one_forgotten(holder, tmp_path):
