@@ -60,6 +60,7 @@ $(VENV_OPTIMUM)/.test: pyproject.toml
 
 # What is installed elsewhere while the name is not on the package index.
 wheel: $(VENV)/bin/pip
+	rm -f dist/saap-*.whl
 	$(BIN)/pip wheel -q --no-deps -w dist .
 	@echo "here:       pip install 'saap[prune,export] @ file://$$(echo $(CURDIR)/dist/saap-*.whl)'"
 	@echo "on a board: scp $$(echo dist/saap-*.whl) USER@BOARD: && ssh USER@BOARD \"pip install './$$(basename dist/saap-*.whl)[bench]'\""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import os
 import re
 import subprocess
 import sys
@@ -62,6 +63,44 @@ def test_a_board_needs_few_packages():
     assert len(install.direct("bench")) <= 12
     assert install.direct("bench") >= install.direct(install.BASE) | {"numpy", "onnxruntime", "tokenizers"}
     assert "torch" not in install.direct("bench") and "torch" in install.direct("tasks")  # by an extra of ours
+
+
+def install_lines() -> dict[str, str]:
+    """What pages tell a reader to install, and the page that says so first; a board's own lines are printed."""
+    lines: dict[str, str] = {}
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "docs/nightly.yml"):
+        for line in re.findall(r"\bpip install [^`#\n]*[^`#\s]", page.read_text()):
+            lines.setdefault(line, page.name)
+    return lines
+
+
+def test_install_lines_name_extras_that_there_are():
+    extras = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
+    ours = [line for line in install_lines() if "[" in line]
+    assert len(ours) >= 7
+    for line in ours:
+        (listed,) = re.findall(r"\[([\w,-]+)\]", line)
+        assert set(listed.split(",")) <= extras, line
+    published = [line for line in ours if "'saap[" in line]
+    assert [install_lines()[line] for line in published] == ["install.md"]  # what changes on the day of publication
+
+
+@pytest.mark.slow
+# Neither what will be published nor what comes from another index than PyPI.
+@pytest.mark.parametrize("line", [line for line in install_lines() if not re.search(r"'saap\[|--index-url", line)])
+def test_an_install_line_works_in_a_fresh_environment(line, tmp_path):
+    """In a copy of the checkout, with the wheel of `make wheel` in the working directory."""
+    checkout = tmp_path / "saap"
+    subprocess.run(["git", "clone", "-q", ROOT, checkout], check=True)
+    subprocess.run([sys.executable, "-m", "venv", checkout / ".venv"], check=True)
+    env = {**os.environ, "PATH": f"{checkout / '.venv/bin'}{os.pathsep}{os.environ['PATH']}"}
+    if ".whl" in line:
+        subprocess.run(["make", "wheel", f"PYTHON={sys.executable}"], cwd=checkout, env=env, check=True)
+        (wheel,) = checkout.glob("dist/*.whl")
+        wheel.rename(checkout / wheel.name)
+    subprocess.run(["bash", "-c", line], cwd=checkout, env=env, check=True)
+    if "saap" in line or "-e " in line:
+        subprocess.run([checkout / ".venv/bin/saap", "--version"], check=True)
 
 
 def test_a_board_gets_the_engines_that_their_extras_install():
