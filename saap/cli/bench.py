@@ -41,6 +41,7 @@ class BenchCommand:
     ] = ()
     board: BoardOptions = field(default_factory=BoardOptions)
     history: Annotated[Path | None, Option("A folder that keeps this result, for the report's history.")] = None
+    wide: Annotated[bool, Option("Print a second table: loads, single steps, and where the memory is.")] = False
     form: Annotated[Literal["md"] | None, Option("Print this instead of tables.", flags=("--format",))] = None
 
     def check(self) -> None:
@@ -131,10 +132,11 @@ def _show(result: Result, command: BenchCommand) -> None:
     from bench.report.tables import detail_table, main_table, markdown
 
     if command.form:
-        click.echo(f"{markdown(main_table(result))}\n{markdown(detail_table(result))}", nl=False)
+        tables = [main_table(result), *([detail_table(result)] if command.wide else [])]
+        click.echo("\n".join(map(markdown, tables)), nl=False)
         show_reasons(result, to_stderr=True)
     else:
-        show_result(result, noise_floor=command.noise_floor)
+        show_result(result, command.noise_floor, command.wide)
 
 
 def verify_models(specs: Sequence[str]) -> None:
@@ -160,15 +162,19 @@ def keep(result: Result, json_path: Path | None, history: Path | None = None) ->
             write_result(json_path, result)
 
 
-def show_result(result: Result, noise_floor: bool = False) -> None:
-    """Print the tables of a bench result, the reasons behind a status, and each spec against the first."""
+def show_result(result: Result, noise_floor: bool = False, wide: bool = False) -> None:
+    """Print sentences and tables of a bench result, the reasons behind a status, and each spec against the first."""
+    from bench.report.sentences import sentences
     from bench.report.tables import LEAST, detail_table, energy_notes, main_table, peer_notes
 
     counts = sorted({len(m.samples) for m in result.measurements})
     first = result.measurements[0]
     several = len({m.key[1:4] for m in result.measurements}) > 1
     what = "" if several else f"{first.test}, "
-    for table, title in ((main_table(result), f"{what}{of_runs(counts)}"), (detail_table(result), "")):
+    for sentence in sentences(result):
+        tell(sentence)
+    tables = [(main_table(result), f"{what}{of_runs(counts)}"), *([(detail_table(result), "")] if wide else [])]
+    for table, title in tables:
         print_table(title, table.header, table.rows, LEAST)
     for note in (*peer_notes(result), *energy_notes(result)):
         tell(f"  {note}")

@@ -33,7 +33,7 @@ def test_the_last_line_is_one_document(bundles: list[Path]) -> None:
 
 def test_a_sweep_is_a_row_for_each_of_its_tests(bundles: list[Path], tmp_path: Path) -> None:
     sweep = ["-p", "4,0", "-n", "6", "-d", "0,3", *QUICK[4:]]
-    shown = here("bench", bundles[0], *sweep, "--format", "md", "--json", tmp_path / "r.json").stdout
+    shown = here("bench", bundles[0], *sweep, "--wide", "--format", "md", "--json", tmp_path / "r.json").stdout
     tests = [m.test for m in read_result(tmp_path / "r.json").measurements]
     assert shown.count("| dense |") == 2 * len(tests) == 8 and tests[:2] == ["tg6", "pp4+tg6"]
 
@@ -69,6 +69,19 @@ def test_bundles_are_compared_live(bundles: list[Path], measured: list[list[str]
     (row,) = json.loads((tmp_path / "c.json").read_text())["rows"]
     assert (row["verdict"], row["name"], row["test"]) == ("same", "slim", "wilcoxon") and "pp8+tg4" in done.stdout
     assert measured == [["dense", "slim"]]
+
+
+def test_sentences_and_one_table_unless_the_other_is_wanted(bundles: list[Path], measured: list[list[str]]) -> None:
+    done = here("bench", *bundles).stdout
+    assert done.splitlines()[:3] == [
+        "dense decodes 100.0 tokens per second, slim 100.0 (pp8+tg4, 1 thread).",
+        "slim is as fast as dense (1.00x).",
+        "Every measurement is OK.",
+    ]
+    assert "prefill" in done and "warm-up" not in done
+    assert "warm-up" in here("bench", *bundles, "--wide").stdout
+    markdown = ("bench", *bundles, "--format", "md")
+    assert [here(*markdown, *wide).stdout.count("| ---") for wide in ([], ["--wide"])] == [10, 25]
 
 
 @pytest.fixture
