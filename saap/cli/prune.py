@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import click
 
 from saap.base.errors import UserError
-from saap.base.options import Option
+from saap.base.options import Option, refuse_unused
 from saap.base.wording import counted
 from saap.cli.console import LOADING, Console, plan_chart, print_table, tell
 from saap.cli.options import OptionsCommand, options_of
@@ -49,8 +49,11 @@ class PruneCommand:
         ),
     ] = None
     explain: Annotated[bool, Option("Say why each layer lost what it lost.", section="How it is chosen")] = False
+    wide: Annotated[bool, Option("--explain with a row per layer.", section="How it is chosen")] = False
 
     def check(self) -> None:
+        if not self.explain:
+            refuse_unused(self, ("wide",), "--explain", "give both")
         if self.options.vocabulary is not None and not self.options.asked:
             return
         self.options.check()
@@ -94,7 +97,7 @@ def show_pruned(result: PruneResult, asked: PruneCommand) -> None:
     """Print a chart of the plan, and its reasons if ``explain`` is set."""
     show_plan(result.path, result.budget)
     if asked.explain and result.plan.reasons:
-        show_reasons(result.plan.reasons)
+        show_reasons(result.plan.reasons, asked.wide)
 
 
 def for_this_machine(options: PruneOptions) -> PruneOptions:
@@ -181,11 +184,13 @@ def show_trials(trials: Sequence[Trial]) -> None:
     print_table("Tuned a little: KL to dense", heads, rows)
 
 
-def show_reasons(reasons: Reasons) -> None:
-    """Print why each layer lost what it lost: a row each, then by kinds, then the step that would be next."""
-    from saap.prune.search.explain import kinds_table, layer_table, next_step
+def show_reasons(reasons: Reasons, wide: bool) -> None:
+    """Print why each layer lost what it lost, in sentences; ``wide``: also a row for each layer and kind."""
+    from saap.prune.search.explain import kinds_table, layer_table, next_step, summary
 
-    print_table(*layer_table(reasons))
-    if words := next_step(reasons):
-        print_table(*kinds_table(reasons))
-        tell(f"  {words}", otherwise=PROSE)
+    for sentence in summary(reasons):
+        tell(f"  {sentence}", otherwise=PROSE)
+    if wide:
+        print_table(*layer_table(reasons))
+        if next_step(reasons):
+            print_table(*kinds_table(reasons))

@@ -40,7 +40,7 @@ class RunOptions:
         Part(
             flags=("ratio", "max_params", "max_bytes", "speedup", "ms_per_token", "costs", "method", "compensate",
                    "calibration", "seed"),
-            without=("bits", "group_size", "threads", "explain", "onnxruntime", "vocabulary",
+            without=("bits", "group_size", "threads", "explain", "wide", "onnxruntime", "vocabulary",
                      "vocabulary_input"),
             headings={"What is planned for": MUST, "How it is chosen": _STEPS, "What may go": _STEPS},
         ),

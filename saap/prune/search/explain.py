@@ -3,8 +3,8 @@
 The search (:mod:`saap.prune.search.milp`) looks for the steps that cost the fewest nats per unit saved over the whole
 model. Under a Lagrange multiplier of the budget, its shadow price (Everett, Operations Research 11(3), 1963), every
 step that costs less per unit is taken and none that costs more, so the dearest step taken and the cheapest one left
-enclose it. Options come in whole pieces, so the two may overlap a little. A person gets a row per layer
-(:func:`layer_table`), a row per kind (:func:`kinds_table`) and the :func:`next_step`.
+enclose it. Options come in whole pieces, so the two may overlap a little. A person gets three sentences
+(:func:`summary`) and, if asked for, a row per layer (:func:`layer_table`) and per kind (:func:`kinds_table`).
 """
 
 from __future__ import annotations
@@ -74,6 +74,10 @@ class _Layer:
         return sum(block.saved for block in self.blocks)
 
     @property
+    def share(self) -> float:
+        return self.saved / sum(block.whole for block in self.blocks)
+
+    @property
     def price(self) -> float | None:
         prices = [block.price for block in self.blocks if block.price is not None]
         return sum(prices) if len(prices) == len(self.blocks) else None
@@ -82,6 +86,24 @@ class _Layer:
     def next(self) -> tuple[Reason, Move] | None:
         moves = [(block, block.next) for block in self.blocks if block.next]
         return min(moves, key=lambda pair: pair[1].per_unit, default=None)
+
+
+def summary(reasons: Reasons) -> list[str]:
+    """Return three sentences: the savings by kind, the layer that lost most, and the :func:`next_step`."""
+    scale, name, _ = UNITS[reasons.unit]
+    parts = [*reasons.blocks, *(part for part in (reasons.integers, reasons.words) if part)]
+    kinds = ", ".join(f"{kind} {saved}" for kind, _, saved, *_ in kinds_table(reasons)[2])
+    saved = f"{short(sum(part.saved for part in parts) / scale)} {name}{'s' * (reasons.unit == 'ms')}"
+    prices = [part.price for part in parts if part.price is not None]
+    loss = f" for a predicted loss of {short(sum(prices))} nats per token" if len(prices) == len(parts) else ""
+    layers = _layers(reasons)
+    most = max(layers, key=lambda layer: layer.share)
+    whole = sum(layer.saved <= 0 for layer in layers)
+    return [
+        f"The plan saves {saved} ({kinds}){loss}.",
+        f"Layer {most.index} lost the largest share, {most.share:.0%}; {whole} of {len(layers)} layers lost nothing.",
+        next_step(reasons) or "The method predicts no losses, so there is no next step.",
+    ]
 
 
 def kinds_table(reasons: Reasons) -> tuple[str, list[str], list[list[str]]]:

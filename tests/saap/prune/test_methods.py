@@ -112,13 +112,19 @@ def test_the_same_seed_twice_gives_the_same_bytes(model, tmp_path, river, method
 
 
 def test_why_is_told_on_demand(model, tmp_path, river):
-    told = here(*prune_words(model, tmp_path / "told", river, "--ratio", "0.3", "--explain")).stdout
+    explain = ("--ratio", "0.3", "--explain")
+    brief = here(*prune_words(model, tmp_path / "brief", river, *explain)).stdout
+    assert "  The plan saves 0.0" in brief and "  Layer " in brief and "  Next would go" in brief
+    assert "Why each layer lost" not in brief and "What each kind" not in brief
+    assert "--wide is for --explain" in refused(*prune_words(model, tmp_path / "no", river, *explain[:2], "--wide"))
+    told = here(*prune_words(model, tmp_path / "told", river, *explain, "--wide")).stdout
     assert max(map(len, told.splitlines())) <= 100
     words = " ".join(told.split())
     assert "Why each layer lost what it lost: prices in nats and in nats per million weights" in words
     assert "Next would go" in words and "the dearest step taken, " in words
-    flap = here(*prune_words(model, tmp_path / "flap", river, "--ratio", "0.3", "--explain", "--method", "flap")).stdout
+    flap = here(*prune_words(model, tmp_path / "flap", river, *explain, "--wide", "--method", "flap")).stdout
     assert "What each layer lost" in flap and "nats" not in flap
+    assert "The method predicts no losses, so there is no next step." in flap
 
 
 def test_a_table_of_this_machine_has_to_be_of_its_onnxruntime(model, tmp_path, river):

@@ -14,7 +14,7 @@ from saap.models.slim_quant import MatrixForm
 from saap.prune.options import PruneOptions
 from saap.prune.plan import LayerPlan, Move, PrunePlan, Reason, Reasons, whole_layer
 from saap.prune.pruning import prune
-from saap.prune.search.explain import kinds_table, layer_table, next_step, reasons_of, short, sizes_lost
+from saap.prune.search.explain import kinds_table, layer_table, next_step, reasons_of, short, sizes_lost, summary
 from saap.prune.search.milp import Block, Option, search, solve
 from saap.prune.search.model_cost import StepTime
 
@@ -139,6 +139,14 @@ def test_a_row_per_layer():
         ["1", "8/8", "4/4", "64/128", "2", "0.04", "0.02", "FFN to 32", "0.07"],
         ["2", "8/8", "4/4", "128/128", "0", "0", "-", "4 heads, 2 KV", "0.4"],
     ]
+
+
+def test_three_sentences_sum_it_up():
+    saved, layers, step = summary(reasons())
+    assert saved == "The plan saves 2 million weights (FFN channels 2) for a predicted loss of 0.04 nats per token."
+    assert layers == "Layer 1 lost the largest share, 33%; 2 of 3 layers lost nothing."
+    assert step == next_step(reasons())
+    assert " 2,000,000 milliseconds (" in summary(replace(reasons(), unit="ms"))[0]
 
 
 def test_the_next_step_and_the_dearest_one_taken():
