@@ -9,8 +9,8 @@ from typing import Annotated
 import click
 
 from saap.base.options import Option
-from saap.base.quality import QUALITY, Answers, Quality, TaskScore
-from saap.cli.console import LOADING, Console, print_table
+from saap.base.quality import QUALITY, Answers, Quality
+from saap.cli.console import LOADING, Console, print_table, tell
 from saap.cli.options import OptionsCommand, options_of
 from saap.cli.types import directory, force
 from saap.evaluate.options import EvalOptions, check_options
@@ -112,22 +112,27 @@ def show_answers(answers: Answers) -> None:
 
 
 def show_tasks(quality: Quality) -> None:
-    """Accuracies with their standard errors, a row per model, and the mean over the tasks."""
-    names = list(dict.fromkeys(score.task for score in quality.tasks))
-    models = list(dict.fromkeys(score.model for score in quality.tasks))
-    by_task = {(score.model, score.task): score for score in quality.tasks}
-    rows = []
-    for model in models:
-        scores = [by_task[model, task] for task in names]
-        mean = sum(score.quoted or 0.0 for score in scores) / len(scores)
-        rows.append([model, *map(_accuracy, scores), f"{mean:.1%}"])
+    """Print accuracies with their standard errors, a row per task and model, and the models' means over the tasks."""
+    order = list(dict.fromkeys(score.task for score in quality.tasks))
+    scores = sorted(quality.tasks, key=lambda score: order.index(score.task))
+    rows = [
+        [
+            score.task, score.model, str(len(score.examples)), _accuracy(score.acc, score.acc_stderr),
+            _accuracy(score.acc_norm, score.acc_norm_stderr),
+        ]
+        for score in scores
+    ]  # fmt: skip
     count = f"{quality.max_examples} examples each (seed {quality.task_seed})"
-    title = f"zero-shot, {count if quality.max_examples else 'all examples'}: acc / acc_norm, +- standard error"
-    print_table(title, ["model", *(f"{n} ({len(by_task[models[0], n].examples)})" for n in names), "mean"], rows)
-    if by_task[models[0], names[0]].sha256 is None:
-        print("  data sets: the harness's own")
+    title = f"zero-shot, {count if quality.max_examples else 'all examples'}: accuracy +- standard error"
+    print_table(title, ["task", "model", "examples", "acc", "acc_norm"], rows)
+    quoted: dict[str, list[float]] = {}
+    for score in scores:
+        quoted.setdefault(score.model, []).append(score.quoted or 0.0)
+    means = ", ".join(f"{model} {sum(values) / len(values):.1%}" for model, values in quoted.items())
+    tell(f"  mean over the tasks, of acc_norm where a task has it: {means}")
+    if scores[0].sha256 is None:
+        tell("  data sets: the harness's own")
 
 
-def _accuracy(score: TaskScore) -> str:
-    pairs = ((score.acc, score.acc_stderr), (score.acc_norm, score.acc_norm_stderr))
-    return " / ".join(f"{value:.1%} +- {100 * (error or 0.0):.1f}" for value, error in pairs if value is not None)
+def _accuracy(value: float | None, error: float | None) -> str:
+    return "-" if value is None else f"{value:.1%} +- {100 * (error or 0.0):.1f}"

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from saap.models.shape import ATTENTION, KINDS, RARE
-from saap.prune.plan import Move, PrunePlan, Reason, Reasons
+from saap.prune.plan import Gained, Move, PrunePlan, Reason, Reasons
 from saap.prune.search.budget import Budget
 from saap.prune.search.milp import Block, Option
 
@@ -91,7 +91,7 @@ class _Layer:
 def summary(reasons: Reasons) -> list[str]:
     """Return three sentences: the savings by kind, the layer that lost most, and the :func:`next_step`."""
     scale, name, _ = UNITS[reasons.unit]
-    parts = [*reasons.blocks, *(part for part in (reasons.integers, reasons.words) if part)]
+    parts: list[Reason | Gained] = [*reasons.blocks, *filter(None, (reasons.integers, reasons.words))]
     kinds = ", ".join(f"{kind} {saved}" for kind, _, saved, *_ in kinds_table(reasons)[2])
     saved = f"{short(sum(part.saved for part in parts) / scale)} {name}{'s' * (reasons.unit == 'ms')}"
     prices = [part.price for part in parts if part.price is not None]
