@@ -5,11 +5,20 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Mapping
+from datetime import datetime, timezone
 
 from saap.base.wording import counted
 
 UNKNOWN = "\u2013"
 TIMES = "\u00d7"
+ABBREVIATIONS = {"bos", "cpu", "gpu", "id", "isa", "l4t", "numa", "os"}
+AMOUNTS = {  # of a plan, by their keys in saap.json: what one of them is, and its words
+    "ratio": (0.01, "{:.1f} % of the layers' weights removed"),
+    "ratio_of_all": (0.01, "{:.1f} % of all weights removed"),
+    **dict.fromkeys(("parameters", "max_params"), (1e6, "{:.1f} M parameters")),
+    **dict.fromkeys(("bytes", "max_bytes"), (1e6, "{:.1f} MB")),
+    "ms_per_token": (1.0, "{:.2f} ms per token"), "speedup": (1.0, "{:.2f}x as fast"),
+}  # fmt: skip
 
 
 def threads(count: int) -> str:
@@ -31,10 +40,46 @@ def plain(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, Mapping):
-        return ", ".join(f"{key} {plain(item)}" for key, item in value.items())
+        return ", ".join(f"{key} {item}" for key, item in facts(value).items())
     if isinstance(value, list | tuple):
         return ", ".join(map(plain, value))
     return str(value)
+
+
+def facts(values: Mapping[str, object]) -> dict[str, str]:
+    """Name values for people: their keys as words, bytes in MB and times in seconds."""
+    return dict(_fact(key, value) for key, value in values.items())
+
+
+def _fact(key: str, value: object) -> tuple[str, str]:
+    stem, _, unit = key.rpartition("_")
+    words = (stem if stem and unit in ("bytes", "s") else key).replace("sha256", "SHA-256").split("_")
+    name = " ".join(word.upper() if word in ABBREVIATIONS else word for word in words)
+    known = None if unit not in ("bytes", "s") else as_float(value)
+    return name, plain(value) if known is None else f"{megabytes(known)} MB" if unit == "bytes" else f"{known:g} s"
+
+
+def amounts(values: object) -> str:
+    """Spell out the sizes and times of a plan."""
+    if not isinstance(values, Mapping):
+        return plain(values)
+    known = {key: number for key in AMOUNTS if (number := as_float(values.get(key))) is not None}
+    return ", ".join(AMOUNTS[key][1].format(number / AMOUNTS[key][0]) for key, number in known.items())
+
+
+def moment(created: str) -> datetime:
+    """Return an ISO 8601 time in UTC, which it is in where it does not say. Raises ValueError: it is none."""
+    parsed = datetime.fromisoformat(created.replace("Z", "+00:00"))
+    return parsed.astimezone(timezone.utc) if parsed.tzinfo else parsed.replace(tzinfo=timezone.utc)
+
+
+def date(created: str) -> str:
+    """Show an ISO 8601 time as ``4 December 2026, 12:30 UTC``, and any other text as it is."""
+    try:
+        known = moment(created)
+    except ValueError:
+        return created
+    return f"{known.day} {known:%B %Y, %H:%M} UTC"
 
 
 def as_float(value: object) -> float | None:

@@ -36,6 +36,7 @@ class Card:
     refused: str | None = None  # why there is no ratio, or why the value is not to be believed
     gain: bool = False  # the ratio is of something that was to change
     note: str = ""
+    worse: bool = False  # the candidate is worse than the baseline
 
 
 def entries_of(results: Sequence[Result]) -> list[Entry]:
@@ -124,20 +125,22 @@ def _bytes_card(
     (old, new), (before, after) = pair, sizes
     ratio = _ratio(before, after) if old is not new and not refused else None
     rows = _rows(old, megabytes(before), new, megabytes(after))
-    return Card(title, megabytes(after), "MB", rows, ratio, refused, True, note)
+    worse = ratio is not None and is_worse(before, after)
+    return Card(title, megabytes(after), "MB", rows, ratio, refused, True, note, worse)
 
 
 def _speed_card(old: Entry, new: Entry, refused: str | None) -> Card:
     metric = metric_of(new.measurement)
     before, after = number(old.row[f"{metric}_ts"]), number(new.row[f"{metric}_ts"])
     note = f"{metric}, median of {len(new.measurement.samples)}, {threads(new.measurement.n_threads)}"
-    ratio = None
+    ratio, worse = None, False
     if (speed := _speed_of(old, new, refused)) is not None:
         middle, low, high = speed
         ratio = f"{middle:.2f}{TIMES}"
         bounded = math.isfinite(high)
+        worse = high < 1
         note += f"; 95 % interval {low:.2f}{UNKNOWN}{high:.2f}" if bounded else "; one repetition, spread unknown"
-    return Card("Speed", after, "tok/s", _rows(old, before, new, after), ratio, refused, True, note)
+    return Card("Speed", after, "tok/s", _rows(old, before, new, after), ratio, refused, True, note, worse)
 
 
 def _speed_of(old: Entry, new: Entry, refused: str | None) -> tuple[float, float, float] | None:
@@ -160,7 +163,11 @@ def bought(pair: tuple[Entry, Entry] | None, quality: Sequence[Mapping[str, obje
         return None
     old, new = pair
     speed = _speed_of(old, new, _refused(old, new))
-    gains = [] if speed is None else [f"{speed[0]:.2f}x as fast with {threads(new.measurement.n_threads)}"]
+    gains = (
+        []
+        if speed is None
+        else [f"{speed[0]:.2f}x as fast{' (worse)' * (speed[2] < 1)} with {threads(new.measurement.n_threads)}"]
+    )
     before, after = (entry.measurement.model.model_bytes for entry in pair)
     if before and after:
         gains.append(f"{abs(1 - after / before):.0%} {'smaller' if after <= before else 'larger'}")
@@ -169,7 +176,8 @@ def bought(pair: tuple[Entry, Entry] | None, quality: Sequence[Mapping[str, obje
     for key, what, digits in (("perplexity", "perplexity", 1), ("kl", "KL to dense", 3)):
         values = [as_float(row.get(key)) for row in rows]
         if costs is None and None not in values:
-            costs = f"{what} {number(values[1], digits)} instead of {number(values[0], digits)}"
+            worse = " (worse)" if is_worse(*values) else ""
+            costs = f"{what} {number(values[1], digits)} instead of {number(values[0], digits)}{worse}"
     summary = "; ".join(filter(None, (" and ".join(gains), costs)))
     return f"{new.measurement.name} against {old.measurement.name}: {summary}" if summary else None
 
@@ -191,7 +199,7 @@ def _quality_card(pair: tuple[Entry, Entry] | None, rows: Sequence[Mapping[str, 
         shown = [new] if old is new else [old, new]
         values = [(plain(row.get("name")), number(row.get("perplexity"))) for row in shown]
         ratio = _ratio(before, after) if old is not new else None
-        return Card("Quality", number(after), "perplexity", values, ratio, note=note)
+        return Card("Quality", number(after), "perplexity", values, ratio, note=note, worse=is_worse(before, after))
     if (kl := as_float(new.get("kl"))) is not None:
         return Card("Quality", number(kl, 3), "nats", [(plain(new.get("name")), "KL to dense")], note=note)
     return None
@@ -203,6 +211,11 @@ def _rows(old: Entry, before: str, new: Entry, after: str) -> list[tuple[str, st
 
 def _ratio(before: float | None, after: float | None) -> str | None:
     return f"{after / before:.2f}{TIMES}" if before and after else None
+
+
+def is_worse(before: float | None, after: float | None) -> bool:
+    """Whether a size, a perplexity or a loss grew by 2 % or more, the smallest change that counts by default."""
+    return before is not None and after is not None and after > 1.02 * before
 
 
 def _refused(old: Entry, new: Entry) -> str | None:

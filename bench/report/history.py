@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bench.judge.comparison import decisive_values, metric_of
+from bench.judge.wording import date, moment
 from bench.measure.result import INVALID, RESULT, Result, ResultError, read_result, write_result
 from bench.measure.statistics import summarize
 from saap.base.progress import Progress, advance
@@ -53,7 +54,7 @@ class Series:
         for step, (before, after) in zip(steps, pairwise(levels), strict=True):
             word, share = "slower" if after > before else "faster", 100 * abs(after / before - 1)
             point = self.points[step]
-            sentences.append(f"{share:.1f} % {word} from {point.created[:16].replace('T', ' ')} on ({point.file})")
+            sentences.append(f"{share:.1f} % {word} from {date(point.created)} on ({point.file})")
         return sentences
 
 
@@ -164,9 +165,8 @@ def _points(path: Path, result: Result) -> Iterator[tuple[Key, Point]]:
 
 def _moment(created: str, source: str) -> datetime:
     try:
-        moment = datetime.fromisoformat(created.replace("Z", "+00:00"))
+        return moment(created)
     except ValueError:
         raise ResultError(
             f"{source} was created at {created!r}, which is no ISO 8601 time: run the bench again"
         ) from None
-    return moment.astimezone(timezone.utc) if moment.tzinfo else moment.replace(tzinfo=timezone.utc)

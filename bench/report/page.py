@@ -12,10 +12,13 @@ from pathlib import Path
 from bench.judge.planned import planned_speed
 from bench.judge.quality import is_quality, read_quality
 from bench.judge.wording import (
+    amounts,
     as_dict,
     as_float,
     as_list,
     command_line,
+    date,
+    facts,
     megabytes,
     millions,
     number,
@@ -73,7 +76,7 @@ def report(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
-    for filter_ in (number, millions, command_line, megabytes, plain, percent, threads):
+    for filter_ in (number, millions, command_line, date, facts, megabytes, plain, percent, threads):
         environment.filters[filter_.__name__] = filter_
     page = environment.get_template("report.html.jinja").render(
         _context(documents, run or {}, qualities), history=[] if history is None else series(Path(history))
@@ -137,9 +140,9 @@ def _speeds(entries: Sequence[Entry]) -> Figure | None:
 
 def _plan(run: Mapping[str, object], results: Sequence[Result]) -> Row:
     plan = as_dict(run.get("plan"))
-    facts: Row = {key: plan[key] for key in ("asked", "planned", "achieved") if key in plan}
+    sizes: Row = {key: amounts(plan[key]) for key in ("asked", "planned", "achieved") if key in plan}
     speed = next(filter(None, (planned_speed(plan, result) for result in results)), None)
-    return facts | {key: text for key, text in (("speed", speed), ("kept", kept_shares(plan))) if text}
+    return sizes | {key: text for key, text in (("speed", speed), ("kept", kept_shares(plan))) if text}
 
 
 def kept_shares(plan: Mapping[str, object]) -> str | None:
@@ -171,9 +174,5 @@ def _device_name(result: Result) -> str:
 
 
 def _device_facts(result: Result) -> dict[str, str]:
-    """Everything the probe knew, one level deep, in its own words; bytes get a readable size beside them."""
-    return {
-        key: f"{megabytes(value)} MB" if key.endswith("_bytes") and as_float(value) is not None else plain(value)
-        for key, value in result.device.items()
-        if value is not None
-    }
+    """Everything the probe knew, one level deep."""
+    return facts({key: value for key, value in result.device.items() if value is not None})

@@ -43,7 +43,7 @@ def page_file(tmp_path_factory):
 def opened(browser, page_file):
     """Pages of each width and scheme, and what the browser complained of or fetched."""
     made = {}
-    for width, scheme in product((380, 1280), ("light", "dark")):
+    for width, scheme in product((380, 768, 1280), ("light", "dark")):
         page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
         said, fetched = [], []
         page.on("console", lambda message, said=said: said.append(message.text))
@@ -64,9 +64,11 @@ def test_the_page_opens_whole_and_fetches_nothing(opened, page_file):
             " && e.getBoundingClientRect().right > innerWidth + 1).map(e => e.outerHTML.slice(0, 120))"
         )
         assert wide == []
+        scrolled = "[...document.querySelectorAll('.panel')].filter(e => e.scrollWidth > e.clientWidth).length"
+        assert width == 1280 or page.evaluate(scrolled) == 0
 
 
-@pytest.mark.parametrize("width", [380, 1280])
+@pytest.mark.parametrize("width", [380, 768, 1280])
 def test_the_plot_is_drawn_and_its_letters_can_be_read(opened, width):
     plots = opened[width, "light"][0].evaluate(
         "[...document.querySelectorAll('figure svg')].map(svg => { const box = svg.getBoundingClientRect();"

@@ -136,5 +136,5 @@ def history(medians: list[float]) -> Series:
 
 def test_a_change_of_the_level_is_named() -> None:
     changed, steady = history([0.0100, 0.0101] * 10 + [0.0110, 0.0111] * 10), history([0.01] * 40)
-    assert changed.changes == ["10.0 % slower from 2025-01-21 12:00 on (20.json)"]
+    assert changed.changes == ["10.0 % slower from 21 January 2025, 12:00 UTC on (20.json)"]
     assert steady.changes == []

@@ -73,8 +73,8 @@ def test_page_tells_everything_that_was_given(page):
     text = text_of(page(dense_and_slim(status="WARN", reasons=["governor is powersave"]), run=RUN))
     for told in [
         "a model", "Some CPU", "Some OS", "governor is powersave", "saap bench 'a b'", "saap prune 'a b'", "61.2",
-        "ab" * 32, "achieved 0.2009", "perplexity", "25.00", "0.2500", "75.0 %", "134.5 M", "chunk 256", "bos no",
-        "max_abs 0.00031", "Why is the sky blue?", "Because.", "torch 2.13.0", "onnxruntime 1.32.0", "15.0 GB/s",
+        "ab" * 32, "achieved 0.2009", "perplexity", "25.00", "0.2500", "75.0 %", "134.5 M", "chunk 256", "BOS no",
+        "max abs 0.00031", "Why is the sky blue?", "Because.", "torch 2.13.0", "onnxruntime 1.32.0", "15.0 GB/s",
     ]:  # fmt: skip
         assert told in text, told
 
@@ -93,7 +93,7 @@ def test_headline_sets_dense_against_slim(page):
 
 def test_the_page_begins_with_what_was_bought_and_what_it_cost(page):
     text = text_of(page(dense_and_slim(), run=RUN))
-    told = "slim against dense: 1.25x as fast with 1 thread and 20% smaller; perplexity 25.0 instead of 20.0."
+    told = "slim against dense: 1.25x as fast with 1 thread and 20% smaller; perplexity 25.0 instead of 20.0 (worse)."
     assert told in text and text.index(told) < text.index("Measurements")
     assert text.index(told) < text.index("What was kept") < text.index("Why is the sky blue?")
     assert text.index("Why is the sky blue?") < text.index("Measurements") < text.index("Where the numbers come from")
@@ -111,7 +111,7 @@ def test_what_a_user_would_otherwise_take_comes_second(page):
         "slim against dense: 1.25x",
         "slim against dense-Q4_0 (llama.cpp): 1.12x as fast with 1 thread and 20%",
     )
-    assert text.index(first) < text.index(second) and "perplexity 25.0 instead of 21.0." in text
+    assert text.index(first) < text.index(second) and "perplexity 25.0 instead of 21.0 (worse)." in text
 
 
 def test_each_engine_of_the_pruned_bundle_is_held_against_a_peer_at_its_best(page):
@@ -155,6 +155,45 @@ def test_speed_without_decode_is_that_of_the_prompt(page):
     assert told.ratio == "1.25\u00d7" and told.note.startswith("prefill, median of 6")
     assert told.note in page(result(*prompts))
     assert float(told.value) == pytest.approx(128 / (0.2 * (1 + 2.5 / 99)), rel=0.01)
+
+
+def test_a_page_has_words_for_keys_and_dates_a_person_reads(page):
+    sizes = {
+        "ratio": 0.2012,
+        "ratio_of_all": 0.151,
+        "parameters": 108e6,
+        "bytes": 80e6,
+        "speedup": 1.25,
+        "ms_per_token": None,
+    }
+    run = RUN | {"plan": RUN["plan"] | {"asked": {"ratio": 0.2}, "achieved": sizes}}
+    run["quality"] = RUN["quality"] | {"protocol": {"text_sha256": "ab", "self_written": False}}
+    document = replace(
+        dense_and_slim(), settings={"timeout_s": 600, "warmup_steps": 4}, created="2026-12-04T13:30:00+01:00"
+    )
+    text = text_of(page(document, run=run))
+    for words in (
+        "asked 20.0 % of the layers' weights removed planned",
+        "15.1 % of all weights removed, 108.0 M parameters, 80.0 MB, 1.25x as fast",
+        "text SHA-256 ab", "self written no", "timeout 600 s warmup steps 4", "memory 8000 MB",
+        "Some OS \u00b7 4 December 2026, 12:30 UTC",
+    ):  # fmt: skip
+        assert words in text, words
+    assert not re.findall(r"\b[a-z]+_[a-z_]+\b", text.replace("out/", ""))
+    assert "some day" in text_of(page(replace(document, created="some day")))
+
+
+def test_worse_is_said_where_it_is_worse(page):
+    bad = ModelFacts(134_515_008, 120_000_000, 90_000_000, 23_040, 4, 49_152)
+    document = result(measurement("dense", 8.0), measurement("slim", 10.0, model=bad))
+    rows = [{"name": "dense", "perplexity": 20.0}, {"name": "slim", "perplexity": 25.0}]
+    assert [card.worse for card in cards(document, rows).values()] == [True, True, False, True]
+    assert [card.worse for card in cards(dense_and_slim(), rows[::-1]).values()] == [False, False, False, True]
+    text = text_of(page(document, run=RUN))
+    assert "0.80x as fast (worse) with 1 thread and 20% larger; perplexity 25.0 instead of 20.0 (worse)." in text
+    assert "1.20\u00d7 worse" in text and "0.80\u00d7 worse" in text and "1.00\u00d7 worse" not in text
+    better = [{"name": "dense", "perplexity": 25.0}, {"name": "slim", "perplexity": 20.0}]
+    assert not cards(dense_and_slim(), better)["Quality"].worse
 
 
 def test_quality_without_perplexity_is_told_as_divergence():
@@ -335,7 +374,7 @@ def test_history_has_a_section_with_its_changes(tmp_path):
     Elements(text)
     assert "<script" not in text
     assert "1 Some CPU 24 " in text_of(text)
-    assert "10.0 % slower from 2025-01-13 00:00 on (20250113T000000Z-" in text
+    assert "10.0 % slower from 13 January 2025, 00:00 UTC on (20250113T000000Z-" in text
     assert "<h2>History</h2>" not in report([], tmp_path / "plain.html").read_text()
 
 
