@@ -96,8 +96,32 @@ def prune(model: str, out: Path, options: PruneCommand) -> None:
 def show_pruned(result: PruneResult, asked: PruneCommand) -> None:
     """Print a chart of the plan, and its reasons if ``explain`` is set."""
     show_plan(result.path, result.budget)
+    if advice := table_advice(result):
+        tell(f"  {advice}", otherwise=PROSE)
     if asked.explain and result.plan.reasons:
         show_reasons(result.plan.reasons, asked.wide)
+
+
+def table_advice(result: PruneResult) -> str:
+    """Say what holds the file back where it shrinks by less than half of the ratio; empty elsewhere."""
+    from saap.models.architectures import shape_of
+    from saap.models.checkpoint import read_config
+    from saap.models.slim_quant import GROUP_SIZES
+    from saap.prune.search.model_cost import FileSize
+
+    budget, size, ratio = result.budget, result.achieved["bytes"], result.budget.asked.get("ratio")
+    dense = budget.report_dense()["bytes"]
+    if not ratio or budget.size is None or not size or not dense or 1 - size / dense >= ratio / 2:
+        return ""
+    shape, forms = shape_of(read_config(result.path)), result.plan.forms
+    outside = FileSize(budget.size).outside(shape, forms.vocabulary if forms else None) - 2 * sum(budget.size.rotary)
+    larger = [str(g) for g in GROUP_SIZES if budget.bits != 32 and g > budget.group_size and shape.hidden % g == 0]
+    scales = f", and --group-size {' or '.join(larger)} takes fewer scales" if larger else ""
+    return (
+        f"The exported file shrinks by {1 - size / dense:.0%}, not {ratio:.0%}: {outside / size:.0%} of it "
+        "is embedding and head, which pruning of layers leaves as they are. `saap prune --vocabulary COUNT "
+        f"--vocabulary-input` removes rows of them{scales}."
+    )
 
 
 def for_this_machine(options: PruneOptions) -> PruneOptions:

@@ -44,8 +44,31 @@ def test_a_ratio(model, tmp_path, river):
     size = cells(done.stdout, "weights file at 4 bit, MB")
     assert size[1] is None and size[2] == size[3] < size[0]
     assert "by the table" not in done.stdout and "next step" not in done.stdout
+    assert "exported file" not in done.stdout
     plan = read_record(tmp_path / "slim")["plan"]
     assert plan["asked"] == {"ratio": 0.3} and plan["planned"] == plan["achieved"] and "costs" not in plan
+
+
+def test_what_the_tables_of_a_vocabulary_hold_back_is_said(tiny_model, tmp_path, river):
+    """Against the real file: its weights less those of the layers."""
+    large, slim = tiny_model(vocab_size=8192, tie_word_embeddings=True), tmp_path / "slim"
+    done = pruned(large, slim, river, "--ratio", "0.3", "--bits", "32")
+    plan = read_record(slim)["plan"]
+    shrunk = 1 - plan["achieved"]["bytes"] / plan["dense"]["bytes"]
+    here("export", slim, "-o", tmp_path / "bundle", "--parity", "none", "--bits", "32")
+    table = 4 * 8192 * read_config(slim)["hidden_size"]
+    share = table / (tmp_path / "bundle/model.onnx.data").stat().st_size
+    said = " ".join(done.stdout.split())
+    assert (
+        f"The exported file shrinks by {shrunk:.0%}, not 30%: " in said and f": {share:.0%} of it is embedding" in said
+    )
+    assert "--vocabulary COUNT --vocabulary-input` removes rows of them." in said
+
+
+def test_larger_groups_are_advised_where_they_divide(tiny_model, tmp_path, river):
+    large = tiny_model(vocab_size=8192, hidden_size=192)
+    done = pruned(large, tmp_path / "slim", river, "--ratio", "0.3", "--group-size", "32")
+    assert "removes rows of them, and --group-size 64 takes fewer scales." in " ".join(done.stdout.split())
 
 
 def test_parameters_with_a_unit(model, tmp_path, river):
