@@ -47,24 +47,24 @@ def plain(value: object) -> str:
 
 
 def facts(values: Mapping[str, object]) -> dict[str, str]:
-    """Name values for people: their keys as words, bytes in MB and times in seconds."""
-    return dict(_fact(key, value) for key, value in values.items())
-
-
-def _fact(key: str, value: object) -> tuple[str, str]:
-    stem, _, unit = key.rpartition("_")
-    words = (stem if stem and unit in ("bytes", "s") else key).replace("sha256", "SHA-256").split("_")
-    name = " ".join(word.upper() if word in ABBREVIATIONS else word for word in words)
-    known = None if unit not in ("bytes", "s") else as_float(value)
-    return name, plain(value) if known is None else f"{megabytes(known)} MB" if unit == "bytes" else f"{known:g} s"
+    """Name the known values for people: their keys as words, bytes in MB and times in seconds."""
+    named = {}
+    for key, value in values.items():
+        if value is None:
+            continue
+        stem, _, unit = key.rpartition("_")
+        if stem and unit in ("bytes", "s"):
+            key, known = stem, as_float(value)
+            value = value if known is None else f"{megabytes(known)} MB" if unit == "bytes" else f"{known:g} s"
+        words = key.replace("sha256", "SHA-256").split("_")
+        named[" ".join(word.upper() if word in ABBREVIATIONS else word for word in words)] = plain(value)
+    return named
 
 
 def amounts(values: object) -> str:
     """Spell out the sizes and times of a plan."""
-    if not isinstance(values, Mapping):
-        return plain(values)
-    known = {key: number for key in AMOUNTS if (number := as_float(values.get(key))) is not None}
-    return ", ".join(AMOUNTS[key][1].format(number / AMOUNTS[key][0]) for key, number in known.items())
+    known = [(*AMOUNTS[key], as_float(value)) for key, value in as_dict(values).items() if key in AMOUNTS]
+    return ", ".join(form.format(value / unit) for unit, form, value in known if value is not None) or plain(values)
 
 
 def moment(created: str) -> datetime:

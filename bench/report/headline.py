@@ -125,21 +125,22 @@ def _bytes_card(
     (old, new), (before, after) = pair, sizes
     ratio = _ratio(before, after) if old is not new and not refused else None
     rows = _rows(old, megabytes(before), new, megabytes(after))
-    worse = ratio is not None and is_worse(before, after)
-    return Card(title, megabytes(after), "MB", rows, ratio, refused, True, note, worse)
+    return Card(
+        title, megabytes(after), "MB", rows, ratio, refused, True, note, bool(ratio) and is_worse(before, after)
+    )
 
 
 def _speed_card(old: Entry, new: Entry, refused: str | None) -> Card:
     metric = metric_of(new.measurement)
     before, after = number(old.row[f"{metric}_ts"]), number(new.row[f"{metric}_ts"])
     note = f"{metric}, median of {len(new.measurement.samples)}, {threads(new.measurement.n_threads)}"
-    ratio, worse = None, False
+    ratio = None
     if (speed := _speed_of(old, new, refused)) is not None:
         middle, low, high = speed
         ratio = f"{middle:.2f}{TIMES}"
         bounded = math.isfinite(high)
-        worse = high < 1
         note += f"; 95 % interval {low:.2f}{UNKNOWN}{high:.2f}" if bounded else "; one repetition, spread unknown"
+    worse = speed is not None and speed[2] < 1
     return Card("Speed", after, "tok/s", _rows(old, before, new, after), ratio, refused, True, note, worse)
 
 
@@ -163,11 +164,8 @@ def bought(pair: tuple[Entry, Entry] | None, quality: Sequence[Mapping[str, obje
         return None
     old, new = pair
     speed = _speed_of(old, new, _refused(old, new))
-    gains = (
-        []
-        if speed is None
-        else [f"{speed[0]:.2f}x as fast{' (worse)' * (speed[2] < 1)} with {threads(new.measurement.n_threads)}"]
-    )
+    worse = " (worse)" if speed and speed[2] < 1 else ""
+    gains = [f"{speed[0]:.2f}x as fast{worse} with {threads(new.measurement.n_threads)}"] if speed else []
     before, after = (entry.measurement.model.model_bytes for entry in pair)
     if before and after:
         gains.append(f"{abs(1 - after / before):.0%} {'smaller' if after <= before else 'larger'}")

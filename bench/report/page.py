@@ -117,7 +117,6 @@ def _context(results: Sequence[Result], run: Mapping[str, object], qualities: Se
         "several_tests": len({entry.measurement.test for entry in entries}) > 1,
         "several_devices": len({_device_name(result) for result in results}) > 1,
         "device_name": _device_name,
-        "device_facts": _device_facts,
     }
 
 
@@ -171,8 +170,3 @@ def _unknown(entries: Sequence[Entry]) -> dict[str, str]:
 
 def _device_name(result: Result) -> str:
     return plain(result.device.get("board") or result.device.get("cpu_model") or "unknown device")
-
-
-def _device_facts(result: Result) -> dict[str, str]:
-    """Everything the probe knew, one level deep."""
-    return facts({key: value for key, value in result.device.items() if value is not None})

@@ -10,48 +10,30 @@ from bench.report.tables import table_rows
 from saap.base.wording import counted
 
 COMPARED = {
-    FASTER: "is faster than", SLOWER: "is slower than", SAME: "is as fast as",
-    CANNOT_TELL: "is neither clearly faster nor slower than", NOT_COMPARABLE: "cannot be compared with",
+    FASTER: "is faster than", SLOWER: "is slower than", SAME: "is as fast as", NOT_COMPARABLE: "does not compare with",
+    CANNOT_TELL: "is neither clearly faster nor slower than",
 }  # fmt: skip
 
 
 def sentences(result: Result) -> list[str]:
     """Return three sentences; where a sweep has several settings, the first two are about its first setting."""
-    first = result.measurements[0]
-    rows = [m for m in result.measurements if m.key[1:] == first.key[1:]]
-    return [_speeds(result, first), _comparison(result, rows), _status(result)]
-
-
-def _speeds(result: Result, first: Measurement) -> str:
+    all_rows, (first, *_) = zip(result.measurements, table_rows(result), strict=True), result.measurements
+    rows = [(m, row) for m, row in all_rows if m.key[1:] == first.key[1:]]
     metric = metric_of(first)
-    rates = [
-        (m.name, number(row[f"{metric}_ts"]))
-        for m, row in zip(result.measurements, table_rows(result), strict=True)
-        if m.key[1:] == first.key[1:] and m.samples
+    verb, unit = ("decodes", "tokens") if metric == DECODE else ("reads", "prompt tokens")
+    rates = [f"{m.name} {verb} {number(row[f'{metric}_ts'])}" for m, row in rows if m.samples]
+    speeds = f"{', '.join(rates)} {unit} per second ({first.test}, {threads(first.n_threads)})."
+    compared = ", ".join(_compared(result, first, m) for m, _ in rows[1:])
+    doubts, count = [m.status for m in result.measurements if m.status != OK], len(result.measurements)
+    marked = f"{len(doubts)} of {counted(count, 'measurement')}, for the reasons below the table."
+    return [
+        speeds if rates else "Nothing was measured.",
+        f"{compared}." if compared else "There is no second model to compare with.",
+        f"{' or '.join(dict.fromkeys(doubts))} marks {marked}" if doubts else "Every measurement is OK.",
     ]
-    if not rates:
-        return "Nothing was measured."
-    (name, rate), *others = rates
-    what = "decodes {} tokens" if metric == DECODE else "reads {} prompt tokens"
-    clauses = [f"{name} {what.format(rate)} per second", *(f"{name} {rate}" for name, rate in others)]
-    return f"{', '.join(clauses)} ({first.test}, {threads(first.n_threads)})."
 
 
-def _comparison(result: Result, rows: list[Measurement]) -> str:
-    base, *others = rows
-    clauses = []
-    for other in others:
-        compared = compare_within(result, base.name, other.name).rows
-        row = next(row for row in compared if (row.setting, row.n_threads) == (other.test, other.n_threads))
-        ratio = f" ({row.speedup:.2f}x)" if row.speedup else ""
-        clauses.append(f"{other.name} {COMPARED[row.verdict]} {base.name}{ratio}")
-    return f"{', '.join(clauses)}." if clauses else "There is no second model to compare with."
-
-
-def _status(result: Result) -> str:
-    statuses = [m.status for m in result.measurements if m.status != OK]
-    if not statuses:
-        return "Every measurement is OK."
-    share = f"{len(statuses)} of {counted(len(result.measurements), 'measurement')}"
-    verb = "is" if len(statuses) == 1 else "are"
-    return f"{share} {verb} {' or '.join(dict.fromkeys(statuses))}, for the reasons below the table."
+def _compared(result: Result, base: Measurement, other: Measurement) -> str:
+    rows = compare_within(result, base.name, other.name).rows
+    row = next(row for row in rows if (row.setting, row.n_threads) == (other.test, other.n_threads))
+    return f"{other.name} {COMPARED[row.verdict]} {base.name}{f' ({row.speedup:.2f}x)' if row.speedup else ''}"

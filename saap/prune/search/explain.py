@@ -75,7 +75,7 @@ class _Layer:
 
     @property
     def share(self) -> float:
-        return self.saved / sum(block.whole for block in self.blocks)
+        return self.saved / (sum(block.whole for block in self.blocks) or 1.0)
 
     @property
     def price(self) -> float | None:
@@ -96,9 +96,8 @@ def summary(reasons: Reasons) -> list[str]:
     saved = f"{short(sum(part.saved for part in parts) / scale)} {name}{'s' * (reasons.unit == 'ms')}"
     prices = [part.price for part in parts if part.price is not None]
     loss = f" for a predicted loss of {short(sum(prices))} nats per token" if len(prices) == len(parts) else ""
-    layers = _layers(reasons)
-    most = max(layers, key=lambda layer: layer.share)
-    whole = sum(layer.saved <= 0 for layer in layers)
+    layers = sorted(_layers(reasons), key=lambda layer: -layer.share)
+    most, whole = layers[0], sum(layer.saved <= 0 for layer in layers)
     return [
         f"The plan saves {saved} ({kinds}){loss}.",
         f"Layer {most.index} lost the largest share, {most.share:.0%}; {whole} of {len(layers)} layers lost nothing.",

@@ -25,7 +25,7 @@ def test_which_model_is_faster(factor, words):
 def test_a_sweep_is_summed_up_by_its_first_setting():
     rows = [measurement(name, BASE, n_threads=count) for count in (1, 2) for name in ("dense", "slim")]
     speeds, compared, _ = sentences(result(*rows))
-    assert speeds == "dense decodes 100.0 tokens per second, slim 100.0 (pp8+tg4, 1 thread)."
+    assert speeds == "dense decodes 100.0, slim decodes 100.0 tokens per second (pp8+tg4, 1 thread)."
     assert compared == "slim is as fast as dense (1.00x)."
 
 
@@ -43,6 +43,6 @@ def test_a_prompt_alone_and_nothing_at_all():
 def test_doubt_is_counted():
     rows = [measurement("a", BASE, status=WARN), measurement("b", BASE, status=INVALID), measurement("c", BASE)]
     _, compared, status = sentences(result(*rows))
-    assert compared.startswith("b cannot be compared with a, c is as fast as a")
-    assert status == "2 of 3 measurements are WARN or INVALID, for the reasons below the table."
-    assert sentences(result(rows[0], rows[2]))[2].startswith("1 of 2 measurements is WARN, for")
+    assert compared.startswith("b does not compare with a, c is as fast as a")
+    assert status == "WARN or INVALID marks 2 of 3 measurements, for the reasons below the table."
+    assert sentences(result(rows[0], rows[2]))[2].startswith("WARN marks 1 of 2 measurements, for")
