@@ -299,7 +299,7 @@ def test_the_first_ten_commands_work_word_for_word(shell, workplace):
     lines, typed = lines_of("docs/first-ten.md"), shell(few)
     assert len(lines) == 10 and all(line.startswith("saap ") for line in lines)
     said = {line: typed.type(line) for line in lines}
-    assert "Why each layer lost what it lost" in said[lines[4]]
+    assert all(words in said[lines[4]] for words in ("The plan saves ", "lost the largest share", "Next would go "))
     assert (workplace / "report.html").stat().st_size > 10_000
 
 
