@@ -147,6 +147,12 @@ def parse_json(text: str | bytes, *, finite: bool = False) -> object:
         parsed: object = json.loads(text, parse_constant=_finite, parse_float=_finite) if finite else json.loads(text)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+    except UnicodeDecodeError:
+        raise ValueError("not UTF-8 text") from None
+    except ValueError as error:
+        if "int_max_str_digits" not in str(error):
+            raise
+        raise ValueError(f"a number has more than {sys.get_int_max_str_digits()} digits") from None
     if not finite:
         return parsed
     level = [parsed]

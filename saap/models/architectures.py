@@ -11,11 +11,12 @@ from dataclasses import asdict, dataclass, fields, replace
 from difflib import get_close_matches
 from functools import cache
 from importlib.metadata import version
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import msgspec
 
-from saap.base.errors import UserError, first_line
+from saap.base.errors import UserError
+from saap.models.config_fields import built
 from saap.models.shape import ATTENTION, CONV, DELTA, FFN, MIXERS, BlockKind, DeltaHeads, LayerSizes, ModelShape
 
 
@@ -582,13 +583,15 @@ def with_defaults(config: object) -> object:
     """Turn a config's dict into its family's config object, which has the defaults; LLaMA's is complete."""
     if not isinstance(config, dict) or architecture_of(config) is LLAMA:
         return config
+    return config_object(config)
+
+
+def config_object(config: dict[str, Any]) -> object:
+    """Build the config object of a supported family. Raises UserError: names the field that transformers refuses."""
     from transformers import CONFIG_MAPPING
 
     readable = {key: value for key, value in config.items() if key != UNREAD}
-    try:
-        return CONFIG_MAPPING[config["model_type"].removeprefix(SLIM)].from_dict(readable)
-    except Exception as error:  # fields of other types fail somewhere in it, each in its own way
-        raise UserError(f"transformers cannot read this {config['model_type']} config ({first_line(error)})") from error
+    return built(CONFIG_MAPPING[config["model_type"].removeprefix(SLIM)], readable, "config.json")
 
 
 def positions_of(config: object) -> int:
@@ -645,7 +648,7 @@ def check_config(config: Mapping[str, object]) -> None:
     for key in ("rms_norm_eps", "norm_eps", "rope_theta", "rope_local_base_freq", *multipliers):
         if config.get(key) is not None:
             number_of(config, key)
-    rope = config.get("rope_scaling") or {}
+    rope = {} if config.get("rope_scaling") is None else config["rope_scaling"]
     kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
     if isinstance(rope, dict) and kind in ("linear", "dynamic", "yarn", "llama3"):
         number_of(rope, "factor")

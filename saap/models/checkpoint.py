@@ -25,18 +25,22 @@ from saap.base.errors import UserError, first_line
 from saap.base.writing import RECORD, read_object, writing_directory
 from saap.models import modeling_slim
 from saap.models.architectures import (
+    ARCHITECTURES,
     FAMILIES,
+    MOST_VOCABULARY,
     PER_LAYER,
     SLIM,
     ModelConfig,
     architecture_of,
     check_config,
+    config_object,
     entries_of,
     field_of,
     head_vocabulary,
     rope_of,
     with_defaults,
 )  # fmt: skip
+from saap.models.config_fields import built, check_fields
 from saap.models.directory import check_files
 from saap.models.integrity import check_directory, hashes
 from saap.models.modeling_slim import GroupQuantTable, ScaledEmbedding, TiedHead, slim_classes
@@ -182,6 +186,17 @@ def read_config(directory: str | Path) -> dict[str, Any]:
             f"{directory} was tuned with --fold branch, which saap no longer has: tune the slim directory again"
         )
     quant_of(config)
+    check_fields("config.json", config)
+    if (config.get("pad_token_id") or 0) >= (most := config.get("vocab_size") or MOST_VOCABULARY):
+        raise UserError(f"config.json has pad_token_id {config['pad_token_id']}: must be below {most}; get it again")
+    generation = path.with_name("generation_config.json")
+    with loading(directory):
+        if config.get("model_type") in ARCHITECTURES:
+            config_object(config)
+        if generation.is_file():
+            settings = read_object(generation, "get or make the model again")
+            check_fields(generation.name, settings)
+            built(GenerationConfig, settings, generation.name)
     return config
 
 

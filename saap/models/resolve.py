@@ -146,11 +146,13 @@ def _checked(path: Path) -> Path:
 
 def _text_of(source: Path, cache: Path, report: Progress) -> Path:
     """Return the directory itself; for a multimodal model, a directory with its text part."""
+    from saap.models.checkpoint import read_config
     from saap.models.text_part import text_config_of, write_text_part
     from saap.models.weight_files import check_family, weights_hash
 
     if text_config_of(read_object(source / "config.json", "make the directory again")) is None:
         check_family(source)
+        read_config(source)  # before the tokenizer is blamed for it, whose loader reads it, too
         return source
     digest = weights_hash(source)
 

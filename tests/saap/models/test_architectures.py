@@ -108,7 +108,7 @@ REFUSED = {
                  "rope type 'longrope' is not supported; supported: default, linear, llama3, yarn"),
     "a factor of nothing": ("granite", {"logits_scaling": 0}, "logits_scaling '0': must be a number above 0"),
     "a config that transformers refuses": ("phi3", {"rope_scaling": {"type": "longrope", "short_factor": 1}},
-                                           "transformers cannot read this phi3 config"),
+                                           "short_factor '1': must be a list of numbers"),
 }  # fmt: skip
 
 
