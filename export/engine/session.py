@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 EXECUTION = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 TARGETS = {"cpu": ("cpu", "portable"), "cuda": ("cuda",)}  # attention of the cuda target is float16
+FATAL = 4  # its lines of less would come before our message, which an exception brings all the same
 
 
 def open_session(bundle: Bundle, threads: int, graph: str = DECODE_GRAPH) -> InferenceSession:
@@ -41,8 +42,11 @@ def own_session(graph: Path, threads: int) -> InferenceSession:
     """
     import onnxruntime as ort
 
+    ort.set_default_logger_severity(FATAL)
+    options = session_options(threads, {})
+    options.log_severity_level = FATAL
     try:
-        return ort.InferenceSession(str(graph), session_options(threads, {}), providers=[EXECUTION["cpu"]])
+        return ort.InferenceSession(str(graph), options, providers=[EXECUTION["cpu"]])
     except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
         raise EngineError(f"ONNX Runtime {ort.__version__} cannot load {graph}: {first_line(error)}") from error
 
