@@ -32,6 +32,9 @@ from saap.system.sealed_tensors import save_tensors
 SHARD_BYTES = 1 << 30
 STRANGE = 3  # modules that are named
 PIECE = 1 << 26  # numbers that are looked at together
+ALLOWED_TYPES = dict.fromkeys(  # as safetensors names them, by the last part of a tensor's name
+    ("weight", "bias", "scales", "A_log", "dt_bias", "layer_scalar"), ("F32", "F16", "BF16", "F64")
+) | dict.fromkeys(("qweight", "zero_points"), ("U8",))
 LAYER = re.compile(r".*?\blayers\.\d+(?=\.)")
 NOT_NEEDED = re.compile(r"rotary_emb\.inv_freq$|^lm_head\.weight$")  # that checkpoints hold and models make themselves
 
@@ -64,7 +67,7 @@ def tensor_reader(directory: str | Path) -> tuple[list[str], Callable[[str], tor
 def stored_tensors(directory: str | Path) -> dict[str, Path]:
     """Return the file of each tensor of a checkpoint, by its name there.
 
-    Raises UserError: no safetensors there, or an index that names other files.
+    Raises UserError: no safetensors there, an index that names other files, or weights of another type than floats.
     """
     files = weight_files(directory)
     if not files:
@@ -72,8 +75,18 @@ def stored_tensors(directory: str | Path) -> dict[str, Path]:
     places: dict[str, Path] = {}
     for file in files:
         with opened(file) as handle:
-            places |= dict.fromkeys(handle.keys(), file)
+            for name in handle.keys():  # noqa: SIM118
+                _check_type(file, name, handle.get_slice(name).get_dtype())
+                places[name] = file
     return places
+
+
+def _check_type(file: Path, name: str, dtype: str) -> None:
+    """Refuse weights that are integers, or floats of 8 bits without their scales; buffers may be of any type."""
+    if (allowed := ALLOWED_TYPES.get(name.rpartition(".")[2])) and dtype not in allowed:
+        raise UserError(
+            f"{file} has {name} of type {dtype}: must be {' or '.join(allowed)}; get the model again as floats"
+        )
 
 
 def read_tensors(directory: str | Path) -> dict[str, torch.Tensor]:

@@ -7,12 +7,12 @@ import re
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.command_line import here
+from support.command_line import here, refused
 from support.edited import edited
 
 from saap.base.errors import UserError
 from saap.models.checkpoint import load_model
-from saap.models.weight_files import TensorFolder, tensor_reader, write_shards
+from saap.models.weight_files import TensorFolder, stored_tensors, tensor_reader, write_shards
 from saap.prune.options import PruneOptions
 from saap.prune.pruning import budget_of
 
@@ -105,3 +105,33 @@ def test_damaged_weights_are_named_and_nothing_is_written(how, tiny_model, tmp_p
         assert last.startswith("saap: ") and re.search(DAMAGE[how], last) and "Traceback" not in done.stderr
         assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
     assert [record.getMessage() for record in logged] == []  # its report would stand before our line
+
+
+TYPES = [
+    ("model.layers.1.mlp.up_proj.weight", torch.int32, "I32"),
+    ("model.embed_tokens.weight", torch.int8, "I8"),
+    ("model.norm.weight", torch.bool, "BOOL"),
+    ("model.layers.0.self_attn.q_proj.weight", torch.float8_e4m3fn, "F8_E4M3"),
+]
+
+
+@pytest.mark.parametrize(("name", "dtype", "shown"), TYPES)
+@pytest.mark.parametrize("command", COMMANDS)
+def test_weights_that_are_no_floats_are_refused(command, name, dtype, shown, tiny_model, tmp_path):
+    path, text = tiny_model("model"), tmp_path / "text.txt"
+    text.write_text("one two three four five six seven eight nine ten " * 4000)
+    file = path / "model.safetensors"
+    tensors = load_file(file)
+    save_file(tensors | {name: tensors[name].to(dtype)}, file, metadata={"format": "pt"})
+    places = {"TEXT": text, "OUT": tmp_path / "out"}
+    line = refused(command[0], path, *(places.get(word, word) for word in command[1:]))
+    assert line == (
+        f"saap: {file} has {name} of type {shown}: must be F32 or F16 or BF16 or F64; get the model again as floats"
+    )
+
+
+def test_buffers_may_be_integers(tiny_model):
+    path = tiny_model()
+    file = path / "model.safetensors"
+    save_file({**load_file(file), "model.position_ids": torch.arange(9)}, file, metadata={"format": "pt"})
+    assert "model.position_ids" in stored_tensors(path)
