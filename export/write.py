@@ -31,8 +31,9 @@ from saap.base.progress import Progress
 from saap.base.writing import beside, check_output, claimed, read_object, writing_directory, writing_file
 from saap.models.architectures import positions_of, shape_of
 from saap.models.checkpoint import read_config
+from saap.models.directory import copy_sidecars
 from saap.models.record import Integers, read_record
-from saap.models.resolve import copy_sidecars, resolve
+from saap.models.resolve import resolve
 from saap.models.slim_quant import quant_of
 from saap.models.weight_files import weights_hash
 from saap.quantize.bundle_size import bundle_size, tuned_bundle_size

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from bench.measure.result import Bandwidth
 from saap.base.child import ChildFailedError, call, job_and_tell
-from saap.base.cores import pin
+from saap.base.cores import choose_cores, physical_cores, pin
 
 BUFFER = 256 << 20
 PASSES = 5
@@ -53,6 +53,13 @@ def probe_bandwidth(cpus: Sequence[int], cache_bytes: int | None) -> Bandwidth:
     except ChildFailedError as error:
         return replace(bandwidth, unknown={"samples": f"the bandwidth probe failed: {error}"})
     return replace(bandwidth, samples=msgspec.convert(samples, list[float]))
+
+
+def probe_bandwidths(cache_bytes: int | None) -> list[Bandwidth]:
+    """Probe with 1, 2, 4, ... threads and with all cores, one thread each."""
+    most = physical_cores()
+    counts = sorted({most, *(1 << power for power in range(most.bit_length()) if 1 << power <= most)})
+    return [probe_bandwidth(choose_cores(count), cache_bytes) for count in counts]
 
 
 def joined(first: Bandwidth, second: Bandwidth) -> Bandwidth:

@@ -1,8 +1,8 @@
 """The measuring process of a remote run: ``python -m bench.remote.job FOLDER`` on the board.
 
 ``FOLDER/job.json`` holds what to do; lines of JSON on standard output say how far it is, and ``FOLDER/result.json`` is
-what :func:`bench.measure.run.measure` or :func:`bench.costs.measure.measure_costs` returned there, so that a number
-means what a local one means.
+what :func:`bench.measure.run.measure`, :func:`bench.costs.measure.measure_costs` or
+:func:`bench.remote.facts.probe_facts` returned there, so that a number means what a local one means.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import signal
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import Literal
@@ -22,6 +23,8 @@ from bench.costs.options import CostsOptions
 from bench.measure.options import BenchOptions
 from bench.measure.result import write_result
 from bench.measure.run import measure
+from bench.remote.facts import probe_facts
+from saap.base.files import write_text
 
 EVERY_S = 1.0  # between two lines: a board is not kept busy by telling
 
@@ -29,7 +32,7 @@ EVERY_S = 1.0  # between two lines: a board is not kept busy by telling
 class Job(msgspec.Struct):
     """``job.json``: the folder below ``bundles`` of each spec, and how to measure."""
 
-    kind: Literal["bench", "costs"]
+    kind: Literal["bench", "costs", "probe"]
     specs: list[str]
     options: dict[str, object]
     names: list[str] | None = None
@@ -52,6 +55,8 @@ def main(folder: Path) -> int:
         if job.kind == "bench":
             options = msgspec.convert(job.options, BenchOptions)
             write_result(out, measure(specs, options, names=job.names, progress=progress))
+        elif job.kind == "probe":
+            write_text(out, json.dumps(asdict(probe_facts(bool(job.options["bandwidth"])))))
         else:
             asked = msgspec.convert(job.options, CostsOptions)
             write_costs(out, measure_costs([Path(stack) for stack in specs], asked, progress=progress))

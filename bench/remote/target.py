@@ -1,4 +1,4 @@
-"""Here or on a board: the same bench and the same timing of layer costs, wherever they run.
+"""Here or on a board: the same bench, timing of layer costs and facts, wherever they run.
 
 On a board the same :func:`bench.measure.run.measure` starts the same workers, so a result has the same form and its
 numbers the same meaning. A result is brought here; a board is left clean whatever happens.
@@ -11,6 +11,8 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from msgspec import convert
+
 from bench.costs.measure import COSTS, Costs, check_depth, described, measure_costs
 from bench.costs.options import CostsOptions
 from bench.costs.worker import TURN
@@ -18,6 +20,7 @@ from bench.measure.options import BenchOptions
 from bench.measure.result import RESULT, Result, command_line, package_versions
 from bench.measure.run import measure
 from bench.remote.board import Board, Say
+from bench.remote.facts import Facts, probe_facts
 from bench.remote.files import Packed, Shipment, pack
 from bench.remote.options import BoardOptions
 from bench.remote.run import Task, open_board, run_at, run_on
@@ -66,6 +69,14 @@ class Target:
             return _costs(board, document, base, options.threads)
 
         task = Task({"kind": "costs", "options": asdict(options)}, None, read)
+        return run_at(self.url, shipment, task, progress, self.say)
+
+    def probe(self, bandwidth: bool, *, progress: Progress | None = None) -> Facts:
+        """Describe the device as :func:`bench.remote.facts.probe_facts` does."""
+        if self.url is None:
+            return probe_facts(bandwidth)
+        shipment = pack([], 0, self.board_options)
+        task = Task({"kind": "probe", "options": {"bandwidth": bandwidth}}, None, lambda _, raw: convert(raw, Facts))
         return run_at(self.url, shipment, task, progress, self.say)
 
 

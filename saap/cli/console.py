@@ -261,6 +261,7 @@ class _Column:
 
     @classmethod
     def of(cls, name: str, cells: list[str]) -> _Column:
+        cells = [shown(cell) for cell in cells]
         return cls(name, cells, all(cell == "-" or cell[:1].isdigit() for cell in cells))
 
     @property

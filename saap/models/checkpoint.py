@@ -41,7 +41,7 @@ from saap.models.architectures import (
     with_defaults,
 )  # fmt: skip
 from saap.models.config_fields import built, check_fields
-from saap.models.directory import check_files
+from saap.models.directory import check_files, copy_sidecars
 from saap.models.integrity import check_directory, hashes
 from saap.models.modeling_slim import GroupQuantTable, ScaledEmbedding, TiedHead, slim_classes
 from saap.models.record import DOCUMENT, Record, read_record
@@ -336,8 +336,6 @@ def write_slim(
 
     ``change``: is given the directory and the base, to change further files before they are hashed.
     """
-    from saap.models.resolve import copy_sidecars
-
     with writing_directory(out) as partial:
         write_shards(partial, tensors)
         (partial / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import stat
 from pathlib import Path
 
@@ -18,6 +19,11 @@ from saap.base.writing import read_object
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 WEIGHTS = "*.safetensors"
+# What goes along from one model directory to the next: all but weights and config.
+SIDECARS = (
+    "tokenizer*.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",
+    "merges.txt", "chat_template.*", "generation_config.json", "LICENSE*", "NOTICE*", "README.md",
+)  # fmt: skip
 BLOB = re.compile(r"\.\./\.\./blobs/(?:[0-9a-f]{40}|[0-9a-f]{64})")
 
 
@@ -73,3 +79,18 @@ def weight_files(directory: str | Path) -> list[Path]:
         if not (directory / name).is_file():
             raise UserError(f"{directory} has no file {name}, which {INDEX} names: get it again")
     return sorted(directory / name for name in names)
+
+
+def copy_sidecars(src: Path, dst: Path) -> None:
+    """Copy tokenizer, chat template, generation config, licence and model card, but neither weights nor config.
+
+    ``dst``: an existing directory; files of the same name are replaced.
+
+    Raises UserError: a link that leads out of ``src``, or what is no file.
+    """
+    check_files(src)
+    for pattern in SIDECARS:
+        for path in src.glob(pattern):
+            target = dst / path.name
+            if path.is_file() and not (target.exists() and target.samefile(path)):
+                shutil.copyfile(path, target)

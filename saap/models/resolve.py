@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import tempfile
 from difflib import get_close_matches
 from pathlib import Path
@@ -21,18 +20,12 @@ from saap.base.progress import Progress
 from saap.base.tokenizer_file import LARGEST_TOKENIZER, TOKENIZER, check_tokenizer, tokenizing
 from saap.base.wording import installing
 from saap.base.writing import read_object
-from saap.models.directory import WEIGHTS, check_files, weight_files
+from saap.models.directory import SIDECARS, WEIGHTS, check_files, copy_sidecars, weight_files
 from saap.models.integrity import cached
 from saap.models.packaged import PACKAGED, fetch, model_card
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-# What goes along from one model directory to the next: all but weights and config.
-SIDECARS = (
-    "tokenizer*.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",
-    "merges.txt", "chat_template.*", "generation_config.json", "LICENSE*", "NOTICE*", "README.md",
-)  # fmt: skip
 
 
 def resolve(name: str | Path, *, cache_dir: Path | None = None, progress: Progress | None = None) -> Path:
@@ -76,21 +69,6 @@ def kind_of(name: str | Path) -> Literal["directory", "file", "package", "hub"]:
             f"no directory {name}: check the name; for the hub's model {name}, work where no folder {path.parent} is"
         )
     return "hub"
-
-
-def copy_sidecars(src: Path, dst: Path) -> None:
-    """Copy tokenizer, chat template, generation config, licence and model card, but neither weights nor config.
-
-    ``dst``: an existing directory; files of the same name are replaced.
-
-    Raises UserError: a link that leads out of ``src``, or what is no file.
-    """
-    check_files(src)
-    for pattern in SIDECARS:
-        for path in src.glob(pattern):
-            target = dst / path.name
-            if path.is_file() and not (target.exists() and target.samefile(path)):
-                shutil.copyfile(path, target)
 
 
 def tokenizer_of_gguf(source: Path) -> Path:

@@ -75,12 +75,12 @@ def as_document(bundle: Path, model: Model, device: Device, verdict: Fit) -> dic
 
 
 def _here(options: DeviceOptions, measure: bool) -> Device:
+    from bench.measure.roofline import probe_bandwidths
     from devices.fit.memory import Device
     from devices.probe.cpu import FEATURES
     from devices.probe.host import probe
     from devices.profiles.profile import load_profiles, profile_of
     from saap.base.cgroup import available
-    from saap.cli.devices.probe import read_bandwidth
 
     if options.memory is not None:
         raise UserError("--memory is the size of a board's RAM, this host's is read: give --device with it")
@@ -91,7 +91,7 @@ def _here(options: DeviceOptions, measure: bool) -> Device:
         raise UserError("how much memory this host has cannot be read: check with --device and --memory")
     bandwidth: tuple[float | None, str] = (None, "measure it with --bandwidth")
     if measure:
-        best = max(each.bytes_per_s or 0 for each in read_bandwidth(facts["last_level_cache_bytes"]))
+        best = max(each.bytes_per_s or 0 for each in probe_bandwidths(facts["last_level_cache_bytes"]))
         bandwidth = (best or None, "read just now")
     elif known:
         bandwidth = (known.numbers["memory_bandwidth"].value, known.numbers["memory_bandwidth"].source)

@@ -1,16 +1,18 @@
-"""``saap devices probe``: what this host is. Neither torch nor transformers."""
+"""``saap devices probe``: what this host or a board is. Neither torch nor transformers."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Annotated
 
 import click
 
-from saap.cli.console import print_table
-from saap.cli.types import Sections
+from bench.remote.options import BoardOptions
+from saap.base.options import Option
+from saap.cli.console import Console, print_table
+from saap.cli.options import OptionsCommand, options_of
 
 if TYPE_CHECKING:
     from bench.measure.result import Bandwidth
@@ -21,41 +23,52 @@ UNKNOWN = "unknown"
 NO_PROFILE = f"{UNKNOWN}: no profile names this board"
 
 
-@click.command(cls=Sections)
+@dataclass(frozen=True)
+class ProbeOptions:
+    """The options of ``saap devices probe``."""
+
+    bandwidth: Annotated[bool, Option("Also read memory with 1, 2, 4, ... threads, for some seconds.")] = False
+    on: Annotated[
+        str | None, Option("A board: ssh://user@host[:port], adb://[serial], labgrid://PLACE.", metavar="URL")
+    ] = None
+    board: BoardOptions = field(default_factory=BoardOptions)
+
+    def check(self) -> None:
+        self.board.check(on_a_board=self.on is not None)
+
+
+@click.command(cls=OptionsCommand)
 @click.option("--json", "as_json", is_flag=True, help="For machines.")
-@click.option("--bandwidth", is_flag=True, help="Also read memory with 1, 2, 4, ... threads, for some seconds.")
-def probe(as_json: bool, bandwidth: bool) -> None:
-    """Describe this host.
+@options_of(ProbeOptions)
+def probe(as_json: bool, options: ProbeOptions) -> None:
+    """Describe this host, or a board.
 
     \b
     Example:
       saap devices probe
+      saap devices probe --bandwidth --on ssh://pi@raspberrypi
     """
-    from devices.probe.host import probe as probe_host
+    from bench.remote.target import target
     from devices.profiles.profile import load_profiles, profile_of
+    from saap.base.interrupt import ended_as_by_a_person
 
-    facts = probe_host()
+    options.check()
+    bandwidth = options.bandwidth
+    with Console() as console, ended_as_by_a_person():
+        device = target(options.on, options.board, console.say)
+        answer = device.probe(bandwidth, progress=console.report)
+        console.finish()
+    facts, speeds = answer.host, answer.bandwidth
     profile = profile_of(facts["compatible"], load_profiles())
-    speeds = read_bandwidth(facts["last_level_cache_bytes"]) if bandwidth else []
     if as_json:
         read = {"bandwidth": [{**asdict(speed), "bytes_per_s": speed.bytes_per_s} for speed in speeds]}
         click.echo(json.dumps({**facts, "profile": profile, **(read if bandwidth else {})}, indent=1))
         return
-    print_table("this host", ["fact", "value"], [*_host_rows(facts), ["profile", profile or NO_PROFILE]])
+    print_table(device.url or "this host", ["fact", "value"], [*_host_rows(facts), ["profile", profile or NO_PROFILE]])
     headings = ["CPUs", "core", "capacity", "governor", "clock MHz", "from", "to", "hardware"]
     print_table("clusters", headings, [*map(_cluster, facts["clusters"] or [])])
     if bandwidth:
         print_table("reading memory", ["threads", "GB/s"], [[str(speed.n_threads), _rate(speed)] for speed in speeds])
-
-
-def read_bandwidth(cache_bytes: int | None) -> list[Bandwidth]:
-    """Read memory with 1, 2, 4, ... threads and with all cores, one thread each."""
-    from bench.measure.roofline import probe_bandwidth
-    from saap.base.cores import choose_cores, physical_cores
-
-    most = physical_cores()
-    counts = sorted({most, *(1 << power for power in range(most.bit_length()) if 1 << power <= most)})
-    return [probe_bandwidth(choose_cores(count), cache_bytes) for count in counts]
 
 
 def _rate(bandwidth: Bandwidth) -> str:

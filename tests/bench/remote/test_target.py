@@ -19,7 +19,7 @@ import psutil
 import pytest
 from support.agent_requests import RUN
 from support.bench_samples import measurement, result
-from support.command_line import refused
+from support.command_line import here, refused
 from support.remote_runs import (
     LONG,
     ONCE,
@@ -41,6 +41,7 @@ from bench.measure.run import measure
 from bench.remote import board as remote_board
 from bench.remote import files, target
 from bench.remote.board import Board
+from bench.remote.facts import probe_facts
 from bench.remote.files import REQUIREMENTS, pack
 from bench.remote.options import BoardOptions
 from bench.remote.target import Target, measure_on
@@ -113,6 +114,40 @@ def test_a_result_has_the_form_of_a_local_one_and_a_second_run_sends_only_what_r
     rest = {path: path.stat().st_ino for path in (sshd.cache / "files").iterdir() if path != rotten}
     assert rest == {path: number for path, number in before.items() if path != rotten}
     assert len(list(sshd.cache.glob("agent-*"))) == 1
+
+
+def test_a_board_is_described_as_this_host_is(sshd):
+    here_facts = json.loads(here("devices", "probe", "--json").stdout)
+    done = here("devices", "probe", "--on", sshd.url, "--board-packages", "--bandwidth", "--json")
+    there = json.loads(done.stdout)
+    assert there["bandwidth"][0]["n_threads"] == 1 and there["bandwidth"][0]["bytes_per_s"] > 1e8
+    assert {name: value for name, value in there.items() if name != "bandwidth"} == here_facts
+    assert sshd.url in here("devices", "probe", "--on", sshd.url, "--board-packages").stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--board-packages"], "--board-packages is for --on: leave it out, or name a board"),
+        (["--on", "nowhere"], "nowhere"),
+    ],
+)
+def test_a_probe_refuses_what_names_no_board(options, message):
+    assert message in refused("devices", "probe", *options)
+
+
+def test_facts_of_a_board_are_checked_and_steer_no_terminal(monkeypatch):
+    document = dataclasses.asdict(probe_facts(bandwidth=False))
+
+    def answered(document):
+        return lambda url, shipment, task, progress, say: task.read(url, document)
+
+    document["host"]["board"] = "\x1b[31mred"
+    monkeypatch.setattr(target, "run_at", answered(document))
+    assert "?[31mred" in here("devices", "probe", "--on", "local://").stdout
+    monkeypatch.setattr(target, "run_at", answered({"host": {"board": 3}, "bandwidth": []}))
+    with pytest.raises(ValueError, match="Expected"):  # which bench.remote.run makes a BoardError
+        Target("local://").probe(bandwidth=False)
 
 
 def test_the_engines_of_a_bundle_take_turns_there(sshd, bundles):

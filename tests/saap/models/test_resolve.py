@@ -18,9 +18,10 @@ from saap.base.files import cache_place
 from saap.base.gguf_header import read_header
 from saap.models import packaged
 from saap.models.checkpoint import read_config
+from saap.models.directory import copy_sidecars
 from saap.models.gguf import byte_level_bpe, read_tokenizer_fields, write_tokenizer
 from saap.models.integrity import cached
-from saap.models.resolve import copy_sidecars, load_tokenizer, resolve
+from saap.models.resolve import load_tokenizer, resolve
 
 SNIPPETS = [
     "Hello world  12 345",
