@@ -86,6 +86,7 @@ def demands_of(name: str, options: DeviceOptions) -> Demands:
     if usable is None:
         raise UserError(f"how much memory {name} has is not known: say it with --memory, such as --memory 8GiB")
     bandwidth, cache = profile.numbers["memory_bandwidth"], values.get("last_level_cache")
+    sustained = profile.sustained
     big_cores, runtime = values.get("big_cores"), profile.runtime
     device = Device(
         name=profile.title,
@@ -96,6 +97,8 @@ def demands_of(name: str, options: DeviceOptions) -> Demands:
         memory_source=usable[1],
         bandwidth=bandwidth.value,
         bandwidth_source=bandwidth.source,
+        sustained=sustained.value if sustained else None,
+        sustained_source=sustained.source if sustained else "unknown",
         last_level_cache=None if cache is None else int(cache),
         big_cores=None if big_cores is None else int(big_cores),
         cuda=profile.cuda or ("none" if not name.startswith("generic") else None),

@@ -50,6 +50,7 @@ class Fit:
     Attributes:
         ceiling: tokens per second that reading the memory allows, with an empty cache and with a full one; None is
             unknown, and ``remarks`` say why.
+        sustained: the same for the bandwidth that others measured there; None where the ceiling is, or nobody did.
     """
 
     context: int
@@ -59,6 +60,7 @@ class Fit:
     fits: bool  # it loads, and the memory suffices at ``context``
     largest_context: int  # tokens that fit in the memory, at most the model's; 0 where not even one does
     ceiling: tuple[float | None, float | None]
+    sustained: tuple[float | None, float | None]
     refusals: tuple[Finding, ...]
     remarks: tuple[str, ...]
     remedies: tuple[Finding, ...]  # what would make it fit
@@ -80,6 +82,8 @@ def fit(model: Model, device: Device, context: int) -> Fit:
     largest = largest_context(model, device)
     suffices = memory.total <= device.memory_bytes
     ceiling, why = _ceiling(model, device, context)
+    share = device.sustained / device.bandwidth if device.sustained and device.bandwidth else None
+    empty, full = (None if share is None or rate is None else rate * share for rate in ceiling)
     notes = remarks(model, device) + why
     remedies = tuple(Finding("so that it loads", finding.command) for finding in against if finding.command)
     if not suffices:
@@ -88,7 +92,7 @@ def fit(model: Model, device: Device, context: int) -> Fit:
         notes += ("tight: less than a tenth of the memory is left, and other processes want some",)
     return Fit(
         context, memory, device.memory_bytes, not against, not against and suffices, largest, ceiling,
-        against, notes, remedies,
+        (empty, full), against, notes, remedies,
     )  # fmt: skip
 
 

@@ -72,6 +72,8 @@ class Device:
     memory_source: str
     bandwidth: float | None = None  # bytes per second that are read at most
     bandwidth_source: str = "unknown"
+    sustained: float | None = None  # bytes per second that others measured over a longer time
+    sustained_source: str = "unknown"
     last_level_cache: int | None = None
     big_cores: int | None = None  # of a CPU with several kinds of cores
     cuda: str | None = None  # the GPU's architecture, ``none`` where there is no GPU for CUDA

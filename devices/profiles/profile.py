@@ -96,6 +96,11 @@ class Profile:
     cuda: Annotated[str, Meta(pattern=r"^sm_\d{2,3}$")] | None = None
     runtime: Runtime | None = None  # None where that is not known
 
+    @property
+    def sustained(self) -> Number | None:
+        """The bandwidth that was reported of decoding, else of copying; None where nobody reported one."""
+        return self.numbers.get("decode_bandwidth") or self.numbers.get("copy_bandwidth")
+
 
 def load_profiles(directory: Path = PROFILES) -> dict[str, Profile]:
     """All profiles, by name. Raises DeviceError: a file that is not a valid profile."""

@@ -63,7 +63,7 @@ def check(bundle: Path, as_json: bool, options: CheckOptions) -> None:
     if as_json:
         click.echo(json.dumps(as_document(bundle, model, device, verdict), indent=1))
     else:
-        _show(bundle, device, verdict)
+        _show(bundle, model.context_length, device, verdict)
     sys.exit(0 if verdict.fits else DOES_NOT_FIT)
 
 
@@ -95,6 +95,7 @@ def _here(options: DeviceOptions, measure: bool) -> Device:
         bandwidth = (best or None, "read just now")
     elif known:
         bandwidth = (known.numbers["memory_bandwidth"].value, known.numbers["memory_bandwidth"].source)
+    sustained = known.sustained if known else None
     # Elsewhere than on a board there is no GPU without NVIDIA's driver, and it is unknown with it.
     cuda = None if not known and Path("/proc/driver/nvidia/version").exists() else (known and known.cuda) or "none"
     isa = frozenset(facts["isa"] or ())
@@ -107,6 +108,8 @@ def _here(options: DeviceOptions, measure: bool) -> Device:
         memory_source="available at the moment",
         bandwidth=bandwidth[0],
         bandwidth_source=bandwidth[1],
+        sustained=sustained.value if sustained else None,
+        sustained_source=sustained.source if sustained else "unknown",
         last_level_cache=facts["last_level_cache_bytes"],
         cuda=cuda,
         onnxruntime=options.onnxruntime or facts["onnxruntime"],
@@ -114,7 +117,7 @@ def _here(options: DeviceOptions, measure: bool) -> Device:
     )
 
 
-def _show(bundle: Path, device: Device, verdict: Fit) -> None:
+def _show(bundle: Path, context_length: int, device: Device, verdict: Fit) -> None:
     m = verdict.memory
     tell(f"{bundle} on {device.name}: {'fits' if verdict.fits else 'does not fit'}")
     for finding in verdict.refusals:
@@ -128,13 +131,21 @@ def _show(bundle: Path, device: Device, verdict: Fit) -> None:
     ]
     print_table("memory that must stay resident", ["what", "MB"], rows)
     tell(f"  there are {_mb(verdict.available)} MB: {device.memory_source}")
-    tell(f"  largest context that fits: {verdict.largest_context or 'none'}")
+    largest = verdict.largest_context
+    limit = "the model has no more" if largest == context_length else f"the model has {context_length}, memory is short"
+    tell(f"  largest context that fits: {f'{largest} tokens' if largest else 'none'} ({limit})")
     empty, full = verdict.ceiling
     if empty is not None and full is not None:
         rate = "unknown" if device.bandwidth is None else f"{device.bandwidth / 1e9:.1f} GB/s"
         tell(
             f"  ceiling: {empty:.1f} tokens/s, {full:.1f} with a full cache ({rate}: "
             f"{device.bandwidth_source}); what it will do is less, measure it"
+        )
+    empty, full = verdict.sustained
+    if empty is not None and full is not None and device.sustained is not None:
+        tell(
+            f"  sustained: {empty:.1f} tokens/s, {full:.1f} with a full cache ({device.sustained / 1e9:.1f} GB/s: "
+            f"{device.sustained_source})"
         )
     for line in verdict.remarks:
         tell(f"  note: {line}")

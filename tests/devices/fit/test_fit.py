@@ -217,3 +217,11 @@ def test_memory_of_a_board_by_hand() -> None:
     assert "smallest that is sold" in smallest[1]
     assert usable_memory({"memory_visible": gib}, stated=4 * gib)[0] == round(0.93 * 4 * gib) - SYSTEM_BYTES
     assert usable_memory({"memory_capacity": None}) is None
+
+
+@pytest.mark.parametrize(("bandwidth", "sustained"), [(17.1e9, None), (17.1e9, 5e9), (None, 5e9)])
+def test_sustained_rates_are_the_ceiling_of_that_bandwidth(bandwidth: float | None, sustained: float | None) -> None:
+    verdict = fit(SMOL, replace(PI5, bandwidth=bandwidth, sustained=sustained), context=1000)
+    known = bandwidth is not None and sustained is not None
+    expected = fit(SMOL, replace(PI5, bandwidth=sustained), context=1000).ceiling if known else (None, None)
+    assert verdict.sustained == (pytest.approx(expected) if known else expected)

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 from support.command_line import here, refused
+from support.edited import edited
 from support.tiny_graphs import tiny_bundle
 
 
@@ -28,6 +30,31 @@ def test_command_says_it_for_machines(bundle: Path) -> None:
     assert told["memory"]["total"] == sum(told["memory"][key] for key in ("runtime", "weights", "cache", "work"))
     assert told["memory"]["cache"] == 64 * 2 * (2 + 1) * 16 * 4  # keys and values of 2 and 1 heads of 16 floats
     assert told["device"]["onnxruntime"] == "1.23.2" and told["device"]["memory_bytes"] == (7620 - 775) << 20
+
+
+LARGEST = [
+    (["--device", "raspberry-pi-4"], 0, "largest context that fits: 128 tokens (the model has no more)"),
+    (
+        ["--device", "rk3588", "--memory", "64MiB"],
+        1,
+        "largest context that fits: none (the model has 128, memory is short)",
+    ),
+]
+
+
+@pytest.mark.parametrize(("options", "code", "line"), LARGEST)
+def test_the_largest_context_says_whose_limit_it_is(options: list[str], code: int, line: str, bundle: Path) -> None:
+    assert line in " ".join(here("devices", "check", bundle, *options, code=code).stdout.split())
+
+
+def test_the_sustained_bandwidth_is_shown_below_the_ceiling(tmp_path: Path, bundle: Path) -> None:
+    large = tmp_path / "large"
+    shutil.copytree(bundle, large)
+    edited(large / "bundle.json", weight_bytes_per_token=114_000_000)
+    lines = here("devices", "check", large, "--device", "raspberry-pi-5", "--memory", "4GiB").stdout
+    assert "ceiling: 150.0 tokens/s" in lines and "(17.1 GB/s: " in lines
+    assert "sustained: 100.0 tokens/s" in lines and "(11.4 GB/s: public reports of sustained decode)" in lines
+    assert "sustained" not in here("devices", "check", large, "--device", "raspberry-pi-4").stdout
 
 
 def test_command_exits_with_1_when_it_does_not_fit(bundle: Path) -> None:
