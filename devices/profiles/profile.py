@@ -107,9 +107,13 @@ def load_profiles(directory: Path = PROFILES) -> dict[str, Profile]:
     return {path.stem: read_profile(path) for path in sorted(directory.glob("*.toml"))}
 
 
+def profile_names(directory: Path = PROFILES) -> list[str]:
+    return sorted(path.stem for path in directory.glob("*.toml"))
+
+
 def load_profile(name: str, directory: Path = PROFILES) -> Profile:
     """One profile. Raises DeviceError: no such device; lists those with a near name, or all."""
-    names = sorted(path.stem for path in directory.glob("*.toml"))
+    names = profile_names(directory)
     if name not in names:
         near = [other for other in names if name and name.lower() in other]
         near = near or get_close_matches(name.lower().replace("_", "-").replace(" ", "-"), names, n=4)

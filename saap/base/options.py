@@ -88,6 +88,7 @@ class Option:
     shown: bool = True
     hidden: bool = False  # a flag that only ``--help-all`` shows
     parse: Callable[[str], object] | None = None
+    names: Callable[[], Collection[str]] | None = None  # the values that a shell offers
 
 
 @dataclass(frozen=True)

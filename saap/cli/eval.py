@@ -12,7 +12,7 @@ from saap.base.options import Option
 from saap.base.quality import QUALITY, Answers, Quality
 from saap.cli.console import LOADING, Console, print_table, tell
 from saap.cli.options import OptionsCommand, options_of
-from saap.cli.types import directory, force
+from saap.cli.types import complete_model, directory, force
 from saap.evaluate.options import EvalOptions, check_options
 
 _TEXT = "Perplexity"
@@ -33,7 +33,7 @@ class EvalCommand:
 
 
 @click.command(name="eval", cls=OptionsCommand)
-@click.argument("paths", type=directory, nargs=-1, required=True)
+@click.argument("paths", type=directory, nargs=-1, required=True, shell_complete=complete_model)
 @options_of(EvalCommand)
 @click.option("--json", "json_path", type=directory, help="Write the numbers here, for compare and report.")
 @force

@@ -13,14 +13,14 @@ from saap.base.errors import UserError
 from saap.base.options import changed_in
 from saap.cli.console import LOADING, Console, print_table, tell
 from saap.cli.options import OptionsCommand, options_of
-from saap.cli.types import directory, force
+from saap.cli.types import complete_model, directory, force
 
 if TYPE_CHECKING:
     from export.gguf.write import GGUFReport
 
 
 @click.command(cls=OptionsCommand)
-@click.argument("model")
+@click.argument("model", shell_complete=complete_model)
 @options_of(ExportOptions)
 @click.option("-o", "--out", type=directory, help="The bundle (or the .gguf file) to write.")
 @click.option("--inspect", is_flag=True, help="Write nothing: show what is in the bundle MODEL.")

@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import click
@@ -22,7 +23,7 @@ from click.shell_completion import CompletionItem
 
 from saap.base.errors import UserError
 from saap.base.options import TYPED, Setting, assigned, build, settings_of
-from saap.cli.types import FieldOption, Sections
+from saap.cli.types import FieldOption, Sections, offered
 
 if TYPE_CHECKING:
     ValueType = click.ParamType[object]
@@ -67,7 +68,11 @@ class _Value(ValueType):
             raise UserError(f"{self.setting.flag} {error}") from None
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        return [CompletionItem(str(choice)) for choice in self.setting.choices]
+        if self.setting.option.names is not None:
+            return offered(self.setting.option.names(), incomplete)
+        if self.setting.kind is Path:
+            return [CompletionItem(incomplete, type="file")]
+        return offered([str(choice) for choice in self.setting.choices], incomplete)
 
 
 class _Assignment(ValueType):

@@ -15,7 +15,7 @@ from saap.base.options import Option, refuse_unused
 from saap.base.wording import counted
 from saap.cli.console import LOADING, Console, plan_chart, print_table, tell
 from saap.cli.options import OptionsCommand, options_of
-from saap.cli.types import directory, force
+from saap.cli.types import complete_model, directory, force
 from saap.prune.options import PruneOptions
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class PruneCommand:
 
 
 @click.command(cls=OptionsCommand)
-@click.argument("model")
+@click.argument("model", shell_complete=complete_model)
 @options_of(PruneCommand)
 @click.option("-o", "--out", type=directory, required=True, help="The slim directory to write.")
 @force

@@ -2,14 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from saap.base.errors import UserError
+
+
+def offered(names: Collection[str], incomplete: str) -> list[CompletionItem]:
+    return [CompletionItem(name) for name in names if name.startswith(incomplete)]
+
+
+def device_names() -> Collection[str]:
+    from devices.profiles.profile import profile_names  # here, since help needs none of it
+
+    return profile_names()
+
+
+def complete_device(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    return offered(device_names(), incomplete)
+
+
+def complete_model(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Offer the packaged models, and files and directories."""
+    from saap.models.packaged import PACKAGED  # here, since help needs none of it
+
+    # First, since bash forgets at a file what was offered before.
+    return [CompletionItem(incomplete, type="file"), *offered(PACKAGED, incomplete)]
 
 
 class _Place(click.Path):

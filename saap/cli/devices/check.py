@@ -16,7 +16,7 @@ from saap.base.options import Option
 from saap.cli.console import print_table, tell
 from saap.cli.devices.fit import read_model
 from saap.cli.options import OptionsCommand, options_of
-from saap.cli.types import directory
+from saap.cli.types import device_names, directory
 
 if TYPE_CHECKING:
     from devices.fit.fitting import Fit
@@ -29,9 +29,9 @@ DOES_NOT_FIT = 1
 class CheckOptions:
     """The device and the limits that a bundle is checked against."""
 
-    device: Annotated[str | None, Option("A profile of `saap devices list`; default: this host.", metavar="NAME")] = (
-        None
-    )
+    device: Annotated[
+        str | None, Option("A profile of `saap devices list`; default: this host.", metavar="NAME", names=device_names)
+    ] = None
     facts: DeviceOptions = field(default_factory=DeviceOptions)
     bandwidth: Annotated[bool, Option("Without --device: read memory for some seconds, for the ceiling.")] = False
 

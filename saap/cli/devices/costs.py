@@ -18,7 +18,7 @@ from saap.base.progress import Progress
 from saap.base.wording import counted
 from saap.cli.console import Console, print_table, tell
 from saap.cli.options import OptionsCommand, options_of
-from saap.cli.types import directory, force
+from saap.cli.types import complete_model, directory, force
 
 if TYPE_CHECKING:
     from bench.costs.measure import Costs
@@ -59,7 +59,7 @@ class CostsCommand:
 
 
 @click.command(cls=OptionsCommand)
-@click.argument("model")
+@click.argument("model", shell_complete=complete_model)
 @click.option("-o", "--out", type=directory, default=Path("cost.json"), show_default=True, help="The JSON file.")
 @options_of(CostsCommand)
 @force

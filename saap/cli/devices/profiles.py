@@ -8,7 +8,7 @@ from dataclasses import asdict
 import click
 
 from saap.cli.console import print_table, tell
-from saap.cli.types import Sections
+from saap.cli.types import Sections, complete_device
 
 UNKNOWN = "unknown"
 
@@ -36,7 +36,7 @@ def list_devices(as_json: bool) -> None:
 
 
 @click.command(name="show", cls=Sections)
-@click.argument("name")
+@click.argument("name", shell_complete=complete_device)
 @click.option("--json", "as_json", is_flag=True, help="For machines.")
 def show_device(name: str, as_json: bool) -> None:
     """Show a profile: every number with its unit, source and level.

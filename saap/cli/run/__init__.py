@@ -24,14 +24,14 @@ from saap.cli.prune import for_this_machine
 from saap.cli.report import read_run
 from saap.cli.run.options import COSTS, DEFAULT_RATIO, DEFAULT_SPEEDUP, RunOptions
 from saap.cli.run.steps import DENSE_TUNED, SLIM, TUNED, Bench, Run, steps_of
-from saap.cli.types import directory, force
+from saap.cli.types import complete_model, directory, force
 
 if TYPE_CHECKING:
     from saap.base.needs import Needs
 
 
 @click.command(cls=OptionsCommand)
-@click.argument("model")
+@click.argument("model", shell_complete=complete_model)
 @click.option("-o", "--out", type=directory, required=True, help="Directory for everything that is made.")
 @options_of(RunOptions)
 @force

@@ -14,6 +14,7 @@ from saap.base.options import THREADS, Option, Part, refuse_unused, settings_of
 from saap.cli.devices.fit import check_costs
 from saap.cli.prune import PruneCommand
 from saap.cli.tune import TuneCommand
+from saap.cli.types import device_names
 from saap.prune.options import MUST, TIMED
 
 DEFAULT_RATIO, DEFAULT_SPEEDUP = 0.2, 1.3  # of a run for a device, which has no table of costs, and for this machine
@@ -30,7 +31,13 @@ class RunOptions:
 
     profile: Annotated[
         str | None,
-        Option("A device of `saap devices list` that it must fit on.", _DEVICE, flags=("--for",), metavar="NAME"),
+        Option(
+            "A device of `saap devices list` that it must fit on.",
+            _DEVICE,
+            flags=("--for",),
+            metavar="NAME",
+            names=device_names,
+        ),
     ] = None
     device: Annotated[DeviceOptions, Part(flags=("memory",), headings={"Options": _DEVICE})] = field(
         default_factory=DeviceOptions

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -231,3 +232,30 @@ def test_export_takes_what_prune_takes(tiny_model, tmp_path):
     here("export", tmp_path / "model.gguf", "-o", tmp_path / "bundle", "--parity", "none")
     Bundle.open(tmp_path / "bundle").check()
     assert "no model 'smollm3'" in refused("export", "smollm3", "-o", tmp_path / "none")
+
+
+COMPLETED = [
+    ("saap dev", ["plain,devices"]),
+    ("saap devices show raspberry-pi-", ["plain,raspberry-pi-4", "plain,raspberry-pi-5"]),
+    ("saap devices check bundle --device rk", ["plain,rk3588"]),
+    ("saap run model --for jetson-x", ["plain,jetson-xavier-nx"]),
+    ("saap prune smol", ["file,smol", "plain,smollm2-135m"]),
+    ("saap export gemma", ["file,gemma", "plain,gemma3-270m"]),
+    ("saap eval smollm2-135m smol", ["file,smol", "plain,smollm2-135m"]),
+    ("saap prune model --effort n", ["plain,normal"]),
+    ("saap prune model --method fl", ["plain,flap"]),
+    ("saap devices probe --wheels fold", ["file,fold"]),
+]
+
+
+@pytest.mark.parametrize(("typed", "offers"), COMPLETED)
+def test_a_shell_completes_devices_models_and_choices(typed, offers):
+    words = {"_SAAP_COMPLETE": "bash_complete", "COMP_WORDS": typed, "COMP_CWORD": str(typed.count(" "))}
+    assert saap(env=words).stdout.split() == offers
+
+
+def test_the_line_that_switches_completion_on_works():
+    (line,) = re.findall(r"^eval .*_SAAP_COMPLETE.*$", (ROOT / "docs/install.md").read_text(), re.MULTILINE)
+    program = f"saap() {{ '{sys.executable}' -m saap.cli \"$@\"; }}; {line}; complete -p saap"
+    done = subprocess.run(["bash", "-c", program], capture_output=True, text=True, check=False)
+    assert "_saap_completion" in done.stdout, done.stderr
