@@ -153,13 +153,18 @@ def parse_json(text: str | bytes, *, finite: bool = False) -> object:
         if "int_max_str_digits" not in str(error):
             raise
         raise ValueError(f"a number has more than {sys.get_int_max_str_digits()} digits") from None
-    if not finite:
-        return parsed
+    if finite:
+        check_nested(parsed)
+    return parsed
+
+
+def check_nested(parsed: object) -> None:
+    """Refuse what is nested more than ``MOST_NESTED`` deep: who copies or writes it would fail. Raises ValueError."""
     level = [parsed]
     for _ in range(MOST_NESTED):
         if not (level := [each for outer in level for each in _inside(outer)]):
-            return parsed
-    raise ValueError("nested too deeply")  # whoever copies or writes it would fail
+            return
+    raise ValueError("nested too deeply")
 
 
 def _inside(outer: object) -> list[object]:

@@ -23,6 +23,7 @@ from saap.base.files import (
     ChecksumError,
     cache_directory,
     calling,
+    check_nested,
     is_special,
     naming,
     parse_json,
@@ -221,6 +222,7 @@ def read_object(path: Path, remedy: str) -> dict[str, Any]:
     """
     try:
         value = parse_json(read_whole(path, LARGEST))
+        check_nested(value)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; {remedy}") from None
     except ValueError as error:

@@ -23,10 +23,6 @@ def device_names() -> Collection[str]:
     return profile_names()
 
 
-def complete_device(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    return offered(device_names(), incomplete)
-
-
 def complete_model(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Offer the packaged models, and files and directories."""
     from saap.models.packaged import PACKAGED  # here, since help needs none of it

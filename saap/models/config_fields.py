@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib.metadata import version
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta
@@ -42,13 +42,6 @@ ALLOWED = {key: (words, kind) for words, kind, keys in TYPES for key in keys}
 MOST_FIELDS = 500  # of a config, that are tried one by one
 
 
-class Built(Protocol):
-    """A class of transformers that is built of a document."""
-
-    def from_dict(self, document: dict[str, Any], /) -> object:
-        """Build it."""
-
-
 def check_fields(file: str, document: Mapping[str, object]) -> None:
     """Refuse a field of another type than the table's, also in the objects of rotary embedding.
 
@@ -64,8 +57,11 @@ def check_fields(file: str, document: Mapping[str, object]) -> None:
             check_fields(file, value)
 
 
-def built(kind: Built, document: dict[str, Any], file: str) -> object:
-    """Build an object of transformers. Raises UserError: names the first field without which it could be built."""
+def built(kind: Any, document: dict[str, Any], file: str) -> object:
+    """Build an object of a class of transformers.
+
+    Raises UserError: names the first field without which it could be built.
+    """
     try:
         return kind.from_dict(document)
     except Exception as error:  # fields fail somewhere in it, each in its own way

@@ -8,7 +8,7 @@ from dataclasses import asdict
 import click
 
 from saap.cli.console import print_table, tell
-from saap.cli.types import Sections, complete_device
+from saap.cli.types import Sections, device_names, offered
 
 UNKNOWN = "unknown"
 
@@ -36,7 +36,7 @@ def list_devices(as_json: bool) -> None:
 
 
 @click.command(name="show", cls=Sections)
-@click.argument("name", shell_complete=complete_device)
+@click.argument("name", shell_complete=lambda _, __, typed: offered(device_names(), typed))
 @click.option("--json", "as_json", is_flag=True, help="For machines.")
 def show_device(name: str, as_json: bool) -> None:
     """Show a profile: every number with its unit, source and level.

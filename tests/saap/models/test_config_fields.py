@@ -57,3 +57,13 @@ def test_a_number_of_many_digits_is_refused(file, tiny_model, tmp_path):
     (model / file).write_text('{"hidden_size": ' + "1" * 5000 + "}")
     line = refused("export", model, "-o", tmp_path / "bundle", "--parity", "none")
     assert line.startswith(f"saap: {model / file} is damaged (a number has more than 4300 digits): ")
+
+
+@pytest.mark.parametrize("file", [CONFIG, GENERATION])
+@pytest.mark.parametrize("depth", [150, 930, 960])
+def test_a_deeply_nested_field_is_refused(file, depth, tiny_model, tmp_path):
+    model = tiny_model("model")
+    nested = '{"rope_a": ' * depth + "1" + "}" * depth
+    (model / file).write_text('{"model_type": "llama", "rope_scaling": ' + nested + "}")
+    line = refused("export", model, "-o", tmp_path / "bundle", "--parity", "none")
+    assert line.startswith(f"saap: {model / file} is damaged (nested too deeply): ")
