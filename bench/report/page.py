@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from bench.judge.planned import planned_speed
+from bench.judge.planned import integers_alone, planned_speed
 from bench.judge.quality import is_quality, read_quality
 from bench.judge.wording import (
     amounts,
@@ -96,6 +96,7 @@ def _context(results: Sequence[Result], run: Mapping[str, object], qualities: Se
         "entries": entries,
         "cards": cards_of(pair, measured),
         "bought": bought(pair, measured),
+        "alone": list(filter(None, map(integers_alone, results))),
         "beside": list(filter(None, (bought(each, measured) for each in beside(pair, entries)))),
         "notes": [note for result in results for note in peer_notes(result)],
         "made_for": plain(run.get("device_told") or ""),
@@ -103,6 +104,7 @@ def _context(results: Sequence[Result], run: Mapping[str, object], qualities: Se
         "plan": _plan(run, results),
         "qualities": sections,
         "parity": {name: as_dict(values) for name, values in as_dict(run.get("parity")).items()},
+        "silence": plain(run.get("silence") or ""),
         "texts": [
             {"prompt": text.get("prompt"), "outputs": as_dict(text.get("outputs"))}
             for text in map(as_dict, as_list(run.get("texts")))

@@ -44,6 +44,7 @@ class RunFile(TypedDict, total=False):
     parity: dict[str, object]
     quality: dict[str, object]
     texts: list[dict[str, object]]
+    silence: str  # whether the slim model does not answer any more
     versions: dict[str, str]
     device: DeviceFit
     device_told: str  # the same in a sentence

@@ -29,6 +29,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -36,6 +37,7 @@ from typing import Any
 
 from studies.common import ROOT, add_write_option, markdown, parser_of, provenance, show_tables
 from studies.fuzz.mutations import mutated
+from studies.fuzz.places import Places
 from studies.fuzz.products import products
 from studies.fuzz.targets import RUN, Target, folder, is_for_people, targets
 
@@ -64,6 +66,7 @@ def once(target: Target, data: bytes) -> float:
     """
     before, clock, processor = _memory("VmRSS"), time.monotonic(), time.process_time()
     Path("/proc/self/clear_refs").write_text("5")  # the peak of memory begins anew
+    Places.last = None
     try:
         target.read(data)
     except (KeyboardInterrupt, SystemExit):
@@ -102,7 +105,11 @@ def document(target: Target, seed: int, number: int) -> bytes:
 
 
 def drawn(target: Target, numbers: Iterable[int], seed: int, tell: Callable[[dict[str, Any]], None]) -> None:
-    """Feed documents, and tell of each finding, and at the end of the slowest and of the memory that was added."""
+    """Feed documents, and tell of each finding, and at the end of the slowest, of the memory that was added, and of the
+    documents that each check refused.
+    """
+    Places.watch()
+    refused = Counter[str]()
     slowest, before, peak = 0.0, _memory("VmRSS"), 0
     for number in numbers:
         data = document(target, seed, number)
@@ -111,14 +118,16 @@ def drawn(target: Target, numbers: Iterable[int], seed: int, tell: Callable[[dic
             slowest = max(slowest, once(target, data))
         except FindingError as finding:
             tell({"finding": str(finding), "where": finding.where, "number": number})
+        refused[Places.last or "none"] += 1
         peak = max(peak, _memory("VmHWM"))
+    tell({"refused": refused})
     tell({"slowest_s": slowest, "added_bytes": peak - before, "peak_bytes": peak})
 
 
 def watched(target: Target, runs: int, seed: int) -> dict[str, Any]:
     """Feed documents in forked processes, one after the other, and note which end theirs."""
     entry: dict[str, Any] = {"runs": 0, "slowest_s": 0.0, "added_bytes": 0, "peak_bytes": 0, "findings": []}
-    findings, deaths = dict[str, dict[str, Any]](), 0
+    findings, deaths, refused = dict[str, dict[str, Any]](), 0, Counter[str]()
     while entry["runs"] < runs and len(findings) + deaths < MOST:
         numbers = range(entry["runs"], min(runs, entry["runs"] + BATCH))
         at, records, ending = _forked(target, numbers, seed)
@@ -131,9 +140,11 @@ def watched(target: Target, runs: int, seed: int) -> dict[str, Any]:
         for each in records:
             if "finding" in each:
                 findings.setdefault(each["where"], each)
+            elif "refused" in each:
+                refused.update(each["refused"])
             else:
                 entry |= {name: max(entry[name], value) for name, value in each.items()}
-    return entry | {"findings": list(findings.values())}
+    return entry | {"findings": list(findings.values()), "refused": dict(refused.most_common())}
 
 
 def _forked(target: Target, numbers: range, seed: int) -> tuple[int, list[dict[str, Any]], str | None]:

@@ -184,7 +184,7 @@ def finish(job: Run, results: list[Path], begun: float) -> None:
     import torch
     import transformers
 
-    from bench.judge.planned import planned_speed
+    from bench.judge.planned import integers_alone, planned_speed
     from bench.measure.result import read_result
     from bench.report.headline import bought_by
     from bench.report.page import report
@@ -217,12 +217,14 @@ def finish(job: Run, results: list[Path], begun: float) -> None:
     show_quality(QUALITY.convert(job.file["quality"]))
     for result in benches:
         show_result(result)
-        lines = planned_speed(job.file["plan"], result), bought_by(result, job.file["quality"])
+        lines = integers_alone(result), planned_speed(job.file["plan"], result), bought_by(result, job.file["quality"])
         for line in filter(None, lines):
             tell(f"  {line}")
     if device := job.file.get("device"):
         tell(job.file["device_told"])
         for what, command in board_commands(device, slim):
             click.echo(f"  {what + ':':<22} {command}")
+    if silence := job.file.get("silence"):
+        tell(f"  {silence}")
     click.echo("  what it keeps for the next run: saap cache (--clear removes it)")
     job.console.say(f"all of it took {time.monotonic() - begun:.0f} s; the page: {out / 'report.html'}")

@@ -132,6 +132,11 @@ class RunOptions:
         return f"dense-int{self.tuning.options.bits}", f"slim-int{self.tuning.options.bits}"
 
     @property
+    def plain(self) -> str:
+        """The dense bundle in the group size of the options, where another one is faster."""
+        return f"{self.bundles[0]}-g{self.tuning.options.group}"
+
+    @property
     def peer(self) -> str:
         """The dense model's file for llama.cpp."""
         return f"dense-{LLAMA_CPP_TYPES[self.tuning.options.bits]}.gguf"

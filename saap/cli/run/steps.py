@@ -7,10 +7,13 @@ import json
 import math
 import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
+
+from msgspec import convert
 
 from bench.costs.options import CostsOptions
 from export.options import PARITY_ROWS
@@ -25,6 +28,7 @@ from saap.cli.run.options import COSTS, DEFAULT_RATIO, RunOptions
 from saap.cli.tune import tune_model
 from saap.models.directory import weight_files
 from saap.system.device_names import AUTO
+from saap.tune.options import GroupSize
 
 if TYPE_CHECKING:
     from saap.text.windows import Windows
@@ -36,6 +40,7 @@ PROMPTS = (
     "Name three things that plants need to grow.",
 )
 ANSWER_TOKENS = 96
+REPEATS = 0.5  # most of an answer was in it before
 RATIO_S = 15  # of turns for each model: of two, a ratio within about 1 %
 
 
@@ -50,9 +55,21 @@ class Run:
         if (out / "run.json").is_file() and (previous := read_run(out)).get("model") == model:
             self.file = previous
 
+    @cached_property
+    def dense_group_size(self) -> int:
+        """The group size of the dense bundle that the slim one is compared with: the fastest by the table of costs."""
+        from saap.prune.pruning import budget_of
+
+        options = self.options.prune.options
+        if options.costs is None:
+            return self.options.tuning.options.group
+        return budget_of(self.source, for_this_machine(options)).fastest_group_size
+
     def do(self, step: Step, place: str) -> None:
         """Do a step unless it was done with the same inputs, and its outputs are there."""
         step.prepare()
+        if step.needless:
+            return
         done = next((entry for entry in self.file["steps"] if entry["name"] == step.name), None)
         if done and done["key"] == step.key and all((self.out / path).exists() for path in step.outputs):
             self.console.say(f"{place} {step.name}: done before ({done['seconds']:.0f} s)")
@@ -78,6 +95,7 @@ class Step:
         inputs: everything the outcome depends on; earlier steps by their keys.
         outputs: paths below the run's directory that must be there for the step to count as done.
         command: the words after `saap` that do this step alone.
+        needless: whether there is nothing to do, which is known once it is prepared.
         optional: whether a run goes on without it if it fails; ``failure`` says why it is left out.
     """
 
@@ -85,6 +103,7 @@ class Step:
     inputs: object
     outputs: tuple[str, ...] = ()
     command: list[object]
+    needless = False
     optional = False
     failure: str | None = None
 
@@ -235,6 +254,9 @@ class Tune(Step):
             check_pruned(demands, Planned.of(self.source, options.export(tuned=False)))
         if not self.pruned:  # the dense model skips what pruning read, as the slim one does by its record
             self.options = options.tune(run.model, rows_read(run.out / SLIM, self.options.options.length))
+            if run.dense_group_size != options.tuning.options.group:
+                form = replace(self.options.options, group_size=convert(run.dense_group_size, GroupSize))
+                self.options = replace(self.options, options=form)
         self.inputs = [self.pruned.key if self.pruned else run.dense, settings_in(self.options)]
         source = self.source if self.pruned else run.model
         self.command = ["tune", source, "-o", run.out / self.folder, *arguments_of(self.options)]
@@ -281,6 +303,30 @@ class Export(Step):
         export_model(self.run.out / self.tuned.folder, self.bundle, self.options, self.run.console)
         parity = read_manifest(self.bundle).parity
         return {"parity": {**self.run.file.get("parity", {}), self.bundle.name: parity and asdict(parity)}}
+
+
+class Plain(Step):
+    """The dense bundle as it is exported by default, where another group size is faster: for its speed."""
+
+    def __init__(self, run: Run) -> None:
+        super().__init__(run)
+        self.bundle, self.options = run.out / run.options.plain, replace(run.options.export(tuned=False), parity="none")
+        self.name, self.outputs = f"export {self.bundle.name}", (f"{self.bundle.name}/bundle.json",)
+        self.inputs = [run.dense, settings_in(self.options)]
+        self.command = ["export", run.model, "-o", self.bundle, *arguments_of(self.options)]
+
+    def prepare(self) -> None:
+        self.needless = self.run.dense_group_size == self.run.options.tuning.options.group
+
+    def work(self) -> RunFile:
+        from saap.cli.export import export_model
+
+        export_model(self.run.source, self.bundle, self.options, self.run.console)
+        return {}
+
+    @property
+    def specs(self) -> dict[str, str]:
+        return {} if self.needless else {self.bundle.name: str(self.bundle)}
 
 
 class Peer(Step):
@@ -388,11 +434,11 @@ class Evaluate(Step):
 class Bench(Step):
     """Speeds with one thread count; what a small model gains from a second thread depends on its operators."""
 
-    def __init__(self, run: Run, exports: list[Export], peer: Peer, threads: int) -> None:
+    def __init__(self, run: Run, exports: list[Export], others: Sequence[Plain | Peer], threads: int) -> None:
         from bench.judge.wording import threads as counted
 
         super().__init__(run)
-        self.exports, self.peer, self.threads = exports, peer, threads
+        self.exports, self.others, self.threads = exports, others, threads
         self.name = f"bench with {counted(threads)}"
         self.result = run.out / f"bench-{counted(threads).replace(' ', '-')}.json"
         self.outputs = (self.result.name,)
@@ -401,11 +447,13 @@ class Bench(Step):
         from bench.judge.comparison import LEAST_REPETITIONS
         from bench.measure.options import BenchOptions
 
-        self.specs = {export.bundle.name: str(export.bundle) for export in self.exports} | self.peer.specs
+        self.specs = {export.bundle.name: str(export.bundle) for export in self.exports}
+        for other in self.others:
+            self.specs |= other.specs
         repetitions = self.run.options.repetitions
         ratio_s = RATIO_S * len(self.specs) if repetitions >= LEAST_REPETITIONS else 0  # fewer are a quick look
         self.options = BenchOptions(threads=self.threads, repetitions=repetitions, ratio_time_s=ratio_s)
-        earlier = [*self.exports, *([self.peer] if self.peer.failure is None else [])]
+        earlier = [*self.exports, *(other for other in self.others if other.specs)]
         self.inputs = [[step.key for step in earlier], repetitions, self.threads]
         self.command = ["bench", *self.specs.values(), "--threads", self.threads, "--repetitions", repetitions,
                         "--ratio-time", ratio_s, "--json", self.result]  # fmt: skip
@@ -456,19 +504,39 @@ class Texts(Step):
         from export.engine.opening import open_engine
         from export.engine.protocol import EngineOptions
         from export.generate.loop import AnswerSettings, begin_text
+        from saap.evaluate.answers import repetition
 
         bundles, report = [export.bundle for export in self.exports], self.run.console.report
         answers: dict[str, dict[str, str]] = {prompt: {} for prompt in PROMPTS}
+        repeated: dict[str, list[float]] = {}
         count, settings = len(bundles) * len(answers), AnswerSettings(ANSWER_TOKENS)
         for number, bundle in enumerate(bundles):
             tokenizer = BundleTokenizer(bundle)
             engine = open_engine(bundle, EngineOptions(torch.get_num_threads(), 256))
             for index, (prompt, texts) in enumerate(answers.items()):
                 report("writing texts (answers)", number * len(answers) + index, count)
-                pieces = begin_text(engine, tokenizer, prompt, settings, chat=tokenizer.has_chat_template)
-                texts[bundle.name] = "".join(pieces)
+                answer = begin_text(engine, tokenizer, prompt, settings, chat=tokenizer.has_chat_template)
+                texts[bundle.name] = "".join(answer)
+                words = repetition(answer.drawn) if texts[bundle.name].strip() else 1.0
+                repeated.setdefault(bundle.name, []).append(words)
         report("writing texts (answers)", count, count)
-        return {"texts": [{"prompt": prompt, "outputs": texts} for prompt, texts in answers.items()]}
+        says = silence(*(repeated[bundle.name] for bundle in bundles))
+        return {"texts": [{"prompt": prompt, "outputs": texts} for prompt, texts in answers.items()], "silence": says}
+
+
+def silence(dense: list[float], slim: list[float]) -> str:
+    """Say that the slim model does not answer any more; empty where it does.
+
+    Args:
+        dense, slim: of each answer the share of its 4-grams that were in it before; 1 where it is empty.
+    """
+    shares = [sum(some) / len(some) for some in (dense, slim)]
+    if shares[1] <= REPEATS or shares[1] <= shares[0]:
+        return ""
+    return (
+        f"the slim model does not answer any more: {shares[1]:.0%} of what it says was said before ({shares[0]:.0%} by "
+        f"the dense one; {REPEATS:.0%} are the bound). Ask for less --speedup or --ratio, or tune with more --tokens"
+    )
 
 
 def steps_of(run: Run) -> list[Step]:
@@ -477,7 +545,8 @@ def steps_of(run: Run) -> list[Step]:
     pruned, peer, (dense, slim) = Prune(run, timed), Peer(run), run.options.bundles
     tuned, dense_tuned = Tune(run, pruned), Tune(run, None)
     exports = [Export(run, dense_tuned, dense), Export(run, tuned, slim)]
-    benches = [Bench(run, exports, peer, threads) for threads in run.options.thread_counts]
+    plain = [Plain(run)] if run.options.prune.options.costs else []
+    benches = [Bench(run, exports, (*plain, peer), threads) for threads in run.options.thread_counts]
     evaluated = Evaluate(run, pruned, exports, peer)
     first = [timed] if timed else []
-    return [*first, pruned, tuned, dense_tuned, *exports, peer, evaluated, *benches, Texts(run, exports)]
+    return [*first, pruned, tuned, dense_tuned, *exports, *plain, peer, evaluated, *benches, Texts(run, exports)]

@@ -166,6 +166,16 @@ class ModelCost:
         measure = StepTime(self.measure.table) if isinstance(self.measure, StepTime) else self.measure
         return replace(self, measure=measure, longer=0.0).report(self.dense)
 
+    @property
+    def fastest_group_size(self) -> int:
+        """The group size of all matrices with which the dense model takes the shortest step by the table."""
+        if self.table is None:
+            return self.group_size
+        timed = set.intersection(*(set(self.table.forms_of(part)) for part in ("attention", "ffn", "outside")))
+        steps = {self.base: StepTime(self.table)}
+        steps |= {form: StepTime(self.table, form) for form in sorted(timed) if form.bits == self.bits}
+        return min(steps, key=lambda form: replace(self, measure=steps[form]).total(self.dense)).group_size
+
     def in_words(self, value: float) -> str:
         if self.unit == "bytes":
             return f"{value / 1e6:,.2f} MB at {self.bits} bit ({value:,.0f} bytes)"
