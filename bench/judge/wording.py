@@ -11,7 +11,7 @@ from saap.base.wording import counted
 
 UNKNOWN = "\u2013"
 TIMES = "\u00d7"
-ABBREVIATIONS = {"bos", "cpu", "gpu", "id", "isa", "l4t", "numa", "os"}
+ABBREVIATIONS = {"bos", "cpu", "emc", "gpu", "id", "isa", "l4t", "numa", "os"}
 AMOUNTS = {  # of a plan, by their keys in saap.json: what one of them is, and its words
     "ratio": (0.01, "{:.1f} % of the layers' weights removed"),
     "ratio_of_all": (0.01, "{:.1f} % of all weights removed"),

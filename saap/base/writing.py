@@ -103,6 +103,7 @@ def taking_turns(progress: Progress | None) -> Iterator[None]:
     try:
         yield
     finally:
+        place.unlink(missing_ok=True)  # as in claimed
         os.close(lock)
 
 

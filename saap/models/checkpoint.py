@@ -195,8 +195,8 @@ def read_config(directory: str | Path) -> dict[str, Any]:
             config_object(config)
         if generation.is_file():
             settings = read_object(generation, "get or make the model again")
-            check_fields(generation.name, settings)
-            built(GenerationConfig, settings, generation.name)
+            check_fields(str(generation), settings)
+            built(GenerationConfig, settings, str(generation))
     return config
 
 

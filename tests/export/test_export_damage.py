@@ -14,8 +14,8 @@ MEND = "get or make the model again"
     [
         ("generation_config.json", "{", rf"generation_config\.json is damaged \(.*\): {MEND}"),
         ("generation_config.json", "[]", rf"generation_config\.json is damaged \(not an object\): {MEND}"),
-        ("generation_config.json", '{"eos_token_id": [1, "x"]}', "ends a text with the token 'x': mend its"),
-        ("generation_config.json", '{"eos_token_id": 1.5}', r"ends a text with the token 1\.5: mend its"),
+        ("generation_config.json", '{"eos_token_id": [1, "x"]}', "has eos_token_id .*: must be a token's id or a list"),
+        ("generation_config.json", '{"eos_token_id": 1.5}', "has eos_token_id '1.5': must be a token's id or a list"),
         ("tokenizer.json", "{}", rf"tokenizer\.json cannot be read \(.*\): {MEND}"),
         ("tokenizer_config.json", "[]", rf"tokenizer_config\.json is damaged \(not an object\): {MEND}"),
     ],

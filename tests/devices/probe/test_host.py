@@ -242,7 +242,7 @@ def test_fingerprint_sees_jetson_clocks_and_the_fan(tmp_path: Path) -> None:
     told_then = {**before, "fingerprint": fingerprint(before)}
     differs = device_differs(told_then, probe(free))
     assert differs and "does not say whether jetson_clocks was on" in differs
-    assert "clocks cpu no" in str(device_differs(told["free"], told["fixed"]))
+    assert "clocks CPU no" in str(device_differs(told["free"], told["fixed"]))
 
 
 def test_fingerprint_sees_power_mode_and_release(tmp_path: Path) -> None:
@@ -255,7 +255,7 @@ def test_fingerprint_sees_power_mode_and_release(tmp_path: Path) -> None:
 def test_results_of_two_power_modes_do_not_compare_and_say_why(tmp_path: Path) -> None:
     low, high = (probe(plant(tmp_path / str(mode), fake_trees.orin_nano(mode))) for mode in (0, 2))
     assert device_differs(low, high) == (
-        "measured on different devices: power_mode name 15W, id 0 and name MAXN_SUPER, id 2"
+        "measured on different devices: power_mode name 15W, ID 0 and name MAXN_SUPER, ID 2"
     )
 
 

@@ -28,7 +28,7 @@ from saap.base.options import arguments_of, build
 from saap.cli.console import Console
 from saap.cli.devices.fit import read_model
 from saap.cli.run import RunOptions, run_needs, steps
-from saap.cli.run.steps import Peer, Prune, Run, Tune, probe_costs, steps_of
+from saap.cli.run.steps import Peer, Prune, Run, Tune, probe_costs, silence, steps_of
 from saap.models.record import read_record
 from saap.prune.pruning import budget_of
 from saap.text.documents import EVALUATION_SAMPLE, TRAINING_SAMPLES
@@ -402,3 +402,36 @@ def test_a_quick_run_takes_less_text_but_for_what_is_given():
     assert quick.tuning.options.tokens < plain.tuning.options.tokens and quick.max_chunks < plain.max_chunks
     given = options(quick=True, tokens=12_288, max_chunks=30).shortened
     assert given.tuning.options.tokens == 12_288 and given.max_chunks == 30
+
+
+def test_a_model_that_repeats_itself_is_told_of():
+    assert silence([0.0, 0.1], [0.2, 0.4]) == "" and silence([0.9], [0.8]) == ""  # as the dense one does
+    assert silence([0.0, 0.1], [0.9, 1.0]).startswith(
+        "the slim model does not answer any more: 95% of what it says was said before (5% by the dense one; 50% are"
+    )
+
+
+def test_the_dense_model_is_taken_in_its_fastest_group_size(tiny_model, tmp_path, monkeypatch):
+    """By the table of costs; the default one is then exported too, for its speed."""
+    model, out = tiny_model(hidden_size=192, max_position_embeddings=512), tmp_path / "out"
+    monkeypatch.setattr("saap.cli.devices.costs.QUICK_ROUNDS", 1)
+    monkeypatch.setattr("saap.cli.devices.costs.QUICK_SECONDS", 0.0)
+    here("devices", "costs", model, "-o", tmp_path / "cost.json", "-t", 1, "--quick")
+    for factor, fastest in ((0.5, 64), (2.0, 32)):
+        table = json.loads((tmp_path / "cost.json").read_text())
+        table.pop("checksum", None)
+        (costs,) = table["threads"]
+        form = next(form for form in costs["forms"] if (form["bits"], form["group_size"]) == (4, 64))
+        form["attention_ms"] = factor * max(each["ms"] for each in costs["attention"])
+        form["ffn_ms"] = factor * max(each["ms"] for each in costs["ffn"])
+        form["outside_ms"] = factor * costs["constant_ms"]
+        costs["forms"] = [form]
+        table |= {"status": "OK", "reasons": []}  # whatever else runs here
+        (tmp_path / "changed.json").write_text(json.dumps(table))
+        with Console() as console:
+            run = options(threads=1, speedup=1.2, costs=tmp_path / "changed.json")
+            job = Run(str(model), model, out, run, console)
+            (plain,) = [step for step in steps_of(job) if isinstance(step, steps.Plain)]
+            plain.prepare()
+        assert (job.dense_group_size, plain.needless) == (fastest, fastest == 32)
+        assert plain.specs == ({} if fastest == 32 else {"dense-int4-g32": str(out / "dense-int4-g32")})
