@@ -72,12 +72,15 @@ class Bundle:
     def graph_files(self, name: str = DECODE_GRAPH) -> list[Path]:
         """Return the paths of a graph, checked as :meth:`graph` does, and of its data files."""
         path = self.file(name)
-        data = _data_files(path, self.manifest.files[name].sha256, None if self.foreign else self.manifest.target)
-        return [path, *(self.file(file.relative_to(self.path).as_posix()) for file in data)]
+        return [path, *(self.file(file.relative_to(self.path).as_posix()) for file in self._data(path, name))]
 
     def graph_bytes(self, name: str = DECODE_GRAPH) -> int:
         """Bytes of a graph's file and its data files, each counted once."""
-        return sum(file.stat().st_size for file in set(self.graph_files(name)))
+        path = inside(self.path, name) or self.path / name  # no hashes: those who load it make them
+        return sum(file.stat().st_size for file in {path, *self._data(path, name)})
+
+    def _data(self, path: Path, name: str) -> list[Path]:
+        return _data_files(path, self.manifest.files[name].sha256, None if self.foreign else self.manifest.target)
 
     @cached_property
     def tokenizer(self) -> BundleTokenizer:
