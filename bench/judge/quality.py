@@ -104,6 +104,17 @@ def _perplexity(pair: Pair, old: Quality, new: Quality) -> list[Verdict]:
     return [_judged(_of(pair, PERPLEXITY), mine.nll, theirs.nll, (low * scale, high * scale), windows.shape[1])]
 
 
+def perplexity_ratio(old: Sequence[float], new: Sequence[float], predictions: float) -> tuple[float, float, float]:
+    """Return the new perplexity over the old one, with its 95 % interval over windows.
+
+    old, new: negative log-likelihood of the same windows, in nats a window; predictions: in all windows together.
+    """
+    differences = np.asarray(new, dtype=float) - np.asarray(old, dtype=float)
+    means = differences.mean(), *_interval([differences])
+    ratio, low, high = (float(np.exp(mean * len(differences) / predictions)) for mean in means)
+    return ratio, low, high
+
+
 def _alone(pairs: Sequence[Pair], *documents: Quality) -> list[Verdict]:
     """Return rows for measures that one document alone holds: a lost measurement must not pass for an unchanged one."""
     rows = []

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import PurePath
 
 from bench.judge.comparison import decisive_values, metric_of
+from bench.judge.quality import perplexity_ratio
 from bench.judge.wording import TIMES, UNKNOWN, as_dict, as_float, as_list, megabytes, number, percent, plain, threads
 from bench.measure.result import INVALID, Measurement, Result
 from bench.measure.statistics import bootstrap_ratio
@@ -176,8 +177,22 @@ def bought(pair: tuple[Entry, Entry] | None, quality: Sequence[Mapping[str, obje
         if costs is None and None not in values:
             worse = " (worse)" if is_worse(*values) else ""
             costs = f"{what} {number(values[1], digits)} instead of {number(values[0], digits)}{worse}"
+            costs += _ratio_of_windows(*rows) if key == "perplexity" else ""
     summary = "; ".join(filter(None, (" and ".join(gains), costs)))
     return f"{new.measurement.name} against {old.measurement.name}: {summary}" if summary else None
+
+
+def _ratio_of_windows(old: Mapping[str, object], new: Mapping[str, object]) -> str:
+    """Say how many times the perplexity is the other one; nothing where the windows were not kept."""
+    windows = [
+        [each for value in as_list(row.get("window_nll")) if (each := as_float(value)) is not None]
+        for row in (old, new)
+    ]
+    nll = as_float(old.get("nll"))
+    if not nll or len(windows[0]) != len(windows[1]) or len(windows[0]) < 2:
+        return ""
+    ratio, low, high = perplexity_ratio(*windows, predictions=sum(windows[0]) / nll)
+    return f", {ratio:.2f}{TIMES} (95 % interval {low:.2f}{UNKNOWN}{high:.2f})"
 
 
 def bought_by(result: Result, quality: Mapping[str, object]) -> str | None:

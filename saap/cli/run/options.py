@@ -20,7 +20,7 @@ from saap.prune.options import MUST, TIMED
 DEFAULT_RATIO, DEFAULT_SPEEDUP = 0.2, 1.3  # of a run for a device, which has no table of costs, and for this machine
 COSTS = "cost.json"
 QUICK_TOKENS = 8192
-QUICK = {"max_chunks": 20, "repetitions": 3, "threads": 1}
+QUICK = {"repetitions": 3, "threads": 1}
 _STEPS = "How each step is done"
 _DEVICE = "The device that it is for"
 

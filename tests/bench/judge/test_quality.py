@@ -13,6 +13,8 @@ from support.command_line import here
 from bench.judge import quality
 from bench.judge.quality import MEAN, PERPLEXITY, QualityError, exit_code, read_quality
 from bench.judge.verdict import BETTER, NOT_COMPARABLE, SAME, WORSE
+from bench.judge.wording import TIMES, UNKNOWN
+from bench.report import headline
 from saap.base.quality import QUALITY
 
 RANDOM = np.random.default_rng(3)  # each test has its own, see below
@@ -67,6 +69,16 @@ def test_the_interval_of_the_nll_is_that_of_the_normal_theory():
     differences = np.subtract(new["rows"][0]["window_nll"], old["rows"][0]["window_nll"]) / 11
     half = 1.96 * differences.std(ddof=1) / 60**0.5
     assert row.high - row.low == pytest.approx(2 * half, rel=0.1)
+
+
+def test_the_ratio_of_perplexities_has_the_interval_of_the_windows():
+    old, new = (document(shift=shift)["rows"][0]["window_nll"] for shift in (0.0, 0.1))
+    ratio, low, high = quality.perplexity_ratio(old, new, 660)
+    assert ratio == pytest.approx(np.exp(sum(new) / 660 - sum(old) / 660)) and low < ratio < high
+    assert low > 1.09 and high < 1.12
+    pages = [{"window_nll": windows, "nll": sum(windows) / 660} for windows in (old, new)]
+    assert headline._ratio_of_windows(*pages) == f", {ratio:.2f}{TIMES} (95 % interval {low:.2f}{UNKNOWN}{high:.2f})"
+    assert headline._ratio_of_windows(pages[0], {"nll": 3.0}) == ""
 
 
 def test_equal_documents_are_the_same():
