@@ -184,14 +184,11 @@ def bought(pair: tuple[Entry, Entry] | None, quality: Sequence[Mapping[str, obje
 
 def _ratio_of_windows(old: Mapping[str, object], new: Mapping[str, object]) -> str:
     """Say how many times the perplexity is the other one; nothing where the windows were not kept."""
-    windows = [
-        [each for value in as_list(row.get("window_nll")) if (each := as_float(value)) is not None]
-        for row in (old, new)
-    ]
+    before, after = ([as_float(value) or 0.0 for value in as_list(row.get("window_nll"))] for row in (old, new))
     nll = as_float(old.get("nll"))
-    if not nll or len(windows[0]) != len(windows[1]) or len(windows[0]) < 2:
+    if not nll or len(before) != len(after) or len(before) < 2:
         return ""
-    ratio, low, high = perplexity_ratio(*windows, predictions=sum(windows[0]) / nll)
+    ratio, low, high = perplexity_ratio(before, after, predictions=sum(before) / nll)
     return f", {ratio:.2f}{TIMES} (95 % interval {low:.2f}{UNKNOWN}{high:.2f})"
 
 
