@@ -241,7 +241,14 @@ def judge(out: Path, rounds: int, draws: int) -> None:
 
 def tables() -> dict[str, str]:
     """The tables of the README."""
-    return {"overhead": overhead_table(), "verdicts": verdicts_table(), "disturbances": disturbances_table()}
+    from studies.bench.busy import busy_table
+
+    return {
+        "overhead": overhead_table(),
+        "verdicts": verdicts_table(),
+        "disturbances": disturbances_table(),
+        "busy": busy_table(),
+    }
 
 
 def overhead_table() -> str:
