@@ -1,7 +1,5 @@
 """What the documents say is there: links lead somewhere, options and commands exist, code runs, the tutorial works."""
 
-from __future__ import annotations
-
 import ast
 import contextlib
 import json

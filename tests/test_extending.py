@@ -1,7 +1,5 @@
 """docs/extending.md can be followed: its files are there, and the row that it adds is all that a family needs."""
 
-from __future__ import annotations
-
 import re
 import subprocess
 import sys

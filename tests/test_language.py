@@ -3,8 +3,6 @@
 Whether a function's docstring begins with a verb is ruff's to check (D401).
 """
 
-from __future__ import annotations
-
 import ast
 import re
 from collections.abc import Iterator

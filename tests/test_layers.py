@@ -1,7 +1,5 @@
 """What import-linter (``make lint``) cannot say of imports: what the agent needs, what is heavy, what is dangerous."""
 
-from __future__ import annotations
-
 import ast
 import subprocess
 import sys

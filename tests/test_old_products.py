@@ -1,7 +1,5 @@
 """What old commits wrote still works, and today's code writes the same: ``tests/support/old/README.md``."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

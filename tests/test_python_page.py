@@ -1,7 +1,5 @@
 """docs/python.md: its program runs as printed, prints what it prints, and has no type that is not said."""
 
-from __future__ import annotations
-
 import os
 import re
 import subprocess

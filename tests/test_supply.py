@@ -1,7 +1,5 @@
 """What is shipped and what it is installed with: the wheel's content, and constraints that fit the project's bounds."""
 
-from __future__ import annotations
-
 import gzip
 import hashlib
 import os

@@ -1,7 +1,5 @@
 """The workflow that docs/regression.md offers, as actionlint sees it."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import subprocess

@@ -1,7 +1,5 @@
 """What a board's URL means, what OpenSSH and adb say, and a run over an adb that only pretends."""
 
-from __future__ import annotations
-
 import stat
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A bundle for several engines: the same integers in a file beside the graph, chosen with BUNDLE@ENGINE."""
 
-from __future__ import annotations
-
 import json
 import shutil
 

@@ -1,7 +1,5 @@
 """Every command that computes does so on the GPU that it is given, and gives what it gives on the CPU."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

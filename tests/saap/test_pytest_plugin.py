@@ -1,7 +1,5 @@
 """The plugin in suites of their own."""
 
-from __future__ import annotations
-
 import sys
 from importlib.metadata import EntryPoint
 from pathlib import Path

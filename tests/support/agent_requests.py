@@ -1,7 +1,5 @@
 """Requests to the board's agent, with a measuring process of the test's own, and a boot that a test may change."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json

@@ -1,7 +1,5 @@
 """Results built by hand, for tests of what reads them, and workers that say at once that they measured."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any

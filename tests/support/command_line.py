@@ -1,7 +1,5 @@
 """The command line in this process or in one of its own, and the one line that a mistake gets."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import os

@@ -1,7 +1,5 @@
 """What a model loses when it is cut to a plan and compensated, without writing it."""
 
-from __future__ import annotations
-
 import torch
 from support.masking import masked, mean_nll
 from torch import nn

@@ -1,7 +1,5 @@
 """A cost table of the tiny model."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

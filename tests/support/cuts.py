@@ -1,7 +1,5 @@
 """Plans of every kind for the tiny model, and a model cut by one."""
 
-from __future__ import annotations
-
 import random
 from pathlib import Path
 

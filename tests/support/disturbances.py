@@ -1,7 +1,5 @@
 """What disturbs a measurement on a real host, begun in the middle of a bench run, and what the bench then says."""
 
-from __future__ import annotations
-
 import contextlib
 import subprocess
 import sys

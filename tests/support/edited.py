@@ -1,7 +1,5 @@
 """A JSON document as its owner would change it by hand."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

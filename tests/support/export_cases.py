@@ -1,7 +1,5 @@
 """Models to export, and what their bundles are held against."""
 
-from __future__ import annotations
-
 from math import prod
 
 import numpy as np

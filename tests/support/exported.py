@@ -1,7 +1,5 @@
 """Bundles of models at hand, without the checks of a command."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -6,8 +6,6 @@ share of the highest clock. Frequency limits, some sizes in kB, the nvpmodel lis
 of Thor's feature flags are filled in, plausible and not recorded.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Models of every family, cut in every way, and what a cut model must give."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import random

@@ -1,7 +1,5 @@
 """Tiny models spend most of a pass on looking for packed sequences, of which no test has any."""
 
-from __future__ import annotations
-
 from transformers import masking_utils
 
 

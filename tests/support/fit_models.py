@@ -1,7 +1,5 @@
 """A model and three devices, for tests of whether one fits on the other."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from devices.fit.memory import Device, Model

@@ -4,8 +4,6 @@ A case names the words of a command, where it runs, and what its streams are; wh
 are in the file OUT.
 """
 
-from __future__ import annotations
-
 import gc
 import json
 import os

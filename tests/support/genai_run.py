@@ -1,7 +1,5 @@
 """What onnxruntime-genai writes with a bundle."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

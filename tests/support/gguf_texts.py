@@ -1,7 +1,5 @@
 """Texts that tokenizers disagree about."""
 
-from __future__ import annotations
-
 from conftest import SENTENCES
 
 TEXTS = [

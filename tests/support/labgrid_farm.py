@@ -4,8 +4,6 @@ Places: `pi` (network, alias `raspberry`), `dark` (power only), `two` (two netwo
 over its exporter).
 """
 
-from __future__ import annotations
-
 import getpass
 import json
 import os

@@ -1,7 +1,5 @@
 """Programs in two real processes that meet over gloo, started by ``accelerate launch``."""
 
-from __future__ import annotations
-
 import os
 import socket
 import subprocess

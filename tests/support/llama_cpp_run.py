@@ -4,8 +4,6 @@ llama.cpp is found in the interpreter that runs the tests, or in the one that SA
 values of the cache are float32 and flash attention is off, so that a float32 file computes as torch does.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import os

@@ -4,8 +4,6 @@ A structure is silent when what it puts into the matrix that writes to the resid
 masked model is the loss of the slim model.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial

@@ -3,8 +3,6 @@
 Children import ``sitecustomize`` from PYTHONPATH when they start; there it waits until torch is imported.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager

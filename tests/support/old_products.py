@@ -1,7 +1,5 @@
 """What old commits wrote, whole again: ``tests/support/old`` keeps a file once that stands in several products."""
 
-from __future__ import annotations
-
 import atexit
 import json
 import shutil

@@ -1,7 +1,5 @@
 """ONNX's own implementation of its operators, that graphs of standard ones are held against."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -4,8 +4,6 @@ What a real GPU refuses is refused: an operation on tensors of two devices, and 
 it computes is what the CPU computes, bit for bit, so that a whole command can be held against its run on the CPU.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace

@@ -1,7 +1,5 @@
 """What a bundle's logits are held against: the torch model with the exporter's integers, whole or streamed."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Runs on a board that is an sshd on this host, and what must not be left there."""
 
-from __future__ import annotations
-
 import dataclasses
 import os
 import stat

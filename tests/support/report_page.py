@@ -1,7 +1,5 @@
 """What the tests of the report show: a run, measurements with a rhythm of their own, and documents of ``saap eval``."""
 
-from __future__ import annotations
-
 import html
 import re
 

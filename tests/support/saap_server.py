@@ -4,8 +4,6 @@ FOLDER/saap is the program. It hands its arguments, its directory and its stream
 MORE is a JSON object: what is added to the words of a command, so that it takes less time.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import socket

@@ -1,7 +1,5 @@
 """A decoder that says a script, and a small tokenizer for it."""
 
-from __future__ import annotations
-
 import json
 
 import numpy as np

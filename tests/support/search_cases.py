@@ -1,7 +1,5 @@
 """A model of two layers, its budgets and random prices."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from saap.models.shape import LayerSizes, ModelShape

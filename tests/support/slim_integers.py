@@ -1,7 +1,5 @@
 """Directories as tuning writes them, without tuning: integers."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import torch

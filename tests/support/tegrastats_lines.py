@@ -1,7 +1,5 @@
 """Lines of tegrastats, invented from its grammar. A piece is its text and what it must be read as."""
 
-from __future__ import annotations
-
 import string
 from dataclasses import dataclass
 from datetime import datetime

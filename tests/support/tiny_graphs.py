@@ -1,7 +1,5 @@
 """A real decoder bundle of a few kilobytes: random weights, two layers of different sizes, the exporter's contract."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

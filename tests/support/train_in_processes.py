@@ -3,8 +3,6 @@
 RUNS are arguments of :func:`main`; COMMAND is of saap, and what it printed is in OUT/command-<rank>.json.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import sys

@@ -1,7 +1,5 @@
 """Two documents of `saap eval --json`: what compares is judged pair by pair, what does not is said."""
 
-from __future__ import annotations
-
 import copy
 import json
 import sys

@@ -1,7 +1,5 @@
 """Ratios of models that stay loaded and take turns: real workers, and statistics of made-up loads."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import os

@@ -1,7 +1,5 @@
 """Which cores are chosen, what they tell of themselves, and whether they kept their clock."""
 
-from __future__ import annotations
-
 import tracemalloc
 from pathlib import Path
 

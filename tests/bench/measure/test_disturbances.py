@@ -1,7 +1,5 @@
 """What the bench says when something disturbs it in the middle; studies/bench/cells holds twenty tries of each."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

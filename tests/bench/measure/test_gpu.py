@@ -1,7 +1,5 @@
 """GPU memory on fake boards: their trees, and NVML modules that answer as their drivers do."""
 
-from __future__ import annotations
-
 import sys
 from types import SimpleNamespace
 

@@ -1,7 +1,5 @@
 """A peer is measured with the settings that are fastest here: which they are, by turns, and what is said of it."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, replace
 from pathlib import Path
 

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import pytest
 
 from bench.measure.result import Bandwidth

@@ -1,7 +1,5 @@
 """The measured pass and its warm-up, on a clock of the test's own."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from bench.measure.worker import timed_pass

@@ -1,7 +1,5 @@
 """Power that programs tell: real processes under the names of tegrastats and vcgencmd, on a path of their own."""
 
-from __future__ import annotations
-
 import os
 import threading
 import time

@@ -1,7 +1,5 @@
 """A board's installation: `.[bench]` alone, in a fresh environment, on the oldest Python and ONNX Runtime we claim."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """aarch64 without a board. The slow tests install qemu-user and mmdebstrap and run the real wheels under them."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """`--on labgrid://PLACE` with a real coordinator, exporters and sshd."""
 
-from __future__ import annotations
-
 import os
 import signal
 import sys

@@ -1,7 +1,5 @@
 """What `saap bench --on` says when a board cannot be used: one line that names it, and the board left clean."""
 
-from __future__ import annotations
-
 import json
 import os
 import threading

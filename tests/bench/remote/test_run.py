@@ -1,7 +1,5 @@
 """A computer that was killed in the middle of a remote run, and measures again."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path

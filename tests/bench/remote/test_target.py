@@ -1,7 +1,5 @@
 """`saap bench --on` over a real sshd: the same result as here, nothing lost, nothing left."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import hashlib

@@ -1,7 +1,5 @@
 """The page in a real browser: a headless Chromium of the system, driven by playwright."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from itertools import product

@@ -1,7 +1,5 @@
 """Quality on the page: tables per protocol, and tasks."""
 
-from __future__ import annotations
-
 import dataclasses
 import html
 import json

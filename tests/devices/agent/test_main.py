@@ -1,7 +1,5 @@
 """The board's store of files, its lock, and its installations."""
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import hashlib

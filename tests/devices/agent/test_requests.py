@@ -1,7 +1,5 @@
 """docs/formats.md names every field of the agent's requests and answers."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import get_type_hints

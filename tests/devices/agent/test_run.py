@@ -1,7 +1,5 @@
 """A supervised run on the board, whatever happens to it: followed, killed, left alone, rebooted."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

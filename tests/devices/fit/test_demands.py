@@ -1,7 +1,5 @@
 """What a device of a profile demands of a bundle."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

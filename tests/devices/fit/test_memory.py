@@ -1,7 +1,5 @@
 """What `saap devices check` computes of memory against what was measured, and measured again."""
 
-from __future__ import annotations
-
 import platform
 import subprocess
 import sys

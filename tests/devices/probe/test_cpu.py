@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 from devices.probe.cpu import core_name, core_of_midr
 from saap.base.tree import cpu_list, parse_cpu_list
 

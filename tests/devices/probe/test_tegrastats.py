@@ -1,7 +1,5 @@
 """Lines of every JetPack: retyped ones with values checked by hand, invented ones from the grammar, and garbage."""
 
-from __future__ import annotations
-
 from datetime import datetime
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The door to a bundle: what it hands out was checked."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

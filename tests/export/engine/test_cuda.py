@@ -1,7 +1,5 @@
 """GPU decoders on a fake GPU: real graphs that the CPU computes, with the GPU's rules for copies, waits and replays."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The made-up engine of docs/extending.md: exported for, generated with, evaluated, benched, and named by @fastest."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """BUNDLE@fastest: measured once, kept where nothing else ran, and told through ``progress``."""
 
-from __future__ import annotations
-
 from collections import namedtuple
 
 import pytest

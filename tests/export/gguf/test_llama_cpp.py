@@ -1,7 +1,5 @@
 """Integers of llama.cpp's own quantizer: how it is called, and with a real one what it writes."""
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """What a stranger's template may take is bounded, and what a good one writes is what transformers writes."""
 
-from __future__ import annotations
-
 import time
 
 import psutil

@@ -1,7 +1,5 @@
 """Processes of ours: how they end, what they tell, and signals meanwhile."""
 
-from __future__ import annotations
-
 import signal
 import subprocess
 import threading

@@ -1,7 +1,5 @@
 """Files are hashed once, and again when they have changed."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Which Python has a package."""
 
-from __future__ import annotations
-
 import sys
 
 import pytest

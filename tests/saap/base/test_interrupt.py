@@ -1,7 +1,5 @@
 """An interrupt while a library computes."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

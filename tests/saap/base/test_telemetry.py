@@ -1,7 +1,5 @@
 """What libraries could report stays here; test_docs.py runs the commands without network and traces their calls."""
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import re

@@ -1,7 +1,5 @@
 """What a tokenizer of somebody else's may ask of the library."""
 
-from __future__ import annotations
-
 import base64
 import json
 from typing import Any

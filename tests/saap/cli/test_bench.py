@@ -1,7 +1,5 @@
 """`saap bench` and `saap compare` as a person and a workflow meet them, on bundles of a few kilobytes."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from xml.etree import ElementTree

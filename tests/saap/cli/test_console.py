@@ -1,7 +1,5 @@
 """What a person sees is what was said: names of boards and models are no markup."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import re

@@ -1,7 +1,5 @@
 """`saap eval` of what llama.cpp runs, and the table of zero-shot tasks."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

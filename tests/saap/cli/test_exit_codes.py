@@ -1,7 +1,5 @@
 """The table of docs/exit-codes.md is what happens."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

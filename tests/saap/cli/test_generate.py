@@ -1,7 +1,5 @@
 """``saap generate`` as a person, a pipe and a machine meet it."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import json

@@ -1,7 +1,5 @@
 """What a careless person types, and the one line that says what is wrong and what to do instead."""
 
-from __future__ import annotations
-
 import shutil
 
 import pytest

@@ -1,7 +1,5 @@
 """A number that no command can mean is refused at once, by the option's name and what is allowed."""
 
-from __future__ import annotations
-
 import time
 
 import click

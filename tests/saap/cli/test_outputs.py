@@ -1,7 +1,5 @@
 """Where outputs go: never over an input, through devices and pipes as they are, and before anything is shown."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -1,7 +1,5 @@
 """``saap prune`` as a person meets it: requirements, what is reported, and what is refused."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 

@@ -1,7 +1,5 @@
 """What `saap run` hands to its steps, when a step counts as done, and what it records of each."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import shlex

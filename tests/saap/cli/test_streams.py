@@ -3,8 +3,6 @@
 The work is done and its files are there, whatever becomes of what is shown; or it had not begun.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Answers of a model against the dense one's."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,7 +1,5 @@
 """Likelihoods of tails that share a context are those of reading every pair from its start."""
 
-from __future__ import annotations
-
 import random
 import time
 from itertools import chain

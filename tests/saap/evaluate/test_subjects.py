@@ -1,7 +1,5 @@
 """Bundles and engines that are named like on the command line, from Python."""
 
-from __future__ import annotations
-
 import pytest
 
 from export import ExportOptions, export

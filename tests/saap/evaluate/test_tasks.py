@@ -1,7 +1,5 @@
 """Zero-shot tasks: files read and checked, the harness's prompts, and its numbers with its own model class."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

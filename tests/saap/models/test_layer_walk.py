@@ -1,7 +1,5 @@
 """One layer's run, as far as a module of it."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import nn

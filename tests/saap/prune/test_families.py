@@ -1,7 +1,5 @@
 """Prune anything of any family: masked and slim agree, the slim model generates, is exported, and is pruned again."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 

@@ -1,7 +1,5 @@
 """Bits and group size of each matrix as something that the search chooses, by what the device's table says of them."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

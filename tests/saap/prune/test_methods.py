@@ -1,7 +1,5 @@
 """`saap prune` by every method, with every compensation, and what each of them refuses."""
 
-from __future__ import annotations
-
 import hashlib
 import shutil
 

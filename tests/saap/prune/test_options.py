@@ -1,7 +1,5 @@
 """The options of pruning: light to import, and each says on the command line what it says in Python."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 

@@ -1,7 +1,5 @@
 """Plans that are tuned a little before one is chosen."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

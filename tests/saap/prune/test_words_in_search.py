@@ -1,7 +1,5 @@
 """The number of words that a head says as something that the search chooses, in one budget with all else."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """Every family that is pruned is tuned, and what was tuned is what runs."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """The loss by pieces against all logits at once."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch.nn import functional as F

@@ -1,7 +1,5 @@
 """How many tokens fit into minutes."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """Bundles that are planned, held against a device before a run begins."""
 
-from __future__ import annotations
-
 import math
 import re
 from dataclasses import replace

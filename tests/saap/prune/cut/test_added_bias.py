@@ -1,7 +1,5 @@
 """Biases that pruning adds to the output and down projections: the slim model, its bundles, and pruning it again."""
 
-from __future__ import annotations
-
 import gguf
 import numpy as np
 import pytest

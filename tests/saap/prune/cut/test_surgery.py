@@ -1,7 +1,5 @@
 """Prune anything: the masked dense model and the slim model give the same logits."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

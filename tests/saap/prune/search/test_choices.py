@@ -1,7 +1,5 @@
 """What is on offer, before any price."""
 
-from __future__ import annotations
-
 from saap.models.architectures import shape_of
 from saap.models.checkpoint import load_model
 from saap.prune.search.choices import RUNS, Allowed, runs_of

@@ -1,7 +1,5 @@
 """Prices that are kept: another budget of the same model is planned without pricing anything again."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

@@ -1,7 +1,5 @@
 """Prices of what may go: the KL divergence that a removal costs, to second order, after compensation."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from support.masking import divergence_from

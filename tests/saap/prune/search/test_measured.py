@@ -1,7 +1,5 @@
 """What a plan takes, measured in long windows instead of priced."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

@@ -1,7 +1,5 @@
 """Two real processes that meet over gloo, started by ``accelerate launch``, against one with the same global batch."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from types import SimpleNamespace
