@@ -306,11 +306,14 @@ class Export(Step):
 
 
 class Plain(Step):
-    """The dense bundle as it is exported by default, where another group size is faster: for its speed."""
+    """The dense bundle in the group size of the options, where another one is faster: for its speed alone, so that its
+    weights are rounded to the nearest integers.
+    """
 
     def __init__(self, run: Run) -> None:
         super().__init__(run)
-        self.bundle, self.options = run.out / run.options.plain, replace(run.options.export(tuned=False), parity="none")
+        self.bundle = run.out / run.options.plain
+        self.options = replace(run.options.export(tuned=False), parity="none", integers="nearest", text=None)
         self.name, self.outputs = f"export {self.bundle.name}", (f"{self.bundle.name}/bundle.json",)
         self.inputs = [run.dense, settings_in(self.options)]
         self.command = ["export", run.model, "-o", self.bundle, *arguments_of(self.options)]
