@@ -241,13 +241,10 @@ def judge(out: Path, rounds: int, draws: int) -> None:
 
 def tables() -> dict[str, str]:
     """The tables of the README."""
-    from studies.bench.busy import busy_table
-
     return {
         "overhead": overhead_table(),
         "verdicts": verdicts_table(),
         "disturbances": disturbances_table(),
-        "busy": busy_table(),
     }
 
 
