@@ -19,7 +19,9 @@ from pathlib import Path
 import click
 import pytest
 from support.command_line import here
+from support.remote_runs import running, script
 
+from bench.remote.files import REQUIREMENTS
 from saap.cli.main import cli
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -244,17 +246,18 @@ class Shell:
     def type(self, line):
         """Run a line: it ends well, prints no traceback, and no line that is longer than the terminal is wide.
 
-        Where a busy machine makes speeds INVALID, `saap compare` says that they do not compare.
+        Where a busy machine makes speeds INVALID, commands that judge them say that they cannot.
         """
         done = subprocess.run(
             ["bash", "-c", line], cwd=self.place, env=self.env, stdin=subprocess.DEVNULL, capture_output=True,
             text=True, check=False,
         )  # fmt: skip
         said = f"$ {line}\n{done.stdout}\n{done.stderr}"
-        allowed = (0, 3) if line.startswith("saap compare ") else (0,)
+        allowed = (0, 3) if line.startswith(NOT_TOLD) else (0,)
         assert done.returncode in allowed and "Traceback" not in said, said
         ours = done.stderr if line.startswith("saap generate ") else done.stdout + done.stderr  # not what a model says
-        assert [out for out in ours.splitlines() if len(out) > 100] == [], said
+        wide = done.returncode or re.search("--wide|--format md", line)  # one line of an error; tables for elsewhere
+        assert wide or [out for out in ours.splitlines() if len(out) > 100] == [], said
         return done.stdout
 
 
@@ -281,10 +284,31 @@ def shell(workplace):
         yield start
 
 
-def lines_of(name):
-    """The lines that a page tells a reader to type, in their order."""
-    shown = [text for note, text in fences(name, "sh") if note != "no-run"]
+def lines_of(name, *notes):
+    """The lines that a page tells a reader to type, in their order: of blocks with such a note, else with none."""
+    shown = [text for note, text in fences(name, "sh") if note in (notes or ("",))]
     return [line for text in shown for line in re.sub(r"\\\n\s*", " ", text).splitlines() if line]
+
+
+ON_A_BOARD = "on a board"
+OF_BOARDS = ("docs/bench.md", "docs/board.md", "docs/devices.md", "docs/regression.md", "docs/tutorial.md")
+MOST_NOT_RUN = 4
+
+
+def test_every_line_is_typed_by_a_test_or_says_why_not():
+    """After a fence's `sh`: nothing or `on a board`, which tests of this file type; another test; or a reason."""
+    not_run = []
+    for name in PAGES:
+        for note, text in fences(name, "sh"):
+            kind, _, rest = note.partition(" ")
+            if kind == "no-run:":
+                not_run.append((name, rest))
+            elif note.startswith("run by "):
+                test = ROOT / note.removeprefix("run by ")
+                assert test.is_file() and (name in test.read_text() or "install_lines()" in test.read_text()), name
+            else:
+                assert name in ("docs/first-ten.md", *OF_BOARDS) and note in ("", ON_A_BOARD), (name, text)
+    assert len(not_run) <= MOST_NOT_RUN and all(len(reason.split()) >= 3 for _, reason in not_run), not_run
 
 
 SHORT = ["--ratio-time", "2", "--repetitions", "3", "--prompt", "8", "--generate", "8"]
@@ -353,6 +377,67 @@ def test_the_tutorial_and_the_readme_work_and_call_nobody(shell, workplace):
     assert ours == {(".cache", "saap")}
     if traced:
         assert [line for line in calls.read_text().splitlines() if "AF_INET" in line] == []
+
+
+@pytest.fixture(scope="module")
+def boards(tmp_path_factory):
+    """Two boards, each an sshd on this host, under all names that pages have; ``pi`` is whoever runs the tests."""
+    with contextlib.ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
+        folder, ssh = tmp_path_factory.mktemp("boards"), shutil.which("ssh")
+        made = [stack.enter_context(contextlib.contextmanager(running)(folder / n, patch)) for n in ("pi", "jetson")]
+        known, configuration = made[0].folder / "ssh_config", ""
+        for board, names in zip(made, ("raspberrypi offline board", "jetson"), strict=True):
+            configuration += f"Host {names}\nHostName 127.0.0.1\nPort {board.port}\nIdentityFile {board.folder}/user\n"
+        keys = [board.known.read_text() for board in made]
+        made[0].known.write_text("".join(keys))
+        known.write_text(f"{configuration}Host *\n{known.read_text()}")
+        user = 'for word; do shift; [ "$word" = pi ] && word=$(id -un); set -- "$@" "$word"; done'
+        script(made[0].bin / "ssh", f'{user}\nexec {ssh} -F {known} "$@"')
+        patch.setenv("PATH", f"{made[0].bin}{os.pathsep}{os.environ['PATH']}")
+        yield made
+
+
+# What a busy machine may answer; a page's commands are typed in minutes.
+NOT_TOLD = ("saap compare ", "saap devices baseline ", "saap devices test ")
+BRIEF = {
+    "bench": ["-r", "1", "-p", "8", "-n", "8", "-d", "0", "-t", "1", "--no-cold"],
+    "devices baseline": ["-r", "3", "-n", "16", "-p", "8", "-t", "1", "--sessions", "4", "--spread", "1s",
+                         "--min-effect", "99"],
+    "devices costs": ["--quick", "-t", "1"],
+    "prune": ["--sequences", "8", "--length", "32", "--set", "accept_invalid=true", "--threads", "1",
+              "--speedup", "1.01"],
+    "run": ["--tokens", "1024", "--repetitions", "1", "--threads", "1", "--set", "sequences=8", "--set", "length=32",
+            "--set", "chunk=64", "--set", "max_chunks=4"],
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OF_BOARDS)
+def test_the_pages_of_boards_work(name, shell, workplace, boards):
+    """In their order, with real connections, agents and installations; llama.cpp where it is installed."""
+    from support.exported import export_bundle
+
+    export_bundle(Path("my-model"), workplace / "out/demo/dense-int4")
+    shutil.copytree("out/demo/dense-int4", "out/demo/slim-int4")
+    shutil.copytree("out/demo/dense-int4", "out/all/dense-int4")
+    shutil.copytree("out/demo/dense-int4", "out/bundle")
+    (workplace / "wheels").mkdir()
+    if name == "docs/board.md":
+        subprocess.run([sys.executable, "-m", "pip", "download", "-q", "-d", "wheels", *REQUIREMENTS], check=True)
+    stands = {"BUNDLE": "out/demo/slim-int4", "MODEL": "my-model", "SLIM": "out/slim", "torch:DIR": "torch:my-model",
+              "DIR": "out/demo/slim-int4", "OLD_BUNDLE": "out/demo/dense-int4",
+              "NEW_BUNDLE": "out/demo/slim-int4"}  # fmt: skip
+    typed = shell(BRIEF)
+    notes = (ON_A_BOARD,) if name == "docs/tutorial.md" else ("", ON_A_BOARD)
+    for line in lines_of(name, *notes):
+        words = line.partition("  #")[0]
+        words = re.sub(r"\b(?:torch:)?[A-Z_]{3,}\b", lambda match: stands.get(match[0], match[0]), words)
+        if not find_spec("llama_cpp"):
+            words = re.sub(r" \S*llama\.cpp\S*", "", words)
+        if name == "docs/bench.md" and "before.json" in line:
+            for made in ("before", "after"):
+                typed.type(f"saap bench out/demo/slim-int4 --json {made}.json")
+        typed.type(words)
 
 
 @pytest.mark.parametrize("name", ["README.md", "docs/deploy.md"])

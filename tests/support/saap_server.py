@@ -1,7 +1,7 @@
 """``saap`` for a shell, forked off one process that has imported what commands need: python saap_server.py FOLDER MORE.
 
 FOLDER/saap is the program. It hands its arguments, its directory and its streams over and ends as the command does.
-MORE is a JSON object: what is added to the words of a command, so that it takes less time.
+MORE is a JSON object: what is added to the words of a command (`bench`, `devices baseline`), which saves time.
 """
 
 import json
@@ -48,7 +48,8 @@ def serve(folder: Path, more: dict[str, list[str]]) -> None:
             words, place = json.loads(message)
             child = os.fork()
             if child == 0:
-                os._exit(answer([*words, *more.get(words[0], [])], place, streams))
+                added = more.get(words[0], []) + more.get(" ".join(words[:2]), [])
+                os._exit(answer([*words, *added], place, streams))
             for stream in streams:
                 os.close(stream)
             client.send(str(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])).encode())

@@ -1,4 +1,4 @@
-"""aarch64 without a board. The slow tests install qemu-user and mmdebstrap and run the real wheels under them."""
+"""aarch64 without a board. The slow tests do what docs/devices.md says, with qemu-user and the real wheels."""
 
 import json
 import os
