@@ -31,6 +31,8 @@ from support.hostile import (
 from support.no_pickles import no_pickles
 from support.old_products import old_products
 
+from saap.base.errors import UserError
+from saap.models import directory
 from studies.fuzz.products import gguf_bytes, gguf_structure
 
 PRODUCTS = old_products()
@@ -201,3 +203,34 @@ def test_nothing_beside_a_gguf_is_read(structure, tmp_path, monkeypatch):
     monkeypatch.setenv("SAAP_CACHE", str(tmp_path / "cache"))
     with no_pickles(tmp_path / "watch"):
         here("export", tmp_path / "model.gguf", "-o", tmp_path / "bundle", "--parity", "none")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"results": ["/etc/passwd"]}, {"results": ["../result.json"]}, {"results": ["a\0b"]}, {"results": ["a" * 9999]},
+        {"results": 5}, {"steps": [{"name": "a", "key": "k", "seconds": float("nan"), "command": "c"}]},
+        {"versions": {"a": 5}}, {"device": {"name": 5}}, {"steps": "many"},
+    ],
+)  # fmt: skip
+def test_a_hostile_run_is_refused(change, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/run.json").write_text(json.dumps({"model": "m", "steps": [], **change}))
+    shutil.copy(PRODUCTS / "result.json", tmp_path)
+    refused("report", tmp_path / "run", "-o", tmp_path / "page.html")
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "result.json"}
+
+
+def test_a_link_that_came_after_the_check_is_not_followed(tiny_model, tmp_path, monkeypatch):
+    model, out, check = tiny_model("model"), tmp_path / "out", directory.check_files
+
+    def checked(place):
+        check(place)
+        (model / "LICENSE").unlink()
+        (model / "LICENSE").symlink_to("/etc/hostname")
+
+    monkeypatch.setattr(directory, "check_files", checked)
+    out.mkdir()
+    with pytest.raises(UserError, match="LICENSE cannot be read"):
+        directory.copy_sidecars(model, out)
+    assert not (out / "LICENSE").exists()

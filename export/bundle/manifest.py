@@ -38,6 +38,7 @@ from saap.base.hashing import known_sha256
 
 FORMAT = 1
 MANIFEST = "bundle.json"
+MOST_FILES = 1000  # of a bundle, which has a dozen
 DECODE_GRAPH = "model.onnx"
 SCORING_GRAPH = "scoring.onnx"
 # Input of the scoring graph that need not be given: the first position whose logits are wanted, from the end where it
@@ -333,6 +334,8 @@ def read_manifest(directory: str | Path) -> BundleManifest:
     if not path.is_file():
         raise BundleError(f"{directory} is not a bundle: {_instead_of_bundle(directory)}")
     manifest = DOCUMENT.read(path)
+    if len(manifest.files) > MOST_FILES:
+        raise BundleError(f"{path} names {len(manifest.files)} files, {MOST_FILES} are allowed: do not use it")
     for name in manifest.files:
         if inside(directory, name) is None:
             raise BundleError(f"{path} names {name!r}, which lies outside the bundle: do not use it")

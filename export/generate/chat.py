@@ -56,6 +56,8 @@ class Conversation:
             self._answer = None
         turns = [*self.messages, {"role": "user", "content": text}]
         ids = self._tokenizer.encode(self._tokenizer.render_chat(turns), add_special_tokens=False)
+        if not ids:
+            raise RunError("the model's tokenizer makes no tokens of this conversation: do not use it")
         room = self._sequence.engine.max_length
         if len(ids) > room:
             raise RunError(

@@ -95,7 +95,12 @@ def make_report(results: list[Path], out: Path, history: Path | None = None) -> 
 
 
 def read_run(folder: Path) -> RunFile:
+    from export.bundle.manifest import inside
+
     path = folder / "run.json"
     if not path.is_file():
         raise UserError(f"{folder} holds no run.json: give the -o directory of `saap run`, or result files")
-    return RUN.read(path)
+    run = RUN.read(path)
+    if strange := [name for name in run.get("results", []) if inside(folder, name) is None]:
+        raise UserError(f"{path} names {strange[0]!r}, which lies outside the run's directory: do not use it")
+    return run

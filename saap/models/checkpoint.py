@@ -136,7 +136,8 @@ def built_model(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def transformers_config(directory: str | Path) -> ModelConfig:
-    """Read a directory's config with transformers. Raises UserError: it cannot."""
+    """Read a directory's config with transformers. Raises UserError: it cannot, or as of :func:`read_config`."""
+    read_config(directory)
     with loading(directory):
         config: ModelConfig = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     return config

@@ -24,7 +24,10 @@ TYPES: tuple[tuple[str, object, tuple[str, ...]], ...] = (
     ("an object", dict[str, Any], (
         "rope_parameters", "id2label", "label2id", "base_model_tp_plan", "base_model_pp_plan", "attribute_map",
     )),
-    ("a name", str, ("attn_implementation", "_attn_implementation", "rope_type")),
+    ("a name", str, ("rope_type", "tokenizer_class")),
+    ("a name without a path: it would be code from the hub", Annotated[str, Meta(pattern=r"^\w+$")], (
+        "attn_implementation", "_attn_implementation", "_attn_implementation_internal", "experts_implementation",
+    )),
     ("a whole number of at least 0", Annotated[int, Meta(ge=0)], (
         "sliding_window", "top_k", "max_length", "max_new_tokens", "num_beams",
     )),

@@ -10,10 +10,13 @@ import os
 import re
 import shutil
 import stat
+from fnmatch import fnmatch
 from pathlib import Path
+from typing import BinaryIO
 
 import msgspec
 
+from saap.base.documents import LARGEST
 from saap.base.errors import UserError
 from saap.base.writing import read_object
 
@@ -32,7 +35,8 @@ class _Index(msgspec.Struct):
 
 
 def check_files(directory: str | Path) -> None:
-    """Refuse a directory that holds anything but regular files, the hub's links to its blobs, and directories.
+    """Refuse a directory that holds anything but regular files, the hub's links to its blobs, and directories, or a
+    file that would be carried along and is larger than any of its kind.
 
     Raises UserError: names the first such entry.
     """
@@ -40,6 +44,8 @@ def check_files(directory: str | Path) -> None:
         for entry in sorted(entries, key=lambda entry: entry.name):
             regular = entry.is_file(follow_symlinks=False) or entry.is_dir(follow_symlinks=False)
             if regular or (entry.is_symlink() and _is_blob(Path(entry.path))):
+                if entry.stat().st_size > LARGEST and any(fnmatch(entry.name, pattern) for pattern in SIDECARS):
+                    raise UserError(f"{entry.path} is larger than {LARGEST >> 20} MiB: get it again, or remove it")
                 continue
             kind = "a link" if entry.is_symlink() else "a pipe, a socket or a device"
             raise UserError(f"{entry.path} is {kind}: a model directory holds files; put a file there, or remove it")
@@ -68,7 +74,7 @@ def weight_files(directory: str | Path) -> list[Path]:
         return [directory / SINGLE]
     index = directory / INDEX
     if not index.is_file():
-        return sorted(directory.glob(WEIGHTS))
+        return sorted(path for path in directory.glob(WEIGHTS) if path.is_file())
     try:
         names = set(msgspec.convert(read_object(index, "get it again"), _Index).weight_map.values())
     except msgspec.ValidationError as error:
@@ -86,11 +92,21 @@ def copy_sidecars(src: Path, dst: Path) -> None:
 
     ``dst``: an existing directory; files of the same name are replaced.
 
-    Raises UserError: a link that leads out of ``src``, or what is no file.
+    Raises UserError: as of :func:`check_files`.
     """
     check_files(src)
     for pattern in SIDECARS:
         for path in src.glob(pattern):
             target = dst / path.name
             if path.is_file() and not (target.exists() and target.samefile(path)):
-                shutil.copyfile(path, target)
+                with _opened(path) as source, target.open("wb") as copy:
+                    shutil.copyfileobj(source, copy)
+
+
+def _opened(path: Path) -> BinaryIO:
+    """Open a file, following no link that came there since it was checked."""
+    real = path.parent / path.readlink() if path.is_symlink() and _is_blob(path) else path
+    try:
+        return os.fdopen(os.open(real, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0)), "rb")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): put a file there, or remove it") from None

@@ -20,6 +20,7 @@ from saap.base.progress import Progress
 from saap.base.tokenizer_file import LARGEST_TOKENIZER, TOKENIZER, check_tokenizer, tokenizing
 from saap.base.wording import installing
 from saap.base.writing import read_object
+from saap.models.config_fields import check_fields
 from saap.models.directory import SIDECARS, WEIGHTS, check_files, copy_sidecars, weight_files
 from saap.models.integrity import cached
 from saap.models.packaged import PACKAGED, fetch, model_card
@@ -97,6 +98,8 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     with tokenizing(f"{path} has no tokenizer that can be read", remedy):
         if (file := Path(path) / TOKENIZER).is_file():
             check_tokenizer(read_whole(file, LARGEST_TOKENIZER))
+        if (file := Path(path) / "tokenizer_config.json").is_file():
+            check_fields(str(file), read_object(file, remedy))
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             str(path), local_files_only=True, trust_remote_code=False
         )

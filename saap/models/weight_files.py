@@ -31,6 +31,7 @@ from saap.system.sealed_tensors import save_tensors
 
 SHARD_BYTES = 1 << 30
 STRANGE = 3  # modules that are named
+MOST_TENSORS = 100_000  # of a file: four hundred layers of a mixture of fifty experts
 PIECE = 1 << 26  # numbers that are looked at together
 ALLOWED_TYPES = dict.fromkeys(  # as safetensors names them, by the last part of a tensor's name
     ("weight", "bias", "scales", "A_log", "dt_bias", "layer_scalar"), ("F32", "F16", "BF16", "F64")
@@ -75,7 +76,9 @@ def stored_tensors(directory: str | Path) -> dict[str, Path]:
     places: dict[str, Path] = {}
     for file in files:
         with opened(file) as handle:
-            for name in handle.keys():  # noqa: SIM118
+            if len(names := handle.keys()) > MOST_TENSORS:
+                raise UserError(f"{file} has {len(names)} tensors, {MOST_TENSORS} are allowed: get it again")
+            for name in names:
                 _check_type(file, name, handle.get_slice(name).get_dtype())
                 places[name] = file
     return places
@@ -165,7 +168,7 @@ def opened(file: Path) -> Iterator[safe_open]:
     try:
         with safe_open(file, framework="pt") as handle:
             yield handle
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, MemoryError) as error:
         raise UserError(f"{file} is damaged ({error}): get or make it again") from None
 
 

@@ -122,6 +122,18 @@ for number, source in enumerate((
     "{{ raise_exception('\\n'.join(['x'] * 50)) }}",
     "{% if %}",
     "{% for m in range(99999) %}{{ 'x' * 999 }}{% endfor %}",
+    "{% import 'os' as os %}{{ os }}",
+    "{% for m in messages recursive %}{{ loop(messages) }}{% endfor %}",
+    "{% set ns = namespace(a=[1]) %}{% for i in range(60) %}{% set ns.a = [ns.a, ns.a] %}{% endfor %}{{ ns.a }}",
+    "{{ ('a' * 30000) | replace('a', 'b' * 30000) }}",
+    "{{ [1] | batch(10**9, 'x') | list }}",
+    "{{ 'a' | indent(10**9, first=true) }}",
+    "{{ lipsum(n=10**7) }}",
+    "{{ '{0:>1000000000}'.format(1) }}",
+    "{{ '{0.__class__.__init__.__globals__}'.format(raise_exception) }}",
+    "{{ strftime_now('%Y' * 10**7) }}",
+    "{{ range(10**9) | sum }}",
+    "{% generation %}" * 5000,
 )):  # fmt: skip
     BUNDLES[f"template-{number}"] = _template(source)
 BUNDLES["template-no-text"] = _text("chat_template.jinja", b"\xff\xfe\x00")
@@ -150,6 +162,9 @@ def _(bundle: Path) -> None:
     os.mkfifo(bundle / "chat_template.jinja")
     _list(bundle, "chat_template.jinja")
 
+
+# What would clear a terminal and name its window.
+STEERING = "\x1b]0;owned\x07\x1b[2J"
 
 # -- tokenizers --------------------------------------------------------------------------------------------------------
 
@@ -187,6 +202,9 @@ for name, change in {
         "max_input_chars_per_word": 2**40}),
     "strip": lambda t: t.update(decoder={"type": "Strip", "content": "a", "start": 2**40, "stop": 2**40}),
     "no-unknown": lambda t: t["model"].update(vocab={"a": 0}, merges=[], unk_token="b"),
+    "characters": lambda t: t.update(normalizer={"type": "Precompiled", "precompiled_charsmap": "/////w=="}),
+    "unigram": lambda t: t.update(model={"type": "Unigram", "unk_id": 10**9, "vocab": [["a", -1.0]]}),
+    "no-tokens": lambda t: t["model"].update(vocab={f"{STEERING}{n}": n for n in t["model"]["vocab"].values()}, merges=[]),
 }.items():  # fmt: skip
     BUNDLES[f"tokenizer-{name}"] = _edit("tokenizer.json", change)
 BUNDLES["special-token-list"] = _edit("tokenizer_config.json", lambda c: c.update(eos_token=["x"]))
@@ -260,6 +278,9 @@ GRAPHS: dict[str, Callable[[onnx.ModelProto], object]] = {
     "circle": lambda m: m.graph.node.extend(
         [helper.make_node("Relu", ["a"], ["b"]), helper.make_node("Relu", ["b"], ["a"])]
     ),
+    "name-steering": lambda m: m.graph.node.append(helper.make_node(STEERING, ["input_ids"], ["y"])),
+    "attribute-large": lambda m: m.graph.node.append(helper.make_node("Constant", [], ["y"], value_ints=[1] * 10**6)),
+    "input-large": lambda m: m.graph.input[0].type.tensor_type.shape.dim[0].__setattr__("dim_value", 2**40),
     "data-above": _data("../bundle.json"),
     "data-absolute": _data("/etc/passwd"),
     "data-missing": _data("none.data"),
@@ -268,8 +289,48 @@ GRAPHS: dict[str, Callable[[onnx.ModelProto], object]] = {
     "data-negative": _data("model.onnx.data", offset="-8", length="-8"),
     "data-no-number": _data("model.onnx.data", offset="x", length="y"),
 }
+
+# Operators that make much of little, in front of a graph; their inputs are the constants below.
+for operator, inputs, attributes in (
+    ("ConstantOfShape", ["sides"], {}), ("Expand", ["one", "sides"], {}), ("Tile", ["one", "sides"], {}),
+    ("Pad", ["one", "edges"], {}), ("Range", ["none", "many", "step"], {}), ("Resize", ["one", "", "", "sides"], {}),
+    ("RandomNormal", [], {"shape": [2**17, 2**14]}), ("Concat", ["one"] * 100_000, {"axis": 0}),
+    ("Einsum", ["one"], {"equation": "ij->ijkl"}), ("SplitToSequence", ["one"], {}),
+):  # fmt: skip
+
+    def _large(model: onnx.ModelProto, node: onnx.NodeProto = helper.make_node(operator, inputs, ["large"], **attributes)) -> None:  # fmt: skip
+        whole = {
+            "sides": ([2], [2**17, 2**14]),
+            "edges": ([4], [0, 0, 2**16, 2**16]),
+            "none": ([], [0]),
+            "many": ([], [2**31]),
+        }
+        for name, (dims, values) in {**whole, "step": ([], [1])}.items():
+            model.graph.initializer.append(helper.make_tensor(name, TensorProto.INT64, dims, values))
+        model.graph.initializer.append(helper.make_tensor("one", TensorProto.FLOAT, [1, 1], [1.0]))
+        model.graph.node.insert(0, node)
+        model.graph.output.append(helper.make_tensor_value_info("large", TensorProto.FLOAT, None))
+
+    GRAPHS[f"large-{operator}"] = _large
 for name, change in GRAPHS.items():
     BUNDLES[f"graph-{name}"] = _graph(change)
+
+
+def _field(number: int, content: bytes) -> bytes:
+    """A field of protobuf."""
+    size, sizes = len(content), b""
+    while size > 127:
+        size, sizes = size >> 7, sizes + bytes([size & 127 | 128])
+    return bytes([number << 3 | 2]) + sizes + bytes([size]) + content
+
+
+def _appended(field: bytes) -> Callable[[Path], None]:
+    return lambda bundle: (bundle / "model.onnx").open("ab").write(field) and None
+
+
+_TWICE = _field(1, b"input_ids") + _field(2, b"y") + _field(4, b"Identity") + _field(4, b"Loop")
+BUNDLES["graph-operator-twice"] = _appended(_field(7, _field(1, _TWICE)))
+BUNDLES["graph-twice"] = _appended(_field(7, helper.make_graph([], "b", [], []).SerializeToString()))
 BUNDLES["graph-empty"] = _text("model.onnx", "")
 BUNDLES["graph-no-graph"] = _text("model.onnx", b"\xff" * 4096)
 BUNDLES["graph-link"] = _link("model.onnx", "/etc/passwd", listed=True)
@@ -326,6 +387,16 @@ for field, values in {
         BUNDLES[f"manifest-{field}-{number}"] = _edit(
             "bundle.json", lambda m, f=field, v=value: m.update({f: v}) or (m.pop("checksum", None) and None)
         )
+BUNDLES["manifest-twice"] = lambda bundle: (
+    (bundle / "bundle.json").write_text(
+        (bundle / "bundle.json").read_text().rstrip()[:-1] + ', "files": {"../x": {"bytes": 1, "sha256": "x"}}}')
+    and None
+)  # fmt: skip
+BUNDLES["manifest-files"] = _edit(
+    "bundle.json", lambda m: m["files"].update({f"f{n}": {"bytes": 1, "sha256": "x"} for n in range(300_000)})
+)
+BUNDLES["manifest-steering"] = _edit("bundle.json", lambda m: m.update(target=STEERING))
+BUNDLES["manifest-utf16"] = _text("bundle.json", json.dumps({"format": 1}).encode("utf-16"))
 BUNDLES["manifest-nan"] = _text("bundle.json", '{"format": 1, "vocab_size": NaN}')
 BUNDLES["manifest-deep"] = _text("bundle.json", "[" * 100_000)
 BUNDLES["file-circle"] = _link("circle", "circle", listed=True)
@@ -352,7 +423,15 @@ for field, values in {
     "torch_dtype": ("float8_e4m3fn",),
     "rope_scaling": ({"rope_type": "turning"}, {"rope_type": "linear"}, "long", {"rope_type": "linear", "factor": "x"}),
     "quantization_config": ({"quant_method": "gptq", "bits": 4}, {"quant_method": "awq"}, 5),
-    "model_type": ("evil", 5, None),
+    "model_type": ("evil", 5, None, STEERING),
+    "_attn_implementation": ("org/kernel", 5),
+    "attn_implementation": ("kernels-community/flash-attn",),
+    "layer_types": (["evil"] * 5, "all"),
+    "hidden_act": ("os.system", 5),
+    "num_local_experts": (4,),
+    "num_labels": (10**8,),
+    "text_config": ({"a": 1},),
+    "tie_word_embeddings": ("maybe", False),
 }.items():  # fmt: skip
     for number, value in enumerate(values):
         value = float(value) if value in ("NaN", "Infinity") else value
@@ -387,6 +466,19 @@ def _filled(name: str, value: float) -> Callable[[dict[str, torch.Tensor]], obje
     return lambda tensors: tensors[name].view(-1)[5].fill_(value)
 
 
+def _header(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+    def changed(model: Path) -> None:
+        content = (model / "model.safetensors").read_bytes()
+        size = int.from_bytes(content[:8], "little")
+        header = json.loads(content[8 : 8 + size])
+        change(header)
+        data = json.dumps(header).encode()
+        (model / "model.safetensors").write_bytes(len(data).to_bytes(8, "little") + data + content[8 + size :])
+
+    return changed
+
+
+_NOTHING = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
 UP, TABLE = "model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight"
 MODELS |= {
     "weight-nan": _weights(_filled(UP, float("nan"))),
@@ -397,6 +489,12 @@ MODELS |= {
     "layer-surplus": _weights(lambda tensors: tensors.update({UP.replace("1", "7"): tensors[UP].clone()})),
     "tensor-narrow": _weights(lambda tensors: tensors.update({UP: tensors[UP][:, :-8].contiguous()})),
     "table-short": _weights(lambda tensors: tensors.update({TABLE: tensors[TABLE][:-9].contiguous()})),
+    "tensor-steering": _weights(lambda tensors: tensors.update({STEERING: tensors[UP].clone()})),
+    "header-overlap": _header(lambda h: [e.update(data_offsets=[0, 64]) for e in h.values() if "dtype" in e]),
+    "header-type": _header(lambda h: [e.update(dtype="I32") for e in h.values() if e.get("dtype") == "F32"]),
+    "header-shape": _header(lambda h: h["model.norm.weight"].update(shape=[2**62, 4])),
+    "header-metadata": _header(lambda h: h.update(__metadata__={"format": ["pt"]})),
+    "header-tensors": _header(lambda h: h.update({f"t{n}": _NOTHING for n in range(150_000)})),
     "weights-empty": _raw("model.safetensors", ""),
     "weights-header": _raw("model.safetensors", (2**60).to_bytes(8, "little") + b"{}"),
     "weights-pickled": lambda model: (model / "model.safetensors").rename(model / "pytorch_model.bin") and None,
@@ -488,6 +586,29 @@ SPECIAL = {
 } | {"socket": _socket}  # fmt: skip
 MODELS |= PICKLED | LINKED | SPECIAL
 
+
+def _directory(name: str) -> Callable[[Path], None]:
+    return lambda place: (place / name).unlink() or (place / name).mkdir()
+
+
+def _sparse(name: str) -> Callable[[Path], None]:
+    return lambda place: (place / name).open("ab").truncate(200 << 30) and None
+
+
+for name in ("config.json", "model.safetensors"):
+    MODELS[f"directory-{name}"] = _directory(name)
+for name in ("model.onnx", "tokenizer.json"):
+    BUNDLES[f"directory-{name}"] = _directory(name)
+for name in ("config.json", "saap.json", "model.safetensors", "LICENSE", "README.md", "tokenizer.model"):
+    MODELS[f"sparse-{name}"] = _sparse(name)
+for field, value in {
+    "tokenizer_class": 5, "padding_side": "up", "model_max_length": "x", "added_tokens_decoder": {"x": {"content": "a"}},
+}.items():  # fmt: skip
+    MODELS[f"tokenizer-{field}"] = _edit("tokenizer_config.json", lambda c, f=field, v=value: c.update({f: v}))
+MODELS["tokenizer-pickle"] = lambda model: (
+    (model / "tokenizer.json").unlink() or ((model / "tokenizer.model").write_bytes(PICKLE) and None)
+)
+
 # -- measurements ------------------------------------------------------------------------------------------------------
 
 # By the name of a document in tests/support/old: what is changed in it, and by which name.
@@ -508,7 +629,7 @@ def _changed(change: Callable[[Any], object]) -> Callable[[Path], None]:
     return changed
 
 
-def _sparse(path: Path) -> None:
+def _large_file(path: Path) -> None:
     with path.open("r+b") as file:
         file.truncate(300 << 20)
 
@@ -517,7 +638,7 @@ ANY: dict[str, Callable[[Path], None]] = {
     "empty": _replaced(""), "text": _replaced("saap"), "list": _replaced("[]"), "null": _replaced("null"),
     "deep": _replaced("[" * 100_000), "bytes": _replaced(b"\xff\xfe"),
     "digits": _replaced('{"schema": ' + "9" * 9999 + "}"),
-    "device": _device, "pipe": _pipe, "300-MB": _sparse, "object": _changed(lambda d: d.clear()),
+    "device": _device, "pipe": _pipe, "300-MB": _large_file, "object": _changed(lambda d: d.clear()),
     "version": _changed(lambda d: d.update(schema=99, version=99, baseline=99)),
     "not-a-number": _changed(lambda d: d.update(created=float("nan"))),
     "sealed": lambda path: path.write_text(path.read_text().replace("0", "1", 1)) and None,
