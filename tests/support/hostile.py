@@ -204,7 +204,7 @@ for name, change in {
     "no-unknown": lambda t: t["model"].update(vocab={"a": 0}, merges=[], unk_token="b"),
     "characters": lambda t: t.update(normalizer={"type": "Precompiled", "precompiled_charsmap": "/////w=="}),
     "unigram": lambda t: t.update(model={"type": "Unigram", "unk_id": 10**9, "vocab": [["a", -1.0]]}),
-    "no-tokens": lambda t: t["model"].update(vocab={f"{STEERING}{n}": n for n in t["model"]["vocab"].values()}, merges=[]),
+    "no-tokens": lambda t: t["model"].update(vocab={f"{STEERING}{n}": n for n in range(320)}, merges=[]),
 }.items():  # fmt: skip
     BUNDLES[f"tokenizer-{name}"] = _edit("tokenizer.json", change)
 BUNDLES["special-token-list"] = _edit("tokenizer_config.json", lambda c: c.update(eos_token=["x"]))
@@ -290,28 +290,29 @@ GRAPHS: dict[str, Callable[[onnx.ModelProto], object]] = {
     "data-no-number": _data("model.onnx.data", offset="x", length="y"),
 }
 
-# Operators that make much of little, in front of a graph; their inputs are the constants below.
+# Operators that make much of little, in front of a graph.
+_SIDES = {"sides": ([2], [2**17, 2**14]), "edges": ([4], [0, 0, 2**16, 2**16])}
+_SIDES |= {"none": ([], [0]), "many": ([], [2**31]), "step": ([], [1])}
+
+
+def _large(operator: str, inputs: list[str], attributes: dict[str, Any]) -> Callable[[onnx.ModelProto], None]:
+    def changed(model: onnx.ModelProto) -> None:
+        for name, (dims, values) in _SIDES.items():
+            model.graph.initializer.append(helper.make_tensor(name, TensorProto.INT64, dims, values))
+        model.graph.initializer.append(helper.make_tensor("one", TensorProto.FLOAT, [1, 1], [1.0]))
+        model.graph.node.insert(0, helper.make_node(operator, inputs, ["large"], **attributes))
+        model.graph.output.append(helper.make_tensor_value_info("large", TensorProto.FLOAT, None))
+
+    return changed
+
+
 for operator, inputs, attributes in (
     ("ConstantOfShape", ["sides"], {}), ("Expand", ["one", "sides"], {}), ("Tile", ["one", "sides"], {}),
     ("Pad", ["one", "edges"], {}), ("Range", ["none", "many", "step"], {}), ("Resize", ["one", "", "", "sides"], {}),
     ("RandomNormal", [], {"shape": [2**17, 2**14]}), ("Concat", ["one"] * 100_000, {"axis": 0}),
     ("Einsum", ["one"], {"equation": "ij->ijkl"}), ("SplitToSequence", ["one"], {}),
 ):  # fmt: skip
-
-    def _large(model: onnx.ModelProto, node: onnx.NodeProto = helper.make_node(operator, inputs, ["large"], **attributes)) -> None:  # fmt: skip
-        whole = {
-            "sides": ([2], [2**17, 2**14]),
-            "edges": ([4], [0, 0, 2**16, 2**16]),
-            "none": ([], [0]),
-            "many": ([], [2**31]),
-        }
-        for name, (dims, values) in {**whole, "step": ([], [1])}.items():
-            model.graph.initializer.append(helper.make_tensor(name, TensorProto.INT64, dims, values))
-        model.graph.initializer.append(helper.make_tensor("one", TensorProto.FLOAT, [1, 1], [1.0]))
-        model.graph.node.insert(0, node)
-        model.graph.output.append(helper.make_tensor_value_info("large", TensorProto.FLOAT, None))
-
-    GRAPHS[f"large-{operator}"] = _large
+    GRAPHS[f"large-{operator}"] = _large(operator, inputs, attributes)
 for name, change in GRAPHS.items():
     BUNDLES[f"graph-{name}"] = _graph(change)
 
@@ -602,7 +603,8 @@ for name in ("model.onnx", "tokenizer.json"):
 for name in ("config.json", "saap.json", "model.safetensors", "LICENSE", "README.md", "tokenizer.model"):
     MODELS[f"sparse-{name}"] = _sparse(name)
 for field, value in {
-    "tokenizer_class": 5, "padding_side": "up", "model_max_length": "x", "added_tokens_decoder": {"x": {"content": "a"}},
+    "tokenizer_class": 5, "padding_side": "up", "model_max_length": "x",
+    "added_tokens_decoder": {"x": {"content": "a"}},
 }.items():  # fmt: skip
     MODELS[f"tokenizer-{field}"] = _edit("tokenizer_config.json", lambda c, f=field, v=value: c.update({f: v}))
 MODELS["tokenizer-pickle"] = lambda model: (
