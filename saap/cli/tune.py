@@ -77,6 +77,7 @@ def tune(slim: Path, out: Path, options: TuneCommand) -> None:
     \b
     Example:
       saap tune out/slim -o out/tuned --teacher smollm2-135m
+      saap tune out/slim -o out/learnt --train weights --teacher smollm2-135m
     """
     with Console() as console:
         tune_model(slim, out, options, console)
@@ -107,13 +108,18 @@ def show_tuning(out: Path, history: History) -> None:
     from saap.models.checkpoint import read_config
     from saap.models.record import read_record
 
-    tuning, quant = read_record(out)["tuning"], read_config(out)["slim_quant"]
-    options = tuning["options"]
-    others = {*quant.get("matrices", {}), *quant.get("blocks", {})}
-    mixed = f", {len(others)} matrices other" if others else ""
-    rows = [
-        ["integers", f"{quant['bits']} bit, groups of {quant['block']}, head {quant['embedding_bits']} bit{mixed}"],
-        ["trained", f"scales and norms, {tuning['trained_parameters']:,} parameters"],
+    record, quant = read_record(out), read_config(out).get("slim_quant")
+    tuning, learnt = record["tuning"] if quant else record["weights"], "scales and norms"
+    options, rows = tuning["options"], list[list[str]]()
+    if quant:
+        others = {*quant.get("matrices", {}), *quant.get("blocks", {})}
+        mixed = f", {len(others)} matrices other" if others else ""
+        form = f"{quant['bits']} bit, groups of {quant['block']}, head {quant['embedding_bits']} bit{mixed}"
+        rows.append(["integers", form])
+    else:
+        learnt = "all weights, as floats" if options["train"] == "all" else "weights and norms of the layers, as floats"
+    rows += [
+        ["trained", f"{learnt}, {tuning['trained_parameters']:,} parameters"],
         ["tokens", f"{history.tokens:,} in {history.precision}, {history.tokens / max(history.seconds, 1e-9):.0f} / s"],
         ["loss", loss_in_words(history.loss_name, options["teacher_weight"])],
     ]

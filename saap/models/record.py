@@ -175,6 +175,7 @@ class Record(TypedDict, total=False):
     plan: Plan
     options: dict[str, object]
     lineage: Lineage
+    weights: Tuning  # the training of its floats
     tuning: Tuning
     integers: Integers
     vocabulary: Words

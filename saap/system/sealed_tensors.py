@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save_file
 
 SEAL = "sha256"
@@ -58,6 +58,21 @@ def load_sealed(content: bytes) -> tuple[dict[str, torch.Tensor], dict[str, str]
         tensors = load(content)
         about = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
     except (SafetensorError, KeyError) as error:
+        raise ValueError(str(error)) from None
+    if about.pop(SEAL, None) != _seal(tensors, about):
+        raise ValueError("not the content that was written")
+    return tensors, about
+
+
+def read_sealed(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Do the same with a file whose tensors are mapped: a page of it takes memory once it is looked at.
+
+    Raises ValueError: as :func:`load_sealed`.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            about, tensors = dict(file.metadata() or {}), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
         raise ValueError(str(error)) from None
     if about.pop(SEAL, None) != _seal(tensors, about):
         raise ValueError("not the content that was written")

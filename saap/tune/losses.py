@@ -33,7 +33,7 @@ from transformers import PreTrainedModel
 from saap.models.architectures import Traits, architecture_of, traits_of
 from saap.models.layer_walk import finished_logits
 from saap.models.modeling_slim import GroupQuantLinear, GroupQuantTable, TiedHead, unpacked_ids
-from saap.tune.adapters import Context, product_dtype
+from saap.tune.adapters import Context, Gradient, product_dtype
 from saap.tune.loop.processes import is_sharded
 
 SMALLEST_SHARE = 1e-30  # of q_r, so that p_r / q_r is finite
@@ -63,11 +63,11 @@ def head_loss(
 ) -> torch.Tensor:
     """Sum the losses at some places, bool [rows, tokens], of ids int64 [rows, tokens].
 
-    A head that is trained itself, or sharded over processes, or has more than a matrix, is run as it is on all places.
-    ``loss_of`` is the loss of a piece of them; in the order of rows they are numbered from 0. Without ``kept`` the
-    head is dequantised each time.
+    A head that is sharded over processes, or has more than a matrix, is run as it is on all places. ``loss_of`` is the
+    loss of a piece of them; in the order of rows they are numbered from 0. Without ``kept`` a frozen head is made
+    ready each time.
     """
-    matrix = _frozen_matrix(model)
+    matrix = _head_matrix(model)
     if matrix is None:
         logits = model(input_ids=ids, use_cache=False).logits[places]
         return loss_of(logits, 0, len(logits))
@@ -77,9 +77,13 @@ def head_loss(
     hidden = backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[places]
     dtype, kept = product_dtype(hidden), KeptMatrix() if kept is None else kept
     traits, words = traits_of(model.config), head_words(model)
-    if dtype not in kept:
-        kept[dtype] = matrix(dtype) if words is None else matrix(dtype)[words.to(hidden.device)]
-    total: torch.Tensor = _HeadLoss.apply(hidden, kept[dtype], replace(traits, vocabulary=""), loss_of)
+    if (table := kept.get(dtype)) is None:
+        table = matrix(dtype) if words is None else matrix(dtype)[words.to(hidden.device)]
+        if not any(p.requires_grad for p in model.get_submodule(architecture_of(model.config).head).parameters()):
+            kept[dtype] = table
+    if not torch.is_grad_enabled():
+        table = table.detach()
+    total: torch.Tensor = _HeadLoss.apply(hidden, table, replace(traits, vocabulary=""), loss_of)
     return total
 
 
@@ -88,21 +92,21 @@ def head_words(model: PreTrainedModel) -> torch.Tensor | None:
 
     The logits that a loss is given are then of these alone, in their order.
     """
-    if _frozen_matrix(model) is None:
+    if _head_matrix(model) is None:
         return None
     packed = traits_of(model.config).vocabulary
     return unpacked_ids(packed, model.config.vocab_size) if packed else None
 
 
-def _frozen_matrix(model: PreTrainedModel) -> Callable[[torch.dtype], torch.Tensor] | None:
-    """Return the head's matrix [vocabulary, hidden] on demand, where the head is nothing else and is not trained."""
+def _head_matrix(model: PreTrainedModel) -> Callable[[torch.dtype], torch.Tensor] | None:
+    """Return the head's matrix [vocabulary, hidden] on demand, where the head is nothing else."""
     head = model.get_submodule(architecture_of(model.config).head)
     if isinstance(head, TiedHead):
         return lambda dtype: _dequantised(head._table[0], dtype)
     if type(head) is GroupQuantLinear and head.bias is None:
         return lambda dtype: _dequantised(head, dtype)
     weight = getattr(head, "weight", None)
-    if type(head) is not nn.Linear or head.bias is not None or weight.requires_grad or is_sharded(weight):
+    if type(head) is not nn.Linear or head.bias is not None or is_sharded(weight):
         return None
     return lambda dtype: weight.to(dtype)
 
@@ -170,29 +174,39 @@ class _LearningLoss(torch.autograd.Function):
 
 
 class _HeadLoss(torch.autograd.Function):
-    """Losses of pieces, summed, and the gradient of what entered the head."""
+    """Losses of pieces, summed, and the gradients of what entered the head and of its matrix, where it is trained."""
 
     @staticmethod
     def forward(
         ctx: Context, hidden: torch.Tensor, matrix: torch.Tensor, traits: Traits, loss_of: PieceLoss
     ) -> torch.Tensor:
         """hidden [places, hidden size], matrix [vocabulary, hidden size] -> a number."""
-        trains = ctx.needs_input_grad[0]
+        trains, whole = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden) if trains else None
+        of_matrix = torch.zeros_like(matrix, dtype=torch.float32) if whole else None
+        matrix = matrix.detach().requires_grad_(whole)
         for first in range(0, len(hidden), PLACES):
             piece = hidden[first : first + PLACES].detach().requires_grad_(trains)
-            with torch.set_grad_enabled(trains):
+            with torch.set_grad_enabled(trains or whole):
                 logits = finished_logits(F.linear(piece.to(matrix.dtype), matrix), traits)
                 loss = loss_of(logits, first, first + len(piece))
             total += loss.detach()
+            inputs = [tensor for tensor in (piece, matrix) if tensor.requires_grad]
+            gradients = list(torch.autograd.grad(loss, inputs)) if inputs else []
+            if of_matrix is not None:
+                of_matrix += gradients.pop()
             if gradient is not None:
-                (gradient[first : first + PLACES],) = torch.autograd.grad(loss, piece)
-        ctx.save_for_backward(gradient)
+                gradient[first : first + PLACES] = gradients.pop()
+        ctx.save_for_backward(gradient, of_matrix)
         return total
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Context, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * grad, None, None, None
+    def backward(ctx: Context, grad: torch.Tensor) -> tuple[Gradient, Gradient, None, None]:
+        gradient, of_matrix = ctx.saved_tensors
+        return _times(gradient, grad), _times(of_matrix, grad), None, None
+
+
+def _times(gradient: Gradient, factor: torch.Tensor) -> Gradient:
+    return None if gradient is None else gradient * factor

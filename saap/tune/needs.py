@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
@@ -17,6 +16,7 @@ from saap.tune.losses import PLACES
 from saap.tune.options import TuneOptions
 
 TUNING = 70_000_000  # accelerate, beside the process
+MASTERS = 16  # bytes of a float weight, its gradient and its two moments
 TRAINED = 24  # bytes per trained number: itself, its gradient, two moments, the best state and the start
 
 
@@ -43,6 +43,24 @@ def tune_needs(
     return Needs({"the process": PROCESS + TUNING, "integers": integer_bytes(shape, bits, block), **largest})
 
 
+def weights_needs(shape: ModelShape, tokens: int, *, tables: bool, recomputed: bool = True) -> Needs:
+    """Sum up training float weights, with rows of ``tokens`` in all at once.
+
+    ``tables``: embedding and head are trained too.
+    """
+    layers = [shape.weights_of(s) for s in shape.layers]
+    of_layers = [kept_per_token(shape, sizes) for sizes in shape.layers]
+    kept = tokens * (shape.hidden * len(layers) + max(of_layers) if recomputed else sum(of_layers))
+    table = shape.vocab * shape.hidden
+    trained = shape.parameters if tables else sum(layers)
+    return Needs({
+        "the process": PROCESS + TUNING,
+        "weights, gradients and two moments": MASTERS * trained,
+        "embedding and head": 4 * (table if tables else shape.parameters - trained),
+        "activations": 4 * (kept + PER_LOGIT * min(tokens, PLACES) * shape.vocab),
+    })  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Placement:
     """The device that tuning computes on and what it keeps, by the memory there is."""
@@ -57,12 +75,21 @@ def placement_of(shape: ModelShape, length: int, options: TuneOptions) -> Placem
     device = CPU if shares_parameters() else training_device()
     training = options.training
     tokens = length * (training.micro_rows or training.rows_per_step)
-    needs = partial(tune_needs, shape, options.bits, options.group, tokens)
+    weights = options.train != "scales"
+
+    def needs(*, streamed: bool, recomputed: bool = True) -> Needs:
+        if weights:
+            return weights_needs(shape, tokens, tables=options.train == "all", recomputed=recomputed)
+        return tune_needs(shape, options.bits, options.group, tokens, streamed=streamed, recomputed=recomputed)
 
     def fit(needs: Needs) -> bool:
         return fits(needs) and fits_device(needs, device)
 
-    streamed = not fit(needs(streamed=False))
+    streamed = not weights and not fit(needs(streamed=False))
+    if weights:
+        advice = "give a smaller --micro-batch or --length, or train the scales"
+        check_memory(needs(streamed=False), "training the weights", advice)
+        check_device(needs(streamed=False), device, "training the weights", f"{advice}, or give --device cpu")
     if streamed:
         if options.max_bytes is not None:
             check_memory(needs(streamed=False), "tuning", "--max-bytes needs all floats at once: leave it out")

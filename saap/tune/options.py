@@ -17,6 +17,10 @@ Bits = Literal[4, 8]
 GroupSize = Literal[32, 64, 128]
 Integers = Literal["gptq", "nearest"]
 Kind = Literal["auto", "text", "chat"]
+Learning = Literal["scales", "weights", "all"]
+# Peak rates of what is trained and of the norms. Of scales, on held text half of it was worse with 25,000 to 400,000
+# tokens, twice with 25,000 (studies/tuning).
+RATES: dict[Learning, tuple[float, float]] = {"scales": (6e-3, 1e-3), "weights": (1e-4, 1e-4), "all": (1e-4, 1e-4)}
 Precision = Literal["auto", "bf16", "fp32"]
 FEWEST_JUDGED = 8  # rows: by one of 256 tokens, a state was kept that was 0.1 nats worse than the last (studies/demo)
 _INTEGERS = "The integers"
@@ -83,9 +87,17 @@ class TuneOptions:
     ] = None  # with it bits, head_bits and group_size mean nothing (saap.quantize.choose_forms)
     integers: Annotated[Integers, Option("Error-compensating, or each weight by itself.", _INTEGERS)] = "gptq"
     calibration_rows: int = 16  # the first of the text, which gptq looks at
-    # On held text half of it was worse with 25,000 to 400,000 tokens, twice with 25,000 (studies/tuning).
-    learning_rate: Annotated[float, Option("Peak learning rate of the scales.", _TRAINED), Meta(ge=0, le=1)] = 6e-3
-    norm_rate: float = 1e-3  # peak learning rate of the norms' weights
+    train: Annotated[
+        Learning,
+        Option(
+            "The integers' scales; or float weights, before they are rounded; all: embedding and head too.", _TRAINED
+        ),
+    ] = "scales"
+    learning_rate: Annotated[
+        float | None, Option("Peak learning rate; default: 0.006 of scales, 0.0001 of weights.", _TRAINED),
+        Meta(ge=0, le=1),
+    ] = None  # fmt: skip
+    norm_rate: float | None = None  # peak learning rate of the norms' weights; by default 0.001 beside scales
     teacher_weight: Annotated[
         float, Option("Share of the loss that is the KL to the teacher.", _TEXT), Meta(ge=0, le=1)
     ] = 0.5
@@ -112,8 +124,19 @@ class TuneOptions:
         """Weights per scale, where a model's own plan says nothing."""
         return self.group_size or 32
 
+    @property
+    def rates(self) -> tuple[float, float]:
+        """Peak learning rates of what is trained and of the norms."""
+        rate, of_norms = RATES[self.train]
+        return (
+            rate if self.learning_rate is None else self.learning_rate,
+            of_norms if self.norm_rate is None else self.norm_rate,
+        )
+
     def for_model(self, directory: Path) -> TuneOptions:
         """Take the integers that the model's pruning planned for, unless others are given."""
+        if self.train != "scales":
+            return self
         bundle = read_record(directory).get("plan", {}).get("bundle", {})
         asked = self.group_size is not None or self.head_bits is not None or self.max_bytes is not None
         if asked or self.bits != bundle.get("bits") or bundle.get("block") not in get_args(GroupSize):
@@ -123,7 +146,9 @@ class TuneOptions:
     def recorded(self) -> dict[str, object]:
         """Convert to what saap.json and states hold, where ``block`` is the group size; the text is recorded apart."""
         of_text = ("kind", "tokens", "minutes", "length", "skip")
-        about = {name: value for name, value in asdict(self).items() if name not in of_text}
+        rate, of_norms = self.rates
+        values = asdict(self) | {"learning_rate": rate, "norm_rate": of_norms}
+        about = {name: value for name, value in values.items() if name not in of_text}
         return {"block" if name == "group_size" else name: value for name, value in about.items()}
 
     def check(self) -> None:
@@ -132,6 +157,11 @@ class TuneOptions:
         if (self.training.micro_rows or 0) > rows:
             most = f"give {rows} or fewer, or a larger --batch"
             refuse_unused(self, ("micro_rows",), f"at most the {rows} sequences of a step", most)
+        if self.train != "scales":
+            of_integers = ("bits", "group_size", "head_bits", "max_bytes", "integers")
+            refuse_unused(
+                self, of_integers, f"--train scales, and {self.train} learn as floats", "tune the result again"
+            )
         check_device_is_there(self.training.device)
 
     def holds_out(self, rows: int) -> bool:

@@ -64,12 +64,12 @@ def pace_of(shape: ModelShape, teacher: ModelShape | None, options: TuneOptions,
     dtype = autocast_dtype(training.precision, device) or torch.float32
     rows, width = training.rows_per_step * options.length, max(sizes.ffn for sizes in shape.layers)  # the widest FFN
     rate = OF_RATE * product_rate(rows, shape.hidden, width, dtype, device, MEASURED_S)
-    # Two operations a weight: forward, backward to the inputs and, of layers, to the scales.
-    passes = 3 + recomputed
-    learning = 2 * training.passes * (passes * shape.layer_weights + 2 * shape.vocab * shape.hidden)
+    # Two operations a weight: forward, backward to the inputs and, of what is trained, to the weights or their scales.
+    passes, of_head = 3 + recomputed, 2 + (options.train == "all")
+    learning = 2 * training.passes * (passes * shape.layer_weights + of_head * shape.vocab * shape.hidden)
     asking = 0 if teacher is None else 2 * (teacher.layer_weights + teacher.vocab * teacher.hidden)
     integers = 0.0
-    if options.integers == "gptq":
+    if options.train == "scales" and options.integers == "gptq":
         read = 2 * options.calibration_rows * options.length * 2 * shape.layer_weights
         integers = (read + PER_WEIGHT * shape.parameters) / rate
     return Pace(START_S + integers, (learning + asking) / rate)

@@ -1,9 +1,12 @@
-"""Group-wise tuning of a quantised slim model: what is trained is what is deployed.
+"""Tuning of a slim model: of its scales once it is quantised, where what is trained is what is deployed; or before that
+of its float weights, where millions of tokens or a task are to be learnt.
 
 The integers are chosen first, with their errors compensated on the first rows of the text
 (:mod:`saap.quantize.gptq`). Then one number per group of input columns is trained, together with the norms' weights, in
 the form that the deployed kernel takes (:mod:`saap.tune.adapters`). The forward pass of the last step and the exported
 graph hold the same integers, scales and zero points, bit for bit.
+
+Weights learn as floats (``options.train``); what comes of it is a slim directory as pruning writes it.
 
 The loss is the mean of NLL and KL to the dense teacher, whose answers are computed once and kept
 (:mod:`saap.tune.teacher`). Under ``accelerate launch`` the rows of a step are split over processes
@@ -60,7 +63,7 @@ from saap.tune.teacher import Question, StudentWords, TeacherTargets, check_same
 class TuneResult:
     """A tuned directory."""
 
-    path: Path  # the directory, with integer weights
+    path: Path  # the directory, with integer weights, or with float ones where these were trained
     history: History  # the losses
     text: TuningRows  # the training text
 
@@ -76,7 +79,7 @@ def tune(
     data: str | Path | TuningRows | torch.Tensor | None = None,
     progress: Progress | None = None,
 ) -> TuneResult:
-    """Quantise a slim (or dense) model, tune it group by group on text, write a directory with integer weights.
+    """Tune a slim (or dense) model on text: its scales, once it is quantised here, or its float weights.
 
     A killed run continues where it was when it is started again.
 
@@ -153,9 +156,11 @@ def tuning_text(
 
 
 def rows_read(model: Path, length: int) -> int:
-    """Return how many rows of ``length`` tokens pruning read of its text, as the model's record says."""
-    calibrated = read_record(model).get("lineage", {}).get("calibration", {})
-    return math.ceil(calibrated.get("sequences", 0) * calibrated.get("tokens", 0) / length)
+    """Return how many rows of ``length`` tokens pruning and training read of their text, as the model's record says."""
+    record = read_record(model)
+    calibrated = record.get("lineage", {}).get("calibration", {})
+    read = calibrated.get("sequences", 0) * calibrated.get("tokens", 0)
+    return math.ceil((read + record.get("weights", {}).get("tokens", 0)) / length)
 
 
 @dataclass(frozen=True)
@@ -187,8 +192,11 @@ class _Tuning:
             load_streamed(self.model, device=device) if placement.streamed else moved(load_model(self.model), device)
         )
         targets = targets_of(self.teacher, self.rows, options, StudentWords.of(self.model), self.progress)
-        quant = _quantised(model, self.rows.ids, options, self._planned_forms(), self.progress)
-        groups = _attached(model, options)
+        if options.train == "scales":
+            quant = _quantised(model, self.rows.ids, options, self._planned_forms(), self.progress)
+            groups = _attached(model, options)
+        else:
+            quant, groups = None, _of_weights(model, options)
         trained = sum(p.numel() for group in groups for p in group["params"])
         use_short_attention(model)
         error = None
@@ -242,12 +250,14 @@ class _Tuning:
         head = None if placement.recomputed else KeptMatrix()
         if not placement.recomputed:
             adapters.keep_matrices(model)
+        judging = replace(options, teacher_weight=1.0)  # by NLL a state is best that writes as the text does
         run = Run(
             replace(options.training, checkpointing=placement.recomputed),
             held_out=None if judged is None else tensors_of(judged, len(learned)),
-            held_out_loss=loss_of(None, options, head),
+            held_out_loss=loss_of(targets, judging, head),
             loss_name=loss_name(targets, options),
-            held_out_name="held-out NLL",
+            held_out_name=f"held-out {loss_name(targets, judging)}",
+            best_on_disk=options.train != "scales",
             state_dir=state_directory(self.out),
             fingerprint={
                 "model": weights,
@@ -257,13 +267,19 @@ class _Tuning:
         )
         return train(model, groups, tensors_of(learned, 0), loss_of(targets, options, head), run, self.progress)
 
-    def _write(self, model: PreTrainedModel, quant: SlimQuant, tuning: Tuning) -> None:
+    def _write(self, model: PreTrainedModel, quant: SlimQuant | None, tuning: Tuning) -> None:
         """Write the directory; the states of the run are no longer needed."""
         adapters.fold(model)
-        tensors = ((name, tensor.cpu()) for name, tensor in model.state_dict().items())
+        tied = model.config.tie_word_embeddings and quant is None
+        head = f"{architecture_of(model.config).head}.weight" if tied else ""
+        tensors = ((name, tensor.cpu()) for name, tensor in model.state_dict().items() if name != head)
         record, config = read_record(self.model), read_config(self.model)
-        record["tuning"] = tuning
-        write_slim(self.out, self.model, slim_config(config, shape_of(config), quant), tensors, record)
+        if quant is None:
+            record["weights"], config = tuning, config | {"dtype": "float32"}  # what was judged
+            config.pop("torch_dtype", None)
+        else:
+            record["tuning"], config = tuning, slim_config(config, shape_of(config), quant)
+        write_slim(self.out, self.model, config, tensors, record)
         discard_states(state_directory(self.out))
 
 
@@ -375,4 +391,18 @@ def _attached(model: PreTrainedModel, options: TuneOptions) -> list[Group]:
     for norm in norms:
         norm.requires_grad_(True)
     factors = adapters.trained_parameters(model)
-    return [{"params": factors, "lr": options.learning_rate}, {"params": norms, "lr": options.norm_rate}]
+    rate, of_norms = options.rates
+    return [{"params": factors, "lr": rate}, {"params": norms, "lr": of_norms}]
+
+
+def _of_weights(model: PreTrainedModel, options: TuneOptions) -> list[Group]:
+    """Return the float weights to train, of the decoder layers or of all, and apart the norms'."""
+    row = architecture_of(model.config)
+    groups: list[Group] = [{"params": [], "lr": rate} for rate in options.rates]
+    for name, parameter in model.named_parameters():
+        learns = options.train == "all" or name.startswith((f"{row.layers}.", f"{row.final_norm}."))
+        parameter.requires_grad_(learns)
+        if learns:
+            parameter.data = parameter.data.clone()  # a view of the loaded file keeps all pages that were written
+            groups["norm" in name]["params"].append(parameter)
+    return [group for group in groups if group["params"]]

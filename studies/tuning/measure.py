@@ -151,7 +151,7 @@ def tune_lora(variant: Variant, slim: Path, teacher_dir: Path, rows: TuningRows)
     for norm in norms:
         norm.requires_grad_(True)
     lora = [p for n, p in adapted.named_parameters() if "lora_" in n]
-    groups = [{"params": lora, "lr": variant.get("lr", 1e-3)}, {"params": norms, "lr": options.norm_rate}]
+    groups = [{"params": lora, "lr": variant.get("lr", 1e-3)}, {"params": norms, "lr": options.rates[1]}]
     history = train(
         model, groups, tensors_of(learnt, 0), loss_of(targets, options),
         Run(options.training, held_out=tensors_of(judged, len(learnt)), held_out_loss=loss_of(None, options),

@@ -29,10 +29,20 @@ from saap.base.progress import Progress
 from saap.system.precision import autocast_dtype
 from saap.system.sealed_tensors import data_hash
 from saap.tune.loop.processes import Batch, LossOf, add_up, from_main, join_processes, prepare, unshard
-from saap.tune.loop.state import About, Trained, fingerprint_of, others_differ_in, parse_state, state_path, write_state
+from saap.tune.loop.state import (
+    About,
+    Trained,
+    best_file,
+    fingerprint_of,
+    others_differ_in,
+    parse_state,
+    state_path,
+    write_state,
+)
 from saap.tune.options import TrainOptions
 
 SMOOTHED = 8  # steps whose mean loss is shown
+SAVING = 0.02  # share of the time that may go into states
 
 
 class Group(TypedDict):
@@ -92,6 +102,7 @@ class Run:
         loss_name, held_out_name: what the two are called where they are shown.
         state_dir: where the state is kept for a run that is killed; :func:`saap.tune.loop.state.discard_states` deletes
             it when the result is safe. A state of other options or rows is not touched and not continued.
+        best_on_disk: keep the best parameters in a file of ``state_dir``, where they would take much memory.
         fingerprint: what else the loss curve depends on (the model's hash), JSON. Options, rows and the parameters'
             names and rates are added.
     """
@@ -102,6 +113,7 @@ class Run:
     loss_name: str = "loss"
     held_out_name: str = "held-out loss"
     state_dir: Path | None = None
+    best_on_disk: bool = False
     fingerprint: Mapping[str, object] = field(default_factory=dict)
 
 
@@ -133,7 +145,7 @@ def train(
     with torch.random.fork_rng():
         training = _Training(model, groups, rows, loss_of, run, progress)
         try:
-            training.keep(run.state_dir, dict(run.fingerprint))
+            training.keep(run.state_dir, dict(run.fingerprint), best_on_disk=run.best_on_disk)
             training.go()
         finally:
             training.close()
@@ -179,18 +191,19 @@ class _Training:
         self.trained = Trained(names, self.optimizer)
         self.held_out, self.held_out_loss = run.held_out, run.held_out_loss or loss_of
         self.path: Path | None = None
-        self.saved = time.monotonic()
+        self.saved, self.rest = time.monotonic(), options.save_seconds
 
-    def keep(self, directory: Path | None, fingerprint: dict[str, object]) -> None:
+    def keep(self, directory: Path | None, fingerprint: dict[str, object], *, best_on_disk: bool) -> None:
         """Keep the state there, and continue from one that is there."""
         note = None
         if directory is not None:
             self.parts = self._parts(fingerprint)
             self.path = state_path(directory, fingerprint_of(self.parts))
+            self.trained.file = best_file(self.path) if best_on_disk else None
             main = self.accelerator.is_main_process
-            content = from_main(self.accelerator, self.path.read_bytes() if main and self.path.is_file() else None)
-            if content is not None:
-                self._restore(*parse_state(self.path, content))
+            state = from_main(self.accelerator, parse_state(self.path) if main and self.path.is_file() else None)
+            if state is not None:
+                self._restore(*state)
                 note = f"continued at step {self.step}"
             elif main and (changed := others_differ_in(self.path, self.parts)) is not None:
                 note = f"from the start, the state in {directory} is of another run ({', '.join(changed)})"
@@ -212,11 +225,11 @@ class _Training:
             judged = self.step % self.every == 0 or self.step == history.steps
             if judged:
                 self._judge()
-            if due or judged:
+            if due or (judged and (self.trained.file is None or self.step == history.steps)):
                 self._save()
             if self.progress:
                 self.progress(f"tuning (steps), {history.in_words()}", self.step, history.steps)
-        self.trained.put_best()
+        self.trained.put_best(history.best_step)
 
     def close(self) -> None:
         """Give the model back as it came: whole, in its mode, on its device."""
@@ -250,7 +263,7 @@ class _Training:
                 loss, count = self._loss(self.loss_of, batch)
                 loss.backward()  # not accelerator.backward, which divides by the launcher's accumulation steps
             total, learnt = total + float(loss.detach()), learnt + float(count)
-        late = accelerator.is_main_process and time.monotonic() - self.saved >= options.save_seconds
+        late = accelerator.is_main_process and time.monotonic() - self.saved >= self.rest
         total, learnt, due = add_up(accelerator, [total, learnt, float(late)])
         value = total / max(learnt, 1.0)
         norm = self.trained.mean_gradient(accelerator.num_processes / max(learnt, 1.0), options.clip)
@@ -302,8 +315,7 @@ class _Training:
         """Evaluate; keep the parameters if they are the best so far, stop if none were for long."""
         history = self.history
         if self.held_out is None:
-            self.trained.keep_best()
-            history.best_step = self.step
+            self._keep_best()
             return
         known = min((loss for _, loss in history.held_out), default=math.inf)
         loss = self._evaluate(self.held_out)
@@ -311,16 +323,20 @@ class _Training:
             self._diverge(f"the held-out loss became {loss} after step {self.step} of {history.steps}", self.step)
         history.held_out.append((self.step, loss))
         if loss < known:
-            self.trained.keep_best()
-            history.best_step = self.step
+            self._keep_best()
             return
         waited = sum(step > history.best_step for step, _ in history.held_out)
         if self.options.patience is not None and waited >= self.options.patience and self.step < history.steps:
             history.stopped = f"no lower {history.held_out_name} in {waited} evaluations since step {history.best_step}"
 
+    def _keep_best(self) -> None:
+        self.trained.keep_best(self.step, writes=self.accelerator.is_main_process)
+        self.history.best_step = self.step
+
     def _diverge(self, what: str, step: int) -> None:
-        self.trained.put_best()
         history = self.history
+        if self.held_out is None or history.held_out:
+            self.trained.put_best(history.best_step)
         if self.held_out is not None and not history.held_out:
             raise DivergedError(
                 f"{what}: the model or the held-out text is unusable before any training", step, history
@@ -344,10 +360,13 @@ class _Training:
     def _save(self) -> None:
         if self.path is None:
             return
-        tensors = self.trained.tensors()
+        began, tensors = time.monotonic(), self.trained.tensors()
         if self.accelerator.is_main_process:
-            write_state(self.path, tensors, {"parts": self.parts, "history": asdict(self.history)})
+            write_state(tensors, self.path, {"parts": self.parts, "history": asdict(self.history)})
+            self.trained.forget_others(self.history.best_step)
         self.saved = time.monotonic()
+        if self.options.save_seconds:  # 0: after every step
+            self.rest = max(self.options.save_seconds, (self.saved - began) / SAVING)
 
     def _restore(self, tensors: dict[str, torch.Tensor], about: About) -> None:
         self.trained.load(tensors)

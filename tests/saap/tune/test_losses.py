@@ -77,7 +77,7 @@ def test_a_head_that_is_trained_gets_its_gradient(tiny_model, monkeypatch):
     model = load_model(tiny_model(tie_word_embeddings=False))
     found, seen = by_pieces_and_at_once(model, monkeypatch)
     assert_same(found)
-    assert seen == [len(TARGETS)]
+    assert sum(seen) == len(TARGETS) and len(seen) > 1
 
 
 @pytest.mark.parametrize("frozen", [True, False])

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from support.command_line import here
 from torch.nn import functional as F
 
@@ -218,8 +219,13 @@ def test_the_command_tunes_and_shows_it(slim, tmp_path):
     # both losses are of a token, and named for what they are
     assert "tuning, NLL " in done.stderr and ", held-out NLL " in done.stderr and "0 KL" not in done.stdout
     assert re.search(r" loss +NLL *\n.*held-out NLL .* nats per token", done.stdout)
-    done = here("tune", slim, "-o", tmp_path / "chat", "--data", chats, *common, "--teacher", slim.parent / "tiny")
-    assert "tuning, NLL+KL " in done.stderr and "0.5 NLL + 0.5 KL to the teacher" in done.stdout
+    done = here("tune", slim, "-o", tmp_path / "chat", "--data", chats, *common, "--patience", 0, "--teacher",
+                slim.parent / "tiny")  # fmt: skip
+    assert (
+        "tuning, NLL+KL " in done.stderr
+        and ", held-out KL " in done.stderr
+        and "0.5 NLL + 0.5 KL to the teacher" in done.stdout
+    )
     tuning = read_record(tmp_path / "chat")["tuning"]
     assert tuning["text"]["kind"] == "chat" and tuning["teacher"] == str(slim.parent / "tiny")
     assert f"{tuning['text']['learnt_tokens']} of 1664 tokens are answers" in done.stderr
@@ -247,3 +253,43 @@ def test_what_memory_allows_is_kept_and_changes_no_loss(slim, tmp_path, monkeypa
         losses.append(tune(slim, options, output=tmp_path / f"{free:.0f}", data=ROWS).history.losses)
     assert kept and len(kept) == 1
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("train", ["weights", "all"])
+def test_weights_learn_as_floats_and_go_on_after_a_kill(train, tiny_model, tmp_path):
+    model = tiny_model("model", tie_word_embeddings=train == "all")
+    teacher, training = tiny_model("teacher", seed=1), replace(TRAINING, save_seconds=0.0)
+    options = TuneOptions(train=train, learning_rate=3e-3, teacher_weight=1.0, held_out=0.25, training=training)
+    whole = tune(model, options, output=tmp_path / "whole", data=ROWS, teacher=teacher)
+    assert whole.history.losses[-1] < whole.history.losses[0] and whole.history.held_out_name == "held-out KL"
+    record, config = read_record(whole.path), read_config(whole.path)
+    assert "slim_quant" not in config and "tuning" not in record and record["weights"]["options"]["train"] == train
+    before, after = load_file(model / "model.safetensors"), load_file(whole.path / "model.safetensors")
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    tables = {"model.embed_tokens.weight", "lm_head.weight"} & before.keys()
+    assert moved == (before.keys() if train == "all" else before.keys() - tables)
+
+    def killed(label, done, total):
+        if label.startswith("tuning") and done == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tune(model, options, output=tmp_path / "again", data=ROWS, teacher=teacher, progress=killed)
+    (state,) = (tmp_path / ".again.tuning").glob("training-*.safetensors")
+    assert not any(name.startswith("best.") for name in load_file(state))
+    again = tune(model, options, output=tmp_path / "again", data=ROWS, teacher=teacher)
+    assert again.history.resumed_at == 4 and again.history.losses == whole.history.losses
+    same = load_file(again.path / "model.safetensors")
+    assert all(torch.equal(same[name], after[name]) for name in after)
+    assert not (tmp_path / ".again.tuning").exists()
+
+    tuned = tune(again.path, FAST, output=tmp_path / "tuned", data=ROWS)
+    assert "tuning" in read_record(tuned.path) and "weights" in read_record(tuned.path)
+
+
+def test_what_integers_are_for_is_refused_beside_floats(tiny_model, tmp_path):
+    with pytest.raises(UserError, match=r"--bits is for --train scales, and weights learn as floats: leave it out"):
+        tune(tiny_model(), TuneOptions(train="weights", bits=8), output=tmp_path / "out", data=ROWS)
+    tuned = tune(tiny_model(), FAST, output=tmp_path / "tuned", data=ROWS).path
+    with pytest.raises(UserError, match="holds tuned integers already"):
+        tune(tuned, TuneOptions(train="weights"), output=tmp_path / "out", data=ROWS)

@@ -101,7 +101,7 @@ def loops_agree(tmp_path, how):
 
 def commands_agree(tmp_path):
     told = [json.loads((tmp_path / f"command-{rank}.json").read_text())["stdout"] for rank in (0, 1)]
-    assert told[0].count("held-out NLL") == 1 and told[1] == ""
+    assert told[0].count("held-out KL") == 1 and told[1] == ""
     histories = [read_record(tmp_path / name)["tuning"]["history"] for name in ("by-one", "by-two")]
     assert histories[0]["losses"] == pytest.approx(histories[1]["losses"], abs=2e-5)
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("by-one", "by-two"))
