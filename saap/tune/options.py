@@ -43,7 +43,7 @@ class TrainOptions:
         Option("Sequences at once; fewer take less memory.", _RUNS, flags=("--micro-batch",), hidden=True),
         COUNT,
     ] = None  # a process's whole share
-    passes: int = 1  # over the text, in the same order
+    passes: int = 1  # over the text; from the second on its steps are shuffled
     warmup_share: float = 0.1  # of the steps
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.0

@@ -12,6 +12,7 @@ differentiated, added up over micro-batches and processes, and divided by the nu
 from __future__ import annotations
 
 import math
+import random
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
@@ -280,7 +281,12 @@ class _Training:
     def _share_of_step(self) -> Iterable[Batch]:
         size = self.options.rows_per_step
         share = size // self.accelerator.num_processes
-        first = self.step * size % (len(self.rows["ids"]) // size * size) + self.accelerator.process_index * share
+        turn, place = divmod(self.step, len(self.rows["ids"]) // size)
+        if turn:  # the rows of a step stay together: a teacher's answers to them lie together
+            order = list(range(len(self.rows["ids"]) // size))
+            random.Random(f"{self.options.seed} {turn}").shuffle(order)
+            place = order[place]
+        first = place * size + self.accelerator.process_index * share
         micro = self.options.micro_rows or share
         for at in range(first, first + share, micro):
             yield self._slice(self.rows, at, min(at + micro, first + share))
@@ -331,6 +337,8 @@ class _Training:
 
     def _keep_best(self) -> None:
         self.trained.keep_best(self.step, writes=self.accelerator.is_main_process)
+        if self.trained.file is not None:  # which every process reads in the end
+            self.accelerator.wait_for_everyone()
         self.history.best_step = self.step
 
     def _diverge(self, what: str, step: int) -> None:

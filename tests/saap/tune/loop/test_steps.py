@@ -341,3 +341,19 @@ def test_progress_says_losses_and_speed_and_the_console_the_time_left(run, monke
         now[0] = 20.0
         console.report("tuning (steps), loss 3", 70, 100)
     assert "70/100 steps, 20 s, 60 s left" in capsys.readouterr().err
+
+
+def test_later_passes_take_the_same_steps_in_another_order(run):
+    numbers = torch.arange(40)
+    seen = []
+
+    def noting(model, batch):
+        seen.extend(batch["number"].tolist())
+        return loss_of(model, batch)
+
+    run(TrainOptions(precision="fp32", passes=3), {**ROWS, "number": numbers}, loss=noting)
+    first, second, third = torch.tensor(seen).view(3, 10, 4).unbind()
+    assert torch.equal(first, numbers.view(10, 4))
+    for later in (second, third):
+        assert not torch.equal(later, first) and torch.equal(later.sort(0).values, first)  # rows of a step together
+    assert not torch.equal(second, third)
