@@ -1,6 +1,6 @@
-"""Train a tiny model in the processes that start this: python train_in_processes.py MODEL OUT RUNS COMMAND.
+"""Train a tiny model in the processes that start this: python train_in_processes.py MODEL OUT RUNS COMMANDS.
 
-RUNS are arguments of :func:`main`; COMMAND is of saap, and what it printed is in OUT/command-<rank>.json.
+RUNS are arguments of :func:`main`; COMMANDS are of saap, and what they printed is in OUT/command-<rank>.json.
 """
 
 import json
@@ -116,6 +116,6 @@ if __name__ == "__main__":
     skip_packing()
     for run in json.loads(sys.argv[3]):
         main(sys.argv[1], Path(sys.argv[2]), **run)
-    said = here(*json.loads(sys.argv[4]))
-    Path(sys.argv[2], f"command-{torch.distributed.get_rank()}.json").write_text(json.dumps(vars(said)))
+    told = [vars(here(*words)) for words in json.loads(sys.argv[4])]
+    Path(sys.argv[2], f"command-{torch.distributed.get_rank()}.json").write_text(json.dumps(told))
     torch.distributed.destroy_process_group()

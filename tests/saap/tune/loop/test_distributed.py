@@ -22,6 +22,8 @@ from saap.tune.options import TrainOptions
 
 TOO_OLD = pytest.mark.skipif(TorchVersion(torch.__version__) < FSDP_TORCH, reason="FSDP needs a newer torch")
 
+WEIGHTS = ("--train", "weights", "--learning-rate", "0.001")
+
 
 def found(out, run, rank=0):
     """What a process reported about a run, and its trained parameters."""
@@ -49,6 +51,7 @@ def alone(llama, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SAAP_CACHE", str(home / "cache"))
         here(*command, "-o", home / "out/by-one")
+        here(*command, *WEIGHTS, "-o", home / "out/weights-by-one")
     train_in_processes.main(str(path), home / "out", "alone")
     train_in_processes.main(str(path), home / "out", "begun-by-one", kill=3)
     return SimpleNamespace(model=str(path), command=[str(word) for word in command], out=home / "out")
@@ -61,7 +64,8 @@ def test_two_processes_do_what_one_does(alone, tmp_path, monkeypatch, how):
     shutil.copytree(alone.out, tmp_path, dirs_exist_ok=True)
     runs = [{"state": "two"}, {"state": "begun-by-two", "kill": 3}, {"state": "begun-by-one"}]
     runs.append({"state": "poisoned", "poison": 2})
-    words = json.dumps([*alone.command, "-o", str(tmp_path / "by-two")])
+    both = (("by-two", ()), ("weights-by-two", WEIGHTS))
+    words = json.dumps([[*alone.command, *more, "-o", str(tmp_path / name)] for name, more in both])
     launch(how, train_in_processes.__file__, alone.model, tmp_path, json.dumps(runs), words)
     train_in_processes.main(alone.model, tmp_path, "begun-by-two")
     loops_agree(tmp_path, how)
@@ -100,18 +104,21 @@ def loops_agree(tmp_path, how):
 
 
 def commands_agree(tmp_path):
-    told = [json.loads((tmp_path / f"command-{rank}.json").read_text())["stdout"] for rank in (0, 1)]
-    assert told[0].count("held-out KL") == 1 and told[1] == ""
-    histories = [read_record(tmp_path / name)["tuning"]["history"] for name in ("by-one", "by-two")]
-    assert histories[0]["losses"] == pytest.approx(histories[1]["losses"], abs=2e-5)
-    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("by-one", "by-two"))
-    assert one.keys() == two.keys()
-    for name, values in one.items():
-        if values.dtype == torch.uint8:  # a code may fall on the other side of the middle
-            assert (values != two[name]).float().mean() < 0.001, name
-        else:
-            assert torch.allclose(values, two[name], rtol=2e-3, atol=1e-6), name
-    assert not list(tmp_path.glob(".by-two*"))
+    told = [json.loads((tmp_path / f"command-{rank}.json").read_text()) for rank in (0, 1)]
+    for first, second in zip(*told, strict=True):
+        assert first["stdout"].count("held-out KL") == 1 and second["stdout"] == ""
+    for key, name in (("tuning", "by"), ("weights", "weights-by")):
+        histories = [read_record(tmp_path / f"{name}-{number}")[key]["history"] for number in ("one", "two")]
+        assert histories[0]["losses"] == pytest.approx(histories[1]["losses"], abs=2e-5)
+        one, two = (load_file(tmp_path / f"{name}-{number}" / "model.safetensors") for number in ("one", "two"))
+        assert one.keys() == two.keys()
+        for tensor, values in one.items():
+            if values.dtype == torch.uint8:  # a code may fall on the other side of the middle
+                assert (values != two[tensor]).float().mean() < 0.001, tensor
+            else:  # Adam makes whole steps of gradients that are nearly 0
+                near = torch.isclose(values, two[tensor], rtol=2e-3, atol=1e-6)
+                assert near.all() or (key == "weights" and near.float().mean() > 0.99), tensor
+    assert not list(tmp_path.glob(".*by-two*"))
 
 
 def test_fsdp_of_a_torch_that_errs_with_it_is_refused(monkeypatch):
