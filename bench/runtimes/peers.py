@@ -36,8 +36,9 @@ from export.engine.worker import Job
 from saap.base.caches import GROWING
 from saap.base.cgroup import available
 from saap.base.cores import choose_cores
+from saap.base.documents import LARGEST
 from saap.base.errors import UserError
-from saap.base.files import parse_json
+from saap.base.files import parse_json, read_whole
 from saap.base.gguf_header import read_header
 from saap.base.memory_limit import most_bytes
 from saap.base.progress import Progress
@@ -207,7 +208,7 @@ def _directory(spec: str, length: int, row: Row, allowed: str, graph: str | None
         if not (path / name).is_file():
             raise PeerError(f"{spec}: there is no {name} in {path}; give {allowed}")
     try:
-        config = msgspec.convert(parse_json((path / CONFIG).read_text(encoding="utf-8")), _Config)
+        config = msgspec.convert(parse_json(read_whole(path / CONFIG, LARGEST)), _Config)
     except (OSError, ValueError):
         raise PeerError(f"{spec}: {CONFIG} is damaged or names no vocab_size; give {allowed}") from None
     _check_context(spec, length, config.max_position_embeddings)

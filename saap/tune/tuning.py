@@ -402,7 +402,7 @@ def _of_weights(model: PreTrainedModel, options: TuneOptions) -> list[Group]:
     for name, parameter in model.named_parameters():
         learns = options.train == "all" or name.startswith((f"{row.layers}.", f"{row.final_norm}."))
         parameter.requires_grad_(learns)
+        parameter.data = parameter.data.clone()  # so that no page of the loaded file is kept
         if learns:
-            parameter.data = parameter.data.clone()  # a view of the loaded file keeps all pages that were written
             groups["norm" in name]["params"].append(parameter)
     return [group for group in groups if group["params"]]

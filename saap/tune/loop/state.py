@@ -60,7 +60,9 @@ class Trained:
 
     @torch.no_grad()
     def put_best(self, step: int) -> None:
-        """Put back what was kept after so many steps."""
+        """Put back what was kept after so many steps; training is over then."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.state.clear()  # memory for the file's pages
         best = self.best if self.file is None else parse_state(self._best(step))[0]
         for name, parameter in self.by_name.items():
             parameter.copy_(best[name] if self.file is None else like(parameter, best[name]))

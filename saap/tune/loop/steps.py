@@ -230,7 +230,8 @@ class _Training:
                 self._save()
             if self.progress:
                 self.progress(f"tuning (steps), {history.in_words()}", self.step, history.steps)
-        self.trained.put_best(history.best_step)
+        if history.best_step != self.step:
+            self.trained.put_best(history.best_step)
 
     def close(self) -> None:
         """Give the model back as it came: whole, in its mode, on its device."""
