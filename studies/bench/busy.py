@@ -26,7 +26,7 @@ from studies.common import cpu_of, markdown, parser_of, provenance
 CELLS = OUT / "busy.jsonl"
 QUIET_SPREAD = 0.03
 SPIN = "while True: pass"
-LENGTHS = ["-p", "64", "-n", "64", "--set", "cold=false"]
+LENGTHS = ["-p", "64", "-n", "64"]
 
 
 @contextmanager
@@ -62,7 +62,7 @@ def costs(model: str, bundle: str, folder: Path) -> str:
 
 
 def bench(model: str, bundle: str, folder: Path) -> str:
-    saap("bench", bundle, *LENGTHS, "-r", 5, "--json", folder / "bench.json")
+    saap("bench", bundle, *LENGTHS, "--no-cold", "-r", 5, "--json", folder / "bench.json")
     (measurement,) = json.loads((folder / "bench.json").read_text())["measurements"]
     return str(measurement["status"])
 
@@ -78,10 +78,10 @@ def baseline(model: str, bundle: str, folder: Path) -> str:
 KINDS = {"table of costs": costs, "bench": bench, "baseline": baseline}
 
 
-def run(model: str, bundle: str, trials: int) -> None:
+def run(model: str, bundle: str, trials: int, counts: Sequence[int]) -> None:
     origin = provenance()
     for name, measure in KINDS.items():
-        for busy in (2, 0):
+        for busy in counts:
             for _ in range(sum(r["kind"] == name and r["busy"] == busy for r in records(CELLS)), trials):
                 spread = loop_spread()
                 with neighbours(busy), tempfile.TemporaryDirectory() as folder:
@@ -115,8 +115,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("model")
     parser.add_argument("bundle")
     parser.add_argument("--trials", type=int, default=10)
+    parser.add_argument("--busy", type=int, nargs="+", default=[2, 0], help="busy processes beside it")
     args = parser.parse_args(arguments)
-    run(args.model, args.bundle, args.trials)
+    run(args.model, args.bundle, args.trials, args.busy)
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ from studies.common import ROOT, add_write_option, markdown, parser_of, provenan
 from studies.fuzz.mutations import mutated
 from studies.fuzz.places import Places
 from studies.fuzz.products import products
+from studies.fuzz.round import round_table
 from studies.fuzz.targets import RUN, Target, folder, is_for_people, targets
 
 HERE = Path(__file__).resolve().parent
@@ -239,7 +240,7 @@ def _atheris() -> str | None:
 
 def tables() -> dict[str, str]:
     """The tables of the README."""
-    return {which: _table(entries) for which in SETS if (entries := _entries(which))}
+    return {which: _table(entries) for which in SETS if (entries := _entries(which))} | {"round": round_table()}
 
 
 def _cells(which: str) -> Path:
